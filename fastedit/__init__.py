@@ -1,0 +1,39 @@
+"""fastedit: representation editing inside transformer layers at the cost of the residual add.
+
+    handle = fastedit.patch(model, fastedit.RED(), freeze=True)
+
+Names load on first use, so that `fastedit.arrays` (NumPy, CuPy, JAX) and `fastedit.kernels` import no torch.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "form": ("Form", "fold", "merge"),
+    "edits": (
+        "Ablate", "Amplify", "Clamp", "DiReFT", "Edit", "LowRank", "NoReFT", "RED", "Rotate", "ScaleBias", "Steer",
+    ),
+    "patch": ("Handle", "patch"),
+    "store": ("load", "EditFileError"),
+    "interop.red": ("load_red_checkpoint",),
+}  # fmt: skip
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+_MODULES = ("arrays", "dispatch", "families", "interop", "ops", "recipes")
+
+__all__ = sorted([*_WHERE, *_MODULES, "__version__"])
+
+
+def __getattr__(name):
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module 'fastedit' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,137 @@
+"""Argument checks of the ops: metadata only, cheap enough for every call, all before anything runs."""
+
+import torch
+
+MAX_RANK = 64
+_ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+
+def plainly_right(x, residual, scale, bias, weight=None, norm_bias=None):
+    """True for contiguous rows of one shape and dtype under a sound scale and bias: the common call, in one go.
+
+    False says nothing yet: the checks below then find the fault and name it, or find none.
+    """
+    shape, device, dtype = x.shape, x.device, x.dtype
+    if shape != residual.shape or dtype is not residual.dtype or dtype not in _ROW_DTYPES or not shape:
+        return False
+    if not x.is_contiguous() or not residual.is_contiguous() or residual.device != device:
+        return False
+    width = shape[-1:]
+    for p in (scale, bias):
+        if p is not None and (
+            p.shape != width or p.dtype is not torch.float32 or p.device != device or not p.is_contiguous()
+        ):
+            return False
+    for p in (weight, norm_bias):
+        if p is not None and (p.shape != width or p.dtype is not dtype or p.device != device or not p.is_contiguous()):
+            return False
+    return width[0] > 0
+
+
+def check_rows(rows, name):
+    if rows.dtype not in _ROW_DTYPES:
+        raise TypeError(f"{name} has dtype {rows.dtype}, expected float32, bfloat16, float16 or float64")
+    if rows.dim() == 0:
+        raise ValueError(f"{name} is a single number, expected hidden states of shape (…, width)")
+
+
+def check_same_rows(x, residual):
+    check_rows(residual, "residual")
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and residual {tuple(residual.shape)}, expected the same shape"
+        )
+    if x.device != residual.device:
+        raise ValueError(f"x is on {x.device} and residual on {residual.device}, expected the same device")
+
+
+def _check_parameter(name, parameter, shape, hidden):
+    if parameter.shape != shape:
+        wanted = f"({', '.join(map(str, shape))})"
+        raise ValueError(
+            f"{name} has shape {tuple(parameter.shape)}, expected {wanted} for hidden states {hidden.shape[-1]} wide"
+        )
+    _check_placement(name, parameter, hidden)
+
+
+def _check_placement(name, parameter, hidden):
+    if parameter.dtype is not torch.float32 and not (
+        parameter.dtype is torch.float64 and hidden.dtype is torch.float64
+    ):
+        raise TypeError(
+            f"{name} has dtype {parameter.dtype}, expected float32: edit parameters are fp32 masters whatever "
+            f"the hidden states' dtype (in bf16, 1 ± 1e-3 rounds back to 1); use {name}.float()"
+        )
+    if parameter.device != hidden.device:
+        raise ValueError(
+            f"{name} is on {parameter.device} and the hidden states on {hidden.device}; move one with .to()"
+        )
+
+
+def check_form(hidden, scale, bias, read, offset, write, slot, coefficient, read_only=False):
+    """Shapes, dtypes and devices of the normal form against hidden (…, width)."""
+    width = hidden.shape[-1]
+    lead = ()
+    if slot is not None:
+        _check_per_row("slot", slot, hidden, torch.int32)
+        some = next((p for p in (scale, bias, read) if p is not None), None)
+        if some is None or some.dim() < 2:
+            raise ValueError("slot is given, so the parameters need a leading slot dimension, e.g. scale (slots, width)")
+        lead = some.shape[:1]
+        if lead[0] == 0:
+            raise ValueError("slot is given, but the parameters hold no slots (leading dimension 0)")
+    if scale is not None:
+        _check_parameter("scale", scale, (*lead, width), hidden)
+    if bias is not None:
+        _check_parameter("bias", bias, (*lead, width), hidden)
+    if read is None and write is None and offset is None:
+        pass
+    elif read is None or (write is None and not read_only):
+        missing = "read" if read is None else "write"
+        raise ValueError(f"read, offset and write belong together: {missing} is None (offset alone may be)")
+    else:
+        rank = read.shape[-2] if read.dim() >= 2 else 0
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(
+                f"read has shape {tuple(read.shape)}, expected (rank, width) with rank 1 to {MAX_RANK}"
+                + (" behind the slot dimension" if lead else "")
+            )
+        _check_parameter("read", read, (*lead, rank, width), hidden)
+        if write is not None:
+            _check_parameter("write", write, (*lead, rank, width), hidden)
+        if offset is not None:
+            _check_parameter("offset", offset, (*lead, rank), hidden)
+    if coefficient is not None:
+        if coefficient.numel() == 1 and coefficient.dim() <= 1:
+            _check_placement("strength", coefficient, hidden)
+        else:
+            _check_per_row("strength", coefficient, hidden, None)
+            _check_placement("strength", coefficient, hidden)
+
+
+def _check_per_row(name, tensor, hidden, dtype):
+    if tensor.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, expected one number a row: {tuple(hidden.shape[:-1])}"
+            + (", or a single number" if name == "strength" else "")
+        )
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}; use {name}.int()")
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} is on {tensor.device} and the hidden states on {hidden.device}")
+
+
+def check_norm(x, weight, norm_bias, kind):
+    width = x.shape[-1:]
+    for name, parameter in (("weight", weight), ("norm_bias", norm_bias)):
+        if parameter is not None and parameter.shape != width:
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected ({width[0]},) as the rows' width")
+    if weight is None and kind != "layer":
+        raise ValueError(f"kind={kind!r} needs the norm's weight; found weight=None")
+    if norm_bias is not None and kind != "layer":
+        raise ValueError(f"norm_bias belongs to kind='layer'; found kind={kind!r}")
+
+
+def check_projection(wanted, read):
+    if wanted and read is None:
+        raise ValueError("return_projection=True needs `read`, the directions to project on; found read=None")

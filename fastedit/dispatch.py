@@ -1,0 +1,103 @@
+"""Which backend serves a call: a pure function of device type and dtypes, remembered.
+
+CPU tensors go to the native cpu kernels, CUDA tensors to the native cuda kernels if built, else to
+Triton; anything else, and anything a kernel cannot take, to the reference. `FASTEDIT_BACKEND`
+(reference, cpu, cuda or triton) forces one, which then serves or raises: no silent fallback.
+"""
+
+import functools
+import importlib
+import logging
+import os
+import types
+
+import torch
+
+logger = logging.getLogger("fastedit")
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+_KERNEL_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+class BackendError(RuntimeError):
+    """A forced or required backend cannot serve this call."""
+
+
+@functools.cache
+def load(name):
+    """The backend: the op functions of fastedit.kernels.reference under the same names.
+
+    `any_shape`: takes contiguous rows of any shape, not (rows, width) alone. `plain_edit_add`,
+    `plain_edit_add_norm`: a shorter way for the commonest call, or None.
+    """
+    if name in ("cpu", "cuda"):
+        from . import native
+
+        return native.backend(name)
+    module = importlib.import_module(f"fastedit.kernels.{name}")
+    ops = {op: getattr(module, op) for op in module.__all__}
+    return types.SimpleNamespace(
+        __name__=name, any_shape=False, plain_edit_add=None, plain_edit_add_norm=None, **ops
+    )
+
+
+@functools.cache
+def why_not(name):
+    """None if the backend can be loaded, else the reason it cannot."""
+    if name not in BACKENDS:
+        return f"there is no backend {name!r}; the backends are {', '.join(BACKENDS)}"
+    try:
+        load(name)
+    except (ImportError, BackendError) as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _announce(message):
+    logger.warning(message)
+
+
+@functools.cache
+def select(device_type, dtype, second_dtype=None, on_sum=False):
+    """The backend module for rows of `dtype` (added to a stream of `second_dtype`) on `device_type`."""
+    forced = os.environ.get("FASTEDIT_BACKEND")
+    served = _served(dtype, second_dtype, on_sum)
+    if forced:
+        reason = why_not(forced) or _unfit(forced, device_type, served)
+        if reason:
+            raise BackendError(f"FASTEDIT_BACKEND={forced} cannot serve this call: {reason}")
+        return load(forced)
+    if device_type == "meta":
+        return load("reference")
+    wanted = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device_type, ())
+    if wanted and served is not None:
+        _announce(f"fastedit: reference backend for {served} on {device_type} (slower)")
+        return load("reference")
+    for name in wanted:
+        if why_not(name) is None:
+            return load(name)
+    if wanted:
+        reasons = "; ".join(f"{name}: {why_not(name)}" for name in wanted)
+        _announce(f"fastedit: reference backend on {device_type} (slower), because {reasons}")
+    return load("reference")
+
+
+def _served(dtype, second_dtype, on_sum):
+    """None if the kernels take these dtypes, else what they are."""
+    dtypes = {dtype, second_dtype or dtype}
+    if dtypes <= _KERNEL_DTYPES and (len(dtypes) == 1 or (second_dtype == torch.float32 and not on_sum)):
+        return None
+    return " + ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)) + " rows"
+
+
+def _unfit(name, device_type, served):
+    if name == "reference":
+        return None
+    if served is not None:
+        return f"{served} are served by the reference alone"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if interpreted else ("cuda",)}[name]
+    if device_type not in devices:
+        return f"it takes tensors on {' or '.join(devices)}, not {device_type}"
+    return None

@@ -1,0 +1,237 @@
+"""Autograd of the ops, once for both faces: the eager autograd.Function and the registered operators.
+
+`setup_*` decides what is saved (bias-only training saves no hidden states), `backward_*` calls the fused
+backward for exactly the gradients that are wanted. Formulas: DESIGN.md 2, Backward. Once differentiable.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import torch_library
+from .implementation import (
+    run_edit,
+    run_edit_add,
+    run_edit_add_norm,
+    run_edit_backward,
+    run_edit_add_norm_backward,
+    run_project,
+    run_project_backward,
+)
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _traced(*tensors):
+    return torch.compiler.is_compiling() or any(t is not None and type(t) not in _PLAIN for t in tensors)
+
+
+def _form_needs(needs, scale, read):
+    """(needs of scale, bias, read, offset, write, coefficient; whether the edit's input is read; whether z is)."""
+    d_scale, _, d_read, _, d_write, _, d_k = needs  # in the order scale, bias, read, offset, write, slot, coefficient
+    reads_hidden = d_scale or d_read or (d_k and scale is not None)
+    reads_z = read is not None and (d_write or d_k)
+    return (*needs[:5], d_k), reads_hidden, reads_z
+
+
+def _given(tensor):
+    """None where an operator returned an empty tensor for 'absent'."""
+    return None if tensor is None or tensor.numel() == 0 else tensor
+
+
+# --- edit -----------------------------------------------------------------------------------------------------
+
+
+def setup_edit(ctx, inputs, output):
+    hidden, scale, bias, read, offset, write, slot, coefficient = inputs
+    ctx.set_materialize_grads(False)
+    ctx.form_needs, reads_hidden, reads_z = _form_needs(ctx.needs_input_grad[1:8], scale, read)
+    ctx.dtype, ctx.shape = hidden.dtype, hidden.shape
+    ctx.save_for_backward(
+        hidden if reads_hidden else None, scale, bias, read, offset, write, slot, coefficient,
+        output[1] if reads_z else None,
+    )  # fmt: skip
+
+
+def backward_edit(ctx, grad, grad_z):
+    hidden, *form, z = ctx.saved_tensors
+    if grad is None and grad_z is None:
+        return (None,) * 8
+    d_hidden, *d_form, d_k = edit_gradients(
+        grad, hidden, None, *form, grad_z if form[2] is not None else None, z,
+        (ctx.needs_input_grad[0], *ctx.form_needs), ctx.dtype, ctx.shape,
+    )  # fmt: skip
+    return d_hidden, *d_form, None, d_k
+
+
+def edit_gradients(
+    grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype, shape
+):
+    """Seven gradients of an edit, d_hidden in `shape`; the plain call, or the operator while tracing."""
+    args = (grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z)
+    if _traced(grad, grad_z):
+        grads = torch_library.edit_backward(*args, list(needs), dtype)
+        grads = [g if n else None for g, n in zip(grads, needs, strict=True)]
+    else:
+        grads = list(run_edit_backward(*args, needs, dtype))
+    grads[0] = None if grads[0] is None else grads[0].view(shape)
+    return grads
+
+
+class EditFunction(Function):
+    @staticmethod
+    def forward(hidden, scale, bias, read, offset, write, slot, coefficient):
+        return run_edit(hidden, scale, bias, read, offset, write, slot, coefficient, read is not None)
+
+    setup_context = staticmethod(setup_edit)
+    backward = staticmethod(once_differentiable(backward_edit))
+
+
+# --- edit_add -------------------------------------------------------------------------------------------------
+
+
+def setup_edit_add(ctx, inputs, output):
+    x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum = inputs
+    ctx.set_materialize_grads(False)
+    ctx.form_needs, reads_hidden, reads_z = _form_needs(ctx.needs_input_grad[2:9], scale, read)
+    ctx.x_dtype, ctx.residual_dtype, ctx.shape, ctx.on_sum = x.dtype, residual.dtype, x.shape, on_sum
+    ctx.save_for_backward(
+        x if reads_hidden else None, residual if reads_hidden and on_sum else None,
+        scale, bias, read, offset, write, slot, coefficient, output[1] if reads_z else None,
+    )  # fmt: skip
+
+
+def backward_edit_add(ctx, grad, grad_z):
+    x, residual, *form, z = ctx.saved_tensors
+    if grad is None and grad_z is None:
+        return (None,) * 10
+    need_x, need_residual = ctx.needs_input_grad[:2]
+    need_rows = need_x or (ctx.on_sum and need_residual)
+    dtype = torch.promote_types(ctx.x_dtype, ctx.residual_dtype) if ctx.on_sum else ctx.x_dtype
+    d_rows, *d_form, d_k = edit_gradients(
+        grad, x, residual, *form, grad_z if form[2] is not None else None, z,
+        (need_rows, *ctx.form_needs), dtype, ctx.shape,
+    )  # fmt: skip
+    d_residual = None
+    if need_residual:
+        d_residual = d_rows if ctx.on_sum else grad
+        d_residual = None if d_residual is None else d_residual.to(ctx.residual_dtype)
+    d_x = d_rows.to(ctx.x_dtype) if need_x else None
+    return d_x, d_residual, *d_form, None, d_k, None
+
+
+class EditAddFunction(Function):
+    @staticmethod
+    def forward(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum):
+        return run_edit_add(
+            x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum, read is not None
+        )
+
+    setup_context = staticmethod(setup_edit_add)
+    backward = staticmethod(once_differentiable(backward_edit_add))
+
+
+# --- edit_add_norm --------------------------------------------------------------------------------------------
+
+
+def setup_edit_add_norm(ctx, inputs, output):
+    x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, coefficient, on_sum, kind, _ = inputs
+    out, _, z, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
+    ctx.form_needs, reads_hidden, reads_z = _form_needs(ctx.needs_input_grad[4:11], scale, read)
+    ctx.x_dtype, ctx.residual_dtype, ctx.on_sum, ctx.kind = x.dtype, residual.dtype, on_sum, kind
+    ctx.save_for_backward(
+        out, x if reads_hidden else None, residual if reads_hidden and on_sum else None, weight, mean, rstd,
+        scale, bias, read, offset, write, slot, coefficient, z if reads_z else None,
+    )  # fmt: skip
+
+
+def backward_edit_add_norm(ctx, grad_residual, grad_normed, grad_z, _mean, _rstd):
+    out, x, residual, weight, mean, rstd, *form, z = ctx.saved_tensors
+    if grad_residual is None and grad_normed is None and grad_z is None:
+        return (None,) * 14
+    need_x, need_residual, need_weight, need_norm_bias = ctx.needs_input_grad[:4]
+    needs = (need_x, *ctx.form_needs, need_residual)
+    needs_norm = (need_weight and grad_normed is not None, need_norm_bias and grad_normed is not None)
+    args = (
+        grad_residual, grad_normed, out, x, residual, weight, _given(mean), rstd, *form,
+        grad_z if form[2] is not None else None, z, ctx.on_sum, ctx.kind,
+    )  # fmt: skip
+    dtypes = (ctx.x_dtype, ctx.residual_dtype)
+    if _traced(grad_residual, grad_normed, grad_z):
+        grads = torch_library.edit_add_norm_backward(*args, list(needs), list(needs_norm), *dtypes)
+        wanted = (need_x, need_residual, *ctx.form_needs, *needs_norm)
+        grads = [g if n else None for g, n in zip(grads, wanted, strict=True)]
+        if torch_library.one_gradient(ctx.on_sum, needs, *dtypes):
+            grads[1] = grads[0]
+    else:
+        grads = list(run_edit_add_norm_backward(*args, needs, needs_norm, *dtypes))
+    d_x, d_residual, *d_form, d_k, d_weight, d_norm_bias = grads
+    d_x = d_x.view(out.shape) if need_x else None
+    d_residual = d_residual.view(out.shape) if need_residual else None
+    if d_weight is not None:
+        d_weight = d_weight.to(weight.dtype)
+    if d_norm_bias is not None:
+        d_norm_bias = d_norm_bias.to(out.dtype)
+    return d_x, d_residual, d_weight, d_norm_bias, *d_form, None, d_k, None, None, None
+
+
+class EditAddNormFunction(Function):
+    @staticmethod
+    def forward(
+        x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, coefficient, on_sum, kind, eps
+    ):
+        return run_edit_add_norm(
+            x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, coefficient,
+            on_sum, kind, eps, read is not None, True, True,
+        )  # fmt: skip
+
+    setup_context = staticmethod(setup_edit_add_norm)
+    backward = staticmethod(once_differentiable(backward_edit_add_norm))
+
+
+# --- project --------------------------------------------------------------------------------------------------
+
+
+def setup_project(ctx, inputs, output):
+    hidden, read, _ = inputs
+    need_read = ctx.needs_input_grad[1]
+    ctx.dtype, ctx.shape = hidden.dtype, hidden.shape
+    ctx.save_for_backward(hidden if need_read else None, read)
+
+
+def backward_project(ctx, grad_z):
+    hidden, read = ctx.saved_tensors
+    needs = tuple(ctx.needs_input_grad[:3])
+    if _traced(grad_z):
+        grads = torch_library.project_backward(grad_z, hidden, read, list(needs), ctx.dtype)
+        d_hidden, d_read, d_offset = (g if n else None for g, n in zip(grads, needs, strict=True))
+    else:
+        d_hidden, d_read, d_offset = run_project_backward(grad_z, hidden, read, needs, ctx.dtype)
+    return None if d_hidden is None else d_hidden.view(ctx.shape), d_read, d_offset
+
+
+class ProjectFunction(Function):
+    @staticmethod
+    def forward(hidden, read, offset):
+        return run_project(hidden, read, offset)
+
+    setup_context = staticmethod(setup_project)
+    backward = staticmethod(once_differentiable(backward_project))
+
+
+def register():
+    """Give the registered operators the same autograd."""
+    for name, setup, backward in (
+        ("edit", setup_edit, backward_edit),
+        ("edit_add", setup_edit_add, backward_edit_add),
+        ("edit_add_norm", setup_edit_add_norm, backward_edit_add_norm),
+        ("project", setup_project, backward_project),
+    ):
+        torch.library.register_autograd(
+            f"fastedit::{name}", backward, setup_context=setup, lib=torch_library.library
+        )
+
+
+register()

@@ -1,0 +1,159 @@
+"""From tensors of any shape to a backend's rows and back: what both faces of the ops (eager and traced) run.
+
+Arguments have been checked. `flat` gives the kernels (rows, width) with a unit inner stride, a view wherever
+strides allow one.
+"""
+
+import torch
+
+from .dispatch import select
+
+NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
+
+
+def flat(tensor):
+    """(rows, width) with unit inner stride: a view if strides allow, else a copy. None stays None."""
+    if tensor is None:
+        return None
+    if tensor.dim() != 2:
+        width = tensor.shape[-1]
+        rows = tensor.numel() // width if width else 0
+        if tensor.is_contiguous():
+            tensor = tensor.view(rows, width)
+        else:
+            tensor = tensor.reshape(rows, width)
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def per_row(tensor):
+    """(rows,) contiguous, or the one element shared by all rows."""
+    return None if tensor is None else tensor.reshape(-1).contiguous()
+
+
+def _device_type(tensor):
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
+def as_rows(tensor, backend):
+    """The tensor as the backend takes it: any contiguous shape where it says so, else (rows, width)."""
+    if tensor is not None and backend.any_shape and tensor.is_contiguous():
+        return tensor
+    return flat(tensor)
+
+
+def _contiguous(parameter):
+    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
+
+
+def flat_form(scale, bias, read, offset, write, slot, coefficient):
+    if read is None and slot is None and coefficient is None:
+        return _contiguous(scale), _contiguous(bias), None, None, None, None, None
+    return (
+        _contiguous(scale), _contiguous(bias), _contiguous(read), _contiguous(offset), _contiguous(write),
+        per_row(slot), per_row(coefficient),
+    )  # fmt: skip
+
+
+def _reshaped(rows, *outputs):
+    """Outputs (rows, …) with rows' leading shape; as they are where the backend has kept it."""
+    dims = rows.dim()
+    if all(o is None or o.dim() == dims for o in outputs):
+        return outputs
+    lead = rows.shape[:-1]
+    return tuple(o if o is None else o.view(*lead, o.shape[-1]) for o in outputs)
+
+
+def run_edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z):
+    """(h', z or None)."""
+    backend = select(_device_type(hidden), hidden.dtype)
+    form = flat_form(scale, bias, read, offset, write, slot, coefficient)
+    out, z = backend.edit(as_rows(hidden, backend), *form, want_z)
+    return _reshaped(hidden, out, z)
+
+
+def run_edit_add(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum, want_z):
+    """(residual', z or None)."""
+    backend = select(_device_type(x), x.dtype, residual.dtype, on_sum)
+    form = flat_form(scale, bias, read, offset, write, slot, coefficient)
+    out, z = backend.edit_add(*_pair(x, residual, backend), *form, on_sum, want_z)
+    return _reshaped(x, out, z)
+
+
+def _pair(x, residual, backend):
+    """x and residual, both in their own shape or both as (rows, width)."""
+    if backend.any_shape and x.is_contiguous() and residual.is_contiguous():
+        return x, residual
+    return flat(x), flat(residual)
+
+
+def run_edit_add_norm(
+    x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, coefficient,
+    on_sum, kind, eps, want_z, want_residual, want_stats,
+):  # fmt: skip
+    """(residual' or None, normed, z or None, mean or None, rstd or None)."""
+    dtype, residual_dtype = x.dtype, residual.dtype
+    out_dtype = dtype if dtype is residual_dtype else torch.promote_types(dtype, residual_dtype)
+    backend = select(_device_type(x), dtype, residual_dtype, on_sum)
+    weight, norm_bias = _norm_parameter(weight, out_dtype), _norm_parameter(norm_bias, out_dtype)
+    form = flat_form(scale, bias, read, offset, write, slot, coefficient)
+    out, normed, z, mean, rstd = backend.edit_add_norm(
+        *_pair(x, residual, backend), weight, norm_bias, *form, on_sum, kind, eps, want_z, want_residual, want_stats
+    )
+    return *_reshaped(x, out, normed, z), mean, rstd
+
+
+def _norm_parameter(parameter, dtype):
+    if parameter is None:
+        return None
+    if parameter.dtype != dtype:
+        raise TypeError(
+            f"the norm's weight has dtype {parameter.dtype} and the residual {dtype}, expected the same dtype"
+        )
+    return _contiguous(parameter)
+
+
+def run_project(hidden, read, offset):
+    z = select(_device_type(hidden), hidden.dtype).project(flat(hidden), _contiguous(read), _contiguous(offset))
+    return z.view(*hidden.shape[:-1], read.shape[0])
+
+
+def run_edit_backward(
+    grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype
+):
+    """Seven gradients or None: hidden in `dtype` (rows, width); parameters fp32 in their own shapes."""
+    some = next(t for t in (grad, hidden, grad_z) if t is not None)
+    form = flat_form(scale, bias, read, offset, write, slot, coefficient)
+    backend = select(some.device.type, dtype, None if grad is None else _second(dtype, grad.dtype), False)
+    grads = backend.edit_backward(
+        flat(grad), flat(hidden), flat(residual), *form, flat(grad_z), flat(z), needs, dtype
+    )
+    return _shape_parameters(grads, (scale, bias, read, offset, write, coefficient))
+
+
+def _second(dtype, grad_dtype):
+    return None if dtype == grad_dtype else grad_dtype
+
+
+def _shape_parameters(grads, parameters):
+    d_rows, *rest = grads
+    return d_rows, *(g if g is None else g.view(p.shape) for g, p in zip(rest, parameters, strict=True))
+
+
+def run_edit_add_norm_backward(
+    grad_residual, grad_normed, residual_out, x, residual, weight, mean, rstd, scale, bias, read, offset, write,
+    slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm, x_dtype, residual_dtype,
+):  # fmt: skip
+    """(d_x, d_residual, six parameter gradients, d_weight, d_norm_bias), each a tensor or None."""
+    backend = select(residual_out.device.type, x_dtype, residual_dtype, on_sum)
+    form = flat_form(scale, bias, read, offset, write, slot, coefficient)
+    d_x, d_residual, *rest = backend.edit_add_norm_backward(
+        flat(grad_residual), flat(grad_normed), flat(residual_out), flat(x), flat(residual), _contiguous(weight),
+        mean, rstd, *form, flat(grad_z), flat(z), on_sum, kind, needs, needs_norm, x_dtype, residual_dtype,
+    )  # fmt: skip
+    d_form = _shape_parameters((None, *rest[:6]), (scale, bias, read, offset, write, coefficient))[1:]
+    return d_x, d_residual, *d_form, *rest[6:]
+
+
+def run_project_backward(grad_z, hidden, read, needs, dtype):
+    backend = select(grad_z.device.type, dtype)
+    return backend.project_backward(flat(grad_z), flat(hidden), _contiguous(read), needs, dtype)

@@ -1,0 +1,213 @@
+"""The kernels as torch functions: `edit`, `edit_add`, `edit_add_norm`, `project`.
+
+Each checks its arguments, flattens batch and time into rows, and calls the backend that serves the device
+(dispatch.py). In plain eager mode the call goes straight to the kernel, through an autograd.Function only
+where a gradient is needed; under torch.compile, export and fake tensors it goes through the registered
+operators of torch_library.py, which say the same things to the compiler.
+"""
+
+import torch
+
+from . import torch_library
+from .checks import check_form, check_norm, check_projection, check_rows, check_same_rows, plainly_right
+from .dispatch import select
+from .functions import EditAddFunction, EditAddNormFunction, EditFunction, ProjectFunction
+from .implementation import NORM_KINDS, run_edit, run_edit_add, run_edit_add_norm, run_project
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _traced(tensor):
+    """True where the call must stay visible: torch.compile, export, fake and functional tensors."""
+    return type(tensor) not in _PLAIN or torch.compiler.is_compiling()
+
+
+def _needs_grad(*tensors):
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def _coefficient(strength, hidden):
+    """strength as the kernels see it: None (1 for every row) or an fp32 tensor."""
+    if strength is None or isinstance(strength, torch.Tensor):
+        return strength
+    if isinstance(strength, (int, float)) and strength == 1.0:
+        return None
+    return torch.full((1,), float(strength), dtype=torch.float32, device=hidden.device)
+
+
+def edit(
+    hidden, scale=None, bias=None, read=None, offset=None, write=None, *,
+    slot=None, strength=None, return_projection=False,
+):  # fmt: skip
+    """Apply an edit in normal form to hidden states, in one pass (DESIGN.md 2).
+
+        h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write)
+
+    Covers RED (scale, bias; arXiv 2402.15179 Eq. 3), (IA)³, steering (bias), directional ablation, clamping
+    and LoReFT (read, offset, write).
+
+    Args:
+        hidden: (…, width), fp32, bf16 or fp16 (fp64 is served by the reference).
+        scale, bias: (width,) fp32, or None for 1 and 0.
+        read, write: (rank, width) fp32, rank 1 to 64. Both, or neither.
+        offset: (rank,) fp32, added to the projection; None for 0.
+        slot: int32, one a row (hidden.shape[:-1]); the parameters then have a leading slot dimension and
+            row i uses parameters[slot[i]]. −1 leaves the row's bits as they are. Out of range raises
+            IndexError on the CPU; on a GPU, where looking would stall the stream, such a row is left alone.
+        strength: k. A float, an fp32 tensor of one element (a dial that can change without a re-trace), or
+            fp32, one a row. 0 leaves the row's bits as they are.
+        return_projection: also return z = h @ readᵀ + offset, (…, rank) fp32.
+
+    Returns:
+        h' in hidden's shape and dtype, contiguous; or (h', z).
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
+    """
+    coefficient = _coefficient(strength, hidden)
+    form = (scale, bias, read, offset, write, slot, coefficient)
+    check_rows(hidden, "hidden")
+    check_form(hidden, *form)
+    check_projection(return_projection, read)
+    if _traced(hidden):
+        out, z = torch_library.edit(hidden, *form)
+    elif _needs_grad(hidden, scale, bias, read, offset, write, coefficient):
+        out, z = EditFunction.apply(hidden, *form)
+    else:
+        out, z = run_edit(hidden, *form, return_projection)
+    return (out, z) if return_projection else out
+
+
+def edit_add(
+    x, residual, scale=None, bias=None, read=None, offset=None, write=None, *,
+    on="x", slot=None, strength=None, return_projection=False,
+):  # fmt: skip
+    """The residual add with an edit on it: the traffic of the plain add.
+
+    on="x":   residual' = residual + E(x)      sites `mlp` and `attn`
+    on="sum": residual' = E(residual + x)      site `block`
+
+    Args:
+        x, residual: the same shape (…, width); dtypes promote as PyTorch's add does.
+        Others: as `edit`. With no parameters this is the plain add.
+
+    Returns:
+        residual' (…, width), rounded once; or (residual', z).
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
+    """
+    on_sum = on == "sum" or _on_x(on)
+    if (
+        read is None and slot is None and strength is None and write is None and offset is None
+        and not return_projection and plainly_right(x, residual, scale, bias)
+        and not _traced(x) and not _needs_grad(x, residual, scale, bias)
+    ):  # fmt: skip
+        plain = select("cpu" if x.is_cpu else x.device.type, x.dtype, x.dtype, on_sum).plain_edit_add
+        if plain is not None:
+            return plain(x, residual, scale, bias, on_sum)
+    coefficient = None if strength is None else _coefficient(strength, x)
+    form = (scale, bias, read, offset, write, slot, coefficient)
+    _check_add(x, residual, form, return_projection)
+    if _traced(x):
+        out, z = torch_library.edit_add(x, residual, *form, on_sum)
+    elif _needs_grad(x, residual, scale, bias, read, offset, write, coefficient):
+        out, z = EditAddFunction.apply(x, residual, *form, on_sum)
+    else:
+        out, z = run_edit_add(x, residual, *form, on_sum, return_projection)
+    return (out, z) if return_projection else out
+
+
+def edit_add_norm(
+    x, residual, weight=None, scale=None, bias=None, read=None, offset=None, write=None, *,
+    norm_bias=None, kind="rms", eps=1e-6, on="x", slot=None, strength=None,
+    return_projection=False, return_residual=True,
+):  # fmt: skip
+    """edit_add, then a norm of the stored (rounded) residual', in one pass.
+
+    Args:
+        x, residual: as `edit_add`.
+        weight: (width,), the norm's weight in the residual's dtype; None only for kind="layer".
+        norm_bias: (width,), kind="layer" only.
+        kind: "rms" (Llama, T5: rounds before the weight multiply), "gemma" (rounds after, multiplies by
+            1 + weight) or "layer" (LayerNorm).
+        eps: added to the variance.
+        return_residual: False where only the norm is read (BERT's post-norm): saves the store, and
+            returns None in its place wherever no gradient is needed.
+        Others: as `edit_add`.
+
+    Returns:
+        (residual', normed), both (…, width); or (residual', normed, z).
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
+    """
+    on_sum = on == "sum" or _on_x(on)
+    code = NORM_KINDS.get(kind)
+    if (
+        read is None and slot is None and strength is None and write is None and offset is None
+        and not return_projection and code is not None
+        and (norm_bias is None and weight is not None if code != 2 else True)
+        and plainly_right(x, residual, scale, bias, weight, norm_bias)
+        and not _traced(x) and not _needs_grad(x, residual, weight, norm_bias, scale, bias)
+    ):  # fmt: skip
+        plain = select("cpu" if x.is_cpu else x.device.type, x.dtype, x.dtype, on_sum).plain_edit_add_norm
+        if plain is not None:
+            return plain(x, residual, weight, norm_bias, scale, bias, on_sum, code, eps, return_residual)
+    if code is None:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, NORM_KINDS))}")
+    coefficient = None if strength is None else _coefficient(strength, x)
+    form = (scale, bias, read, offset, write, slot, coefficient)
+    _check_add(x, residual, form, return_projection)
+    check_norm(x, weight, norm_bias, kind)
+    norm = (weight, norm_bias)
+    if _traced(x):
+        out, normed, z, _, _ = torch_library.edit_add_norm(x, residual, *norm, *form, on_sum, code, eps)
+    elif _needs_grad(x, residual, weight, norm_bias, scale, bias, read, offset, write, coefficient):
+        out, normed, z, _, _ = EditAddNormFunction.apply(x, residual, *norm, *form, on_sum, code, eps)
+    else:
+        out, normed, z, _, _ = run_edit_add_norm(
+            x, residual, *norm, *form, on_sum, code, eps, return_projection, return_residual, False
+        )
+    return (out, normed, z) if return_projection else (out, normed)
+
+
+def project(hidden, read, offset=None):
+    """The activation projection z = hidden @ readᵀ + offset: a probe's output, a gate's input.
+
+    Args:
+        hidden: (…, width), fp32, bf16 or fp16.
+        read: (rank, width) fp32, rank 1 to 64. offset: (rank,) fp32 or None.
+
+    Returns:
+        z (…, rank), fp32.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
+    """
+    check_rows(hidden, "hidden")
+    check_form(hidden, None, None, read, offset, None, None, None, read_only=True)
+    if _traced(hidden):
+        return torch_library.project(hidden, read, offset)
+    if _needs_grad(hidden, read, offset):
+        return ProjectFunction.apply(hidden, read, offset)
+    return run_project(hidden, read, offset)
+
+
+def _check_add(x, residual, form, return_projection):
+    check_rows(x, "x")
+    check_same_rows(x, residual)
+    check_form(x, *form)
+    check_projection(return_projection, form[2])
+
+
+def _on_x(on):
+    """False for on="x"; anything else is refused."""
+    if on == "x":
+        return False
+    raise ValueError(f"on is {on!r}, expected 'x' (edit x, then add) or 'sum' (add, then edit)")

@@ -1,0 +1,54 @@
+// The streams of a residual add under an edit, shared by edit_add and edit_add_norm.
+#pragma once
+#include "cpu/rows.h"
+
+namespace fastedit {
+namespace FASTEDIT_ISA {
+namespace {
+
+// sink(r, lane, column, residual' in fp32, not yet rounded) for R rows; X and R0 are the dtypes of x and residual.
+template <class X, class R0, int R, class Sink>
+inline void add_rows(const EditAddArgs& a, int64_t row, const Params& p, float k, Sink sink) {
+  const typename X::T* x_rows = static_cast<const typename X::T*>(a.x) + row * a.x_stride;
+  const typename R0::T* residual_rows = static_cast<const typename R0::T*>(a.residual) + row * a.residual_stride;
+  auto x = [&](int r, auto lane, int64_t c) {
+    return X::template load<decltype(lane)::count>(x_rows + r * a.x_stride + c);
+  };
+  auto residual = [&](int r, auto lane, int64_t c) {
+    return R0::template load<decltype(lane)::count>(residual_rows + r * a.residual_stride + c);
+  };
+  auto total = [&](int r, auto lane, int64_t c) { return residual(r, lane, c) + x(r, lane, c); };
+
+  float z[R][kMaxRank];
+  if (p.rank) {
+    if (slot_of(a.form, row) < 0) {
+      memset(z, 0, sizeof z);
+    } else if (a.on_sum) {
+      project_rows<R>(p.read, p.offset, p.rank, a.width, total, z);
+    } else {
+      project_rows<R>(p.read, p.offset, p.rank, a.width, x, z);
+    }
+    for (int r = 0; r < R; ++r) store_z(a.z, z[r], row + r, p.rank);
+  }
+  if (a.on_sum) {
+    edit_rows<R>(p, k, a.width, z, total, sink);
+  } else {
+    edit_rows<R>(p, k, a.width, z, x, [&](int r, auto lane, int64_t c, auto edited) {
+      sink(r, lane, c, residual(r, lane, c) + edited);
+    });
+  }
+}
+
+// body.template operator()<X, Residual>() for the dtypes of x and residual.
+template <class Body>
+inline void with_dtypes(int x, int residual, Body body) {
+  if (x == F32 && residual == F32) body.template operator()<Fp32, Fp32>();
+  if (x == BF16 && residual == BF16) body.template operator()<Bf16, Bf16>();
+  if (x == F16 && residual == F16) body.template operator()<Fp16, Fp16>();
+  if (x == BF16 && residual == F32) body.template operator()<Bf16, Fp32>();
+  if (x == F16 && residual == F32) body.template operator()<Fp16, Fp32>();
+}
+
+}  // namespace
+}  // namespace FASTEDIT_ISA
+}  // namespace fastedit

@@ -1,0 +1,177 @@
+// What the CPU kernels share: threads over rows, groups of rows under one set of parameters, and the form.
+//
+// Rows are taken in groups of kGroup: where all of them see the same parameters at coefficient 1, a loaded
+// scale, bias, read or write serves the whole group (fp32 parameters are up to four times the traffic of a
+// bf16 row); else each row goes alone. A row's arithmetic is the same either way, lane by lane, so its result
+// depends neither on the other rows nor on the thread count.
+#pragma once
+#include <stdlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "abi.h"
+#include "cpu/vec.h"
+
+namespace fastedit {
+namespace FASTEDIT_ISA {
+namespace {
+
+constexpr int kGroup = 4;
+constexpr int64_t kGrain = 1 << 15;  // elements a thread must get: waking a team costs some microseconds
+
+// body(task) for task in [0, tasks), on at most one thread per kGrain of the elements.
+template <class Body>
+inline void each_task(int64_t tasks, int64_t elements, Body body) {
+#ifdef _OPENMP
+  int64_t threads = elements / kGrain;
+  if (threads > tasks) threads = tasks;
+  if (threads > 1 && threads > omp_get_max_threads()) threads = omp_get_max_threads();
+  if (threads > 1 && !omp_in_parallel()) {
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+    return;
+  }
+#endif
+  (void)elements;
+  for (int64_t task = 0; task < tasks; ++task) body(task);
+}
+
+// fp32 scratch for the length of one task; aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    if (floats > 0 && posix_memalign(&data_, 64, static_cast<size_t>(floats) * sizeof(float)) != 0) data_ = nullptr;
+    if (floats > 0 && !data_) abort();
+  }
+  ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* floats() const { return static_cast<float*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// The parameters one row sees.
+struct Params {
+  const float *scale, *bias, *read, *offset, *write;
+  int64_t rank;
+};
+
+inline int32_t slot_of(const Form& form, int64_t row) {
+  if (!form.slot) return 0;
+  const int32_t slot = form.slot[row];
+  return slot >= 0 && slot < form.slots ? slot : -1;
+}
+
+inline Params params_of(const Form& form, int64_t width, int32_t slot) {
+  const int64_t s = slot < 0 ? 0 : slot;
+  Params p{};
+  p.scale = form.scale ? form.scale + s * width : nullptr;
+  p.bias = form.bias ? form.bias + s * width : nullptr;
+  p.read = form.read ? form.read + s * form.rank * width : nullptr;
+  p.offset = form.offset ? form.offset + s * form.rank : nullptr;
+  p.write = form.write ? form.write + s * form.rank * width : nullptr;
+  p.rank = form.read ? form.rank : 0;
+  return p;
+}
+
+inline float coefficient_of(const Form& form, int64_t row, int32_t slot) {
+  if (slot < 0) return 0.0f;
+  return form.coefficient ? form.coefficient[row * form.coefficient_stride] : 1.0f;
+}
+
+// body.template operator()<R>(first_row, params, k) for each group: R = kGroup at k = 1, else R = 1.
+template <class Body>
+inline void each_group(const Form& form, int64_t rows, int64_t width, Body body) {
+  each_task((rows + kGroup - 1) / kGroup, rows * width, [&](int64_t task) {
+    const int64_t first = task * kGroup, last = first + kGroup < rows ? first + kGroup : rows;
+    bool together = last - first == kGroup;
+    const int32_t slot = slot_of(form, first);
+    for (int64_t row = first; row < last && together; ++row) {
+      const int32_t own = slot_of(form, row);
+      together = own == slot && coefficient_of(form, row, own) == 1.0f;
+    }
+    if (together) {
+      body.template operator()<kGroup>(first, params_of(form, width, slot), 1.0f);
+      return;
+    }
+    for (int64_t row = first; row < last; ++row) {
+      const int32_t own = slot_of(form, row);
+      body.template operator()<1>(row, params_of(form, width, own), coefficient_of(form, row, own));
+    }
+  });
+}
+
+// z[r][j] = Σ h_r ⊙ read_j + offset_j. hidden(r, lane, column) gives h.
+template <int R, class Hidden>
+inline void project_rows(const float* read, const float* offset, int64_t rank, int64_t width, Hidden hidden,
+                         float z[][kMaxRank]) {
+  typedef typename Lane<kLanes>::F F;
+  typedef typename Lane<kLanes>::Sum Sum;
+  auto wide = [](auto v) { return __builtin_convertvector(v, Sum); };
+  for (int64_t j = 0; j < rank; ++j) {
+    const float* row = read + j * width;
+    Sum part[R][kSums] = {};
+    decltype(part[0][0][0] + part[0][0][0]) tail[R] = {};
+    int64_t column = 0;
+    for (; column + kSums * kLanes <= width; column += kSums * kLanes) {
+      for (int i = 0; i < kSums; ++i) {
+        const Sum a = wide(load_as<F>(row + column + i * kLanes));
+        for (int r = 0; r < R; ++r) part[r][i] += a * wide(hidden(r, Lane<kLanes>{}, column + i * kLanes));
+      }
+    }
+    for (int i = 0; column + kLanes <= width; column += kLanes, ++i) {
+      const Sum a = wide(load_as<F>(row + column));
+      for (int r = 0; r < R; ++r) part[r][i] += a * wide(hidden(r, Lane<kLanes>{}, column));
+    }
+    for (; column < width; ++column) {
+      for (int r = 0; r < R; ++r) tail[r] += row[column] * hidden(r, Lane<1>{}, column)[0];
+    }
+    for (int r = 0; r < R; ++r) z[r][j] = static_cast<float>(sum_registers(part[r]) + tail[r] + (offset ? offset[j] : 0.0f));
+  }
+}
+
+inline void store_z(float* out, const float* z, int64_t row, int64_t rank) {
+  if (out) memcpy(out + row * rank, z, static_cast<size_t>(rank) * sizeof(float));
+}
+
+// sink(r, lane, column, h') over R rows under one form. k == 0 leaves h alone, k == 1 is scale ⊙ h + bias + z @ write.
+template <int R, class Hidden, class Sink>
+inline void edit_rows(const Params& p, float k, int64_t width, const float z[][kMaxRank], Hidden hidden, Sink sink) {
+  if (R == 1 && k == 0.0f) {
+    each_column(width, [&](auto lane, int64_t c) { sink(0, lane, c, hidden(0, lane, c)); });
+    return;
+  }
+  each_column(width, [&](auto lane, int64_t c) {
+    constexpr int L = decltype(lane)::count;
+    typedef typename Lane<L>::F F;
+    typedef typename Lane<L>::Sum Sum;
+    const F scale = p.scale ? load_as<F>(p.scale + c) : splat<L>(1.0f);
+    const F bias = p.bias ? load_as<F>(p.bias + c) : F{};
+    F edited[R];
+    for (int r = 0; r < R; ++r) {
+      const F h = hidden(r, lane, c);
+      edited[r] = (R == 1 && k != 1.0f) ? (scale - 1.0f) * h + bias : scale * h + bias;
+    }
+    if (p.rank) {
+      Sum added[R] = {};
+      for (int64_t j = 0; j < p.rank; ++j) {
+        const Sum write = __builtin_convertvector(load_as<F>(p.write + j * width + c), Sum);
+        for (int r = 0; r < R; ++r) added[r] += z[r][j] * write;
+      }
+      for (int r = 0; r < R; ++r) {
+        edited[r] = __builtin_convertvector(__builtin_convertvector(edited[r], Sum) + added[r], F);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      if (R == 1 && k != 1.0f) edited[r] = hidden(r, lane, c) + k * edited[r];
+      sink(r, lane, c, edited[r]);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace FASTEDIT_ISA
+}  // namespace fastedit

@@ -1,0 +1,33 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pathlib
+
+import pytest
+import torch
+
+SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture
+def shared():
+    """The folder of small trained models and texts beside the repository; skips where it is not there."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the folder `shared` beside the repository")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
