@@ -1,0 +1,236 @@
+"""The same kernels on NumPy and CuPy arrays, and on anything that speaks DLPack (JAX on the CPU): no torch.
+
+Rows are fp32, fp16 or bf16 (the `ml_dtypes` type); edit parameters fp32; results are new arrays of the kind the
+rows were: NumPy for the host, CuPy for a GPU. Formulas and arguments are those of `fastedit.ops`.
+
+    import numpy as np
+    from fastedit import arrays
+    edited = arrays.edit(hidden, scale=scale, bias=bias)
+"""
+
+import numpy as np
+
+try:
+    from . import _native
+except ImportError as error:
+    raise ImportError(
+        f"fastedit.arrays needs the native kernels, which this install lacks ({error}); see `fastedit doctor`"
+    ) from error
+
+_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_NORMS = {"rms": 0, "gemma": 1, "layer": 2}
+
+
+def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, slot=None, strength=None,
+         return_projection=False):  # fmt: skip
+    """h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write), as `fastedit.ops.edit`.
+
+    hidden (…, width); scale, bias (width,); read, write (rank, width); offset (rank,); slot int32 and strength
+    fp32 one a row, strength also a float. Returns h', or (h', z (…, rank)).
+    """
+    call = _Call(hidden, "hidden")
+    form = call.form(scale, bias, read, offset, write, slot, strength)
+    out, z = call.empty_rows(), call.empty_projection(read, return_projection)
+    call("edit", *call.extent, *form, call.code, call.pointer, call.stride, _pointer(out), _pointer(z))
+    return (out, z) if return_projection else out
+
+
+def edit_add(x, residual, scale=None, bias=None, read=None, offset=None, write=None, *, on="x", slot=None,
+             strength=None, return_projection=False):  # fmt: skip
+    """residual + E(x) (on="x") or E(residual + x) (on="sum"), as `fastedit.ops.edit_add`. One dtype for both."""
+    call = _Call(x, "x")
+    form = call.form(scale, bias, read, offset, write, slot, strength)
+    out, z = call.empty_rows(), call.empty_projection(read, return_projection)
+    call("edit_add", *call.add(residual, form, on, out, z))
+    return (out, z) if return_projection else out
+
+
+def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, offset=None, write=None, *,
+                  norm_bias=None, kind="rms", eps=1e-6, on="x", slot=None, strength=None):  # fmt: skip
+    """(residual', normed): edit_add, then an RMS, "gemma" or "layer" norm, as `fastedit.ops.edit_add_norm`."""
+    if kind not in _NORMS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, _NORMS))}")
+    if (weight is None and kind != "layer") or (norm_bias is not None and kind != "layer"):
+        raise ValueError(f"kind={kind!r} needs the norm's weight and takes no norm_bias")
+    call = _Call(x, "x")
+    form = call.form(scale, bias, read, offset, write, slot, strength)
+    weight, norm_bias = (
+        call.parameter(name, p, (call.width,), call.dtype) for name, p in (("weight", weight), ("norm_bias", norm_bias))
+    )
+    out, normed = call.empty_rows(), call.empty_rows()
+    call(
+        "edit_add_norm", *call.add(residual, form, on, out, None), _NORMS[kind], float(eps), weight, norm_bias,
+        _pointer(normed), 0, 0,
+    )  # fmt: skip
+    return out, normed
+
+
+def project(hidden, read, offset=None):
+    """z = hidden @ readᵀ + offset, (…, rank) fp32, as `fastedit.ops.project`."""
+    call = _Call(hidden, "hidden")
+    rank = call.rank_of(read)
+    reads, offsets = call.parameter("read", read, (rank, call.width)), call.parameter("offset", offset, (rank,))
+    z = call.empty_projection(read, True)
+    call("project", *call.extent, rank, call.code, call.pointer, call.stride, reads, offsets, _pointer(z))
+    return z
+
+
+def edit_backward(grad, hidden, scale=None, bias=None):
+    """(d_hidden, d_scale, d_bias) of `edit` under scale and bias at the gradient `grad` of h'.
+
+    d_scale and d_bias are fp32, None where the parameter is.
+    """
+    call = _Call(hidden, "hidden")
+    form = call.form(scale, bias, None, None, None, None, None)
+    grad, grad_stride = call.rows(grad, "grad")
+    d_hidden = call.empty_rows()
+    d_scale, d_bias = (None if p is None else call.library.empty(call.width, np.float32) for p in (scale, bias))
+    args = (
+        *call.extent, *form, call.code, call.code, grad, grad_stride, call.pointer, call.stride, 0, 0, 0, 0,
+        _pointer(d_hidden), _pointer(d_scale), _pointer(d_bias), 0, 0, 0, 0, 0, 0, 0,
+    )  # fmt: skip
+    call.backward("edit_backward", args)
+    return d_hidden, d_scale, d_bias
+
+
+class _Call:
+    """One call's rows, the array library they belong to, and what must outlive the kernel."""
+
+    def __init__(self, rows, name):
+        rows = _as_array(rows, name)
+        self.library, self.backend = _library(rows)
+        self.kept = []
+        self.shape, self.dtype, self.width = rows.shape, rows.dtype, rows.shape[-1] if rows.ndim else 0
+        if rows.ndim == 0:
+            raise ValueError(f"{name} is a single number, expected hidden states of shape (…, width)")
+        if self.dtype.name not in _CODES:
+            raise TypeError(f"{name} has dtype {self.dtype.name}, expected one of {', '.join(_CODES)}")
+        self.code = _CODES[self.dtype.name]
+        self.extent = (rows.size // self.width if self.width else 0, self.width)
+        self.pointer, self.stride = self.rows(rows, name)
+
+    def __call__(self, op, *args):
+        getattr(_native, f"{self.backend}_{op}")(*args, self.stream())
+
+    def backward(self, op, args):
+        size = getattr(_native, f"{self.backend}_{op}_workspace")(*args)
+        space = self.library.empty(size, np.uint8) if size else None
+        self(op, *args, _pointer(space))
+
+    def stream(self):
+        return 0 if self.backend == "cpu" else self.library.cuda.get_current_stream().ptr
+
+    def rows(self, array, name):
+        """(pointer, row stride in elements) of a stream like the first: a view where its strides allow."""
+        array = _as_array(array, name)
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise ValueError(
+                f"{name} is {array.dtype.name} {array.shape}, expected {self.dtype.name} {self.shape} as the rows"
+            )
+        size = array.dtype.itemsize
+        regular = array.ndim == 2 and array.strides[1] == size and array.strides[0] % size == 0 and array.strides[0] >= 0
+        if not regular:
+            array = self.library.ascontiguousarray(array)
+        self.kept.append(array)
+        return _pointer(array), array.strides[0] // size if array.ndim == 2 else self.width
+
+    def parameter(self, name, array, shape, dtype=np.dtype(np.float32)):
+        """Pointer to a contiguous parameter of the given shape and dtype; 0 for None."""
+        if array is None:
+            return 0
+        array = _as_array(array, name)
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"{name} is {array.dtype.name} {array.shape}, expected {dtype.name} {shape}")
+        if _library(array)[1] != self.backend:
+            raise ValueError(f"{name} is not on the same device as the rows")
+        self.kept.append(self.library.ascontiguousarray(array))
+        return _pointer(self.kept[-1])
+
+    def rank_of(self, read):
+        array = _as_array(read, "read")
+        rank = array.shape[-2] if array.ndim >= 2 else 0
+        if not 1 <= rank <= _native.MAX_RANK:
+            raise ValueError(f"read has shape {array.shape}, expected (rank, width) with rank 1 to {_native.MAX_RANK}")
+        return rank
+
+    def form(self, scale, bias, read, offset, write, slot, strength):
+        lead = self.shape[:-1]
+        slots = ()
+        if slot is not None:
+            some = next((p for p in (scale, bias, read) if p is not None), None)
+            slots = np.shape(some)[:1]
+            if some is None or not slots or slots[0] == 0:
+                raise ValueError("slot is given, so the parameters need a leading slot dimension, e.g. (slots, width)")
+        if (read is None) != (write is None) or (offset is not None and read is None):
+            raise ValueError("read, offset and write belong together: read and write are both needed (offset may be None)")
+        rank = 0 if read is None else self.rank_of(read)
+        stride = 0
+        if strength is not None:
+            strength = self.library.asarray(strength, np.float32)
+            stride = int(strength.size != 1)
+            strength = strength.reshape(lead) if stride and strength.shape == lead else strength.reshape(-1)
+        return (
+            self.parameter("scale", scale, (*slots, self.width)),
+            self.parameter("bias", bias, (*slots, self.width)),
+            self.parameter("read", read, (*slots, rank, self.width)),
+            self.parameter("offset", offset, (*slots, rank)),
+            self.parameter("write", write, (*slots, rank, self.width)),
+            rank, slots[0] if slots else 1,
+            self.parameter("slot", slot, lead, np.dtype(np.int32)),
+            self.parameter("strength", strength, lead if stride else (1,)),
+            stride,
+        )  # fmt: skip
+
+    def add(self, residual, form, on, out, z):
+        if on not in ("x", "sum"):
+            raise ValueError(f"on is {on!r}, expected 'x' (edit x, then add) or 'sum' (add, then edit)")
+        pointer, stride = self.rows(residual, "residual")
+        return (
+            *self.extent, *form, self.code, self.code, self.pointer, self.stride, pointer, stride, _pointer(out),
+            _pointer(z), int(on == "sum"),
+        )  # fmt: skip
+
+    def empty_rows(self):
+        return self.library.empty(self.shape, self.dtype)
+
+    def empty_projection(self, read, wanted):
+        if not wanted:
+            return None
+        if read is None:
+            raise ValueError("return_projection=True needs `read`, the directions to project on; found read=None")
+        return self.library.empty((*self.shape[:-1], self.rank_of(read)), np.float32)
+
+
+def _as_array(value, name):
+    """A NumPy or CuPy array over the same memory; other DLPack exporters on the host come in as NumPy."""
+    if isinstance(value, np.ndarray) or hasattr(value, "__cuda_array_interface__"):
+        return value
+    try:
+        if hasattr(value, "__dlpack__"):
+            try:
+                return np.from_dlpack(value)
+            except (TypeError, BufferError, RuntimeError):  # NumPy's DLPack knows no bfloat16
+                pass
+        array = np.asarray(value)
+    except Exception as error:
+        raise TypeError(f"{name} is {type(value).__name__}, expected a NumPy, CuPy or DLPack array ({error})") from error
+    if array.dtype == object:
+        raise TypeError(f"{name} is {type(value).__name__}, expected a NumPy, CuPy or DLPack array")
+    return array
+
+
+def _library(array):
+    """(array module, native backend) of an array."""
+    if isinstance(array, np.ndarray):
+        return np, "cpu"
+    if not _native.CUDA_ARCHITECTURES:
+        raise RuntimeError("a GPU array needs the CUDA kernels, which this build lacks; see `fastedit doctor`")
+    import cupy
+
+    return cupy, "cuda"
+
+
+def _pointer(array):
+    if array is None:
+        return 0
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr

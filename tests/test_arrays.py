@@ -1,0 +1,123 @@
+"""The kernels on NumPy arrays and DLPack exporters: equal to the torch face, with no torch imported."""
+
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from oracle import make_form
+
+from fastedit import arrays, ops
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def as_torch(array):
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def both(shape, dtype):
+    array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    return array, as_torch(array)
+
+
+def equal(array, tensor):
+    return array.dtype.name == str(tensor.dtype).removeprefix("torch.") and torch.equal(as_torch(array), tensor)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_equals_the_torch_face(name, rank):
+    h, ht = both((2, 9, 100), DTYPES[name])
+    r, rt = h[::-1], ht.flip(0)
+    form = make_form(100, rank)
+    numbers = {n: None if p is None else p.numpy() for n, p in form.items()}
+    k = np.linspace(0, 2, 18, dtype=np.float32).reshape(2, 9)
+    assert equal(arrays.edit(h, **numbers), ops.edit(ht, **form))
+    assert equal(arrays.edit(h, **numbers, strength=0.5), ops.edit(ht, **form, strength=0.5))
+    assert equal(arrays.edit(h, **numbers, strength=k), ops.edit(ht, **form, strength=torch.from_numpy(k)))
+    for on in ("x", "sum"):
+        assert equal(arrays.edit_add(h, r, **numbers, on=on), ops.edit_add(ht, rt, **form, on=on))
+    w, wt = both((100,), DTYPES[name])
+    for kind in ("rms", "gemma", "layer"):
+        bias, bias_t = (w, wt) if kind == "layer" else (None, None)
+        got = arrays.edit_add_norm(h, r, w, **numbers, norm_bias=bias, kind=kind)
+        want = ops.edit_add_norm(ht, rt, wt, **form, norm_bias=bias_t, kind=kind)
+        assert equal(got[0], want[0]) and equal(got[1], want[1])
+    if rank:
+        assert equal(arrays.project(h, numbers["read"], numbers["offset"]), ops.project(ht, form["read"], form["offset"]))
+        assert equal(arrays.edit(h, **numbers, return_projection=True)[1], ops.edit(ht, **form, return_projection=True)[1])
+
+
+def test_backward_equals_autograd():
+    h, ht = both((300, 64), np.float32)
+    g, gt = both((300, 64), np.float32)
+    scale, bias = (1 + np.random.rand(64)).astype(np.float32), np.random.rand(64).astype(np.float32)
+    leaves = [t.requires_grad_() for t in (ht, torch.from_numpy(scale), torch.from_numpy(bias))]
+    expected = torch.autograd.grad(ops.edit(*leaves), leaves, gt)
+    for array, tensor in zip(arrays.edit_backward(g, h, scale, bias), expected, strict=True):
+        assert equal(array, tensor)
+
+
+def test_slots_and_views():
+    table = np.random.rand(4, 8).astype(np.float32)
+    h, slot = np.random.rand(6, 20).astype(np.float32), np.array([0, 3, -1, 2, 2, 0], np.int32)
+    out = arrays.edit(h[:, 5:13], bias=table, slot=slot)
+    np.testing.assert_array_equal(out[2], h[2, 5:13])
+    np.testing.assert_allclose(out[slot >= 0], h[slot >= 0, 5:13] + table[slot[slot >= 0]], rtol=1e-6)
+    turned = h.T
+    np.testing.assert_array_equal(arrays.edit(turned, bias=np.ones(6, np.float32)), turned + 1)
+
+
+def test_dlpack_exporters_come_in():
+    class Exporter:
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack__(self, **options):
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    h = np.random.rand(3, 8).astype(np.float32)
+    np.testing.assert_array_equal(arrays.edit(Exporter(h), bias=np.ones(8, np.float32)), h + 1)
+
+
+H = np.ones((2, 8), np.float32)
+ONE = np.ones(8, np.float32)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: arrays.edit(H, scale=np.ones(7, np.float32)), ValueError, r"scale is float32 \(7,\), expected float32 \(8,\)"),
+        (lambda: arrays.edit(H, scale=np.ones(8)), ValueError, r"scale is float64 \(8,\), expected float32"),
+        (lambda: arrays.edit(H.astype(int), ONE), TypeError, "dtype int64, expected one of float32"),
+        (lambda: arrays.edit(H, read=ONE[None]), ValueError, "belong together"),
+        (lambda: arrays.edit(H, read=np.ones((65, 8), np.float32), write=np.ones((65, 8), np.float32)), ValueError, "rank 1 to 64"),
+        (lambda: arrays.edit(H, ONE[None], slot=np.array([0, 1], np.int32)), IndexError, "slot of row 1 is 1"),
+        (lambda: arrays.edit(H, ONE, slot=np.array([0, 0], np.int32)), ValueError, r"scale is float32 \(8,\), expected float32 \(8, 8\)"),
+        (lambda: arrays.edit(H, ONE, strength=np.ones(3, np.float32)), ValueError, "strength is"),
+        (lambda: arrays.edit_add(H, H[:1], ONE), ValueError, "residual is float32"),
+        (lambda: arrays.edit_add(H, H, ONE, on="y"), ValueError, "expected 'x'"),
+        (lambda: arrays.edit_add_norm(H, H, None), ValueError, "needs the norm's weight"),
+        (lambda: arrays.project(H, np.ones((1, 4), np.float32)), ValueError, "read is"),
+        (lambda: arrays.edit(object(), ONE), TypeError, "hidden is object, expected a NumPy"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_no_torch_is_imported():
+    code = (
+        "import sys, numpy as np; from fastedit import arrays; h = np.ones((2, 4), np.float32);"
+        "assert (arrays.edit(h, bias=np.ones(4, np.float32)) == 2).all(); assert 'torch' not in sys.modules, 'torch came along'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
