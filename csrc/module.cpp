@@ -222,52 +222,54 @@ void run(const Args& a, Kernel kernel) {
   check_error(error);
 }
 
-template <class Args>
-void def_forward(py::module_& m, const std::string& name, int (*kernel)(const Args&, void*), bool host) {
-  m.def(name.c_str(), [kernel, host](const py::args& args) {
-    Reader in(args);
-    Args a{};
-    read(in, a);
-    in.done(1);
-    void* stream = in.pointer<void>();
-    if (host) check_host(a);
-    run(a, [&](const Args& filled) { return kernel(filled, stream); });
-  });
+// One Python signature for all kernels, (*args), keeps this unit's compile time small.
+template <class Args, int (*kernel)(const Args&, void*), bool host>
+void forward(const py::args& args) {
+  Reader in(args);
+  Args a{};
+  read(in, a);
+  in.done(1);
+  void* stream = in.pointer<void>();
+  if (host) check_host(a);
+  run(a, [stream](const Args& filled) { return kernel(filled, stream); });
 }
 
-template <class Args>
-void def_backward(py::module_& m, const std::string& name, int (*kernel)(const Args&, void*, void*),
-                  int64_t (*workspace)(const Args&), bool host) {
-  m.def(name.c_str(), [kernel, host](const py::args& args) {
-    Reader in(args);
-    Args a{};
-    read(in, a);
-    in.done(2);
-    void* space = in.pointer<void>();
-    void* stream = in.pointer<void>();
-    if (host) check_host(a);
-    run(a, [&](const Args& filled) { return kernel(filled, space, stream); });
-  });
-  m.def((name + "_workspace").c_str(), [workspace](const py::args& args) {
-    Reader in(args);
-    Args a{};
-    read(in, a);
-    in.done(0);
-    return workspace(a);
-  });
+template <class Args, int (*kernel)(const Args&, void*, void*), bool host>
+void backward(const py::args& args) {
+  Reader in(args);
+  Args a{};
+  read(in, a);
+  in.done(2);
+  void* space = in.pointer<void>();
+  void* stream = in.pointer<void>();
+  if (host) check_host(a);
+  run(a, [space, stream](const Args& filled) { return kernel(filled, space, stream); });
 }
 
-#define FASTEDIT_DEFINE(backend, prefix, host)                                                             \
-  def_forward<EditArgs>(m, prefix "_edit", backend::edit, host);                                           \
-  def_forward<EditAddArgs>(m, prefix "_edit_add", backend::edit_add, host);                                \
-  def_forward<EditAddNormArgs>(m, prefix "_edit_add_norm", backend::edit_add_norm, host);                  \
-  def_forward<ProjectArgs>(m, prefix "_project", backend::project, host);                                  \
-  def_backward<EditBackwardArgs>(m, prefix "_edit_backward", backend::edit_backward,                       \
-                                 backend::edit_backward_workspace, host);                                  \
-  def_backward<EditAddNormBackwardArgs>(m, prefix "_edit_add_norm_backward", backend::edit_add_norm_backward, \
-                                        backend::edit_add_norm_backward_workspace, host);                  \
-  def_backward<ProjectBackwardArgs>(m, prefix "_project_backward", backend::project_backward,              \
-                                    backend::project_backward_workspace, host);
+template <class Args, int64_t (*workspace)(const Args&)>
+int64_t workspace_size(const py::args& args) {
+  Reader in(args);
+  Args a{};
+  read(in, a);
+  in.done(0);
+  return workspace(a);
+}
+
+void define(py::module_& m, const char* name, void (*function)(const py::args&)) { m.def(name, function); }
+void define(py::module_& m, const char* name, int64_t (*function)(const py::args&)) { m.def(name, function); }
+
+#define FASTEDIT_FORWARD(space, prefix, host, op, Args) define(m, prefix "_" #op, forward<Args, space::op, host>);
+#define FASTEDIT_BACKWARD(space, prefix, host, op, Args)          \
+  define(m, prefix "_" #op, backward<Args, space::op, host>);     \
+  define(m, prefix "_" #op "_workspace", workspace_size<Args, space::op##_workspace>);
+#define FASTEDIT_DEFINE(space, prefix, host)                                                        \
+  FASTEDIT_FORWARD(space, prefix, host, edit, EditArgs)                                             \
+  FASTEDIT_FORWARD(space, prefix, host, edit_add, EditAddArgs)                                      \
+  FASTEDIT_FORWARD(space, prefix, host, edit_add_norm, EditAddNormArgs)                             \
+  FASTEDIT_FORWARD(space, prefix, host, project, ProjectArgs)                                       \
+  FASTEDIT_BACKWARD(space, prefix, host, edit_backward, EditBackwardArgs)                           \
+  FASTEDIT_BACKWARD(space, prefix, host, edit_add_norm_backward, EditAddNormBackwardArgs)           \
+  FASTEDIT_BACKWARD(space, prefix, host, project_backward, ProjectBackwardArgs)
 
 }  // namespace
 

@@ -62,7 +62,7 @@ def _announce(message):
 def select(device_type, dtype, second_dtype=None, on_sum=False):
     """The backend module for rows of `dtype` (added to a stream of `second_dtype`) on `device_type`."""
     forced = os.environ.get("FASTEDIT_BACKEND")
-    served = _served(dtype, second_dtype, on_sum)
+    served = _served(device_type, dtype, second_dtype, on_sum)
     if forced:
         reason = why_not(forced) or _unfit(forced, device_type, served)
         if reason:
@@ -83,9 +83,11 @@ def select(device_type, dtype, second_dtype=None, on_sum=False):
     return load("reference")
 
 
-def _served(dtype, second_dtype, on_sum):
+def _served(device_type, dtype, second_dtype, on_sum):
     """None if the kernels take these dtypes, else what they are."""
     dtypes = {dtype, second_dtype or dtype}
+    if device_type == "cpu" and dtypes == {torch.float16, torch.float32}:
+        return "float16 + float32 rows"
     if dtypes <= _KERNEL_DTYPES and (len(dtypes) == 1 or (second_dtype == torch.float32 and not on_sum)):
         return None
     return " + ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)) + " rows"

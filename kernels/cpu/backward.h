@@ -47,7 +47,7 @@ inline void accumulate(float* at, F value) {
 template <int R>
 inline void form_rows(const Params& p, float k, int64_t width, const float* const* grad, const float* const* h,
                       const float* const* z, const float (*q)[kMaxRank], const Accumulators& sums, float* d) {
-  each_column(width, [&](auto lane, int64_t c) {
+  each_column(width, [=](auto lane, int64_t c) {
     constexpr int L = decltype(lane)::count;
     typedef typename Lane<L>::F F;
     F g[R], kg[R], hidden[R];
@@ -237,21 +237,21 @@ struct FormBackward {
 template <class T>
 inline void load_row(float* to, const void* from, int64_t offset, int64_t width) {
   const typename T::T* in = static_cast<const typename T::T*>(from) + offset;
-  each_column(width, [&](auto lane, int64_t c) {
+  each_column(width, [=](auto lane, int64_t c) {
     Fp32::store<decltype(lane)::count>(to + c, T::template load<decltype(lane)::count>(in + c));
   });
 }
 template <class T>
 inline void add_row(float* to, const void* from, int64_t offset, int64_t width) {
   const typename T::T* in = static_cast<const typename T::T*>(from) + offset;
-  each_column(width, [&](auto lane, int64_t c) {
+  each_column(width, [=](auto lane, int64_t c) {
     accumulate(to + c, T::template load<decltype(lane)::count>(in + c));
   });
 }
 template <class T>
 inline void store_row(void* to, int64_t offset, const float* from, int64_t width) {
   typename T::T* out = static_cast<typename T::T*>(to) + offset;
-  each_column(width, [&](auto lane, int64_t c) {
+  each_column(width, [=](auto lane, int64_t c) {
     T::template store<decltype(lane)::count>(out + c, load_as<typename decltype(lane)::F>(from + c));
   });
 }

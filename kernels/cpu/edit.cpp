@@ -14,9 +14,9 @@ void edit_as(const EditArgs& a) {
   const E* in = static_cast<const E*>(a.hidden);
   E* out = static_cast<E*>(a.out);
   each_group(a.form, a.rows, a.width, [&]<int R>(int64_t row, const Params& p, float k) {
-    auto hidden = [&](int r, auto lane, int64_t c) {
-      return T::template load<decltype(lane)::count>(in + (row + r) * a.hidden_stride + c);
-    };
+    const RowPointers<const E, R> from(in + row * a.hidden_stride, a.hidden_stride);
+    const RowPointers<E, R> to(out + row * a.width, a.width);
+    auto hidden = [=](int r, auto lane, int64_t c) { return T::template load<decltype(lane)::count>(from.at[r] + c); };
     float z[R][kMaxRank];
     if (p.rank && slot_of(a.form, row) >= 0) {
       project_rows<R>(p.read, p.offset, p.rank, a.width, hidden, z);
@@ -28,8 +28,8 @@ void edit_as(const EditArgs& a) {
       memcpy(out + row * a.width, in + row * a.hidden_stride, static_cast<size_t>(a.width) * sizeof(E));
       return;
     }
-    edit_rows<R>(p, k, a.width, z, hidden, [&](int r, auto lane, int64_t c, auto edited) {
-      T::template store<decltype(lane)::count>(out + (row + r) * a.width + c, edited);
+    edit_rows<R>(p, k, a.width, z, hidden, [=](int r, auto lane, int64_t c, auto edited) {
+      T::template store<decltype(lane)::count>(to.at[r] + c, edited);
     });
   });
 }

@@ -11,8 +11,9 @@ int edit_add(const EditAddArgs& a, void*) {
   with_dtypes(a.x_dtype, a.residual_dtype, [&]<class X, class R0>() {
     typename R0::T* out = static_cast<typename R0::T*>(a.out);
     each_group(a.form, a.rows, a.width, [&]<int R>(int64_t row, const Params& p, float k) {
-      add_rows<X, R0, R>(a, row, p, k, [&](int r, auto lane, int64_t c, auto sum) {
-        R0::template store<decltype(lane)::count>(out + (row + r) * a.width + c, sum);
+      const RowPointers<typename R0::T, R> to(out + row * a.width, a.width);
+      add_rows<X, R0, R>(a, row, p, k, [=](int r, auto lane, int64_t c, auto sum) {
+        R0::template store<decltype(lane)::count>(to.at[r] + c, sum);
       });
     });
   });

@@ -22,10 +22,10 @@ void normalise(const EditAddNormArgs& a, const float* rows, int64_t row) {
   const E* weight = static_cast<const E*>(a.weight);
   const E* norm_bias = static_cast<const E*>(a.norm_bias);
   E* normed = static_cast<E*>(a.normed) + row * width;
-  auto value = [&](auto lane, int64_t c) { return load_as<typename decltype(lane)::F>(rows + c); };
+  auto value = [=](auto lane, int64_t c) { return load_as<typename decltype(lane)::F>(rows + c); };
   float mean = 0.0f;
   if (a.kind == LAYER) mean = sum_columns(width, value) / static_cast<float>(width);
-  const float square = sum_columns(width, [&](auto lane, int64_t c) {
+  const float square = sum_columns(width, [=](auto lane, int64_t c) {
     const auto centred = value(lane, c) - mean;
     return centred * centred;
   });
@@ -33,18 +33,18 @@ void normalise(const EditAddNormArgs& a, const float* rows, int64_t row) {
   if (a.mean) a.mean[row] = mean;
   if (a.rstd) a.rstd[row] = rstd;
   if (a.kind == RMS) {
-    each_column(width, [&](auto lane, int64_t c) {
+    each_column(width, [=](auto lane, int64_t c) {
       constexpr int L = decltype(lane)::count;
       const auto unit = R0::template rounded<L>(value(lane, c) * rstd);
       R0::template store<L>(normed + c, R0::template load<L>(weight + c) * unit);
     });
   } else if (a.kind == GEMMA) {
-    each_column(width, [&](auto lane, int64_t c) {
+    each_column(width, [=](auto lane, int64_t c) {
       constexpr int L = decltype(lane)::count;
       R0::template store<L>(normed + c, value(lane, c) * rstd * (R0::template load<L>(weight + c) + 1.0f));
     });
   } else {
-    each_column(width, [&](auto lane, int64_t c) {
+    each_column(width, [=](auto lane, int64_t c) {
       constexpr int L = decltype(lane)::count;
       typedef typename Lane<L>::F F;
       const F gain = weight ? R0::template load<L>(weight + c) : splat<L>(1.0f);
@@ -62,11 +62,13 @@ int edit_add_norm(const EditAddNormArgs& a, void*) {
     typename R0::T* out = static_cast<typename R0::T*>(a.add.out);
     each_group(a.add.form, a.add.rows, width, [&]<int R>(int64_t row, const Params& p, float k) {
       Scratch rounded(R * width);
-      add_rows<X, R0, R>(a.add, row, p, k, [&](int r, auto lane, int64_t c, auto sum) {
+      const RowPointers<float, R> wait(rounded.floats(), width);
+      const RowPointers<typename R0::T, R> to(out ? out + row * width : nullptr, out ? width : 0);
+      add_rows<X, R0, R>(a.add, row, p, k, [=](int r, auto lane, int64_t c, auto sum) {
         constexpr int L = decltype(lane)::count;
         const auto stored = R0::template rounded<L>(sum);
-        memcpy(rounded.floats() + r * width + c, &stored, sizeof stored);
-        if (out) R0::template store<L>(out + (row + r) * width + c, stored);
+        memcpy(wait.at[r] + c, &stored, sizeof stored);
+        if (to.at[r]) R0::template store<L>(to.at[r] + c, stored);
       });
       for (int r = 0; r < R; ++r) normalise<R0>(a, rounded.floats() + r * width, row + r);
     });

@@ -23,30 +23,31 @@ void norm_backward(const EditAddNormBackwardArgs& a, int64_t row, float* total, 
   const E* out = static_cast<const E*>(a.residual_out) + row * width;
   const E* weight = static_cast<const E*>(a.weight);
   const float rstd = a.rstd[row], mean = a.kind == LAYER ? a.mean[row] : 0.0f;
-  auto unit = [&](auto lane, int64_t c) { return (R0::template load<decltype(lane)::count>(out + c) - mean) * rstd; };
-  auto scaled = [&](auto lane, int64_t c) {
+  auto unit = [=](auto lane, int64_t c) { return (R0::template load<decltype(lane)::count>(out + c) - mean) * rstd; };
+  const int kind = a.kind;
+  auto scaled = [=](auto lane, int64_t c) {
     constexpr int L = decltype(lane)::count;
     const auto g = R0::template load<L>(grad + c);
     if (!weight) return g;
     const auto gain = R0::template load<L>(weight + c);
-    return a.kind == GEMMA ? g * (gain + 1.0f) : g * gain;
+    return kind == GEMMA ? g * (gain + 1.0f) : g * gain;
   };
-  const float inner = sum_columns(width, [&](auto lane, int64_t c) { return scaled(lane, c) * unit(lane, c); }) /
+  const float inner = sum_columns(width, [=](auto lane, int64_t c) { return scaled(lane, c) * unit(lane, c); }) /
                       static_cast<float>(width);
   const float level = a.kind == LAYER ? sum_columns(width, scaled) / static_cast<float>(width) : 0.0f;
-  each_column(width, [&](auto lane, int64_t c) {
+  each_column(width, [=](auto lane, int64_t c) {
     const auto value = (scaled(lane, c) - unit(lane, c) * inner - level) * rstd;
     memcpy(total + c, &value, sizeof value);
   });
   if (!sums) return;
   if (a.d_weight) {
-    each_column(width, [&](auto lane, int64_t c) {
+    each_column(width, [=](auto lane, int64_t c) {
       accumulate(sums + c, R0::template load<decltype(lane)::count>(grad + c) * unit(lane, c));
     });
     sums += width;
   }
   if (a.d_norm_bias) {
-    each_column(width, [&](auto lane, int64_t c) {
+    each_column(width, [=](auto lane, int64_t c) {
       accumulate(sums + c, R0::template load<decltype(lane)::count>(grad + c));
     });
   }

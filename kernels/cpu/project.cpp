@@ -54,7 +54,7 @@ int project_backward(const ProjectBackwardArgs& a, void*, void*) {
         if (a.d_read) {
           const E* in = static_cast<const E*>(a.hidden) + row * a.hidden_stride;
           float* h = one.floats();
-          each_column(width, [&](auto lane, int64_t c) {
+          each_column(width, [=](auto lane, int64_t c) {
             Fp32::store<decltype(lane)::count>(h + c, T::template load<decltype(lane)::count>(in + c));
           });
           for (int64_t j = 0; j < rank; ++j) add_scaled(d_read + j * width, h, g[j], width);
@@ -65,7 +65,7 @@ int project_backward(const ProjectBackwardArgs& a, void*, void*) {
           memset(d, 0, static_cast<size_t>(width) * sizeof(float));
           for (int64_t j = 0; j < rank; ++j) add_scaled(d, a.read + j * width, g[j], width);
           E* out = static_cast<E*>(a.d_hidden) + row * width;
-          each_column(width, [&](auto lane, int64_t c) {
+          each_column(width, [=](auto lane, int64_t c) {
             T::template store<decltype(lane)::count>(out + c, load_as<typename decltype(lane)::F>(d + c));
           });
         }

@@ -18,7 +18,7 @@ inline int64_t block_rows(int64_t rows) {
 }
 
 inline void add_scaled(float* to, const float* from, float factor, int64_t width) {
-  each_column(width, [&](auto lane, int64_t c) {
+  each_column(width, [=](auto lane, int64_t c) {
     typedef typename decltype(lane)::F F;
     const F sum = load_as<F>(to + c) + factor * load_as<F>(from + c);
     memcpy(to + c, &sum, sizeof sum);
