@@ -43,10 +43,10 @@ inline void accumulate(float* at, F value) {
 }
 
 // One group: grad[r] and h[r] are fp32 rows (h may be null where nothing reads it), z[r] and q[r] have rank
-// entries. d (R rows, width) receives d_hidden; null if not wanted.
+// entries. d[r] receives d_hidden; d is null if not wanted.
 template <int R>
 inline void form_rows(const Params& p, float k, int64_t width, const float* const* grad, const float* const* h,
-                      const float* const* z, const float (*q)[kMaxRank], const Accumulators& sums, float* d) {
+                      const float* const* z, const float (*q)[kMaxRank], const Accumulators& sums, float* const* d) {
   each_column(width, [=](auto lane, int64_t c) {
     constexpr int L = decltype(lane)::count;
     typedef typename Lane<L>::F F;
@@ -88,9 +88,17 @@ inline void form_rows(const Params& p, float k, int64_t width, const float* cons
       const F read = load_as<F>(p.read + j * width + c);
       for (int r = 0; r < R; ++r) back[r] += q[r][j] * read;
     }
-    for (int r = 0; r < R; ++r) memcpy(d + r * width + c, &back[r], sizeof(F));
+    for (int r = 0; r < R; ++r) memcpy(d[r] + c, &back[r], sizeof(F));
   });
 }
+
+// A row on its way through: scratch to convert into, and where its G, h and d_hidden are. Rows that are fp32 in
+// memory are used where they lie.
+struct Row {
+  float *grad_scratch, *hidden_scratch;
+  const float *grad, *hidden;
+  float* d_hidden;
+};
 
 // What of the backward does not depend on dtypes.
 struct FormBackward {
@@ -123,7 +131,7 @@ struct FormBackward {
 
   template <int R>
   void group(const int64_t* row, const Params& p, float k, const float* const* grad, const float* const* h,
-             const Accumulators& sums, float* d_hidden) const {
+             const Accumulators& sums, float* const* d_hidden) const {
     const float* z_rows[R];
     float q[R][kMaxRank];
     for (int r = 0; r < R; ++r) z_rows[r] = z ? z + row[r] * p.rank : nullptr;
@@ -141,8 +149,8 @@ struct FormBackward {
     form_rows<R>(p, k, width, grad, h, z_rows, q, sums, d_hidden);
   }
 
-  // load(row, G, h) fills fp32 rows; sink(row, G, d_hidden) stores results (d_hidden null if not wanted).
-  // extra(block) and the sums of `norm_columns` more columns belong to the caller.
+  // load(row, to, sums) fills the fp32 scratch of `to`, or points it at rows that are fp32 already; sink(row, from)
+  // stores results. The sums of `norm_columns` more columns belong to the caller.
   template <class Load, class Sink>
   int run(bool want_d_hidden, bool want_h, int64_t norm_columns, float* norm_out[2], Load load, Sink sink) const {
     const bool own_pass = form.slot && sums_wanted();
@@ -153,7 +161,7 @@ struct FormBackward {
       float* partial = form_columns + norm_columns ? sums.partial(block) : nullptr;
       const Accumulators into(own_pass ? FormGrad{} : d, partial, width, rank());
       walk(sums, block, into, want_d_hidden, want_h, true,
-           [&](int64_t row, float* g, float* h) { load(row, g, h, partial ? partial + form_columns : nullptr); }, sink);
+           [&](int64_t row, Row& to) { load(row, to, partial ? partial + form_columns : nullptr); }, sink);
     });
     const float* total = form_columns + norm_columns ? sums.reduce() : nullptr;
     FormGrad to = d;
@@ -183,8 +191,7 @@ struct FormBackward {
     each_task(sums.blocks(), rows * width, [&](int64_t block) {
       const Accumulators into(d, sums.partial(block), width, rank());
       without_k.walk(sums, block, into, false, d.scale || d.read, false,
-                     [&](int64_t row, float* g, float* h) { load(row, g, h, nullptr); },
-                     [](int64_t, const float*, const float*) {});
+                     [&](int64_t row, Row& to) { load(row, to, nullptr); }, [](int64_t, const Row&) {});
     });
     FormGrad to = d;
     for (int64_t s = 0; s < form.slots; ++s) {
@@ -198,9 +205,6 @@ struct FormBackward {
   void walk(const ColumnSums& sums, int64_t block, const Accumulators& into, bool want_d_hidden, bool want_h,
             bool want_rows, Load load, Sink sink) const {
     Scratch scratch(3 * kGroup * width);
-    float *g = scratch.floats(), *h = g + kGroup * width, *back = h + kGroup * width;
-    const float *grads[kGroup], *hiddens[kGroup];
-    for (int r = 0; r < kGroup; ++r) grads[r] = g + r * width, hiddens[r] = h + r * width;
     const int64_t last = sums.last(block);
     for (int64_t i = sums.first(block); i < last;) {
       int64_t row[kGroup] = {sums.row(i)};
@@ -214,21 +218,31 @@ struct FormBackward {
         together = own == slot && coefficient_of(form, row[r], own) == 1.0f;
       }
       if (together) count = kGroup;
-      for (int r = 0; r < count; ++r) load(row[r], g + r * width, want_h ? h + r * width : nullptr);
+      Row at[kGroup];
+      const float *grads[kGroup], *hiddens[kGroup];
+      float* backs[kGroup];
+      for (int r = 0; r < count; ++r) {
+        float* own = scratch.floats() + 3 * r * width;
+        at[r] = {own, own + width, own, want_h ? own + width : nullptr, want_d_hidden ? own + 2 * width : nullptr};
+        load(row[r], at[r]);
+        grads[r] = at[r].grad, hiddens[r] = at[r].hidden, backs[r] = at[r].d_hidden;
+      }
       if (want_rows && d.coefficient) {
         for (int r = 0; r < count; ++r) {
-          d.coefficient[row[r]] = slot < 0 ? 0.0f : coefficient_gradient(p, grads[r], hiddens[r], z ? z + row[r] * p.rank : nullptr);
+          d.coefficient[row[r]] =
+              slot < 0 ? 0.0f : coefficient_gradient(p, grads[r], hiddens[r], z ? z + row[r] * p.rank : nullptr);
         }
       }
-      float* d_hidden = want_d_hidden ? back : nullptr;
-      if (slot < 0) {
-        d_hidden = want_d_hidden ? g : nullptr;  // untouched rows pass their gradient on
+      const float* const* h = want_h ? hiddens : nullptr;
+      float* const* back = want_d_hidden ? backs : nullptr;
+      if (slot < 0) {  // untouched rows pass their gradient on
+        if (back) memcpy(backs[0], grads[0], static_cast<size_t>(width) * sizeof(float));
       } else if (count == kGroup) {
-        group<kGroup>(row, p, 1.0f, grads, want_h ? hiddens : nullptr, into, d_hidden);
+        group<kGroup>(row, p, 1.0f, grads, h, into, back);
       } else {
-        group<1>(row, p, coefficient_of(form, row[0], slot), grads, want_h ? hiddens : nullptr, into, d_hidden);
+        group<1>(row, p, coefficient_of(form, row[0], slot), grads, h, into, back);
       }
-      for (int r = 0; r < count; ++r) sink(row[r], g + r * width, d_hidden ? d_hidden + r * width : nullptr);
+      for (int r = 0; r < count; ++r) sink(row[r], at[r]);
       i += count;
     }
   }
@@ -241,6 +255,21 @@ inline void load_row(float* to, const void* from, int64_t offset, int64_t width)
     Fp32::store<decltype(lane)::count>(to + c, T::template load<decltype(lane)::count>(in + c));
   });
 }
+// The row in fp32: where it lies if it is fp32, else converted into scratch.
+template <class T>
+inline const float* row_of(float* scratch, const void* from, int64_t offset, int64_t width) {
+  load_row<T>(scratch, from, offset, width);
+  return scratch;
+}
+template <>
+inline const float* row_of<Fp32>(float*, const void* from, int64_t offset, int64_t) {
+  return static_cast<const float*>(from) + offset;
+}
+// Where d_hidden is formed: in its own row if that is fp32, else in scratch, to be stored rounded afterwards.
+template <class T>
+inline float* form_in(float* scratch, void*, int64_t) { return scratch; }
+template <>
+inline float* form_in<Fp32>(float*, void* out, int64_t offset) { return static_cast<float*>(out) + offset; }
 template <class T>
 inline void add_row(float* to, const void* from, int64_t offset, int64_t width) {
   const typename T::T* in = static_cast<const typename T::T*>(from) + offset;
@@ -251,6 +280,7 @@ inline void add_row(float* to, const void* from, int64_t offset, int64_t width) 
 template <class T>
 inline void store_row(void* to, int64_t offset, const float* from, int64_t width) {
   typename T::T* out = static_cast<typename T::T*>(to) + offset;
+  if (static_cast<const void*>(out) == from) return;  // formed in place
   each_column(width, [=](auto lane, int64_t c) {
     T::template store<decltype(lane)::count>(out + c, load_as<typename decltype(lane)::F>(from + c));
   });

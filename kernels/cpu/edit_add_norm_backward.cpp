@@ -65,16 +65,21 @@ int edit_add_norm_backward(const EditAddNormBackwardArgs& a, void*, void*) {
     const int64_t norm_columns = (a.d_weight ? a.width : 0) + (a.d_norm_bias ? a.width : 0);
     error = backward.run(
         a.d_x || (a.on_sum && a.d_residual), a.x != nullptr, norm_columns, norm_out,
-        [&](int64_t row, float* total, float* hidden, float* norm_sums) {
-          a.grad_normed ? norm_backward<R0>(a, row, total, norm_sums) : zero_row(total, a.width);
-          if (a.grad_residual) add_row<R0>(total, a.grad_residual, row * a.grad_residual_stride, a.width);
-          if (!hidden) return;
-          load_row<X>(hidden, a.x, row * a.x_stride, a.width);
-          if (a.residual) add_row<R0>(hidden, a.residual, row * a.residual_stride, a.width);
+        [&](int64_t row, Row& to, float* norm_sums) {
+          a.grad_normed ? norm_backward<R0>(a, row, to.grad_scratch, norm_sums) : zero_row(to.grad_scratch, a.width);
+          if (a.grad_residual) add_row<R0>(to.grad_scratch, a.grad_residual, row * a.grad_residual_stride, a.width);
+          if (to.d_hidden && a.d_x) to.d_hidden = form_in<X>(to.d_hidden, a.d_x, row * a.width);
+          if (!to.hidden) return;
+          if (a.residual) {
+            load_row<X>(to.hidden_scratch, a.x, row * a.x_stride, a.width);
+            add_row<R0>(to.hidden_scratch, a.residual, row * a.residual_stride, a.width);
+          } else {
+            to.hidden = row_of<X>(to.hidden_scratch, a.x, row * a.x_stride, a.width);
+          }
         },
-        [&](int64_t row, const float* total, const float* d_hidden) {
-          if (a.d_x) store_row<X>(a.d_x, row * a.width, d_hidden, a.width);
-          if (a.d_residual) store_row<R0>(a.d_residual, row * a.width, a.on_sum ? d_hidden : total, a.width);
+        [&](int64_t row, const Row& from) {
+          if (a.d_x) store_row<X>(a.d_x, row * a.width, from.d_hidden, a.width);
+          if (a.d_residual) store_row<R0>(a.d_residual, row * a.width, a.on_sum ? from.d_hidden : from.grad, a.width);
         });
   });
   return error;

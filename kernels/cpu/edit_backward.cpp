@@ -17,14 +17,23 @@ int edit_backward(const EditBackwardArgs& a, void*, void*) {
     float* none[2] = {nullptr, nullptr};
     error = backward.run(
         a.d_hidden != nullptr, a.hidden != nullptr, 0, none,
-        [&](int64_t row, float* grad, float* hidden, float*) {
-          a.grad ? load_row<G>(grad, a.grad, row * a.grad_stride, a.width) : zero_row(grad, a.width);
-          if (!hidden) return;
-          load_row<X>(hidden, a.hidden, row * a.hidden_stride, a.width);
-          if (a.residual) add_row<X>(hidden, a.residual, row * a.residual_stride, a.width);
+        [&](int64_t row, Row& to, float*) {
+          if (a.grad) {
+            to.grad = row_of<G>(to.grad_scratch, a.grad, row * a.grad_stride, a.width);
+          } else {
+            zero_row(to.grad_scratch, a.width);
+          }
+          if (to.d_hidden && a.d_hidden) to.d_hidden = form_in<X>(to.d_hidden, a.d_hidden, row * a.width);
+          if (!to.hidden) return;
+          if (a.residual) {
+            load_row<X>(to.hidden_scratch, a.hidden, row * a.hidden_stride, a.width);
+            add_row<X>(to.hidden_scratch, a.residual, row * a.residual_stride, a.width);
+          } else {
+            to.hidden = row_of<X>(to.hidden_scratch, a.hidden, row * a.hidden_stride, a.width);
+          }
         },
-        [&](int64_t row, const float*, const float* d_hidden) {
-          if (d_hidden) store_row<X>(a.d_hidden, row * a.width, d_hidden, a.width);
+        [&](int64_t row, const Row& from) {
+          if (from.d_hidden) store_row<X>(a.d_hidden, row * a.width, from.d_hidden, a.width);
         });
   });
   return error;
