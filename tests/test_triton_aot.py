@@ -1,0 +1,381 @@
+"""Every Triton kernel compiled without a GPU: activations move 128 bits a thread, nothing is fp64.
+
+The launches are the backend's own, recorded instead of run. Each global access is traced back to the kernel
+argument its address comes from, in PTX for NVIDIA and in LLVM IR for AMD, because a search for vector loads
+finds those of the fp32 parameters also where the activations go one element at a time.
+"""
+
+import os
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels cannot be compiled under TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from fastedit.kernels import triton as backend
+from fastedit.kernels.triton import host, launch, norm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {F32: "*fp32", BF16: "*bf16", F16: "*fp16", torch.int32: "*i32"}
+STREAMS = {
+    "x", "residual", "out", "stored", "normed", "grad", "grad_normed", "d_hidden", "d_residual"
+}  # fmt: skip
+KERNELS = {
+    name
+    for module_name, module in list(sys.modules.items())
+    if module_name.startswith(backend.__name__ + ".")
+    for name, function in vars(module).items()
+    if isinstance(function, triton.JITFunction) and name.endswith("_kernel")
+}
+
+
+# --- from a recorded launch to code ---------------------------------------------------------------
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """recorded(target): a list that fills with the launches of the ops called from then on."""
+
+    def start(target):
+        launches = []
+        monkeypatch.setattr(host, "warp_size", lambda: target.warp_size)
+        monkeypatch.setattr(
+            host, "run", lambda kernel, shape, _, *args, **opts: launches.append((kernel, shape, args, opts))
+        )
+        return launches
+
+    return start
+
+
+def compile_launch(kernel, shape, args, options, target):
+    """(compiled, names of the run-time arguments in order), specialised on 1, None and 16 as Triton does."""
+    signature, constants, attributes = {}, dict(options), {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(options, "constexpr")
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(
+        source, target=target, options={"num_warps": shape.num_warps, **host.COMPILE_OPTIONS}
+    )
+    return compiled, [name for name in kernel.arg_names if signature[name] != "constexpr"]
+
+
+# --- which argument an access belongs to ----------------------------------------------------------
+
+
+def trace(definitions, origins):
+    """Register → arguments it may point into, to the fixed point over (result, operands) pairs."""
+    changed = True
+    while changed:
+        changed = False
+        for result, operands in definitions:
+            found = set().union(*(origins.get(o, ()) for o in operands))
+            if not found <= origins.get(result, set()):
+                origins[result] = origins.get(result, set()) | found
+                changed = True
+    return origins
+
+
+PTX_ACCESS = re.compile(
+    r"(?P<op>ld|st)\.global(?P<mods>[.\w:]*)\s+(?:\{[^}]*\}|%\w+)?,?\s*\[\s*(?P<address>%\w+)"
+    r"|cp\.async\.c[ag]\.shared\.global[.\w:]*\s+\[[^\]]*\],\s*\[\s*(?P<source>%\w+)[^\]]*\],\s*(?P<bytes>\w+)"
+)
+
+
+def ptx_accesses(ptx, names):
+    """{argument: [bits of each global access]}."""
+    definitions, origins, accesses = [], {}, []
+    for line in re.sub(r"//.*", "", ptx).split(";"):
+        line = re.sub(
+            r"^@!?%\w+\s+",
+            "",
+            line.split("\n")[-1].strip() if "{" not in line else line.strip().split("\n")[-1].strip(),
+        )
+        parameter = re.match(r"ld\.param\.\w+\s+(%\w+),\s*\[\w+_param_(\d+)\]", line)
+        access = PTX_ACCESS.search(line)
+        if parameter:
+            index = int(parameter[2])
+            if index < len(names):
+                origins[parameter[1]] = {names[index]}
+        elif access:
+            if access["bytes"]:
+                accesses.append((access["source"], 8 * int(access["bytes"], 0)))
+            else:
+                width, count = (
+                    int(re.search(r"\.[busf](\d+)", access["mods"])[1]),
+                    re.search(r"\.v(\d)", access["mods"]),
+                )
+                accesses.append((access["address"], width * int(count[1] if count else 1)))
+        else:
+            registers = re.findall(r"%\w+", line)
+            definitions += [(registers[0], registers[1:])] if len(registers) > 1 else []
+    return group(accesses, trace(definitions, origins), names)
+
+
+TYPE = r"<\d+ x \w+>|\w+"
+LLVM_ACCESS = re.compile(
+    rf"(?:load (?P<load>{TYPE})|store (?P<store>{TYPE}) [^,]+), ptr addrspace\(1\) (?P<address>%[\w.]+)"
+    r"|raw\.ptr\.buffer\.(?:load|store)\.(?P<buffer>\w+)\([^)]*?ptr addrspace\(8\) (?P<resource>%[\w.]+)"
+)
+BITS = {
+    "bfloat": 16,
+    "half": 16,
+    "float": 32,
+    "double": 64,
+    "bf16": 16,
+    "f16": 16,
+    "f32": 32,
+    "f64": 64,
+    "ptr": 64,
+}
+
+
+def llvm_bits(kind):
+    """Bits of `<8 x bfloat>`, `i32`, or an intrinsic's `v4i32`."""
+    count, element = (
+        re.fullmatch(r"<(\d+) x (\w+)>|v?(?:(?<=v)(\d+))?(\w+)", kind).group(1, 2)
+        if kind[0] == "<"
+        else (re.fullmatch(r"(?:v(\d+))?(\w+)", kind).groups())
+    )
+    return int(count or 1) * (BITS.get(element) or int(element[1:]))
+
+
+def llvm_accesses(llir, names):
+    """{argument: [bits of each global access]}; argument i of the kernel is %i."""
+    definitions, accesses = [], []
+    for line in llir.splitlines():
+        access = LLVM_ACCESS.search(line)
+        if access:
+            kind = access["load"] or access["store"] or access["buffer"]
+            accesses.append((access["address"] or access["resource"], llvm_bits(kind)))
+        elif " = " in line and ("call " not in line or "make.buffer.rsrc" in line):
+            result, _, expression = line.strip().partition(" = ")
+            definitions.append((result, re.findall(r"%[\w.]+", expression)))
+    return group(accesses, trace(definitions, {f"%{i}": {name} for i, name in enumerate(names)}), names)
+
+
+def group(accesses, origins, names):
+    found = {name: [] for name in names}
+    for register, bits in accesses:
+        for name in origins.get(register, ()):
+            found[name].append(bits)
+    return found
+
+
+def accesses_of(compiled, names):
+    if "ptx" in compiled.asm:
+        return ptx_accesses(compiled.asm["ptx"], names)
+    return llvm_accesses(compiled.asm["llir"], names)
+
+
+def narrow_streams(accesses):
+    """Streams with an access narrower than 128 bits, or with none that could be found."""
+    return {n: sorted(set(a)) for n, a in accesses.items() if n in STREAMS and (not a or min(a) < 128)}
+
+
+# --- the kernels ----------------------------------------------------------------------------------
+
+ROWS, WIDTH = 1000, 4096  # rows that 16 does not divide: nothing may lean on that
+
+
+def empty(*shape, dtype=F32):
+    return torch.empty(shape, dtype=dtype)
+
+
+def make_form(rank=0, slots=0, coefficient=False, width=WIDTH):
+    lead = (slots,) if slots else ()
+    low = (empty(*lead, rank, width), empty(*lead, rank), empty(*lead, rank, width)) if rank else (None,) * 3
+    slot = torch.zeros(ROWS, dtype=torch.int32) if slots else None
+    return empty(*lead, width), empty(*lead, width), *low, slot, (empty(ROWS) if coefficient else None)
+
+
+def needs(form):
+    scale, bias, read, offset, write, _, k = form
+    return (True, *(p is not None for p in (scale, bias, read, offset, write, k)))
+
+
+def call_forwards(dtype, residual_dtype):
+    x, residual = empty(ROWS, WIDTH, dtype=dtype), empty(ROWS, WIDTH, dtype=residual_dtype)
+    weight = empty(WIDTH, dtype=residual_dtype)
+    backend.edit(x, *make_form())
+    backend.edit_add(x, residual, *make_form(slots=3, coefficient=True), True)
+    backend.edit_add_norm(x, residual, weight, weight, *make_form(), False, norm.LAYER, 1e-5)
+    backend.edit_add_norm(x, residual, weight, None, *make_form(4, slots=3), True, norm.GEMMA, 1e-5, True)
+    backend.edit_add_norm(
+        x, residual, weight, None, *make_form(17, coefficient=True), False, norm.RMS, 1e-6, True
+    )
+    backend.project(x, empty(4, WIDTH), empty(4))
+    wide = empty(8, 20480, dtype=dtype)
+    backend.edit_add_norm(wide, wide, wide[0], None, *make_form(width=20480), False, norm.RMS, 1e-6, True)
+
+
+def call_backwards(dtype, residual_dtype):
+    x, residual = empty(ROWS, WIDTH, dtype=dtype), empty(ROWS, WIDTH, dtype=residual_dtype)
+    weight, stat = empty(WIDTH, dtype=residual_dtype), empty(ROWS)
+    for rank, slots in ((0, 0), (17, 0), (4, 3)):
+        form, z = make_form(rank, slots, True), empty(ROWS, rank) if rank else None
+        backend.edit_backward(x, x, None, *form, z, z, needs(form), dtype)
+    for rank in (0, 17):
+        form, z = make_form(rank), empty(ROWS, rank) if rank else None
+        backend.edit_add_norm_backward(
+            residual, residual, residual, x, None, weight, stat, stat, *form, z, z, False, norm.LAYER,
+            (*needs(form), True), (True, True), dtype, residual_dtype,
+        )  # fmt: skip
+
+
+def check_code(launches, target):
+    seen = set()
+    for kernel, shape, args, options in launches:
+        key = (
+            kernel.__name__,
+            tuple(a.dtype if isinstance(a, torch.Tensor) else a is None for a in args),
+            *options.items(),
+        )
+        if key in seen:
+            continue
+        seen.add(key)
+        compiled, names = compile_launch(kernel, shape, args, options, target)
+        accesses = accesses_of(compiled, names)
+        assert not narrow_streams(accesses), f"{kernel.__name__} {shape}: {narrow_streams(accesses)}"
+        code = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+        assert "f64" not in code, f"{kernel.__name__} computes in fp64"
+        assert compiled.metadata.shared <= 48 * 1024, (
+            f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory"
+        )
+        if "ptx" not in compiled.asm:
+            quads = sum(bits // 128 for n, a in accesses.items() if n in STREAMS for bits in a)
+            kept = len(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx4", code))
+            assert kept >= quads, (
+                f"{kernel.__name__}: {quads} accesses of 128 bits became {kept} in the machine code"
+            )
+    return {key[0] for key in seen}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_activations_move_128_bits_and_nothing_is_fp64(record, target):
+    launches = record(target)
+    call_forwards(BF16, BF16)
+    call_backwards(BF16, BF16)
+    assert check_code(launches, target) == KERNELS
+
+
+def test_the_same_for_fp32_rows(record):
+    target = TARGETS["sm_90"]
+    launches = record(target)
+    call_forwards(F32, F32)
+    check_code(
+        [entry for entry in launches if entry[0].__name__ in ("edit_kernel", "edit_rows_kernel")], target
+    )
+
+
+def test_the_same_for_bf16_added_to_fp32(record):
+    target = TARGETS["sm_90"]
+    launches = record(target)
+    call_forwards(BF16, F32)
+    check_code([entry for entry in launches if entry[0].__name__ == "edit_kernel"], target)
+
+
+# --- the analysers themselves ---------------------------------------------------------------------
+
+
+@triton.jit
+def plain_kernel(x, out, scale, width, EVERY: tl.constexpr, BLOCK: tl.constexpr):
+    """Moves x to out times scale; where EVERY is 2, from every second element of x."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + cols * EVERY, mask=cols < width, other=0.0) * tl.load(
+        scale + cols, mask=cols < width, other=0.0
+    )
+    tl.store(out + cols, value.to(tl.bfloat16), mask=cols < width)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_the_analyser_flags_a_scalar_stream_among_vector_accesses(target):
+    shape = launch.Launch(1, 1024, 4 * 32 // target.warp_size, 1, 1)
+    args = (empty(4096, dtype=BF16), empty(4096, dtype=BF16), empty(4096), WIDTH)
+    flagged = {}
+    for every in (1, 2):
+        compiled, names = compile_launch(plain_kernel, shape, args, {"EVERY": every, "BLOCK": 1024}, target)
+        accesses = accesses_of(compiled, names)
+        assert all(accesses[name] for name in ("x", "out", "scale")), accesses
+        assert min(accesses["scale"]) == 128
+        flagged[every] = narrow_streams(accesses)
+    assert flagged[1] == {}
+    assert flagged[2] == {"x": [16]}
+
+
+def test_the_analyser_flags_an_unaligned_width(record):
+    """The kernels themselves, at a width that 16 does not divide: no stream may pass."""
+    launches = record(TARGETS["sm_90"])
+    x = empty(ROWS, 1001, dtype=BF16)
+    backend.edit_add(x, x, *make_form(width=1001))
+    compiled, names = compile_launch(*launches[0], TARGETS["sm_90"])
+    assert set(narrow_streams(accesses_of(compiled, names))) == {"x", "residual", "out"}
+
+
+# --- launch shapes --------------------------------------------------------------------------------
+
+WIDTHS = [1, 64, 100, 384, 768, 1000, 1024, 2048, 4096, 5120, 8192, 11008, 16384, 16400, 65536]
+COUNTS = [1, 7, 256, 300, 4096, 65536, 1_000_000]
+
+
+@pytest.mark.parametrize("warp_size", [32, 64])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_launches_cover_the_rows_and_their_sums_do_not_depend_on_how_many(width, warp_size):
+    made = {
+        "tile": [launch.tile_launch(n, width, warp_size) for n in COUNTS],
+        "rows": [launch.rows_launch(n, width, warp_size) for n in COUNTS],
+        "products": [launch.wide_launch(n, width, 17, False, warp_size) for n in COUNTS],
+        "wide": [launch.wide_launch(n, width, 4, True, warp_size) for n in COUNTS],
+        "statistics": [launch.statistics_launch(n, width, warp_size) for n in COUNTS],
+    }
+    for name, shapes in made.items():
+        assert len({replace(s, steps=0, programs=0) for s in shapes}) == 1, (
+            f"{name} blocks depend on the row count"
+        )
+        tiles = launch.cdiv(width, shapes[0].block_width) if name == "tile" else 1
+        for count, s in zip(COUNTS, shapes, strict=True):
+            assert s.programs % tiles == 0
+            covered = s.programs // tiles * s.steps * s.block_rows
+            assert count <= covered < count + s.steps * s.block_rows, f"{name} {count} rows: {s}"
+            assert s.num_warps * warp_size <= 1024
+            if width >= 64:  # a narrower tile than 128 bits a thread would undo the vector accesses
+                assert s.block_rows * s.block_width >= 8 * s.num_warps * warp_size, f"{name}: {s}"
+
+
+@pytest.mark.parametrize("rank", [0, 1, 17, 64])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_backward_launches_cover_the_partials(width, rank):
+    for partials in (1, 16, 257):
+        s = launch.columns_launch(partials, width, rank)
+        assert s.programs == partials * launch.cdiv(width, s.block_width)
+        assert s.steps * s.block_rows == launch.PARTIAL_ROWS
+        assert s.block_rows * s.block_width >= 8 * s.num_warps * 32
+    s = launch.reduce_launch(3, width)
+    assert s.programs == 3 * launch.cdiv(width, s.block_width)
+
+
+def test_a_full_gpu_of_short_programs_and_long_ones_beyond():
+    """4,096 rows of 4,096 columns are enough programs for any GPU; more rows only lengthen them."""
+    small, large = launch.tile_launch(4096, 4096), launch.tile_launch(65536, 4096)
+    assert small.programs >= 2048 and small.steps == 1
+    assert large.steps > 1 and large.programs <= 2 * launch.PROGRAMS
+    assert launch.columns_launch(16, 4096, 0).programs >= 512
