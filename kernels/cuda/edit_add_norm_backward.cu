@@ -1,0 +1,20 @@
+// edit_add_norm_backward: total = grad_residual + the norm's gradient at grad_normed, kept in fp32, then
+// edit_backward's formulas with grad = total; d_weight = Σ grad_normed ⊙ unit, d_norm_bias = Σ grad_normed.
+//
+// Streams: grad_residual, grad_normed, residual_out in, d_x and d_residual out (backward_rows.h); where sums
+// are wanted the first three and x once more (backward_columns.h), total formed again from each row's two
+// means, so that it is never rounded. Then the pairwise sum of the partials (backward_sums.cu). Grids,
+// registers and the order of additions are told there; no atomics.
+#include "backward_columns.h"
+
+namespace fastedit::cuda {
+
+int64_t edit_add_norm_backward_workspace(const EditAddNormBackwardArgs& args) {
+  return plan_backward(args, args.residual_dtype, true, nullptr).workspace_bytes;
+}
+
+int edit_add_norm_backward(const EditAddNormBackwardArgs& args, void* workspace, void* stream) {
+  return run_backward<true>(plan_backward(args, args.residual_dtype, true, workspace), stream);
+}
+
+}  // namespace fastedit::cuda

@@ -1,0 +1,77 @@
+// Launch shapes: pure functions of sizes, vector width and the number of multiprocessors, so that they
+// can be tested where there is no GPU. What a thread block sums, and in which order, depends on the width
+// alone: rows and multiprocessors only decide which block takes a row.
+#pragma once
+#include <cstdint>
+
+namespace fastedit::cuda {
+
+struct Shape {
+  int64_t blocks;
+  int threads;
+  int shared_bytes;
+};
+
+constexpr int kLaneColumns = 32;  // vectors side by side in a block of the stream and column kernels
+constexpr int kLines = 8;         // warps there, each on a row of its own
+constexpr int kStreamRows = 32;   // kLines × 4 rows in flight
+// Blocks of the stream kernel that share a multiprocessor, without and with slots or coefficients: 85 and 128
+// registers a thread. Two streams are 96 and 64 KB in flight, where bandwidth × latency asks for about 30.
+constexpr int kStreamBlocksPerSm[] = {3, 2};
+constexpr int kLoopThreads = 256;
+constexpr int64_t kMaxBlocks = 2147483647;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Elements of one 128-bit access of the widest stream; 1 is the scalar path.
+constexpr int vector_width(int widest_bytes) { return 16 / widest_bytes; }
+
+constexpr int64_t column_tiles(int64_t width, int vector) { return ceil_div(width, kLaneColumns * vector); }
+
+// Rank 0: column tiles × row groups; a block walks its rows with the parameters of its columns in registers.
+inline Shape stream_shape(int64_t rows, int64_t width, int vector, bool per_row, int multiprocessors) {
+  int64_t tiles = column_tiles(width, vector);
+  if (rows == 0 || tiles == 0) return {0, kLaneColumns * kLines, 0};
+  int64_t groups = most(1, int64_t{multiprocessors} * kStreamBlocksPerSm[per_row] / tiles);
+  return {tiles * least(ceil_div(rows, kStreamRows), groups), kLaneColumns * kLines, 0};
+}
+
+// A tile is a few rows of a block, E elements of each in every thread; 0 elements where the row is too wide
+// for registers or the path is scalar. Without low-rank parts 16 elements a thread in all: 64 registers
+// hold the tile, blocks share a multiprocessor and one block's loads cover another's barrier. With them 32,
+// since each read and write vector that comes from L2 serves all rows of the tile.
+constexpr int64_t kTileWidth = 16384, kLowRankTileWidth = 8192;
+constexpr int tile_elements(int64_t width, int vector, bool low_rank) {
+  if (vector == 1 || width > (low_rank ? kLowRankTileWidth : kTileWidth)) return 0;
+  return width <= 4096 && !low_rank ? 8 : 16;
+}
+template <int E, bool kLowRank>
+constexpr int kTileRows = (kLowRank ? 32 : 16) / E;
+constexpr int tile_threads(int64_t width, int elements) {
+  return static_cast<int>(most(1, ceil_div(width, int64_t{elements} * 32)) * 32);
+}
+
+// Row kernels: floats of shared memory for block sums, the warps' shares of each dot product, the results.
+constexpr int row_shared_bytes(int rank, int rows, int threads) {
+  return (2 * 8 * 32 + rank * rows * (threads / 32 + 2)) * 4;
+}
+inline Shape tile_shape(int64_t rows, int64_t width, int64_t rank, int elements, int per_block,
+                        int multiprocessors) {
+  int threads = tile_threads(width, elements);
+  int64_t resident = int64_t{multiprocessors} * (2048 / threads);
+  return {least(ceil_div(rows, per_block), resident), threads,
+          row_shared_bytes(static_cast<int>(rank), per_block, threads)};
+}
+inline Shape loop_shape(int64_t rows, int64_t rank, int multiprocessors) {
+  int64_t resident = int64_t{multiprocessors} * (2048 / kLoopThreads);
+  return {least(rows, resident), kLoopThreads, row_shared_bytes(static_cast<int>(rank), 1, kLoopThreads)};
+}
+
+// Column sums: one block for each column tile of each block of kBlockRows rows.
+inline Shape column_shape(int64_t units, int64_t items, int vector) {
+  return {units * items, kLaneColumns * kLines, kLines * kLaneColumns * vector * 4};
+}
+
+}  // namespace fastedit::cuda

@@ -1,0 +1,14 @@
+// Everything that needs a sum along the row: z, and the norms. Defined in edit_add_norm.cu.
+#pragma once
+#include "abi.h"
+
+namespace fastedit::cuda {
+
+// edit_add_norm with parts left out: residual null is edit, normed null is no norm, out and normed null is
+// project.
+int edit_rows(const EditAddNormArgs& args, void* stream);
+
+// True where rank 0 needs no sum along the row, so that the stream kernel serves.
+inline bool streams(const Form& form) { return form.rank == 0; }
+
+}  // namespace fastedit::cuda

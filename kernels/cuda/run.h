@@ -1,0 +1,74 @@
+// From the torch-free arguments to a launch: dtypes to types, alignment to vector width, launch errors.
+#pragma once
+#include <atomic>
+#include "launch.h"
+#include "vec.h"
+
+namespace fastedit::cuda {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// The dtype pairs that the ABI allows: equal, or fp32 beside a 16-bit stream.
+template <class F>
+int with_types(int narrow, int wide, F run) {
+  if (narrow == F32 && wide == F32) return run(Type<float>{}, Type<float>{});
+  if (narrow == BF16 && wide == BF16) return run(Type<Brain>{}, Type<Brain>{});
+  if (narrow == F16 && wide == F16) return run(Type<Half>{}, Type<Half>{});
+  if (narrow == BF16 && wide == F32) return run(Type<Brain>{}, Type<float>{});
+  if (narrow == F16 && wide == F32) return run(Type<Half>{}, Type<float>{});
+  return cudaErrorInvalidValue;
+}
+inline int element_bytes(int dtype) { return dtype == F32 ? 4 : 2; }
+
+// Collects the streams of a call; `vector` is what one access may hold, 1 as soon as one stream forbids more.
+struct Alignment {
+  int64_t rows, width;
+  int vector;
+  Alignment(int64_t rows, int64_t width, int widest_dtype)
+      : rows(rows), width(width), vector(vector_width(element_bytes(widest_dtype))) {
+    if (width % vector) vector = 1;
+  }
+  Alignment& stream(const void* data, int64_t stride, int dtype) {
+    bool fits = reinterpret_cast<uintptr_t>(data) % (vector * element_bytes(dtype)) == 0;
+    if (data && !(fits && (rows <= 1 || stride % vector == 0))) vector = 1;
+    return *this;
+  }
+  Alignment& parameter(const float* data) {
+    if (reinterpret_cast<uintptr_t>(data) % 16) vector = 1;
+    return *this;
+  }
+  Alignment& form(const Form& f) {
+    return parameter(f.scale).parameter(f.bias).parameter(f.read).parameter(f.write);
+  }
+};
+
+inline int multiprocessors() {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 1;
+  count = known[device].load(std::memory_order_relaxed);
+  if (count == 0) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    known[device].store(count, std::memory_order_relaxed);
+  }
+  return count > 0 ? count : 1;
+}
+
+template <class... P, class... A>
+int launch(void (*kernel)(P...), const Shape& shape, void* stream, const A&... args) {
+  if (shape.blocks == 0) return cudaSuccess;
+  if (shape.blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
+#ifdef __CUDACC__
+  kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes,
+           static_cast<cudaStream_t>(stream)>>>(args...);
+#else
+  emulator::launch(kernel, shape.blocks, shape.threads, shape.shared_bytes, args...);
+#endif
+  return cudaGetLastError();
+}
+
+}  // namespace fastedit::cuda

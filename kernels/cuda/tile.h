@@ -1,0 +1,87 @@
+// A register tile: `kRows` rows, E elements of each in every thread, as C vectors of V columns.
+//
+// A block owns the tile's rows, so that sums along a row need the block alone, and every parameter is
+// loaded once for kRows rows. Rows are independent: their sums run in an order that the width fixes.
+#pragma once
+#include "form.h"
+#include "reduce.h"
+
+namespace fastedit::cuda {
+
+template <int V>
+__device__ inline int tile_column(int c) {
+  return (c * blockDim.x + threadIdx.x) * V;
+}
+
+// True where row r reads other parameters than the row before it.
+template <int N>
+__device__ inline bool new_slot(const RowEdit (&row)[N], int r) {
+  return r == 0 || row[r].slot != row[r - 1].slot;
+}
+
+// Each warp's share of value · matrix[j] for every rank j and row r, to part[(j kRows + r) warps + warp].
+template <int N, int C, int V>
+__device__ inline void tile_dots(const float (&value)[N][C][V], const RowEdit (&row)[N], const float* matrix,
+                                 int rank, int64_t width, float* part) {
+  constexpr int kTogether = 8 / N;  // ranks that share one tree of shuffles
+  for (int first = 0; first < rank; first += kTogether) {
+    float sum[8] = {};
+#pragma unroll
+    for (int g = 0; g < kTogether; ++g) {
+      if (first + g >= rank) break;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        if (tile_column<V>(c) >= width) continue;
+        float m[V];
+#pragma unroll
+        for (int r = 0; r < N; ++r) {
+          if (new_slot(row, r)) {
+            load_parameters(m, matrix, (int64_t{row[r].slot} * rank + first + g) * width + tile_column<V>(c),
+                            0.f);
+          }
+#pragma unroll
+          for (int v = 0; v < V; ++v) sum[g * N + r] = fmaf(value[r][c][v], m[v], sum[g * N + r]);
+        }
+      }
+    }
+    float total = warp_sum_of_eight(sum);
+    if (lane() < 8 && first + lane() / N < rank) part[(first * N + lane()) * warps() + warp()] = total;
+  }
+}
+
+// Adds the warps' shares: finish(j, r, sum) is called once for each rank j and row r of the tile. Without
+// shares the sums are 0.
+template <int N, class F>
+__device__ inline void finish_dots(int rank, const float* part, F finish) {
+  __syncthreads();
+  for (int i = threadIdx.x; i < rank * N; i += blockDim.x) {
+    float sum = 0.f;
+#pragma unroll 4
+    for (int w = 0; w < (part ? warps() : 0); ++w) sum += part[i * warps() + w];
+    finish(i / N, i % N, sum);
+  }
+  __syncthreads();
+}
+
+// added[r] = Σ_j weight[j kRows + r] · matrix[j] over the V columns at `column`.
+template <int N, int V>
+__device__ inline void tile_combine(float (&added)[N][V], const float* weight, const RowEdit (&row)[N],
+                                    const float* matrix, int rank, int64_t width, int column) {
+#pragma unroll
+  for (int r = 0; r < N; ++r)
+#pragma unroll
+    for (int v = 0; v < V; ++v) added[r][v] = 0.f;
+#pragma unroll 2
+  for (int j = 0; j < rank; ++j) {
+    float m[V];
+#pragma unroll
+    for (int r = 0; r < N; ++r) {
+      if (new_slot(row, r))
+        load_parameters(m, matrix, (int64_t{row[r].slot} * rank + j) * width + column, 0.f);
+#pragma unroll
+      for (int v = 0; v < V; ++v) added[r][v] = fmaf(weight[j * N + r], m[v], added[r][v]);
+    }
+  }
+}
+
+}  // namespace fastedit::cuda

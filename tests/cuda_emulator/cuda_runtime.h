@@ -1,0 +1,148 @@
+// A CUDA emulator for tests: enough of cuda_runtime.h to compile kernels/cuda/*.cu with a C++ compiler.
+//
+// The threads of a block are fibers of one operating-system thread, run one after another between barriers,
+// in an order that a test chooses: a missing barrier then shows as a result that depends on the order. A
+// barrier or shuffle that not all threads reach, a misaligned vector access and a write past the shared
+// memory asked for make the launch fail. Shared memory starts out poisoned.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#define FASTEDIT_SHARED(name) float* name = ::emulator::shared_memory()
+#define __syncthreads() ::emulator::block_barrier(__FILE__, __LINE__)
+
+using std::fmaf;
+using std::max;
+using std::min;
+
+struct uint2 {
+  alignas(8) uint32_t x;
+  uint32_t y;
+};
+struct uint4 {
+  alignas(16) uint32_t x;
+  uint32_t y, z, w;
+};
+struct float4 {
+  alignas(16) float x;
+  float y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+enum {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
+enum { cudaDevAttrMultiProcessorCount = 16 };
+
+namespace emulator {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+extern Index thread_index, block_index, block_size, grid_size;
+extern int multiprocessors, last_error;
+
+void fail(const char* what);
+void block_barrier(const char* file, int line);
+float exchange(float value, int source_lane, const char* file, int line);
+float* shared_memory();
+void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, const A&... args) {
+  run(blocks, threads, shared_bytes, [&] { kernel(args...); });
+}
+
+template <class T>
+void check_aligned(const T* at) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(T)) fail("misaligned access");
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline uint32_t bf16_bits(float value) {
+  uint32_t bits = bits_of(value);
+  if (value != value) return 0x7fff;
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+// Nearest even; adding 0.5 leaves a subnormal half's steps of 2^-24 in the last bits.
+inline uint32_t f16_bits(float value) {
+  uint32_t sign = bits_of(value) >> 31 << 15, size = bits_of(value) & 0x7fffffff;
+  if (size > 0x7f800000) return 0x7fff;
+  if (size >= 0x477ff000) return sign | 0x7c00;
+  if (size < 0x38800000) return sign | (bits_of(float_of(size) + 0.5f) - 0x3f000000);
+  return sign | ((size + 0xfff + ((size >> 13) & 1) - (112u << 23)) >> 13);
+}
+inline float f16_value(uint32_t bits) {
+  uint32_t sign = (bits & 0x8000) << 16, size = bits & 0x7fff;
+  if (size >= 0x7c00) return float_of(sign | 0x7f800000 | (size & 0x3ff) << 13);
+  if (size < 0x400) return float_of(sign | bits_of(static_cast<float>(size) * 0x1p-24f));
+  return float_of(sign | (size << 13) + (112u << 23));
+}
+
+}  // namespace emulator
+
+#define threadIdx (::emulator::thread_index)
+#define blockIdx (::emulator::block_index)
+#define blockDim (::emulator::block_size)
+#define gridDim (::emulator::grid_size)
+#define __shfl_xor_sync(mask, value, lane_mask) \
+  ::emulator::exchange(value, (threadIdx.x % 32) ^ (lane_mask), __FILE__, __LINE__)
+
+template <class T>
+T __ldg(const T* at) {
+  return emulator::check_aligned(at), *at;
+}
+template <class T>
+T __ldcs(const T* at) {
+  return emulator::check_aligned(at), *at;
+}
+template <class T>
+T load_no_allocate(const T* at) {
+  return emulator::check_aligned(at), *at;
+}
+template <class T>
+void put(T* at, T value) {
+  emulator::check_aligned(at), *at = value;
+}
+
+inline float __uint_as_float(uint32_t bits) { return emulator::float_of(bits); }
+inline uint32_t __float_as_uint(float value) { return emulator::bits_of(value); }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline uint32_t two_bf16(float low, float high) {
+  return emulator::bf16_bits(low) | emulator::bf16_bits(high) << 16;
+}
+inline uint32_t two_f16(float low, float high) {
+  return emulator::f16_bits(low) | emulator::f16_bits(high) << 16;
+}
+inline float from_f16(uint32_t bits) { return emulator::f16_value(bits & 0xffff); }
+
+inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline int cudaDeviceGetAttribute(int* value, int, int) {
+  return *value = emulator::multiprocessors, cudaSuccess;
+}
+inline int cudaGetLastError() {
+  int error = emulator::last_error;
+  emulator::last_error = cudaSuccess;
+  return error;
+}

@@ -1,0 +1,194 @@
+// Fibers, barriers and shuffles behind cuda_runtime.h. A fiber switches by setjmp and longjmp, about ten
+// nanoseconds; its stack is made once, with makecontext, and serves every later block.
+#include "cuda_runtime.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <numeric>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+Index thread_index, block_index, block_size, grid_size;
+int multiprocessors = 3, last_error = cudaSuccess;
+
+namespace {
+
+constexpr size_t kStack = 64 * 1024;
+constexpr int kGuard = 64;  // floats behind the shared memory asked for
+const float kPoison = float_of(0x7fc0dead);
+
+enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+
+struct Fiber {
+  jmp_buf jump;
+  ucontext_t context;
+  bool started = false;
+  State state = State::kDone;
+  const char* file = nullptr;
+  int line = 0;
+  float sent[2];  // by turns, so that one rendezvous a shuffle is enough
+  int turn = 0;
+};
+
+std::vector<Fiber> fibers;
+std::vector<float> shared;
+jmp_buf scheduler;
+const std::function<void()>* body;
+int current = -1;
+int order_seed = 0;
+std::string message;
+
+void leave(State state) {
+  fibers[current].state = state;
+  if (_setjmp(fibers[current].jump) == 0) _longjmp(scheduler, 1);
+}
+
+void fiber_main() {
+  for (;;) {
+    (*body)();
+    leave(State::kDone);
+  }
+}
+
+void resume(int index) {
+  Fiber& fiber = fibers[index];
+  current = index;
+  thread_index.x = index;
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.jump, 1);
+  fiber.started = true;
+  void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack = {stack, 0, kStack};
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+  setcontext(&fiber.context);
+}
+
+// Ascending, descending, or shuffled by the seed.
+std::vector<int> order_of(int count) {
+  std::vector<int> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (order_seed == 1) std::reverse(order.begin(), order.end());
+  uint32_t random = 2654435761u * order_seed;
+  for (int i = count - 1; order_seed > 1 && i > 0; --i) {
+    random = random * 1664525u + 1013904223u;
+    std::swap(order[i], order[(random >> 8) % (i + 1)]);
+  }
+  return order;
+}
+
+bool all_at(State state, int begin, int end) {
+  for (int i = begin; i < end; ++i) {
+    const Fiber &fiber = fibers[i], &first = fibers[begin];
+    if (fiber.state != state || fiber.line != first.line || fiber.file != first.file) return false;
+  }
+  return true;
+}
+
+void release(int begin, int end) {
+  for (int i = begin; i < end; ++i) fibers[i].state = State::kReady;
+}
+
+// Runs a warp until it needs the block; false if its lanes have parted at a shuffle.
+bool run_warp(int begin, const std::vector<int>& lanes) {
+  for (;;) {
+    bool ran = false;
+    for (int lane : lanes) {
+      if (fibers[begin + lane].state != State::kReady) continue;
+      resume(begin + lane);
+      ran = true;
+    }
+    if (all_at(State::kAtShuffle, begin, begin + 32)) release(begin, begin + 32);
+    else if (!ran) break;
+  }
+  for (int i = begin; i < begin + 32; ++i) {
+    if (fibers[i].state == State::kAtShuffle) return false;
+  }
+  return true;
+}
+
+bool run_block(int threads) {
+  std::vector<int> lanes = order_of(32), warps = order_of(threads / 32);
+  release(0, threads);
+  for (;;) {
+    for (int warp : warps) {
+      if (!run_warp(warp * 32, lanes)) return fail("a shuffle that not all lanes of the warp reach"), false;
+    }
+    bool done = true;
+    for (int i = 0; i < threads; ++i) done = done && fibers[i].state == State::kDone;
+    if (done) return true;
+    if (!all_at(State::kAtBarrier, 0, threads)) return fail("a barrier that not all threads reach"), false;
+    release(0, threads);
+  }
+}
+
+}  // namespace
+
+void fail(const char* what) {
+  if (last_error == cudaSuccess) {
+    char where[160];
+    std::snprintf(where, sizeof where, "%s (block %u, thread %u)", what, block_index.x, thread_index.x);
+    message = where;
+  }
+  last_error = cudaErrorLaunchFailure;
+}
+
+float* shared_memory() { return shared.data(); }
+
+void block_barrier(const char* file, int line) {
+  fibers[current].file = file;
+  fibers[current].line = line;
+  leave(State::kAtBarrier);
+}
+
+float exchange(float value, int source_lane, const char* file, int line) {
+  Fiber& self = fibers[current];
+  int turn = self.turn ^= 1, warp = current / 32 * 32;
+  self.sent[turn] = value;
+  self.file = file;
+  self.line = line;
+  leave(State::kAtShuffle);
+  return fibers[warp + source_lane].sent[turn];
+}
+
+void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  if (last_error != cudaSuccess) return;
+  if (threads % 32 || threads < 32 || threads > 1024 || shared_bytes > 48 * 1024) {
+    fail("launch shape");
+    last_error = cudaErrorInvalidConfiguration;
+    return;
+  }
+  if (fibers.empty()) fibers = std::vector<Fiber>(1024);
+  body = &kernel;
+  grid_size.x = blocks;
+  block_size.x = threads;
+  for (int64_t i = 0; i < blocks; ++i) {
+    block_index.x = order_seed % 2 ? blocks - 1 - i : i;
+    shared.assign(shared_bytes / 4 + kGuard, kPoison);
+    for (int t = 0; t < threads; ++t) fibers[t].turn = 0;
+    if (!run_block(threads)) {
+      for (Fiber& fiber : fibers) {  // those in the middle of the kernel are lost, with their stacks
+        if (fiber.state != State::kDone) fiber = Fiber();
+      }
+      return;
+    }
+    for (int g = 0; g < kGuard; ++g) {
+      if (bits_of(shared[shared_bytes / 4 + g]) != bits_of(kPoison))
+        return fail("a write past the shared memory");
+    }
+    if (last_error != cudaSuccess) return;
+  }
+}
+
+extern "C" {
+void emulator_set(int sms, int seed) { multiprocessors = sms, order_seed = seed; }
+const char* emulator_message() { return message.c_str(); }
+}
+
+}  // namespace emulator

@@ -1,0 +1,64 @@
+// The ops under C names for ctypes, the structs' sizes, and kernels that break the rules on purpose.
+#include "abi.h"
+#include "cuda/launch.h"
+#include "cuda/vec.h"
+
+namespace fe = fastedit;
+
+#define EXPORT_FORWARD(op, Args) \
+  extern "C" int op(const fe::Args* args) { return fe::cuda::op(*args, nullptr); }
+#define EXPORT_BACKWARD(op, Args)                            \
+  extern "C" int op(const fe::Args* args, void* workspace) { \
+    return fe::cuda::op(*args, workspace, nullptr);          \
+  }                                                          \
+  extern "C" int64_t op##_workspace(const fe::Args* args) { return fe::cuda::op##_workspace(*args); }
+
+EXPORT_FORWARD(edit, EditArgs)
+EXPORT_FORWARD(edit_add, EditAddArgs)
+EXPORT_FORWARD(edit_add_norm, EditAddNormArgs)
+EXPORT_FORWARD(project, ProjectArgs)
+EXPORT_BACKWARD(edit_backward, EditBackwardArgs)
+EXPORT_BACKWARD(edit_add_norm_backward, EditAddNormBackwardArgs)
+EXPORT_BACKWARD(project_backward, ProjectBackwardArgs)
+
+extern "C" int64_t struct_bytes(int index) {
+  const int64_t bytes[] = {sizeof(fe::EditArgs),           sizeof(fe::EditAddArgs),
+                           sizeof(fe::EditAddNormArgs),    sizeof(fe::ProjectArgs),
+                           sizeof(fe::EditBackwardArgs),   sizeof(fe::EditAddNormBackwardArgs),
+                           sizeof(fe::ProjectBackwardArgs)};
+  return bytes[index];
+}
+
+namespace {
+
+void some_leave(float* out) {
+  if (threadIdx.x < 40) return;
+  __syncthreads();
+  out[threadIdx.x] = 1;
+}
+void two_barriers(float* out) {
+  if (threadIdx.x < 32) __syncthreads();
+  else __syncthreads();
+  out[threadIdx.x] = 1;
+}
+void half_a_warp(float* out) {
+  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(~0u, 1.f, 1);
+}
+void past_the_end(float*) {
+  FASTEDIT_SHARED(shared);
+  shared[16 + threadIdx.x / 32] = 0;
+}
+void misaligned(float* out) { out[0] = __ldg(reinterpret_cast<float4*>(out + 1)).x; }
+void race(float* out) {
+  FASTEDIT_SHARED(shared);
+  if (threadIdx.x == 63) shared[0] = 2;
+  out[threadIdx.x] = shared[0];
+}
+
+}  // namespace
+
+extern "C" int break_rule(int index, float* out) {
+  void (*rules[])(float*) = {some_leave, two_barriers, half_a_warp, past_the_end, misaligned, race};
+  emulator::launch(rules[index], 1, 64, 64, out);
+  return cudaGetLastError();
+}

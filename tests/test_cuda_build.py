@@ -1,0 +1,221 @@
+"""What the CUDA compiler makes of kernels/cuda, without a GPU: no spills, no local memory, no fp64, 128-bit
+loads and stores of every stream. And the launch shapes, which are plain C++."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels"
+UNITS = sorted((KERNELS / "cuda").glob("*.cu"))
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def find_cuobjdump():
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin:
+        found = shutil.which("cuobjdump", path=str(Path(spec.origin).parent / "backends/nvidia/bin"))
+    return found
+
+
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+needs_cuobjdump = pytest.mark.skipif(
+    find_cuobjdump() is None, reason="needs cuobjdump (in CUDA, or in Triton)"
+)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """{unit: (cubin, ptxas' report)} for sm_90."""
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def compile_one(unit):
+        cubin = folder / f"{unit.stem}.cubin"
+        done = subprocess.run(
+            [find_nvcc(), "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-I{KERNELS}",
+             str(unit), "-o", str(cubin)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return unit.stem, (cubin, done.stderr)
+
+    largest_first = sorted(UNITS, key=lambda unit: -unit.stat().st_size)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(compile_one, largest_first))
+
+
+@pytest.fixture(scope="session")
+def sass(compiled):
+    """{kernel's mangled name: its instructions}."""
+
+    def disassemble(pair):
+        command = [find_cuobjdump(), "-sass", str(pair[0])]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    found = {}
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(disassemble, compiled.values()))
+    for listing in texts:
+        for text in re.split(r"Function : ", listing)[1:]:
+            found[text.split(None, 1)[0]] = re.findall(
+                r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);", text
+            )
+    return found
+
+
+def vectorised(sass):
+    """The kernels that take a dtype at compile time: all that are not the scalar path."""
+    return {
+        n: code
+        for n, code in sass.items()
+        if re.search(r"kernelI|rowsI|sumsI|backwardI", n) and not scalar(n)
+    }
+
+
+def scalar(name):
+    return "3AnyE" in name or re.search(r"loop_|reduce_kernel", name) is not None
+
+
+@needs_nvcc
+def test_the_compiler_warns_of_nothing_and_spills_nothing(compiled):
+    assert set(compiled) == {unit.stem for unit in UNITS}
+    for unit, (_, report) in compiled.items():
+        assert "warning" not in report, report
+        for stack, stores, loads in re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+        ):
+            assert (stack, stores, loads) == ("0", "0", "0"), f"{unit}: {report}"
+    entries = sum(report.count("Compiling entry function") for _, report in compiled.values())
+    frames = sum(report.count("bytes stack frame") for _, report in compiled.values())
+    assert frames >= entries >= 60
+
+
+@needs_nvcc
+@needs_cuobjdump
+def test_no_kernel_touches_local_memory_or_computes_in_fp64(sass):
+    assert len(sass) >= 60
+    for name, code in sass.items():
+        ops = {op for op, _ in code}
+        bad = {op for op in ops if re.match(r"(LDL|STL|DADD|DMUL|DFMA|DSETP|ATOM|RED)\b", op) or ".F64" in op}
+        assert not bad, f"{name}: {sorted(bad)}"
+
+
+@needs_nvcc
+@needs_cuobjdump
+def test_streams_move_128_bits_at_a_time(sass):
+    """Every stream of every kernel but those of the scalar path."""
+    kernels = vectorised(sass)
+    assert len(kernels) >= 50
+    for name, code in kernels.items():
+        # Parameters come through .CONSTANT loads; streams with a hint for L1 or L2 (vec.h). Beside fp32 a
+        # 16-bit stream moves four elements, 64 bits.
+        streams = [op for op, _ in code if op.startswith("LDG") and re.search(r"\.(EF|NA)\b", op)]
+        stores = [op for op, _ in code if op.startswith("STG")]
+        mixed = "Li4E" in name and re.search("4Half|5Brain", name) is not None
+        assert any(op.endswith(".128") for op in streams), (name, streams)
+        narrow = {op for op in streams if not op.endswith(".128")}
+        assert not narrow or (mixed and all(op.endswith(".64") for op in narrow)), (name, narrow)
+        sums_alone = "outer_sums" in name or ("column_sums" in name and "Lb1" in name)
+        if not sums_alone:
+            width = "64" if mixed and "column_sums" in name else "128"  # of d_x, hidden's dtype
+            assert f"STG.E.{width}" in stores, (name, stores)
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize(("kernel", "in_flight"), [("Lb0ELb0", 4), ("Lb1ELb0", 8)], ids=["edit", "edit_add"])
+def test_four_rows_are_in_flight_before_the_first_use(sass, kernel, in_flight):
+    """The plain stream kernels issue every load of four rows before the first conversion or store."""
+    checked = 0
+    for name, code in vectorised(sass).items():
+        if "stream_rows" not in name or kernel not in name:
+            continue
+        best = run = 0
+        for op, _ in code:
+            if op.startswith("LDG") and ".EF" in op:
+                run += 1
+            elif op.startswith(("STG", "FFMA", "FADD", "FMUL")):
+                run = 0
+            best = max(best, run)
+        assert best == in_flight, name
+        checked += 1
+    assert checked == (3 if in_flight == 4 else 5)
+
+
+LAUNCH = r"""
+#include <cstdio>
+#include <cstdlib>
+#include "cuda/launch.h"
+using namespace fastedit::cuda;
+#define CHECK(x) if (!(x)) return fail(rows, width, vector, sms, #x)
+int fail(long rows, long width, int vector, int sms, const char* what) {
+  std::printf("rows %ld width %ld vector %d sms %d: %s\n", rows, width, vector, sms, what);
+  return 1;
+}
+int main() {
+  const int64_t all_rows[] = {0, 1, 7, 31, 32, 33, 300, 8192, 65536, 100000000};
+  const int64_t widths[] = {1, 8, 64, 96, 100, 768, 1024, 4096, 4104, 5120, 8192, 8200, 16384, 16392, 53248};
+  const int vectors[] = {1, 4, 8}, chips[] = {1, 84, 108, 128, 132, 148, 170}, ranks[] = {0, 1, 4, 17, 64};
+  static_assert(vector_width(4) == 4 && vector_width(2) == 8, "128 bits");
+  for (int64_t rows : all_rows) for (int64_t width : widths)
+  for (int vector : vectors) for (int sms : chips) {
+    if (width % vector) continue;
+    for (int per_row = 0; per_row < 2; ++per_row) {
+      Shape s = stream_shape(rows, width, vector, per_row, sms);
+      int64_t tiles = column_tiles(width, vector);
+      CHECK(s.blocks <= kMaxBlocks && s.threads == 256);
+      if (rows == 0) { CHECK(s.blocks == 0); continue; }
+      CHECK(tiles * 32 * vector >= width && (tiles - 1) * 32 * vector < width);
+      int64_t groups = s.blocks / tiles, resident = sms * kStreamBlocksPerSm[per_row];
+      CHECK(s.blocks == groups * tiles && groups >= 1);
+      CHECK(groups == 1 || s.blocks <= resident);             // one wave
+      CHECK(groups <= ceil_div(rows, kStreamRows));           // no group without rows
+      CHECK(groups == ceil_div(rows, kStreamRows) || s.blocks > resident - tiles);  // a full one
+    }
+    for (int rank : ranks) {
+      int elements = tile_elements(width, vector, rank > 0);
+      CHECK(vector > 1 || elements == 0);
+      CHECK(vector == 1 || width > (rank ? 8192 : 16384) || elements > 0);
+      Shape s = loop_shape(rows, rank, sms);
+      CHECK(s.blocks <= rows && (rows == 0 || s.blocks >= 1) && s.shared_bytes <= 48 * 1024);
+      if (!elements) continue;
+      int per_block = (rank ? 32 : 16) / elements;
+      s = tile_shape(rows, width, rank, elements, per_block, sms);
+      int bound = rank || elements == 8 ? 512 : 1024;  // the kernels' launch bounds
+      CHECK(s.threads % 32 == 0 && s.threads <= bound);
+      CHECK(int64_t{s.threads} * elements >= width);
+      CHECK(s.threads == 32 || int64_t{s.threads - 32} * elements < width);
+      CHECK(s.shared_bytes <= 48 * 1024);
+      CHECK(s.blocks <= ceil_div(rows, per_block) && (rows == 0 || s.blocks >= 1));
+      Shape other = tile_shape(rows + 1000, width, rank, elements, per_block, sms + 3);
+      // Sums follow the width alone.
+      CHECK(other.threads == s.threads && other.shared_bytes == s.shared_bytes);
+    }
+    CHECK(column_shape(5, 3, vector).shared_bytes <= 48 * 1024 && column_shape(5, 3, vector).blocks == 15);
+  }
+  return 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_launch_shapes(tmp_path):
+    source, program = tmp_path / "launch.cpp", tmp_path / "launch"
+    source.write_text(LAUNCH)
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-Wall", "-Werror", f"-I{KERNELS}", str(source), "-o", str(program)],
+        check=True,
+    )
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
