@@ -1,0 +1,81 @@
+"""Where a model's layers and their sites are: the table, then a search by structure, then a refusal."""
+
+from torch import nn
+
+from . import bert, gpt2, llama, mixture, t5
+from .family import Family, Layer, PostNorm, PreNormLayer, PreNormSublayer, submodule
+from .unknown import family_of_unknown
+
+TABLE = (llama.FAMILY, mixture.FAMILY, bert.FAMILY, gpt2.FAMILY, t5.FAMILY)
+
+__all__ = [
+    "TABLE",
+    "Family",
+    "Layer",
+    "PostNorm",
+    "PreNormLayer",
+    "PreNormSublayer",
+    "find_layers",
+    "submodule",
+]
+
+
+def find_layers(model):
+    """Every layer of the model in order, the encoder's before the decoder's.
+
+    Raises:
+        ValueError: no list of layers was found (says what was looked for), or several that are not an
+            encoder and a decoder (says which; patch the submodule that holds one).
+    """
+    stacks = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            families = [_family(layer) for layer in module]
+            if all(families):
+                stacks[path] = list(zip(module, families, strict=True))
+    if not stacks:
+        stacks = _search(model)
+    named = _named(stacks)
+    layers = []
+    for stack, members in named:
+        for number, (module, family) in enumerate(members):
+            layers.append(Layer(f"{stack}.{number}", len(layers), module, family))
+    return layers
+
+
+def _family(layer):
+    return next((family for family in TABLE if family.matches(layer)), None)
+
+
+def _search(model):
+    """The list of blocks that holds the most parameters in a model that no table entry describes."""
+    lists = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
+    }
+    size = {path: sum(p.numel() for p in module.parameters()) for path, module in lists.items()}
+    if not size or max(size.values()) == 0:
+        entries = "; ".join(f"{f.name}: {', '.join(p for p in f.sites.values() if p)}" for f in TABLE)
+        raise ValueError(
+            f"{type(model).__name__} has no layers to patch: looked for a ModuleList whose members hold the "
+            f"modules of a known family ({entries}), then for any ModuleList of equal blocks with parameters"
+        )
+    path = max(size, key=size.get)
+    return {path: [(layer, family_of_unknown(layer)) for layer in lists[path]]}
+
+
+def _named(stacks):
+    """[(stack name, members)]: "layers" alone, or "encoder" and "decoder"."""
+    if len(stacks) == 1:
+        return [("layers", *stacks.values())]
+    sides = {}
+    for path, members in stacks.items():
+        side = [part for part in path.split(".") if part in ("encoder", "decoder")]
+        sides.setdefault(side[-1] if side else None, []).append(members)
+    if set(sides) == {"encoder", "decoder"} and all(len(found) == 1 for found in sides.values()):
+        return [(side, sides[side][0]) for side in ("encoder", "decoder")]
+    raise ValueError(
+        f"found {len(stacks)} stacks of layers ({', '.join(stacks)}), expected one, or an encoder and a "
+        "decoder; patch the submodule that holds the one you mean"
+    )

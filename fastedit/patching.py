@@ -1,0 +1,298 @@
+"""Patching: edits onto this model's instances, and every bit of the model back (DESIGN.md 5).
+
+    handle = fastedit.patch(model, edits)
+    ...
+    handle.remove()
+
+Edits live in one submodule, `model.fastedit`, one child a handle, so parameters(), state_dict(), Trainer and
+the wrappers see them. Each (layer, site) has one `Site` holding the edits of all handles there, in order.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .edits import Edit
+from .merging import MergeError, merge_handle
+from .planning import plan, site_device
+from .report import report
+from .root import Root, root_of
+
+HEADS = (
+    "classifier",
+    "score",
+    "qa_outputs",
+    "classification_head",
+)  # task heads that freeze=True leaves trainable
+
+
+def patch(model, edits, *, freeze=False, fused=True):
+    """Put edits on a model, in place; returns the Handle that dials, saves, merges and removes them.
+
+    Args:
+        model: an nn.Module with a stack of layers (fastedit/families); on any device, meta included.
+        edits: an Edit or a list of them: a stack, applied in order, after those of earlier handles.
+        freeze: let only the edits train, and a task head (classifier, score, qa_outputs).
+        fused: False keeps to the plain path, where an edit is an op of its own.
+
+    Raises:
+        TypeError, ValueError: what cannot be patched, before anything on the model has changed.
+    """
+    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise TypeError(f"edits holds a {type(edit).__name__}, expected an Edit such as fastedit.RED()")
+    if not edits:
+        raise ValueError("edits is empty: there is nothing to patch")
+    root = root_of(model) or Root(model)
+    with torch.inference_mode(False):
+        members = [plan(edit, root.layers) for edit in edits]
+    if fused:
+        root.prove([(layer, e.site) for e, chosen in zip(edits, members, strict=True) for layer, _ in chosen])
+    return Handle(model, root, edits, members, freeze, fused)
+
+
+def handles(model):
+    """The handles on a model, in the order they were patched; a copied model has handles of its own."""
+    root = root_of(model)
+    return [] if root is None else list(root.handles.values())
+
+
+class Handle:
+    """The edits of one `patch` call on a model. Also a context manager: leaving it removes them."""
+
+    def __init__(self, model, root, edits, members, freeze, fused):
+        self.model, self.edits, self.freeze = model, edits, freeze
+        self.removed, self._merged = False, None
+        self.name = root.new_name()
+        self._root, self._members, self._strength = root, members, 1.0
+        for _, _, masters in self._each():
+            masters.fused = fused
+        model._modules["fastedit"] = root
+        root.handles[self.name] = self
+        self._tree = self._build_tree()
+        root.add_module(self.name, self._tree)
+        self._activate()
+        if freeze:
+            self._freeze()
+
+    # --- what it holds --------------------------------------------------------------------------------------
+
+    def config(self):
+        """One JSON-able description an edit, layers resolved; `fastedit.edits.from_config` reads it back."""
+        return [
+            {**edit.config(), "layers": [layer.index for layer, _ in members]}
+            for edit, members in zip(self.edits, self._members, strict=True)
+        ]
+
+    def named_tensors(self):
+        """{"0.layers.3.mlp.scale": tensor}: edit number, layer, site, name. The fp32 masters, detached."""
+        return {name: tensor.detach() for name, tensor in self._named()}
+
+    def load_tensors(self, tensors):
+        """Copy tensors into the masters, in place. `tensors` has exactly the names of `named_tensors`.
+
+        Raises:
+            KeyError, ValueError, TypeError: names, shapes, dtypes or values that do not fit; nothing changed.
+        """
+        self._changeable()
+        own = dict(self._named())
+        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        if missing or extra:
+            raise KeyError(
+                f"expected {len(own)} tensors and found {len(tensors)}; "
+                f"missing: {', '.join(missing[:3]) or 'none'}; "
+                f"not of this handle: {', '.join(extra[:3]) or 'none'}"
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} has dtype {tensor.dtype}, expected float32")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds values that are NaN or infinite")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+    def parameters(self):
+        """The trainable masters."""
+        return self._tree.parameters()
+
+    def num_parameters(self):
+        """How many numbers the edits hold, frozen ones included."""
+        return sum(tensor.numel() for _, tensor in self._named())
+
+    @property
+    def strength(self):
+        """A factor on every edit's own strength, 1 as patched. Setting it needs no re-trace or recapture."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value):
+        value = float(value)
+        if not math.isfinite(value):
+            raise ValueError(f"strength is {value}, expected a finite number")
+        self._changeable()
+        with torch.no_grad():
+            for edit, _, masters in self._each():
+                masters.set_strength(value * edit.strength)
+        self._strength = value
+
+    def save(self, folder):
+        """Write the edits to a folder (fastedit.store)."""
+        from . import store
+
+        return store.save(self, folder)
+
+    def report(self):
+        """Each edit's site, path (fused, or plain and why), backend, parameters and bytes; print it."""
+        return report(self)
+
+    # --- merge ----------------------------------------------------------------------------------------------
+
+    @property
+    def merged(self):
+        """Whether the edits are in the weights now."""
+        return self._merged is not None
+
+    def merge(self, *, fp32=False):
+        """Put the edits, at their strength now, into the weights of the linear maps they follow.
+
+        While merged the model is an ordinary one: its state dict holds no edits, and `save_pretrained` saves
+        the merged weights. An existing bias is changed. A missing one is added; where the config has a
+        setting for it (Llama: mlp_bias, attention_bias) that is set, and zeros fill the biases it implies
+        elsewhere, so that `from_pretrained` reloads it. T5, Mistral and Qwen2 have no such setting: a warning
+        says so, and such a model runs but does not reload its new biases.
+
+        Args:
+            fp32: keep a layer in float32 where its own dtype would lose more than 2 % of the edit to rounding
+                (reload such a model with dtype=torch.float32).
+
+        Raises:
+            MergeError: `block` edits, quantised, adapted or tied weights, another handle's edits in front, or
+                too much rounding; the model is as it was.
+        """
+        self._alive()
+        if self.merged:
+            raise MergeError("this handle is merged already")
+        self._merged = merge_handle(self, fp32)
+        self._deactivate()
+        del self._root._modules[self.name]
+        self._root.merged.append(self)
+
+    def unmerge(self):
+        """Put the original weights back, bit for bit, and the edits in force again."""
+        if not self.merged:
+            raise MergeError("this handle is not merged")
+        later = self._root.merged[self._root.merged.index(self) + 1 :]
+        if any(self._sites() & other._sites() for other in later):
+            raise MergeError("another handle was merged behind this one; unmerge that first")
+        self._restore()
+        self._root.add_module(self.name, self._tree)
+        self._activate(in_front=True)
+
+    def _restore(self):
+        self._merged.undo()
+        self._merged = None
+        self._root.merged.remove(self)
+        for edit, layer, masters in self._each():  # they did not follow the model while they were out of it
+            masters.to(site_device(layer.at(edit.site)))
+
+    def _sites(self):
+        return {(layer.name, edit.site) for edit, layer, _ in self._each()}
+
+    # --- undo -----------------------------------------------------------------------------------------------
+
+    def remove(self):
+        """Give the model back bit for bit, a merge undone too. Doing it again does nothing."""
+        if self.removed:
+            return
+        if self.merged:
+            self.unmerge()
+        root = self._root
+        self._deactivate()
+        del root._modules[self.name], root.handles[self.name]
+        if not any(handle.freeze for handle in root.handles.values()):
+            for parameter in root.frozen:
+                parameter.requires_grad_(True)
+            root.frozen = []
+        if not root.handles:
+            del self.model._modules["fastedit"]
+        self.removed = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.remove()
+
+    def __repr__(self):
+        state = (
+            "removed"
+            if self.removed
+            else f"{self.num_parameters():,} parameters on {type(self.model).__name__}"
+        )
+        return f"<fastedit handle {self.name}: {self.edits}, {state}>"
+
+    # --- how ------------------------------------------------------------------------------------------------
+
+    def _alive(self):
+        if self.removed:
+            raise RuntimeError("this handle was removed from its model; patch again")
+
+    def _changeable(self):
+        self._alive()
+        if self.merged:
+            raise MergeError("the edits are merged into the weights; unmerge() first")
+
+    def _each(self):
+        """(edit, layer, masters) of every site."""
+        for edit, members in zip(self.edits, self._members, strict=True):
+            for layer, masters in members:
+                yield edit, layer, masters
+
+    def _named(self):
+        for number, (edit, members) in enumerate(zip(self.edits, self._members, strict=True)):
+            for layer, masters in members:
+                for name, tensor in masters.masters().items():
+                    yield f"{number}.{layer.name}.{edit.site}.{name}", tensor
+
+    def _build_tree(self):
+        """Nested containers, so that the names in state_dict() are those of `named_tensors`."""
+        tree = nn.Module()
+        for number, (edit, members) in enumerate(zip(self.edits, self._members, strict=True)):
+            for layer, masters in members:
+                at = tree
+                for part in (str(number), *layer.name.split(".")):
+                    if part not in at._modules:
+                        at.add_module(part, nn.Module())
+                    at = at._modules[part]
+                at.add_module(edit.site, masters)
+        return tree
+
+    def _activate(self, in_front=False):
+        """Put the masters behind those that are at their sites already, or in front of them."""
+        own = {}
+        for edit, layer, masters in self._each():
+            own.setdefault((layer, edit.site), []).append(masters)
+        there = {key: self._root.stack(*key) for key in own}
+        self._root.change({k: own[k] + there[k] if in_front else there[k] + own[k] for k in own})
+
+    def _deactivate(self):
+        own = {id(masters) for _, _, masters in self._each()}
+        keys = {(layer, edit.site) for edit, layer, _ in self._each()}
+        self._root.change({key: [m for m in self._root.stack(*key) if id(m) not in own] for key in keys})
+
+    def _freeze(self):
+        heads = [
+            getattr(self.model, name)
+            for name in HEADS
+            if isinstance(getattr(self.model, name, None), nn.Module)
+        ]
+        kept = {id(p) for module in (self._root, *heads) for p in module.parameters()}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and id(parameter) not in kept:
+                parameter.requires_grad_(False)
+                self._root.frozen.append(parameter)

@@ -1,0 +1,88 @@
+"""`model.fastedit`: the one submodule that holds all edits of a model, and what is in force where."""
+
+import warnings
+
+from torch import nn
+
+from .families import find_layers
+from .installation import Installation, link
+from .proof import fingerprint, prove
+from .runtime import Site
+from .swapping import base_of
+
+
+class Root(nn.Module):
+    """One child a handle; beside them, and not submodules, the handles, sites and installations.
+
+    All of it is copied and pickled with the model, so a copy has handles of its own.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.handles = {}  # name → Handle, in the order of patching
+        self.layers = find_layers(model)
+        self.sites = {}  # (layer name, site name) → Site
+        self.installed = {}  # layer name → Installation
+        self.verdicts = {}  # (layer name, recipe) → Verdict
+        self.merged = []  # handles whose edits are in the weights, in the order of merging
+        self.frozen = []  # the parameters that freeze=True found trainable
+
+    def new_name(self):
+        return next(f"patch{n}" for n in range(len(self.handles) + 1) if f"patch{n}" not in self.handles)
+
+    def prove(self, wanted):
+        """Verdicts on the recipes that could carry the sites `wanted`, [(layer, site name)]."""
+        known = {}
+        for layer, site in wanted:
+            for recipe in layer.family.fused:
+                if site in recipe.sites and (layer.name, recipe) not in self.verdicts:
+                    key = fingerprint(layer, recipe)
+                    if key not in known:
+                        known[key] = prove(layer, recipe)
+                        if known[key].reason is not None:
+                            warnings.warn(
+                                f"fastedit: plain path for {', '.join(recipe.sites)} of "
+                                f"{base_of(layer.module).__name__}: {known[key].reason}",
+                                stacklevel=5,
+                            )
+                    self.verdicts[layer.name, recipe] = known[key]
+
+    def change(self, stacks):
+        """Put new stacks of masters at some sites, {(layer, site name): [Masters]}; [] empties a site."""
+        touched = {}
+        for (layer, name), masters in stacks.items():
+            key, touched[layer.name] = (layer.name, name), layer
+            if masters:
+                self.sites.setdefault(key, Site(layer, name)).set(masters)
+            else:
+                self.sites.pop(key, None)
+        for layer in touched.values():
+            if layer.name in self.installed:
+                self.installed.pop(layer.name).undo()
+            sites = {site.site: site for key, site in self.sites.items() if key[0] == layer.name}
+            if sites:
+                verdicts = {r: self.verdicts.get((layer.name, r)) for r in layer.family.fused}
+                fused = all(m.fused for site in sites.values() for m in site.masters)
+                self.installed[layer.name] = Installation(layer, sites, verdicts, fused)
+        link([self.installed[layer.name] for layer in self.layers if layer.name in self.installed])
+
+    def stack(self, layer, site):
+        """The masters at a site, in order."""
+        found = self.sites.get((layer.name, site))
+        return [] if found is None else found.masters
+
+
+def root_of(model):
+    """This model's Root, or None. Raises where another attribute or another patch is in the way."""
+    root = model._modules.get("fastedit")
+    if isinstance(root, Root):
+        return root
+    if hasattr(model, "fastedit"):
+        raise ValueError(f"{type(model).__name__} already has an attribute 'fastedit' that is not a patch")
+    inner = next((name for name, m in model.named_modules() if isinstance(m, Root)), None)
+    if inner is not None:
+        raise ValueError(
+            f"the submodule {inner.rpartition('.')[0]!r} is already patched; patch the same module again, "
+            "or remove its handles first"
+        )
+    return None

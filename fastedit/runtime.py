@@ -1,0 +1,129 @@
+"""What runs at one site of one layer: a stack of masters, folded into as few passes as the rank allows."""
+
+import torch
+
+from . import ops
+from .checks import MAX_RANK
+from .form import at_strength, fold_all
+
+
+class Stage:
+    """Consecutive edits of a site that run as one form."""
+
+    def __init__(self, masters):
+        self.masters = masters
+        self.only = masters[0] if len(masters) == 1 and masters[0].direct else None
+        self.trainable = any(m.trainable for m in masters)
+        self.folded, self.watched = None, []
+
+    def arguments(self):
+        """((scale, bias, read, offset, write), strength) for the ops.
+
+        One edit passes its own tensors, and its dial once that may differ from 1. Several are folded,
+        strengths first, into tensors that do not move; under grad or torch.compile they are folded in the
+        graph.
+        """
+        only = self.only
+        if only is not None:
+            return only.tensors(), only.dial if torch.compiler.is_compiling() or only.dialled else None
+        if torch.compiler.is_compiling() or (self.trainable and torch.is_grad_enabled()):
+            return self.fold(), None
+        for held, name, tensor, version in self.watched:
+            if held.get(name) is not tensor or tensor._version != version:
+                break
+        else:
+            if self.watched:
+                return self.folded, None
+        with torch.inference_mode(False), torch.no_grad():
+            self.keep(self.fold())
+        self.watched = [(held, name, t, t._version) for m in self.masters for held, name, t in m.sources()]
+        return self.folded, None
+
+    def apply(self, hidden):
+        tensors, strength = self.arguments()
+        return ops.edit(hidden, *tensors, strength=strength)
+
+    def fold(self):
+        with torch.autocast(self.masters[0].dial.device.type, enabled=False):  # whose products would be bf16
+            return fold_all([at_strength(m.form(), m.dial) for m in self.masters]).tensors()
+
+    def keep(self, folded):
+        """Into the tensors of the last fold, whose addresses a CUDA graph may hold, if they fit."""
+        kept = self.folded
+        same = kept is not None and all(
+            (a is None) == (b is None) and (a is None or (a.shape == b.shape and a.device == b.device))
+            for a, b in zip(kept, folded, strict=True)
+        )
+        if not same:
+            self.folded = tuple(None if t is None else t.detach().clone() for t in folded)
+            return
+        for old, new in zip(kept, folded, strict=True):
+            if new is not None:
+                old.copy_(new)
+
+
+class Ride:
+    """Whether an add carries a site's edits in this call; if not, the site's own module applies them.
+
+    Both sides ask, and nothing that they look at changes within a forward: a hook on a module between site
+    and add (it must see the edit), an active dropout there, a dtype that the layer treats apart.
+    """
+
+    def __init__(self, between, dropout=None, apart=None):
+        self.between, self.dropout, self.apart = between, dropout, apart
+
+    def now(self, dtype):
+        for module in self.between:
+            if module._forward_hooks:
+                return False
+        dropout = self.dropout
+        if dropout is not None and (dropout._forward_hooks or (dropout.training and dropout.p)):
+            return False
+        return dtype is not self.apart
+
+
+class Site:
+    """The edits at one site of one layer, in the order they were patched."""
+
+    def __init__(self, layer, site):
+        self.layer, self.site = layer, site
+        self.masters, self.stages = [], []
+        self.ride = None
+
+    def set(self, masters):
+        """Neighbours fold while their ranks fit one kernel."""
+        groups, rank = [], 0
+        for m in masters:
+            if groups and rank + m.rank <= MAX_RANK:
+                groups[-1].append(m)
+                rank += m.rank
+            else:
+                groups.append([m])
+                rank = m.rank
+        self.masters, self.stages = masters, [Stage(group) for group in groups]
+
+    def apply(self, hidden):
+        """Every edit, on hidden states (…, width)."""
+        for stage in self.stages:
+            hidden = stage.apply(hidden)
+        return hidden
+
+    def after(self, module, output):
+        """The site's module has returned `output`: apply the edits here, unless an add carries them."""
+        if isinstance(output, torch.Tensor):
+            return self._late(output)
+        if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
+            return type(output)((self._late(output[0]), *output[1:]))
+        raise TypeError(
+            f"site {self.site!r} of layer {self.layer.name}: {type(module).__name__} returned "
+            f"{type(output).__name__}, expected a tensor, or a tuple that starts with one"
+        )
+
+    def _late(self, hidden):
+        if self.ride is not None and self.ride.now(hidden.dtype):
+            return hidden
+        return self.apply(hidden)
+
+    def hook(self, module, args, output):
+        """The same as a forward hook, for a module whose forward was replaced on the instance."""
+        return self.after(module, output)

@@ -1,0 +1,78 @@
+"""Swapping a module's class for a subclass of it, on this instance only, and back.
+
+An instance-level `forward` would be wrong: from transformers 5.23 gradient checkpointing wraps the forward of
+the class and would silently stop. A forward hook costs 3.5 µs a call where this costs nothing that could be
+measured (a 64-wide Linear at 17 µs, one thread), and everyone's own hooks see the edited output.
+"""
+
+import functools
+import types
+
+from torch import nn
+
+from .fused import FORWARDS, STATE
+
+_BASE = "_fastedit_base"
+
+
+def base_of(module):
+    """The module's own class, whether or not it is swapped."""
+    return type(module).__dict__.get(_BASE, type(module))
+
+
+@functools.cache
+def swapped_class(base, recipe):
+    """`base` with the recipe's fused forward; with recipe None, its own and then the site's edits."""
+    forward = _edited(base) if recipe is None else FORWARDS[type(recipe)](recipe, base)
+    functools.update_wrapper(forward, base.forward)
+    members = {
+        "forward": forward,
+        "__reduce_ex__": lambda self, protocol: (_restore, (base, recipe), self.__getstate__()),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        _BASE: base,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _edited(base):
+    def forward(self, *args, **kwargs):
+        output = base.forward(self, *args, **kwargs)
+        site = self.__dict__.get(STATE)
+        return output if site is None else site.after(self, output)
+
+    return forward
+
+
+def _restore(base, recipe):
+    """Unpickling: an empty instance of the swapped class."""
+    return object.__new__(swapped_class(base, recipe))
+
+
+def swappable(module):
+    """Whether calling the module reaches its class's forward (accelerate keeps that as `_old_forward`)."""
+    return isinstance(module, nn.Module) and (
+        "forward" not in module.__dict__ or "_old_forward" in module.__dict__
+    )
+
+
+def swap(module, recipe, state):
+    """Give the module the class for `recipe`, reading `state`."""
+    module.__dict__[STATE] = state
+    module.__class__ = swapped_class(base_of(module), recipe)
+    if "_old_forward" in module.__dict__:
+        module._old_forward = types.MethodType(type(module).forward, module)
+
+
+def swap_back(module):
+    """The module's own class and forward. Under another class put on top, ours becomes inert."""
+    module.__dict__.pop(STATE, None)
+    if _BASE not in type(module).__dict__:
+        return
+    ours = type(module)
+    module.__class__ = base_of(module)
+    for name in ("_old_forward", "forward"):
+        kept = module.__dict__.get(name)
+        if getattr(kept, "__func__", None) is ours.forward:
+            module.__dict__[name] = types.MethodType(type(module).forward, module)

@@ -1,0 +1,237 @@
+"""Merging into the weights: exact, measured, reloadable, and undone bit for bit."""
+
+import copy
+
+import pytest
+import tiny_models as tiny
+import torch
+from patch_cases import everything, random_form, scaled_then_low_rank, scrambled
+
+import fastedit as fe
+from fastedit.merging import MergeError
+from fastedit.patching import handles
+
+
+def mergeable():
+    """Edits of every kind on `mlp` and `attn`."""
+    return [
+        *scaled_then_low_rank(random_form(), "mlp", None),
+        *scaled_then_low_rank(random_form(seed=9), "attn", [0, -1]),
+        fe.Steer(torch.randn(tiny.WIDTH), site="mlp", layers=1, strength=0.5), fe.NoReFT(2, site="attn"),
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:merging gave")
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_merged_model_says_what_the_edited_one_says(family):
+    model = tiny.build(family)
+    before = tiny.state(model)
+    handle = scrambled(fe.patch(model, mergeable()))
+    handle.strength = 0.75
+    edited, exact = tiny.output(model, family), tiny.output(tiny.exact(model), family)
+    names = set(handle.named_tensors())
+    patched = tiny.state(model)
+    handle.merge()
+    assert handle.merged and not any(k.startswith("fastedit") for k in model.state_dict())
+    assert [type(m) for m in model.modules() if type(m).__name__ != "Root"] == before["classes"]
+    tiny.assert_promise(tiny.output(model, family), edited, exact)
+    assert {row["path"] for row in handle.report().rows} == {"merged into the weights"}
+    assert set(handle.named_tensors()) == names
+    for change in (handle.merge, lambda: setattr(handle, "strength", 1.0), lambda: handle.load_tensors({})):
+        with pytest.raises(MergeError, match="merged"):
+            change()
+    handle.unmerge()
+    tiny.assert_same_state(model, patched)
+    assert torch.equal(tiny.output(model, family), edited)
+    handle.merge()
+    handle.remove()
+    tiny.assert_same_state(model, before)
+
+
+def test_weights_are_the_formula_rounded_once():
+    model, form = tiny.build("gpt2"), random_form()
+    conv = model.transformer.h[1].mlp.c_proj
+    rows = torch.randn(5, 4 * tiny.WIDTH, dtype=torch.float64)
+    wide = copy.deepcopy(conv).double()
+    expected = type(form)(*(t.double() for t in form.tensors()))(wide(rows))
+    handle = fe.patch(model, scaled_then_low_rank(form, "mlp", 1))
+    handle.merge()
+    got = copy.deepcopy(conv).double()(rows)
+    assert (got - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("site, flag", [("mlp", "mlp_bias"), ("attn", "attention_bias")])
+def test_a_merged_llama_is_saved_and_reloaded_with_its_biases(site, flag, tmp_path):
+    model = tiny.build("llama")
+    handle = scrambled(fe.patch(model, fe.ScaleBias(site=site, layers=[1])))
+    edited = tiny.output(model, "llama")
+    tiny.quiet(handle.merge)
+    merged = tiny.output(model, "llama")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert getattr(again.config, flag) is True
+    assert torch.equal(tiny.output(again, "llama"), merged)
+    torch.testing.assert_close(merged, edited, rtol=1e-5, atol=1e-5)
+    handle.unmerge()
+    assert getattr(model.config, flag) is False
+    assert (
+        model.model.layers[0].mlp.up_proj.bias is None and model.model.layers[1].self_attn.q_proj.bias is None
+    )
+
+
+def test_a_scale_alone_adds_no_bias():
+    model = tiny.build("llama")
+    handle = fe.patch(model, fe.ScaleBias(torch.full((tiny.WIDTH,), 1.5), bias=False))
+    handle.merge()
+    assert model.model.layers[0].mlp.down_proj.bias is None and model.config.mlp_bias is False
+
+
+def test_a_bias_that_cannot_be_reloaded_is_announced():
+    model = tiny.build("t5")
+    handle = scrambled(fe.patch(model, fe.RED()))
+    with pytest.warns(UserWarning, match="has no setting for"):
+        handle.merge()
+
+
+def test_rounding_is_measured_and_refused():
+    model = tiny.build("llama", torch.bfloat16)
+    before = tiny.state(model)
+    small = 1 + 1e-3 * torch.randn(tiny.WIDTH)
+    handle = fe.patch(model, fe.ScaleBias(small, bias=False))
+    patched, edited = tiny.state(model), tiny.output(model, "llama")
+    with pytest.raises(MergeError, match=r"would lose \d+\.\d % of the edit.*fp32=True"):
+        handle.merge()
+    assert not handle.merged
+    tiny.assert_same_state(model, patched)
+    handle.merge(fp32=True)
+    linears = [layer.mlp.down_proj for layer in model.model.layers]
+    assert {m.weight.dtype for m in linears} == {torch.float32}
+    rows = torch.randn(4, 48).bfloat16()
+    exact = rows.double() @ before["bits"]["model.layers.0.mlp.down_proj.weight"].double().T * small.double()
+    got = linears[0](rows)
+    assert got.dtype is torch.bfloat16
+    assert (got.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    torch.testing.assert_close(tiny.output(model, "llama"), edited, rtol=0.1, atol=0.05)
+    handle.unmerge()
+    tiny.assert_same_state(model, patched)
+    handle.remove()
+    tiny.assert_same_state(model, before)
+
+
+def test_an_edit_that_bf16_holds_is_merged_in_bf16():
+    model = tiny.build("llama", torch.bfloat16)
+    handle = fe.patch(model, fe.ScaleBias(torch.full((tiny.WIDTH,), 2.0), bias=False))
+    handle.merge()
+    assert model.model.layers[0].mlp.down_proj.weight.dtype is torch.bfloat16
+    assert max(handle._merged.rounding.values()) == 0.0
+
+
+def test_a_failure_half_way_leaves_nothing_behind():
+    model = tiny.build("llama", torch.bfloat16)
+    scales = {0: torch.full((tiny.WIDTH,), 2.0), 2: torch.full((tiny.WIDTH,), 1.001)}
+    handle = fe.patch(
+        model, fe.ScaleBias(scales, bias={0: torch.ones(tiny.WIDTH), 2: torch.zeros(tiny.WIDTH)})
+    )
+    patched, config = tiny.state(model), copy.deepcopy(model.config.to_dict())
+    with pytest.raises(MergeError, match=r"layer layers\.2"):
+        handle.merge()
+    tiny.assert_same_state(model, patched)
+    assert model.config.to_dict() == config
+
+
+def quantised(model):
+    model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(
+        torch.ones(tiny.WIDTH, 48, dtype=torch.int8), requires_grad=False
+    )
+
+
+def tied(model):
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+
+
+def subclassed(model):
+    class Low(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    model.model.layers[1].mlp.down_proj.__class__ = Low
+
+
+@pytest.mark.parametrize("change, edit, says", [
+    (lambda m: None, fe.Steer(torch.ones(tiny.WIDTH)), "residual stream is a sum"),
+    (quantised, fe.RED(), "torch.int8"), (tied, fe.RED(), "tied to 1 other"),
+    (subclassed, fe.RED(), "output of a Low"),
+    (lambda m: m.to("meta"), fe.RED(), "meta device"),
+])  # fmt: skip
+def test_what_cannot_be_merged_is_refused_with_the_reason(change, edit, says):
+    model = tiny.build("llama")
+    change(model)
+    before = tiny.state(model)
+    handle = fe.patch(model, edit)
+    with pytest.raises(MergeError, match=says):
+        handle.merge()
+    handle.remove()
+    tiny.assert_same_state(model, before)
+
+
+def test_adapters_are_refused():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(tiny.build("llama"), peft.LoraConfig(target_modules=["down_proj"], r=2))
+    with pytest.raises(MergeError, match="merge the adapter"):
+        fe.patch(wrapped, fe.RED()).merge()
+
+
+def test_handles_merge_in_the_order_of_their_edits():
+    model = tiny.build("llama")
+    before = tiny.state(model)
+    first = scrambled(fe.patch(model, fe.RED()), seed=1)
+    second = scrambled(fe.patch(model, fe.RED()), seed=2)
+    third = scrambled(fe.patch(model, fe.Steer(torch.ones(tiny.WIDTH))), seed=3)
+    edited = tiny.output(model, "llama")
+    with pytest.raises(MergeError, match="come first"):
+        second.merge()
+    first.merge()
+    torch.testing.assert_close(tiny.output(model, "llama"), edited, rtol=1e-4, atol=1e-5)
+    second.merge()
+    torch.testing.assert_close(tiny.output(model, "llama"), edited, rtol=1e-4, atol=1e-5)
+    with pytest.raises(MergeError, match="unmerge that first"):
+        first.unmerge()
+    second.unmerge()
+    first.unmerge()
+    assert torch.equal(tiny.output(model, "llama"), edited)
+    for handle in (second, third, first):
+        handle.remove()
+    tiny.assert_same_state(model, before)
+
+
+def test_a_copy_of_a_merged_model_unmerges_by_itself():
+    model = tiny.build("bert")
+    handle = scrambled(fe.patch(model, fe.RED()))
+    edited = tiny.output(model, "bert")
+    handle.merge()
+    merged, other = tiny.output(model, "bert"), copy.deepcopy(model)
+    (copied,) = handles(other)
+    copied.unmerge()
+    assert torch.equal(tiny.output(other, "bert"), edited)
+    assert torch.equal(tiny.output(model, "bert"), merged)
+
+
+def test_everything_that_holds_a_block_edit_is_refused_whole():
+    model = tiny.build("llama")
+    handle = fe.patch(model, everything())
+    patched = tiny.state(model)
+    with pytest.raises(MergeError, match="block"):
+        handle.merge()
+    tiny.assert_same_state(model, patched)
+
+
+def test_a_merged_trained_model_tells_the_same_story(shared):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared / "models" / "stories260K"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Once upon a time", return_tensors="pt")
+    handle = scrambled(fe.patch(model, fe.RED()))
+    story = model.generate(**ids, max_new_tokens=24, do_sample=False)
+    handle.merge()
+    assert torch.equal(model.generate(**ids, max_new_tokens=24, do_sample=False), story)
