@@ -1,0 +1,91 @@
+# make demo   sets up .venv on first use, then the main job        make test   sets up, then every test
+#
+# Stamps in .venv/.stamps remember what is set up: a second run goes straight to work, and a change in the
+# native sources, the build files or the dependencies builds or installs again.
+
+TORCH := 2.13.0
+OLDER_TRANSFORMERS := 5.17.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+OUT ?= bench/results
+PYTEST_ARGS ?=
+
+# The first python3 that is 3.11 to 3.13 and can make a virtual environment. Override: make test PYTHON=...
+USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c '$(USABLE)' 2>/dev/null && { echo "$$p"; break; }; done)
+
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
+PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
+
+.PHONY: help setup demo test lint bench gpu clean distclean
+
+help:
+	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (5 minutes; demo-output/)"
+	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
+	@echo "make setup   only the set-up that these two begin with: $(VENV), torch $(TORCH), fastedit with its kernels"
+	@echo "make bench   benchmarks on the CPU, a CSV into OUT=$(OUT)"
+	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, benchmarks into OUT=$(OUT); needs no network"
+	@echo "make lint    ruff"
+	@echo "make clean   remove what was built; make distclean: $(VENV) too"
+
+setup: $(STAMPS)/fastedit
+	@echo "Set up. Next: make demo, make test, or . $(BIN)/activate and fastedit --help"
+
+demo: $(STAMPS)/fastedit
+	$(BIN)/fastedit demo --out demo-output
+
+test: $(STAMPS)/fastedit $(STAMPS)/older
+	$(BIN)/fastedit doctor
+	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
+
+lint: $(STAMPS)/fastedit
+	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet ruff
+	$(BIN)/ruff check .
+
+bench: $(STAMPS)/fastedit
+	$(BIN)/python -m bench.cpu --out $(OUT)
+
+clean:
+	rm -rf build dist demo-output .pytest_cache .benchmarks .hypothesis $(STAMPS)/fastedit
+
+distclean: clean
+	rm -rf $(VENV)
+
+$(STAMPS)/venv:
+	@test -n "$(PYTHON)" || { echo "fastedit needs Python 3.11, 3.12 or 3.13 with venv (Debian: apt install python3-venv);"; \
+		echo "if it has another name: make PYTHON=/path/to/python"; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch first and pinned: the development set-up is the same everywhere. Users bring any torch from 2.11 on.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(BIN)/pip install --disable-pip-version-check torch==$(TORCH) "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
+	@touch $@
+
+# Without build isolation, so that a rebuild finds the same pybind11 and compiles only what changed.
+$(STAMPS)/fastedit: $(STAMPS)/torch $(NATIVE) $(PACKAGES)
+	$(BIN)/pip install --disable-pip-version-check --no-build-isolation -e ".[test]"
+	@touch $@
+
+# The oldest transformers that is served, with the older hub client it insists on: tests run models on it, too.
+$(STAMPS)/older: $(STAMPS)/fastedit
+	$(BIN)/pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/transformers-5.17 \
+		transformers==$(OLDER_TRANSFORMERS) "huggingface_hub>=1.5,<2" httpx httpcore certifi
+	@touch $@
+
+# --- on a machine with a GPU and no network: its own Python, torch and Triton ----------------------------------
+
+GPU_PYTHON ?= python3
+GPU_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
+# build/gpu before the checkout, and -P: else `python -m` would import the sources, which have no native module.
+ON_GPU := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) $(GPU_PYTHON)
+
+gpu:
+	rm -rf build/gpu
+	FASTEDIT_CUDA=ON FASTEDIT_CUDA_ARCHITECTURES=$(or $(GPU_ARCH),90) \
+		$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index --target build/gpu .
+	$(ON_GPU) -m pytest -m gpu $(PYTEST_ARGS)
+	$(ON_GPU) -m bench.gpu --out $(OUT)

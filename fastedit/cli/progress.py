@@ -1,0 +1,50 @@
+"""A rich progress bar for anything that Trainer trains."""
+
+import warnings
+from contextlib import contextmanager
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+
+def quiet():
+    """Leave the terminal to the bars: no bar for every weight that transformers loads, no advice."""
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers has deprecated
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def bars(console):
+    """A Progress of several bars, gone when it is left."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+class TrainingBar(TrainerCallback):
+    """One bar, in steps."""
+
+    def __init__(self, progress, name):
+        self.progress = progress
+        self.task = progress.add_task(name, total=None)
+
+    def on_train_begin(self, args, state, control, **_):
+        self.progress.update(self.task, total=state.max_steps)
+
+    def on_step_end(self, args, state, control, **_):
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_train_end(self, args, state, control, **_):
+        self.progress.update(self.task, completed=state.max_steps)

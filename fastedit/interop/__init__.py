@@ -1,0 +1,1 @@
+"""Importers of neighbours' edits, one file a neighbour."""

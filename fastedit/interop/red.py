@@ -1,0 +1,130 @@
+"""The files of RED's authors (arXiv 2402.15179): `delta_vector.pth`, a state dict of scales and biases.
+
+    model.layers.0.mlp.down_proj.delta_vector.activation_scaling   (1, width)
+    model.layers.0.mlp.down_proj.delta_vector.activation_bias      (1, width)
+
+under the path of the linear map whose output they edit.
+"""
+
+import logging
+import pickle
+from pathlib import Path
+
+import torch
+
+from ..edit_file import EditFileError
+from ..edits import RED, ScaleBias
+from ..families import find_layers
+from ..patching import patch
+
+__all__ = ["load_red_checkpoint"]
+
+logger = logging.getLogger("fastedit")
+FILE = "delta_vector.pth"
+_PARTS = {"activation_scaling": ("scale", 1.0), "activation_bias": ("bias", 0.0)}
+
+
+def load_red_checkpoint(model, path, *, freeze=False):
+    """Patch a model with a RED checkpoint of its authors' code; returns the Handle.
+
+    Args:
+        path: delta_vector.pth, or the folder that holds it. Read with weights_only=True: no code in it runs.
+        freeze: as for `fastedit.patch`.
+
+    Raises:
+        EditFileError: not such a file, or one that does not fit this model. Nothing has changed.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    found = _grouped(path, _read(path))
+    sites = _sites(model)
+    edits = {}
+    for module, parts in found.items():
+        layer, site = _place(path, module, sites)
+        width = next(iter(parts.values())).numel()
+        for name, neutral in _PARTS.values():
+            edits.setdefault(site, {}).setdefault(name, {})[layer] = parts.get(
+                name, torch.full((width,), neutral)
+            )
+    if all((scale == 1).all() for parts in edits.values() for scale in parts["scale"].values()):
+        logger.warning(
+            "fastedit: every scale in %s is exactly 1: trained in bf16, where a scale cannot leave it", path
+        )
+    try:
+        return patch(model, [_edit(site, parts) for site, parts in edits.items()], freeze=freeze)
+    except ValueError as error:
+        raise EditFileError(f"{path}: {error}") from error
+
+
+def _edit(site, parts):
+    kind = RED if site == "mlp" else ScaleBias
+    return kind(parts["scale"], parts["bias"], site=site)
+
+
+def _read(path):
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise EditFileError(f"there is no {path}; expected {FILE} as RED's training code saves it") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EditFileError(
+            f"{path} is not a plain state dict of tensors ({reason:.120}); it was not executed"
+        ) from None
+    if not isinstance(state, dict):
+        raise EditFileError(f"{path} holds a {type(state).__name__}, expected a state dict")
+    return state
+
+
+def _grouped(path, state):
+    """{module path: {"scale" and "bias": (width,)}}"""
+    found, ignored = {}, []
+    for key, tensor in state.items():
+        module, _, part = str(key).rpartition(".delta_vector.")
+        if not module or part not in _PARTS:
+            ignored.append(str(key))
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise EditFileError(
+                f"{path}: {key} is a {getattr(tensor, 'dtype', type(tensor).__name__)}, expected floats"
+            )
+        if tensor.dim() not in (1, 2) or tensor.numel() != tensor.shape[-1]:
+            raise EditFileError(f"{path}: {key} has shape {tuple(tensor.shape)}, expected (1, width)")
+        if not tensor.isfinite().all():
+            raise EditFileError(f"{path}: {key} holds values that are NaN or infinite")
+        found.setdefault(module, {})[_PARTS[part][0]] = tensor.reshape(-1).float()
+    if not found:
+        some = ", ".join(ignored[:3]) or "nothing"
+        raise EditFileError(
+            f"{path} has no key ending in .delta_vector.activation_scaling or _bias (found {some})"
+        )
+    if ignored:
+        logger.warning(
+            "fastedit: %s: ignored %d keys that are not RED's, such as %s", path, len(ignored), ignored[0]
+        )
+    for module, parts in found.items():
+        if len({part.numel() for part in parts.values()}) > 1:
+            raise EditFileError(f"{path}: scale and bias of {module} differ in width")
+    return found
+
+
+def _sites(model):
+    """{module path in the model: (layer number, site)}"""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        names[layer.at(site)]: (layer.index, site)
+        for layer in find_layers(model)
+        for site in ("mlp", "attn")
+        if layer.at(site) is not None
+    }
+
+
+def _place(path, module, sites):
+    """A file's module path on this model: the same, or with a wrapper's prefix more or less."""
+    for name, place in sites.items():
+        if name == module or name.endswith("." + module) or module.endswith("." + name):
+            return place
+    raise EditFileError(
+        f"{path} edits {module}, which is not a site of this model ({', '.join(list(sites)[:2])}, …); "
+        "load the base it was trained on, and note that RED+ on q, k and v is not served"
+    )

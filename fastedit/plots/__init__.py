@@ -1,0 +1,1 @@
+"""Pictures (PNG), drawn with matplotlib from figures computed elsewhere."""

@@ -1,0 +1,47 @@
+"""The demo's picture: accuracy beside parameters, and what RED did to each layer."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+COLOURS = ("#9aa5b1", "#1f7a8c", "#bf6f3a")
+
+
+def draw(results, tensors, path):
+    """results: {name: (accuracy, parameters)}. tensors: of a RED handle. Writes a PNG."""
+    figure, (bars, map_) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1, 1.5), layout="constrained")
+    _accuracy(bars, results)
+    _scales(figure, map_, tensors)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _accuracy(axes, results):
+    shares = [100 * share for share, _ in results.values()]
+    drawn = axes.bar(range(len(results)), shares, color=COLOURS, width=0.65)
+    for bar, share, (_, parameters) in zip(drawn, shares, results.values(), strict=True):
+        label = f"{share:.1f} %\n{parameters:,} numbers" if parameters else f"{share:.1f} %"
+        axes.annotate(label, (bar.get_x() + bar.get_width() / 2, share), ha="center", va="bottom", fontsize=9)
+    axes.axhline(50, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate("guessing", (-0.45, 50), va="bottom", fontsize=8)
+    axes.set_xticks(range(len(results)), results)
+    axes.set_ylim(40, max(shares) + 9)
+    axes.set_ylabel("held-out accuracy, %")
+    axes.set_title("Are two words swapped?", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _scales(figure, axes, tensors):
+    names = [name for name in tensors if name.endswith(".scale")]
+    change = torch.stack([tensors[name].cpu() - 1 for name in names])
+    limit = change.abs().quantile(0.99).item() or 1.0
+    image = axes.imshow(
+        change, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+    )
+    axes.set_yticks(range(len(names)), [name.split(".")[-3] for name in names])
+    axes.set_ylabel("layer")
+    axes.set_xlabel("feature")
+    axes.set_title("What RED learned: scale − 1", loc="left", fontsize=11)
+    figure.colorbar(image, ax=axes, shrink=0.9)

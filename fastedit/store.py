@@ -1,0 +1,201 @@
+"""Edits on disk: `save` and `load` (DESIGN.md 6); how the two files are written and read is in edit_file.py.
+
+edit.json holds: format and version; `edits`, one config an edit (kind, site, layers, rank, tensors);
+`strength`; `base`, the model that the edits were made on (id, type, width, depth, a digest of its shape);
+`training`, a summary or null; `tensors`, the checksum of edit.safetensors.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+
+from . import __version__
+from .edit_file import JSON, EditFileError, read, write
+from .edits import from_config
+from .families import find_layers
+from .patching import patch
+from .planning import site_width
+
+__all__ = ["EditFileError", "describe_base", "fetch", "load", "read", "save"]
+
+logger = logging.getLogger("fastedit")
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHAPE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "hidden_act", "encoder_layers", "decoder_layers", "num_decoder_layers",
+)  # fmt: skip
+
+
+def save(handle, folder, *, base_model=None, training=None):
+    """Write a handle's edits to a folder; a crash leaves the old edit there or the new. Returns the Path.
+
+    Args:
+        base_model: id of the base, for edit.json; by default the name the model was loaded under.
+        training: a JSON-able summary of how the edits were trained, for edit.json.
+
+    Raises:
+        OSError: it could not be written (full disk, no permission); an edit saved there before is intact.
+        ValueError: `training` is not JSON-able, or a tensor holds NaN or infinities.
+    """
+    tensors = {name: tensor.detach().cpu() for name, tensor in handle.named_tensors().items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} holds values that are NaN or infinite: not saved; lower the learning rate"
+            )
+    try:
+        json.dumps(training, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"training is not JSON-able ({error}); pass numbers, strings, lists and dicts"
+        ) from None
+    header = {
+        "fastedit": __version__, "edits": handle.config(), "strength": handle.strength,
+        "base": describe_base(handle.model, base_model), "training": training,
+    }  # fmt: skip
+    write(folder, header, tensors)
+    return Path(folder)
+
+
+def load(model, folder, *, freeze=False, revision=None):
+    """Patch a model with the edits saved in a folder or Hub repo; returns the Handle.
+
+    Args:
+        folder: what `handle.save` wrote, or a Hub repo id such as "anna/my-edit".
+        freeze: as for `fastedit.patch`, to train on.
+        revision: of the Hub repo.
+
+    Raises:
+        EditFileError: the files are not a whole, sound edit, or do not fit this model. Nothing has changed.
+    """
+    folder = fetch(folder, revision)
+    header, tensors = read(folder)
+    edits = _edits(folder, header["edits"])
+    strength = header.get("strength", 1.0)
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise EditFileError(f"{folder / JSON}: strength is {strength!r}, expected a number")
+    _check_base(folder, header.get("base"), describe_base(model))
+    _check_tensors(folder, edits, find_layers(model), tensors)
+    handle = patch(model, edits, freeze=freeze)
+    try:
+        handle.load_tensors(tensors)
+        handle.strength = strength
+    except Exception as error:
+        handle.remove()
+        raise EditFileError(f"{folder}: {error}") from error
+    return handle
+
+
+def describe_base(model, base_model=None):
+    """What edit.json says of a model: id, type, width, depth and a digest of its shape; no weights."""
+    layers = find_layers(model)
+    config = getattr(model, "config", None)
+    name = (
+        base_model or getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
+    )
+    if name is not None and Path(name).exists():
+        name = Path(name).resolve().name  # a local path says nothing to others, and too much of this machine
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    shape = {key: value for key in _SHAPE if isinstance(value := getattr(config, key, None), (int, str))}
+    return {
+        "model": name, "type": shape.get("model_type", type(model).__name__),
+        "width": site_width(layers[0].module, layers[0]), "depth": len(layers),
+        "shape": hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16],
+    }  # fmt: skip
+
+
+def fetch(folder, revision=None):
+    """The local folder of an edit: itself, or a Hub repo's snapshot."""
+    path = Path(folder)
+    if path.exists() or not _REPO.fullmatch(str(folder)):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(folder), revision=revision, allow_patterns=["edit*.safetensors", JSON])
+        )
+    except Exception as error:  # the hub's errors have no common base besides this
+        raise EditFileError(
+            f"there is no folder {folder}, and as a Hub repo it could not be fetched: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _edits(folder, configs):
+    expected = {"kind": (str, str), "site": (str, str), "layers": (list, int), "tensors": (list, str)}
+    for number, config in enumerate(configs):
+        for key, (kind, of) in expected.items():
+            value = config.get(key)
+            if not isinstance(value, kind) or not all(isinstance(item, of) for item in value):
+                what = "a string" if kind is str else f"a list of {of.__name__}"
+                raise EditFileError(
+                    f"{folder / JSON}: {key} of edit {number} is {value!r:.60}, expected {what}"
+                )
+    try:
+        return from_config(configs)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise EditFileError(f"{folder / JSON}: {error}") from None
+
+
+def _check_base(folder, saved, found):
+    where = folder / JSON
+    if not isinstance(saved, dict):
+        raise EditFileError(f'{where}: "base" is {saved!r:.40}, expected the model that the edit was made on')
+    for key in ("width", "depth"):
+        if saved.get(key) != found[key]:
+            raise EditFileError(
+                f"{where}: the edit was made on a base of {key} {saved.get(key)} ({saved.get('model')}, "
+                f"{saved.get('type')}), but this model has {key} {found[key]} ({found['model']}, "
+                f"{found['type']}); load the base it was made on"
+            )
+    what = {"type": "a model of type", "shape": "a base of shape", "model": "the base"}
+    for key, words in what.items():
+        was, now = saved.get(key), found[key]
+        comparable = (
+            isinstance(was, str) and now is not None and (key != "model" or ("/" in was and "/" in now))
+        )
+        if comparable and was != now:
+            logger.warning(
+                "fastedit: %s was made on %s %r, this model is %r; it fits, but may mean something else here",
+                where, words, was, now,
+            )  # fmt: skip
+            return
+
+
+def _check_tensors(folder, edits, layers, tensors):
+    """Names and shapes against the configs and this model, before anything is built from either."""
+    where = folder / "edit.safetensors"
+    expected = {}
+    for number, edit in enumerate(edits):
+        for index in edit.layers or ():
+            if not isinstance(index, int) or not 0 <= index < len(layers):
+                raise EditFileError(
+                    f"{folder / JSON}: layer {index!r}, but this model has layers 0 to {len(layers) - 1}"
+                )
+            layer = layers[index]
+            site = layer.at(edit.site)
+            if site is None:
+                raise EditFileError(
+                    f"{folder / JSON}: layer {layer.name} of this model has no site {edit.site!r}"
+                )
+            width = site_width(site, layer)
+            for name in edit.names:
+                shape = {"scale": (width,), "bias": (width,), "offset": (edit.rank,)}.get(
+                    name, (edit.rank, width)
+                )
+                expected[f"{number}.{layer.name}.{edit.site}.{name}"] = shape
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise EditFileError(
+            f"{where} does not hold what {JSON} describes on this model: missing "
+            f"{', '.join(missing[:3]) or 'nothing'}; not described {', '.join(extra[:3]) or 'nothing'}"
+        )
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise EditFileError(
+                f"{where}: {name} has shape {tuple(tensors[name].shape)}, this model needs {shape}"
+            )
