@@ -43,7 +43,7 @@ class Root(nn.Module):
                             warnings.warn(
                                 f"fastedit: plain path for {', '.join(recipe.sites)} of "
                                 f"{base_of(layer.module).__name__}: {known[key].reason}",
-                                stacklevel=5,
+                                stacklevel=3,
                             )
                     self.verdicts[layer.name, recipe] = known[key]
 

@@ -18,7 +18,7 @@ from .families import find_layers
 from .patching import patch
 from .planning import site_width
 
-__all__ = ["EditFileError", "describe_base", "fetch", "load", "read", "save"]
+__all__ = ["EditFileError", "describe_base", "fetch", "load", "read", "rebuild", "save"]
 
 logger = logging.getLogger("fastedit")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -72,7 +72,7 @@ def load(model, folder, *, freeze=False, revision=None):
     """
     folder = fetch(folder, revision)
     header, tensors = read(folder)
-    edits = _edits(folder, header["edits"])
+    edits = rebuild(folder, header["edits"])
     strength = header.get("strength", 1.0)
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
         raise EditFileError(f"{folder / JSON}: strength is {strength!r}, expected a number")
@@ -125,7 +125,8 @@ def fetch(folder, revision=None):
         ) from error
 
 
-def _edits(folder, configs):
+def rebuild(folder, configs):
+    """The Edit objects of a file's configs, without their tensors; EditFileError names what is wrong."""
     expected = {"kind": (str, str), "site": (str, str), "layers": (list, int), "tensors": (list, str)}
     for number, config in enumerate(configs):
         for key, (kind, of) in expected.items():

@@ -121,6 +121,19 @@ def test_show_of_nothing_is_one_line_and_exit_code_1(tmp_path):
     assert not isinstance(result.exception, fe.EditFileError)
 
 
+def test_show_of_an_edit_that_makes_no_sense_says_why(trained, tmp_path):
+    folder, _ = trained
+    header, tensors = fe.store.read(folder)
+    for key in ("format", "version", "tensors"):
+        del header[key]
+    header |= {"base": [1], "training": "long"}
+    fe.store.write(tmp_path, header, tensors)
+    assert "base: unnamed" in invoke("show", tmp_path)
+    header["edits"][0]["strength"] = "much"
+    fe.store.write(tmp_path, header, tensors)
+    assert "strength is 'much'" in invoke("show", tmp_path, code=1)
+
+
 @pytest.mark.parametrize("method", ["direft", "noreft"])
 def test_other_methods_train(encoder, tmp_path, method):
     data = tsv(tmp_path / "reviews.tsv", reviews(40))

@@ -506,7 +506,7 @@ def test_project(cuda, size, rank):
 # What holds for every op
 
 
-def every_op(cuda, rows, width, dtype=BF16, slots=3):
+def every_op(cuda, rows, width, dtype, slots=3):
     """All outputs of all ops on the same random rows, by name."""
     torch.manual_seed(1)
     x, residual, grad = (stream(rows, width, dtype) for _ in range(3))
@@ -533,13 +533,13 @@ def every_op(cuda, rows, width, dtype=BF16, slots=3):
     return {f"{op}[{i}]": t for op, outs in found.items() for i, t in enumerate(outs) if t is not None}
 
 
-@pytest.mark.parametrize(("rows", "width"), [(300, 64), (11, 1030)])
-def test_bits_do_not_depend_on_the_order_of_threads_or_the_grid(cuda, rows, width):
+@pytest.mark.parametrize(("rows", "width", "dtype"), [(300, 64, F32), (300, 64, BF16), (3, 1030, BF16)])
+def test_bits_do_not_depend_on_the_order_of_threads_or_the_grid(cuda, rows, width, dtype):
     """A missing barrier shows in one of the orders, a sum that follows the launch in one of the grids."""
-    first = every_op(cuda, rows, width)
+    first = every_op(cuda, rows, width, dtype)
     for multiprocessors, seed in [(3, 0), (3, 1), (132, 7), (1, 8)]:
         cuda.schedule(multiprocessors, seed)
-        again = every_op(cuda, rows, width)
+        again = every_op(cuda, rows, width, dtype)
         assert not [name for name, t in first.items() if not same_bits(t, again[name])], (
             multiprocessors,
             seed,
@@ -589,17 +589,32 @@ def test_no_rows(cuda, rank, slots):
     assert not any(t.any() for t in got if t is not None)
 
 
-def test_many_units_sum_as_a_tree(cuda):
-    """Rows enough for a tree of several levels; sums of like signs, where a running sum would drift."""
-    rows, width = 256 * 37 + 5, 8
-    grad, hidden = torch.rand(rows, width) + 1, torch.rand(rows, width) + 1
-    form = make_form(rows, width)
-    got = cuda.edit_backward(
-        grad, hidden, None, form, None, None, [False] + [True] * 2 + [False] * 4, F32, (rows, 8)
+def pairwise(values):
+    """The pairwise tree over the first dimension, padded with zeros to a power of two."""
+    while len(values) > 1:
+        values = torch.cat([values, torch.zeros_like(values[: len(values) % 2])])
+        values = values[::2] + values[1::2]
+    return values[0]
+
+
+@pytest.mark.parametrize("units", [1, 7, 8, 9, 37, 150])
+def test_column_sums_follow_the_tree_that_is_promised(cuda, units):
+    """To the bit: eight running sums of a block's rows, pairwise, and the blocks pairwise."""
+    grad = torch.randn(256 * units - 251, 8)
+    form, needs = (
+        {"bias": torch.zeros(8)},
+        [n == "bias" for n in ("hidden", *harness.PARAMETERS, "coefficient")],
     )
-    for name, value, exact in [("scale", got[1], (grad.double() * hidden.double()).sum(0)),
-                               ("bias", got[2], grad.double().sum(0))]:  # fmt: skip
-        assert float((value.double() - exact).abs().max()) <= 2 * ulp(exact, F32), name
+    for cuda_sms in (1, 132):
+        cuda.schedule(cuda_sms)
+        got = cuda.edit_backward(grad, None, None, form, None, None, needs, F32, grad.shape)[2]
+        partials = []
+        for rows in grad.split(256):
+            lines = [torch.zeros(8)] * 8
+            for i, row in enumerate(rows):
+                lines[i % 8] = lines[i % 8] + row
+            partials.append(pairwise(torch.stack(lines)))
+        assert torch.equal(got, pairwise(torch.stack(partials)))
 
 
 def test_unknown_dtypes_are_refused(cuda):

@@ -294,6 +294,49 @@ def test_the_same_for_bf16_added_to_fp32(record):
     check_code([entry for entry in launches if entry[0].__name__ == "edit_kernel"], target)
 
 
+def running_products(ttgir):
+    """(tt.dot lines, those that add to a value the innermost loop carries). Names repeat across scopes."""
+    dots, running, carried = [], [], set()
+    for line in ttgir.splitlines():
+        if "scf.for " in line:
+            carried = set(re.findall(r"(%\w+) =", line.partition("iter_args(")[2]))
+            continue
+        dot = re.search(r"tt\.dot %\w+, %\w+, (%\w+)", line)
+        if dot:
+            dots.append(line)
+            running += [line] if dot[1] in carried else []
+        carried.discard(line.strip().partition(" = ")[0])
+    return dots, running
+
+
+@triton.jit
+def running_kernel(x, sums, width, BLOCK: tl.constexpr):
+    """What running_products must flag: one accumulator for all tiles."""
+    rows, total = tl.arange(0, BLOCK), tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, width, BLOCK):
+        tile = tl.load(x + rows[:, None] * width + start + rows[None, :])
+        total = tl.dot(tile, tl.trans(tile), total)
+    tl.store(sums + rows[:, None] * BLOCK + rows[None, :], total)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_products_are_six_of_bf16_and_summed_in_fp32(record, target):
+    """No matrix accumulator runs across tiles, since it truncates (device.project_tile)."""
+    launches = record(target)
+    x, form, z = empty(ROWS, WIDTH, dtype=BF16), make_form(17), empty(ROWS, 17)
+    backend.project(x, *form[2:4])
+    backend.edit_backward(x, x, None, *form, z, z, needs(form), BF16)
+    kernels = [entry for entry in launches if entry[0].__name__ in ("project_tiles_kernel", "columns_kernel")]
+    assert kernels
+    for kernel, shape, args, options in kernels:
+        dots, running = running_products(compile_launch(kernel, shape, args, options, target)[0].asm["ttgir"])
+        assert len(dots) >= 6 and all("xbf16" in line for line in dots)
+        assert not running, running
+    shape, args = launch.Launch(1, 32, 4, 1, 1), (empty(32, WIDTH, dtype=BF16), empty(32, 32), WIDTH)
+    compiled, _ = compile_launch(running_kernel, shape, args, {"BLOCK": 32}, target)
+    assert running_products(compiled.asm["ttgir"])[1]
+
+
 # --- the analysers themselves ---------------------------------------------------------------------
 
 

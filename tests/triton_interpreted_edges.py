@@ -242,15 +242,15 @@ def test_nothing_is_written_beside_the_outputs(rank, slots, monkeypatch):
         assert (buffer[:guard] == 77).all() and (buffer[guard + count :] == 77).all()
 
 
-def test_rows_further_apart_than_32_bits_reach():
-    """Two rows 2^31 + 8 elements apart: a 32-bit offset would wrap to before the first."""
+def test_offsets_beyond_32_bits():
+    """Five rows 2^29 + 8 elements apart: the stride fits 32 bits, the last row's offset does not."""
     torch.use_deterministic_algorithms(False)  # or 4 GB would be filled; untouched pages take no memory
-    stride = 2**31 + 8
-    h = torch.empty(stride + 64, dtype=BF16).as_strided((2, 64), (stride, 1))
-    h.copy_(torch.randn(2, 64))
+    stride = 2**29 + 8
+    h = torch.empty(4 * stride + 64, dtype=BF16).as_strided((5, 64), (stride, 1))
+    h.copy_(torch.randn(5, 64))
     near = h.contiguous()
     for rank in (0, 1, 17):
-        form = make_form(2, 64, rank, 0, "none")
+        form = make_form(5, 64, rank, 0, "none")
         assert torch.equal(backend.edit(h, *form)[0], backend.edit(near, *form)[0])
 
 

@@ -8,6 +8,8 @@ What decides the figures, besides the sentence rules (sentences.py):
     RED       scale and bias on the FFN's output of all 6 layers, lr 2e-2, head too
     LoRA      r = 16, alpha 32, no dropout, on query and value of all 6 layers, lr 1e-3, head too
     frozen    the same head on states computed once without dropout, lr 5e-3, 20 epochs
+
+Measured on 2 cores: frozen head 55.6 %, RED 75.7 % with 4,608 numbers, LoRA 79.0 % with 147,456.
 """
 
 import json

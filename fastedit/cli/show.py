@@ -14,22 +14,21 @@ def run(folder):
     try:
         folder = store.fetch(folder)
         header, tensors = store.read(folder)
+        store.rebuild(folder, header["edits"])
     except store.EditFileError as error:
-        Console(stderr=True).print(f"[red]{error}", highlight=False)
+        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
         raise typer.Exit(1) from None
     size = sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith("edit."))
-    base, training = header.get("base") or {}, header.get("training")
+    base, training = (p if isinstance(p, dict) else {} for p in map(header.get, ("base", "training")))
     console.print(
         f"[bold]{folder}[/]  {sum(t.numel() for t in tensors.values()):,} parameters, {size:,} bytes"
     )
-    console.print(
-        f"base: {base.get('model') or 'unnamed'} ({base.get('type')}, {base.get('depth')} layers, width "
-        f"{base.get('width')})"
-    )
+    where = f"{base.get('type')}, {base.get('depth')} layers, width {base.get('width')}"
+    console.print(f"base: {base.get('model') or 'unnamed'} ({where})", markup=False)
     if header.get("strength", 1.0) != 1.0:
-        console.print(f"strength: {header['strength']:g}")
-    for name, value in (training or {}).items():
-        console.print(f"training {name}: {value}", highlight=False)
+        console.print(f"strength: {header['strength']}", markup=False)
+    for name, value in training.items():
+        console.print(f"training {name}: {value}", highlight=False, markup=False)
     for number, edit in enumerate(header["edits"]):
         console.print(_table(number, edit, tensors))
 

@@ -24,17 +24,15 @@ def _accuracy(axes, results):
     for bar, share, (_, parameters) in zip(drawn, shares, results.values(), strict=True):
         label = f"{share:.1f} %\n{parameters:,} numbers" if parameters else f"{share:.1f} %"
         axes.annotate(label, (bar.get_x() + bar.get_width() / 2, share), ha="center", va="bottom", fontsize=9)
-    axes.axhline(50, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate("guessing", (-0.45, 50), va="bottom", fontsize=8)
     axes.set_xticks(range(len(results)), results)
-    axes.set_ylim(40, max(shares) + 9)
-    axes.set_ylabel("held-out accuracy, %")
+    axes.set_ylim(min(50, min(shares) - 5), max(shares) + 6)
+    axes.set_ylabel("held-out accuracy, % (50: guessing)")
     axes.set_title("Are two words swapped?", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _scales(figure, axes, tensors):
-    names = [name for name in tensors if name.endswith(".scale")]
+    names = sorted((n for n in tensors if n.endswith(".scale")), key=lambda n: int(n.split(".")[-3]))
     change = torch.stack([tensors[name].cpu() - 1 for name in names])
     limit = change.abs().quantile(0.99).item() or 1.0
     image = axes.imshow(

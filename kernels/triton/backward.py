@@ -90,15 +90,15 @@ def form_backward(gradient, hidden, residual, form, grad_z, z, needs, out_dtype,
         gradient, host.stream(hidden), host.stream(residual), form, q, z, order, table, sizes, blocks,
         workspace, views, needs, norm, out_dtype, on_sum,
     )  # fmt: skip
-    of_form, of_norm = reduce_sums(workspace, sum(columns[:5]), sum(columns), block_first)
-    d_scale, d_bias, d_read, d_write, d_offset = split(
-        of_form, columns[:5], (form.scale, form.bias, form.read, form.write, form.offset)
+    parameters = (form.scale, form.bias, form.read, form.write, form.offset)
+    d_scale, d_bias, d_read, d_write, d_offset = (
+        None if v is None else reduce_partials(v, block_first).view(p.shape)
+        for v, p in zip(views[:5], parameters, strict=True)
     )
+    d_norm = [None if v is None else reduce_partials(v).view(width) for v in views[5:]]
     d_hidden, d_residual, d_k = rows_out
     d_k = None if d_k is None else coefficient_sums(d_k, form.coefficient)
-    return [d_hidden, d_scale, d_bias, d_read, d_offset, d_write, d_k], [
-        d_residual, *split(of_norm, columns[5:], (None, None)),
-    ]  # fmt: skip
+    return [d_hidden, d_scale, d_bias, d_read, d_offset, d_write, d_k], [d_residual, *d_norm]
 
 
 def sizes_of(gradient, hidden, form, grad_z):
@@ -161,25 +161,6 @@ def partial_views(blocks, columns, device):
         views.append(workspace[:, first : first + count] if count else None)
         first += count
     return workspace, views
-
-
-def reduce_sums(workspace, form_columns, columns, block_first):
-    """Sums of the form's columns, over each slot's blocks, and of the norm's, over all blocks."""
-    if block_first is None:
-        sums = reduce_partials(workspace[:, :columns])
-        return sums[:, :form_columns], sums[:, form_columns:]
-    of_form = reduce_partials(workspace[:, :form_columns], block_first)
-    return of_form, reduce_partials(workspace[:, form_columns:columns])
-
-
-def split(sums, columns, parameters):
-    """Each wanted gradient in its parameter's shape."""
-    grads, first = [], 0
-    for count, parameter in zip(columns, parameters, strict=True):
-        shape = (count,) if parameter is None else parameter.shape
-        grads.append(sums[:, first : first + count].reshape(shape) if count else None)
-        first += count
-    return grads
 
 
 def coefficient_sums(d_k, coefficient):

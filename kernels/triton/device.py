@@ -148,8 +148,9 @@ def project_tile(
 ):
     """z (BLOCK_ROWS, RANK_BLOCK) + h @ matrixᵀ over this tile's columns.
 
-    PRODUCTS: on the tensor cores, one matrix for all rows, added to z in fp32 tile by tile so that the cores'
-    truncating accumulators never run long. Else one rank at a time, each row with its own slot's matrix.
+    PRODUCTS: on the tensor cores, one matrix for all rows. Each tile's product is added to z in fp32, because
+    the cores' accumulators truncate: emulated at 4,096 columns, an error of 1.2e-6 where 2.8e-6 is promised,
+    but 2.0e-5 in one accumulator. Else one rank at a time, each row with its own slot's matrix.
     """
     ranks = tl.arange(0, RANK_BLOCK)
     if PRODUCTS:

@@ -21,7 +21,8 @@ def project(hidden, read, offset):
 
 def project_backward(grad_z, hidden, read, needs, out_dtype):
     """(d_hidden in out_dtype, d_read, d_offset); needs: three booleans."""
-    form = (None, None, read, None, None, None, None)
+    offset = grad_z.new_empty(grad_z.shape[1]) if needs[2] else None  # for its shape
+    form = (None, None, read, offset, None, None, None)
     need_hidden, need_read, need_offset = needs
     wanted = (need_hidden, False, False, need_read, need_offset, False, False)
     grads, _ = form_backward(Gradient(None), hidden, None, form, grad_z, None, wanted, out_dtype)

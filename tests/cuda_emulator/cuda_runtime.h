@@ -137,7 +137,8 @@ inline uint32_t two_f16(float low, float high) {
 }
 inline float from_f16(uint32_t bits) { return emulator::f16_value(bits & 0xffff); }
 
-inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+// A device for each number of multiprocessors, since kernels/cuda asks each device once.
+inline int cudaGetDevice(int* device) { return *device = emulator::multiprocessors % 64, cudaSuccess; }
 inline int cudaDeviceGetAttribute(int* value, int, int) {
   return *value = emulator::multiprocessors, cudaSuccess;
 }

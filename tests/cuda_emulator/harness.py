@@ -99,20 +99,19 @@ def stride(tensor):
 class Outputs:
     """Poisoned outputs of one call, each between two guards; `shift` elements off a 16-byte boundary."""
 
-    GUARD = 64
     # NaNs that no arithmetic makes.
     POISON = {torch.float32: 0x7FC0BEEF, torch.bfloat16: 0x7FEF, torch.float16: 0x7EEF}  # noqa: RUF012
 
-    def __init__(self, shift=0):
-        self.shift, self.made = shift, []
+    def __init__(self, shift=0, guard=64):
+        self.shift, self.guard, self.made = shift, guard, []
 
     def new(self, wanted, shape, dtype=torch.float32):
         if not wanted:
             return None
         size = int(torch.Size(shape).numel())
         bits = torch.int32 if dtype == torch.float32 else torch.int16
-        whole = torch.full((size + 2 * self.GUARD + 16,), self.POISON[dtype], dtype=bits)
-        start = self.GUARD + (-whole.data_ptr() // whole.element_size()) % 8 + self.shift
+        whole = torch.full((size + 2 * self.guard + 16,), self.POISON[dtype], dtype=bits)
+        start = self.guard + (-whole.data_ptr() // whole.element_size()) % 8 + self.shift
         self.made.append((whole, start, size))
         return whole.view(dtype)[start : start + size].view(shape)
 
@@ -147,7 +146,7 @@ class Emulated:
         if backward:
             size = getattr(self.library, f"{op}_workspace")(ctypes.byref(args))
             assert size % 4 == 0
-            workspace = Outputs()
+            workspace = Outputs(guard=1 << 17)  # more than any unit's partials here
             extra = [ctypes.c_void_p(workspace.new(True, (size // 4,)).data_ptr())]
         error = getattr(self.library, op)(ctypes.byref(args), *extra)
         assert error == 0, f"{op}: error {error}, {self.library.emulator_message().decode()}"
