@@ -87,5 +87,5 @@ gpu:
 	rm -rf build/gpu
 	FASTEDIT_CUDA=ON FASTEDIT_CUDA_ARCHITECTURES=$(or $(GPU_ARCH),90) \
 		$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index --target build/gpu .
-	$(ON_GPU) -m pytest -m gpu $(PYTEST_ARGS)
+	$(ON_GPU) -m pytest -m gpu tests/test_ops.py tests/test_gpu.py $(PYTEST_ARGS)
 	$(ON_GPU) -m bench.gpu --out $(OUT)

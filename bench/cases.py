@@ -12,6 +12,7 @@ import itertools
 import os
 
 import torch
+import torch._functorch.config
 
 from fastedit import dispatch, ops
 
@@ -139,6 +140,7 @@ def forced(name, function):
 def compiled(op):
     """torch.compile of the eager expression; dynamic, so that a run compiles once a dtype and not once a shape."""
     torch._dynamo.config.recompile_limit = 64
+    torch._functorch.config.donated_buffer = False  # a backward is timed again and again on one graph
     return torch.compile(EAGER[op], dynamic=True)
 
 

@@ -18,14 +18,17 @@ class Installation:
         self.paths = {site: "fused=False was asked" if not fused else _no_add(layer) for site in sites}
         for site in sites.values():
             site.ride = None
-        for recipe in layer.family.fused if fused else ():
-            mine = {name: site for name, site in sites.items() if name in recipe.sites}
-            if mine:
-                self._fuse(recipe, mine, verdicts[recipe])
-        for name, site in sites.items():
-            module = layer.at(name)
-            if module not in self.swapped:
-                self._put(module, site)
+        try:
+            for recipe in layer.family.fused if fused else ():
+                mine = {name: site for name, site in sites.items() if name in recipe.sites}
+                if mine:
+                    self._fuse(recipe, mine, verdicts[recipe])
+            for name, site in sites.items():
+                if layer.at(name) not in self.swapped:
+                    self._put(layer.at(name), site)
+        except BaseException:
+            self.undo()
+            raise
 
     def _fuse(self, recipe, sites, verdict):
         owner = submodule(self.layer.module, recipe.owner)

@@ -73,9 +73,13 @@ class Handle:
         root.handles[self.name] = self
         self._tree = self._build_tree()
         root.add_module(self.name, self._tree)
-        self._activate()
-        if freeze:
-            self._freeze()
+        try:
+            self._activate()
+            if freeze:
+                self._freeze()
+        except BaseException:
+            self.remove()
+            raise
 
     # --- what it holds --------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class Root(nn.Module):
         known = {}
         for layer, site in wanted:
             for recipe in layer.family.fused:
-                if site in recipe.sites and (layer.name, recipe) not in self.verdicts:
+                if site in recipe.sites:
                     key = fingerprint(layer, recipe)
                     if key not in known:
                         known[key] = prove(layer, recipe)

@@ -8,7 +8,7 @@ measured (a 64-wide Linear at 17 µs, one thread), and everyone's own hooks see 
 import functools
 import types
 
-from torch import nn
+import torch
 
 from .fused import FORWARDS, STATE
 
@@ -52,15 +52,14 @@ def _restore(base, recipe):
 
 def swappable(module):
     """Whether calling the module reaches its class's forward (accelerate keeps that as `_old_forward`)."""
-    return isinstance(module, nn.Module) and (
-        "forward" not in module.__dict__ or "_old_forward" in module.__dict__
-    )
+    replaced = "forward" in module.__dict__ and "_old_forward" not in module.__dict__
+    return not replaced and not isinstance(module, torch.jit.ScriptModule)
 
 
 def swap(module, recipe, state):
     """Give the module the class for `recipe`, reading `state`."""
-    module.__dict__[STATE] = state
     module.__class__ = swapped_class(base_of(module), recipe)
+    module.__dict__[STATE] = state
     if "_old_forward" in module.__dict__:
         module._old_forward = types.MethodType(type(module).forward, module)
 

@@ -77,7 +77,8 @@ struct FormGrad {
 };
 
 // Rows sorted by slot, for parameter gradients over slots; all null where slot is null.
-// Slot s owns order[first[s] … first[s+1]) in blocks of kBlockRows rows numbered from block_first[s].
+// Slot s owns order[first[s] … first[s+1]) in blocks of kBlockRows rows numbered from block_first[s]; order holds
+// every row, the untouched ones before first[0].
 struct SlotOrder {
   const int32_t* order;        // (rows,)
   const int32_t* first;        // (slots + 1,)

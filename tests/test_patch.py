@@ -9,6 +9,7 @@ import torch
 from patch_cases import everything, random_form, scaled_then_low_rank, scrambled, tiny_plain
 
 import fastedit as fe
+from fastedit import installation
 from fastedit.form import Form
 from fastedit.patching import handles
 
@@ -201,6 +202,25 @@ def test_what_does_not_fit_is_refused_before_anything_changes(edit, error, says)
     with pytest.raises(error, match=says):
         fe.patch(model, [fe.RED(), edit()], freeze=True)
     tiny.assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("number", [1, 4, 6])
+def test_a_failure_half_way_is_undone(number, monkeypatch):
+    model = tiny.build("llama")
+    first = scrambled(fe.patch(model, fe.RED()))
+    before, said, calls = tiny.state(model), tiny.output(model, "llama"), []
+
+    def failing(*args, real=installation.swap):
+        calls.append(args)
+        if len(calls) == number:
+            raise MemoryError("no room")
+        return real(*args)
+
+    monkeypatch.setattr(installation, "swap", failing)
+    with pytest.raises(MemoryError):
+        fe.patch(model, everything(), freeze=True)
+    tiny.assert_same_state(model, before)
+    assert handles(model) == [first] and torch.equal(tiny.output(model, "llama"), said)
 
 
 def test_a_model_with_nothing_to_patch_says_what_was_looked_for():

@@ -133,16 +133,18 @@ def test_kill_at_random_times_over_large_edits(tmp_path):
     started = time.monotonic()
     write(tmp_path, *edit(1, 1 << 16))
     one_save = time.monotonic() - started
-    seen = []
-    for kill in range(1, 41):
+    seen, window = [], 2.5 * one_save
+    for kill in range(1, 61):
         pid = os.fork()
         if pid == 0:
             for value in itertools.count(kill * 1000):
                 write(tmp_path, *edit(value, 1 << 16))
-        time.sleep(generator.uniform(0, 2.5 * one_save))
+        time.sleep(generator.uniform(0, window))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         seen.append(value_of(tmp_path))
+        if len(set(seen)) <= kill // 5:  # a forked child on a busy machine saves slower than one_save says
+            window *= 1.3
     assert len(set(seen)) > 5, f"too few saves got through to say anything: {seen}"
 
 

@@ -9,7 +9,7 @@ room in 128 registers for two streams and two parameters.
 from dataclasses import dataclass
 
 MAX_ROW = 16384  # the widest row a program keeps whole: 32 values a thread on 16 warps
-MAX_VECTOR_RANK = 8  # above it, the z of a row costs more reductions than two passes of tensor-core products
+MAX_VECTOR_RANK = 8  # above it, two passes of tensor-core products; an estimate, not yet measured on a GPU
 HOIST_WIDTH = 8192  # scale, bias and the norm's weight stay in registers up to here (16 values each a thread)
 PARTIAL_ROWS = 256  # rows in one fp32 partial of a column sum
 PROGRAMS = 4096  # enough to fill any present GPU a few times over; more rows lengthen programs instead
