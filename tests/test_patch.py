@@ -307,6 +307,19 @@ def test_a_saved_state_dict_loads_into_a_patched_model():
     assert torch.equal(tiny.output(other, "llama"), tiny.output(model, "llama"))
 
 
+def test_tensors_put_in_by_functional_call_are_those_that_count():
+    model = tiny.build("llama")
+    handle = scrambled(fe.patch(model, everything()))
+    said = tiny.output(model, "llama")
+    other = {k: t + 0.5 for k, t in handle.named_tensors().items()}
+    given = {f"fastedit.{handle.name}.{k}": t for k, t in other.items()}
+    with torch.no_grad():
+        swapped = torch.func.functional_call(model, given, kwargs=tiny.inputs("llama")).logits
+    assert torch.equal(tiny.output(model, "llama"), said)
+    handle.load_tensors(other)
+    assert torch.equal(tiny.output(model, "llama"), swapped) and not torch.equal(swapped, said)
+
+
 @pytest.mark.parametrize("fused", PATHS)
 def test_the_random_state_is_left_alone(fused):
     model = tiny.build("llama")
