@@ -17,6 +17,14 @@ import torch
 from fastedit import edit_file
 from fastedit.edit_file import EditFileError, read, write
 
+
+def fork():
+    """A child whose torch stays on one thread: the parent's OpenMP team does not come along, and waiting for it hangs."""
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+    return pid
+
 STEPS = ("open", "write", "fsync", "replace", "close")
 
 
@@ -66,7 +74,7 @@ def at_step(monkeypatch, number, action):
 
 def in_child(work):
     """The wait status of a forked child that runs `work` and exits."""
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             work()
@@ -133,24 +141,22 @@ def test_kill_at_random_times_over_large_edits(tmp_path):
     started = time.monotonic()
     write(tmp_path, *edit(1, 1 << 16))
     one_save = time.monotonic() - started
-    seen, window = [], 2.5 * one_save
-    for kill in range(1, 61):
-        pid = os.fork()
+    seen = []
+    for kill in range(1, 41):
+        pid = fork()
         if pid == 0:
             for value in itertools.count(kill * 1000):
                 write(tmp_path, *edit(value, 1 << 16))
-        time.sleep(generator.uniform(0, window))
+        time.sleep(generator.uniform(0, 4 * one_save))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         seen.append(value_of(tmp_path))
-        if len(set(seen)) <= kill // 5:  # a forked child on a busy machine saves slower than one_save says
-            window *= 1.3
     assert len(set(seen)) > 5, f"too few saves got through to say anything: {seen}"
 
 
 def test_a_reader_beside_a_writer_sees_whole_edits_only(tmp_path):
     write(tmp_path, *edit(0))
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         for value in itertools.count(1):
             write(tmp_path, *edit(value))
@@ -165,7 +171,7 @@ def test_a_reader_beside_a_writer_sees_whole_edits_only(tmp_path):
 def test_two_writers_of_one_folder_take_turns(tmp_path):
     pids = []
     for writer in range(2):
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             for value in range(40):
                 write(tmp_path, *edit(writer * 100 + value))
