@@ -19,7 +19,7 @@ import sys
 import torch
 
 from .micro import commit, machine
-from .timing import interleave, ratio
+from .timing import T95, interleave, ratio
 
 SIZES = {"64x5": (64, 5, 172, 8), "512x8": (512, 8, 1376, 8)}
 FIELDS = ("size", "work", "variant", "ratio", "ratio_95", "ms_p50", "processes", "machine", "torch", "commit")
@@ -174,7 +174,7 @@ def run(out, processes=5, blocks=5, rounds=9, sizes=tuple(SIZES), works=tuple(WO
                 results = [_in_process(size, work, blocks, rounds) for _ in range(processes)]
                 for variant in results[0]:
                     ratios = [r[variant][0] for r in results]
-                    half = 2.78 * statistics.stdev(ratios) / math.sqrt(processes) if processes > 1 else math.inf
+                    half = T95[processes - 1] * statistics.stdev(ratios) / math.sqrt(processes) if processes > 1 else math.inf
                     row = {
                         "size": size, "work": work, "variant": variant, "ratio": f"{statistics.median(ratios):.3f}",
                         "ratio_95": f"{half:.3f}", "ms_p50": f"{statistics.median(r[variant][1] for r in results):.3f}",

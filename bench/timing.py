@@ -11,7 +11,7 @@ import time
 import torch
 
 # Two-sided 95 % Student t for n − 1 degrees of freedom.
-_T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 14: 2.14, 19: 2.09}
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 14: 2.14, 19: 2.09}
 
 
 def synchronise():
@@ -59,7 +59,7 @@ def ratio(medians, name, base):
     if len(ratios) < 2:
         return ratios[0], math.inf
     n = len(ratios) - 1
-    t = _T95.get(n) or _T95[max(k for k in _T95 if k <= n)]
+    t = T95.get(n) or T95[max(k for k in T95 if k <= n)]
     return statistics.median(ratios), t * statistics.stdev(ratios) / math.sqrt(len(ratios))
 
 
