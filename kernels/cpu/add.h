@@ -19,6 +19,7 @@ inline void add_rows(const EditAddArgs& a, int64_t row, const Params& p, float k
   };
   auto total = [=](int r, auto lane, int64_t c) { return residual(r, lane, c) + x(r, lane, c); };
 
+  constexpr int Wide = X::kWide == R0::kWide ? X::kWide : kLanes;
   float z[R][kMaxRank];
   if (p.rank) {
     if (slot_of(a.form, row) < 0) {
@@ -31,9 +32,9 @@ inline void add_rows(const EditAddArgs& a, int64_t row, const Params& p, float k
     for (int r = 0; r < R; ++r) store_z(a.z, z[r], row + r, p.rank);
   }
   if (a.on_sum) {
-    edit_rows<R>(p, k, a.width, z, total, sink);
+    edit_rows<R, Wide>(p, k, a.width, z, total, sink);
   } else {
-    edit_rows<R>(p, k, a.width, z, x, [=](int r, auto lane, int64_t c, auto edited) {
+    edit_rows<R, Wide>(p, k, a.width, z, x, [=](int r, auto lane, int64_t c, auto edited) {
       sink(r, lane, c, residual(r, lane, c) + edited);
     });
   }

@@ -22,34 +22,36 @@ void normalise(const EditAddNormArgs& a, const typename R0::T* rows, int64_t row
   const E* weight = static_cast<const E*>(a.weight);
   const E* norm_bias = static_cast<const E*>(a.norm_bias);
   E* normed = static_cast<E*>(a.normed) + row * width;
+  constexpr int Wide = R0::kWide;
   auto value = [=](auto lane, int64_t c) { return R0::template load<decltype(lane)::count>(rows + c); };
   float mean = 0.0f;
-  if (a.kind == LAYER) mean = sum_columns(width, value) / static_cast<float>(width);
-  const float square = sum_columns(width, [=](auto lane, int64_t c) {
+  if (a.kind == LAYER) mean = sum_columns<Wide>(width, value) / static_cast<float>(width);
+  const float square = sum_columns<Wide>(width, [=](auto lane, int64_t c) {
     const auto centred = value(lane, c) - mean;
     return centred * centred;
   });
-  const float rstd = 1.0f / sqrtf(square / static_cast<float>(width) + a.eps);
+  float rstd = 1.0f / sqrtf(square / static_cast<float>(width) + a.eps);
+  if (rstd != rstd) rstd = NAN;  // eps may be any NaN
   if (a.mean) a.mean[row] = mean;
   if (a.rstd) a.rstd[row] = rstd;
   if (a.kind == RMS) {
-    each_column(width, [=](auto lane, int64_t c) {
+    each_column<Wide>(width, [=](auto lane, int64_t c) {
       constexpr int L = decltype(lane)::count;
-      const auto unit = R0::template rounded<L>(value(lane, c) * rstd);
-      R0::template store<L>(normed + c, R0::template load<L>(weight + c) * unit);
+      const auto unit = R0::template rounded_product<L>(value(lane, c) * rstd);
+      R0::template store_product<L>(normed + c, R0::template load<L>(weight + c) * unit);
     });
   } else if (a.kind == GEMMA) {
-    each_column(width, [=](auto lane, int64_t c) {
+    each_column<Wide>(width, [=](auto lane, int64_t c) {
       constexpr int L = decltype(lane)::count;
-      R0::template store<L>(normed + c, value(lane, c) * rstd * (R0::template load<L>(weight + c) + 1.0f));
+      R0::template store_product<L>(normed + c, value(lane, c) * rstd * (R0::template load<L>(weight + c) + 1.0f));
     });
   } else {
-    each_column(width, [=](auto lane, int64_t c) {
+    each_column<Wide>(width, [=](auto lane, int64_t c) {
       constexpr int L = decltype(lane)::count;
       typedef typename Lane<L>::F F;
       const F gain = weight ? R0::template load<L>(weight + c) : splat<L>(1.0f);
       const F shift = norm_bias ? R0::template load<L>(norm_bias + c) : F{};
-      R0::template store<L>(normed + c, (value(lane, c) - mean) * rstd * gain + shift);
+      R0::template store_product<L>(normed + c, (value(lane, c) - mean) * rstd * gain + shift);
     });
   }
 }

@@ -148,17 +148,18 @@ struct RowPointers {
 };
 
 // sink(r, lane, column, h') over R rows under one form. k == 0 leaves h alone, k == 1 is scale ⊙ h + bias + z @ write.
-template <int R, class Hidden, class Sink>
+// Wide: the columns that hidden and sink can take at once.
+template <int R, int Wide, class Hidden, class Sink>
 inline void edit_rows(const Params& params, float k, int64_t width, const float z[][kMaxRank], Hidden hidden, Sink sink) {
   if (R == 1 && k == 0.0f) {
-    each_column(width, [=](auto lane, int64_t c) { sink(0, lane, c, hidden(0, lane, c)); });
+    each_column<Wide>(width, [=](auto lane, int64_t c) { sink(0, lane, c, hidden(0, lane, c)); });
     return;
   }
   const Params p = params;
   if (p.rank == 0 && k == 1.0f && p.scale && p.bias) {  // RED, with no branch in the loop
-    each_column(width, [=](auto lane, int64_t c) {
-      typedef typename decltype(lane)::F F;
-      const F scale = load_as<F>(p.scale + c), bias = load_as<F>(p.bias + c);
+    each_column<Wide>(width, [=](auto lane, int64_t c) {
+      constexpr int L = decltype(lane)::count;
+      const auto scale = Fp32::load<L>(p.scale + c), bias = Fp32::load<L>(p.bias + c);
       for (int r = 0; r < R; ++r) sink(r, lane, c, scale * hidden(r, lane, c) + bias);
     });
     return;

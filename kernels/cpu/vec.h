@@ -35,6 +35,27 @@ struct Lane {
   typedef double Sum __attribute__((vector_size(8 * L)));
 #endif
 };
+
+// Twice kLanes columns with the even ones in one register and the odd ones in the other: 16-bit rows come apart and
+// together again in one instruction a register, where widening and narrowing cost two and three.
+struct Pair {
+  typedef Lane<kLanes>::F V;
+  V even, odd;
+};
+inline Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
+inline Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
+inline Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
+inline Pair operator+(Pair a, float b) { return {a.even + b, a.odd + b}; }
+inline Pair operator-(Pair a, float b) { return {a.even - b, a.odd - b}; }
+inline Pair operator*(Pair a, float b) { return {a.even * b, a.odd * b}; }
+inline Pair& operator+=(Pair& a, Pair b) { return a = a + b; }
+
+template <>
+struct Lane<2 * kLanes> {
+  static constexpr int count = 2 * kLanes;
+  typedef Pair F;
+};
+
 template <class T, class P>
 inline T load_as(const P* p) {
   T v;
@@ -43,7 +64,7 @@ inline T load_as(const P* p) {
 }
 template <int L>
 inline typename Lane<L>::F splat(float x) {
-  return x - typename Lane<L>::F{};
+  return typename Lane<L>::F{} + x;
 }
 template <class F>
 inline auto sum_lanes(F v) {
@@ -60,41 +81,106 @@ inline auto sum_lanes(F v) {
 // A row's element type: load<L>(p, i) gives L floats from column i on, store<L> rounds to nearest even.
 struct Fp32 {
   typedef float T;
+  static constexpr int kWide = kLanes;  // columns taken at once where a loop's body allows
   template <int L>
-  static inline typename Lane<L>::F load(const T* p) { return load_as<typename Lane<L>::F>(p); }
+  static inline typename Lane<L>::F load(const T* p) {
+    if constexpr (L == 2 * kLanes) return take_apart<L / 2>(p);
+    else return load_as<typename Lane<L>::F>(p);
+  }
   template <int L>
   static inline void store(T* p, typename Lane<L>::F v) { memcpy(p, &v, sizeof v); }
   template <int L>
   static inline typename Lane<L>::F rounded(typename Lane<L>::F v) { return v; }
+  template <int L>
+  static inline typename Lane<L>::F rounded_product(typename Lane<L>::F v) { return v; }
+  template <int L>
+  static inline void store_product(T* p, typename Lane<L>::F v) { store<L>(p, v); }
+
+ private:
+  template <int L>
+  static inline Pair take_apart(const float* p) {
+    typedef typename Lane<L>::F V;
+    const V a = load_as<V>(p), b = load_as<V>(p + L);
+    if constexpr (L == 4) {
+      return {__builtin_shufflevector(a, b, 0, 2, 4, 6), __builtin_shufflevector(a, b, 1, 3, 5, 7)};
+    } else if constexpr (L == 8) {
+      return {__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14),
+              __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)};
+    } else {
+      return {__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+              __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+    }
+  }
 };
 
 struct Bf16 {
   typedef uint16_t T;
+  static constexpr int kWide = 2 * kLanes;
   template <int L>
   static inline typename Lane<L>::F load(const T* p) {
-    typedef typename Lane<L>::U U;
-    return (typename Lane<L>::F)(__builtin_convertvector(load_as<typename Lane<L>::H>(p), U) << 16);
-  }
-  template <int L>
-  static inline typename Lane<L>::U bits(typename Lane<L>::F v) {
-    typedef typename Lane<L>::U U;
-    const U raw = (U)v;
-    const U even = raw + 0x7fffu + ((raw >> 16) & 1u);
-    return (v == v) ? even : (U{} + 0x7fc00000u);
-  }
-  template <int L>
-  static inline void store(T* p, typename Lane<L>::F v) {
-    const auto half = __builtin_convertvector(bits<L>(v) >> 16, typename Lane<L>::H);
-    memcpy(p, &half, sizeof half);
+    if constexpr (L == 2 * kLanes) {
+      typedef Lane<kLanes>::U U;
+      const U both = load_as<U>(p);
+      return {(Pair::V)(both << 16), (Pair::V)(both & 0xffff0000u)};
+    } else {
+      typedef typename Lane<L>::U U;
+      return (typename Lane<L>::F)(__builtin_convertvector(load_as<typename Lane<L>::H>(p), U) << 16);
+    }
   }
   template <int L>
   static inline typename Lane<L>::F rounded(typename Lane<L>::F v) {
-    return (typename Lane<L>::F)(bits<L>(v) & 0xffff0000u);
+    return high_halves<L>(v, [](auto half) { return bits(half); });
+  }
+  template <int L>
+  static inline void store(T* p, typename Lane<L>::F v) {
+    store_bits<L>(p, v, [](auto half) { return bits(half); });
+  }
+  // The same for values computed from 16-bit ones alone: a NaN among them ends in zeros (or is the processor's own),
+  // which rounding cannot carry over into the sign, so it need not be looked for.
+  template <int L>
+  static inline typename Lane<L>::F rounded_product(typename Lane<L>::F v) {
+    return high_halves<L>(v, [](auto half) { return nearest_even(half); });
+  }
+  template <int L>
+  static inline void store_product(T* p, typename Lane<L>::F v) {
+    store_bits<L>(p, v, [](auto half) { return nearest_even(half); });
+  }
+
+ private:
+  template <class F>
+  static inline auto nearest_even(F v) {
+    typedef typename Lane<sizeof(F) / 4>::U U;
+    const U raw = (U)v;
+    return raw + 0x7fffu + ((raw >> 16) & 1u);
+  }
+  template <class F>
+  static inline auto bits(F v) {
+    typedef typename Lane<sizeof(F) / 4>::U U;
+    return (v == v) ? nearest_even(v) : (U{} + 0x7fc00000u);
+  }
+  template <int L, class Round>
+  static inline typename Lane<L>::F high_halves(typename Lane<L>::F v, Round round) {
+    if constexpr (L == 2 * kLanes) {
+      return {(Pair::V)(round(v.even) & 0xffff0000u), (Pair::V)(round(v.odd) & 0xffff0000u)};
+    } else {
+      return (typename Lane<L>::F)(round(v) & 0xffff0000u);
+    }
+  }
+  template <int L, class Round>
+  static inline void store_bits(T* p, typename Lane<L>::F v, Round round) {
+    if constexpr (L == 2 * kLanes) {
+      const auto both = (round(v.even) >> 16) | (round(v.odd) & 0xffff0000u);
+      memcpy(p, &both, sizeof both);
+    } else {
+      const auto half = __builtin_convertvector(round(v) >> 16, typename Lane<L>::H);
+      memcpy(p, &half, sizeof half);
+    }
   }
 };
 
 struct Fp16 {
   typedef uint16_t T;
+  static constexpr int kWide = kLanes;
   template <int L>
   static inline typename Lane<L>::F widen(typename Lane<L>::H h) {
 #if defined(__AVX512F__)
@@ -139,12 +225,19 @@ struct Fp16 {
   }
   template <int L>
   static inline typename Lane<L>::F rounded(typename Lane<L>::F v) { return widen<L>(narrow<L>(v)); }
+  template <int L>
+  static inline typename Lane<L>::F rounded_product(typename Lane<L>::F v) { return rounded<L>(v); }
+  template <int L>
+  static inline void store_product(T* p, typename Lane<L>::F v) { store<L>(p, v); }
 };
 
-// body(Lane<L>{}, column) over a row: whole registers, then single columns.
-template <class Body>
+// body(Lane<L>{}, column) over a row: pairs of registers where Wide = 2 kLanes, whole registers, then single columns.
+template <int Wide = kLanes, class Body>
 inline void each_column(int64_t width, Body body) {
   int64_t column = 0;
+  if constexpr (Wide > kLanes) {
+    for (; column + Wide <= width; column += Wide) body(Lane<Wide>{}, column);
+  }
   for (; column + kLanes <= width; column += kLanes) body(Lane<kLanes>{}, column);
   for (; column < width; ++column) body(Lane<1>{}, column);
 }
@@ -163,10 +256,23 @@ inline auto sum_registers(const F (&part)[kSums]) {
   return sum_lanes(total[0]);
 }
 
-template <class Body>
+template <int Wide = kLanes, class Body>
 inline float sum_columns(int64_t width, Body body) {
-  typename Lane<kLanes>::F part[kSums] = {};
+  typedef typename Lane<kLanes>::F F;
+  F part[kSums] = {};
   int64_t column = 0;
+  if constexpr (Wide > kLanes) {  // as many chains of additions as below, each in two registers
+    Pair pair[2][kSums / 2] = {};
+    for (; column + 2 * kSums * kLanes <= width; column += 2 * kSums * kLanes) {
+      for (int i = 0; i < kSums; ++i) {
+        pair[i / (kSums / 2)][i % (kSums / 2)] += body(Lane<Wide>{}, column + i * Wide);
+      }
+    }
+    for (int i = 0; i < kSums / 2; ++i) {
+      part[i] = pair[0][i].even + pair[1][i].even;
+      part[i + kSums / 2] = pair[0][i].odd + pair[1][i].odd;
+    }
+  }
   for (; column + kSums * kLanes <= width; column += kSums * kLanes) {
     for (int i = 0; i < kSums; ++i) part[i] += body(Lane<kLanes>{}, column + i * kLanes);
   }
