@@ -1,4 +1,4 @@
-"""The adds of patched layers, with as little Python as there can be: in decoding the host is the bottleneck.
+"""The edits and adds of patched layers, with as little Python as there can be: in decoding the host is the bottleneck.
 
 The kernels are those of fastedit.ops. One row of width 64 on the CPU, µs: edit_add 13 through ops, 8 here;
 with the norm 17 and 11. Only calls that need no gradient and are not traced go straight to the native
@@ -14,7 +14,7 @@ from .native import DTYPE
 _Tensor, _fp32 = torch.Tensor, torch.float32
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 _grad_enabled, _compiling, _empty_like = torch.is_grad_enabled, torch.compiler.is_compiling, torch.empty_like
-_native_ops = {}  # (is_cuda, dtype) → (edit_add, edit_add_norm, dtype code), or None: another backend serves
+_native_ops = {}  # (is_cuda, dtype) → (edit, edit_add, edit_add_norm, dtype code), or None: another backend serves
 
 
 def _find(x):
@@ -24,12 +24,63 @@ def _find(x):
         from . import _native
 
         found = (
+            getattr(_native, f"{name}_edit"),
             getattr(_native, f"{name}_edit_add"),
             getattr(_native, f"{name}_edit_add_norm"),
             DTYPE[x.dtype],
         )
     _native_ops[x.is_cuda, x.dtype] = found
     return found
+
+
+def _pointers(tensors, strength, device, width):
+    """Addresses of (scale, bias, read, offset, write, strength), 0 for None.
+
+    None where one is not a plain fp32 tensor on this device, or the edit is of another width.
+    """
+    first = tensors[0]
+    if first is None:
+        first = tensors[2] if tensors[1] is None else tensors[1]
+    if first is not None and first.shape[-1] != width:
+        return None
+    pointers = []
+    for tensor in (*tensors, strength):
+        if tensor is None:
+            pointers.append(0)
+        elif (
+            tensor.dtype is _fp32
+            and tensor.device == device
+            and type(tensor) in _PLAIN
+            and tensor.is_contiguous()
+        ):
+            pointers.append(tensor.data_ptr())
+        else:
+            return None
+    return pointers
+
+
+def edit(hidden, tensors, strength):
+    """E(hidden) in an op of its own; tensors and strength as `add` has them."""
+    if _grad_enabled() or _compiling() or type(hidden) is not _Tensor:
+        return ops.edit(hidden, *tensors, strength=strength)
+    device, cuda = hidden.device, hidden.is_cuda
+    native = _native_ops.get((cuda, hidden.dtype), False)
+    if native is False:
+        native = _find(hidden)
+    if native is None or not hidden.is_contiguous() or (cuda and device.index != torch.cuda.current_device()):
+        return ops.edit(hidden, *tensors, strength=strength)
+    width = hidden.shape[-1]
+    pointers = _pointers(tensors, strength, device, width)
+    if pointers is None:
+        return ops.edit(hidden, *tensors, strength=strength)
+    scale, bias, read, offset, write, coefficient = pointers
+    out = _empty_like(hidden)
+    native[0](  # EditArgs of kernels/abi.h, field by field
+        hidden.numel() // width, width, scale, bias, read, offset, write, tensors[2].shape[0] if read else 0,
+        1, 0, coefficient, 0, native[3], hidden.data_ptr(), width, out.data_ptr(), 0,
+        torch.cuda.current_stream().cuda_stream if cuda else 0,
+    )  # fmt: skip
+    return out
 
 
 def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
@@ -50,23 +101,12 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
         or (cuda and device.index != torch.cuda.current_device())
     ):  # fmt: skip
         return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
-    pointers, rank = [], 0
-    for tensor in (*tensors, strength):
-        if tensor is None:
-            pointers.append(0)
-        elif (
-            tensor.dtype is _fp32
-            and tensor.device == device
-            and type(tensor) in _PLAIN
-            and tensor.is_contiguous()
-        ):
-            pointers.append(tensor.data_ptr())
-        else:
-            return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
-    if pointers[2]:
-        rank = tensors[2].shape[0]
+    pointers = _pointers(tensors, strength, device, shape[-1])
+    if pointers is None:
+        return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
+    rank = tensors[2].shape[0] if pointers[2] else 0
     scale, bias, read, offset, write, coefficient = pointers
-    add_kernel, norm_kernel, code = native
+    _, add_kernel, norm_kernel, code = native
     width = shape[-1]
     out = _empty_like(residual) if want_residual else None
     arguments = (  # EditAddArgs of kernels/abi.h, field by field

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import ops
+from . import lean
 from .checks import MAX_RANK
 from .form import at_strength, fold_all
 
@@ -40,8 +40,7 @@ class Stage:
         return self.folded, None
 
     def apply(self, hidden):
-        tensors, strength = self.arguments()
-        return ops.edit(hidden, *tensors, strength=strength)
+        return lean.edit(hidden, *self.arguments())
 
     def fold(self):
         with torch.autocast(self.masters[0].dial.device.type, enabled=False):  # whose products would be bf16

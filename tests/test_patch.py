@@ -417,3 +417,18 @@ def test_the_report_names_everything():
     assert lines[0][:4] == ("layers.0–2", "mlp", "RED", "fused") and lines[0][5:] == ("192", "768")
     assert lines[1][:3] == ("layers.0–2", "block", "Steer") and "ends in a norm" in lines[1][3]
     assert "backend" in str(handle.report())
+
+
+def test_plain_path_refuses_hidden_states_of_another_width():
+    """The lean entry hands raw addresses to the kernel: a width that is not the edit's must never reach it."""
+    from fastedit import lean
+
+    scale, bias = torch.ones(64), torch.zeros(64)
+    with torch.no_grad():
+        assert torch.equal(lean.edit(torch.ones(3, 64), (scale, bias, None, None, None), None), torch.ones(3, 64))
+        with pytest.raises(ValueError, match="64"):
+            lean.edit(torch.ones(3, 48), (scale, bias, None, None, None), None)
+        with pytest.raises(ValueError, match="64"):
+            lean.edit(torch.ones(3, 128), (None, None, torch.ones(2, 64), None, torch.ones(2, 64)), None)
+        with pytest.raises(ValueError, match="64"):
+            lean.add(torch.ones(3, 128), torch.ones(3, 128), (None, bias, None, None, None), None, False)
