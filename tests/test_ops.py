@@ -327,6 +327,37 @@ def test_nan_and_infinity_pass_through(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ("rms", "gemma", "layer"))
+def test_no_nan_is_rounded_away(device, dtype, kind):
+    """NaNs of every payload and sign, in rows and parameters, come out where the definition has them.
+
+    Rounding to 16 bits adds to the low bits: a NaN whose bits are all ones would wrap to zero.
+    """
+    width = 103  # pairs of registers, registers and single columns
+    x, residual = rows((9,), width, dtype, device), rows((9,), width, dtype, device)
+    ones = torch.int32 if dtype == torch.float32 else torch.int16
+    x.view(ones)[1, 4::9] = -1
+    x.view(ones)[2, 3::9] = torch.iinfo(ones).max
+    residual[5, 7::9], residual[7, 1] = float("nan"), float("inf")
+    scale, bias = torch.ones(width, device=device), torch.zeros(width, device=device)
+    weight = torch.ones(width, dtype=dtype, device=device)
+    for payload in (None, -1, 0x7FFFFFFF, 0x7FC00000):
+        if payload is not None:
+            scale.view(torch.int32)[0::50] = payload
+        expected = residual.double() + (scale.double() * x.double() + bias)
+        nan = expected.isnan()
+        assert nan.any() and not nan.all()
+        assert torch.equal(ops.edit(x, scale, bias).isnan(), (scale * x.float()).isnan())
+        assert torch.equal(ops.edit_add(x, residual, scale, bias).isnan(), nan)
+        out, normed = ops.edit_add_norm(x, residual, weight, scale, bias, kind=kind)
+        assert torch.equal(out.isnan(), nan)
+        whole = nan.any(1) | (expected.isinf().any(1) if kind == "layer" else False)
+        assert normed[whole].isnan().all() and normed[~nan.any(1) & ~expected.isinf().any(1)].isfinite().all()
+        if payload is None:
+            assert normed[7, 1].isnan()  # infinity times 1 / infinity
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides(device, dtype):
     """Views at every alignment, rows apart, transposed, broadcast gradients: as their contiguous copies."""
     form = form_on(device, 96, 2)
