@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 METHODS = ("red", "lora", "head")
-GRID = (1e-3, 5e-3, 2e-2)
+GRID = (2e-4, 1e-3, 5e-3, 2e-2, 5e-2)
 SEEDS = (0, 1, 2)
 FIELDS = (
     "method",

@@ -27,7 +27,7 @@ class BackendError(RuntimeError):
 def load(name):
     """The backend: the op functions of fastedit.kernels.reference under the same names.
 
-    `any_shape`: takes contiguous rows of any shape, not (rows, width) alone. `plain_edit_add`,
+    `any_shape`: takes contiguous rows of any shape, not (rows, width) alone. `plain_edit`, `plain_edit_add`,
     `plain_edit_add_norm`: a shorter way for the commonest call, or None.
     """
     if name in ("cpu", "cuda"):
@@ -37,7 +37,7 @@ def load(name):
     module = importlib.import_module(f"fastedit.kernels.{name}")
     ops = {op: getattr(module, op) for op in module.__all__}
     return types.SimpleNamespace(
-        __name__=name, any_shape=False, plain_edit_add=None, plain_edit_add_norm=None, **ops
+        __name__=name, any_shape=False, plain_edit=None, plain_edit_add=None, plain_edit_add_norm=None, **ops
     )
 
 

@@ -157,7 +157,18 @@ def _make(name):
         )
         return out, normed, z, mean, rstd
 
-    direct_edit_add, direct_edit_add_norm = call["edit_add"], call["edit_add_norm"]
+    direct_edit, direct_edit_add, direct_edit_add_norm = call["edit"], call["edit_add"], call["edit_add_norm"]
+
+    def plain_edit(hidden, scale, bias):
+        """edit for contiguous rows under scale and bias alone: nothing but the call."""
+        out = torch.empty_like(hidden)
+        width = hidden.shape[-1]
+        direct_edit(
+            hidden.numel() // width, width, 0 if scale is None else scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(), 0, 0, 0, 0, 1, 0, 0, 0, DTYPE[hidden.dtype], hidden.data_ptr(),
+            width, out.data_ptr(), 0, stream_of(),
+        )  # fmt: skip
+        return out
 
     def plain_edit_add(x, residual, scale, bias, on_sum):
         """edit_add for contiguous rows of one dtype under scale and bias alone: nothing but the call."""
@@ -259,9 +270,9 @@ def _make(name):
         return d_hidden, d_read, d_offset
 
     return types.SimpleNamespace(
-        __name__=name, any_shape=True, plain_edit_add=guard(plain_edit_add),
-        plain_edit_add_norm=guard(plain_edit_add_norm), edit=guard(edit), edit_add=guard(edit_add), edit_add_norm=guard(edit_add_norm),
-        project=guard(project), edit_backward=guard(edit_backward), edit_add_backward=guard(edit_backward),
+        __name__=name, any_shape=True, plain_edit=guard(plain_edit), plain_edit_add=guard(plain_edit_add),
+        plain_edit_add_norm=guard(plain_edit_add_norm), edit=guard(edit), edit_add=guard(edit_add),
+        edit_add_norm=guard(edit_add_norm), project=guard(project), edit_backward=guard(edit_backward), edit_add_backward=guard(edit_backward),
         edit_add_norm_backward=guard(edit_add_norm_backward), project_backward=guard(project_backward),
     )  # fmt: skip
 

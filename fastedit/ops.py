@@ -69,6 +69,14 @@ def edit(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
     """
+    if (
+        read is None and slot is None and strength is None and write is None and offset is None
+        and not return_projection and plainly_right(hidden, hidden, scale, bias)
+        and not _traced(hidden) and not _needs_grad(hidden, scale, bias)
+    ):  # fmt: skip
+        plain = select("cpu" if hidden.is_cpu else hidden.device.type, hidden.dtype, hidden.dtype).plain_edit
+        if plain is not None:
+            return plain(hidden, scale, bias)
     coefficient = _coefficient(strength, hidden)
     form = (scale, bias, read, offset, write, slot, coefficient)
     check_rows(hidden, "hidden")

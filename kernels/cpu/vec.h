@@ -88,7 +88,10 @@ struct Fp32 {
     else return load_as<typename Lane<L>::F>(p);
   }
   template <int L>
-  static inline void store(T* p, typename Lane<L>::F v) { memcpy(p, &v, sizeof v); }
+  static inline void store(T* p, typename Lane<L>::F v) {
+    if constexpr (L == 2 * kLanes) put_together<L / 2>(p, v);
+    else memcpy(p, &v, sizeof v);
+  }
   template <int L>
   static inline typename Lane<L>::F rounded(typename Lane<L>::F v) { return v; }
   template <int L>
@@ -110,6 +113,23 @@ struct Fp32 {
       return {__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
               __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
     }
+  }
+  template <int L>
+  static inline void put_together(float* p, Pair v) {
+    const typename Lane<L>::F even = v.even, odd = v.odd;
+    typename Lane<L>::F a, b;
+    if constexpr (L == 4) {
+      a = __builtin_shufflevector(even, odd, 0, 4, 1, 5);
+      b = __builtin_shufflevector(even, odd, 2, 6, 3, 7);
+    } else if constexpr (L == 8) {
+      a = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
+      b = __builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
+    } else {
+      a = __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      b = __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    memcpy(p, &a, sizeof a);
+    memcpy(p + L, &b, sizeof b);
   }
 };
 

@@ -1,0 +1,75 @@
+// The backward of scale and bias alone under one set of parameters: RED's training, steering's, and the add's.
+//
+//   d_hidden = scale ⊙ G      d_scale Σ G⊙h      d_bias Σ G
+//
+// Rows go from their own dtypes to their own dtypes with nothing between: backward.h, which serves ranks, slots and
+// coefficients, brings them into fp32 scratch first (512×4096 in bf16 took as long as in fp32 that way).
+#pragma once
+#include "cpu/sums.h"
+
+namespace fastedit {
+namespace FASTEDIT_ISA {
+namespace {
+
+inline bool is_plain(const Form& form, const FormGrad& d) {
+  return !form.read && !form.slot && !form.coefficient && !d.coefficient;
+}
+
+// Column sums that a call may want, each of `width`, in the order in which they lie in a block's partial.
+template <int N>
+struct WantedSums {
+  float* out[N];
+  int64_t width;
+
+  int64_t columns() const {
+    int64_t count = 0;
+    for (int i = 0; i < N; ++i) count += out[i] ? width : 0;
+    return count;
+  }
+  void place(float* partial, float* (&at)[N]) const {
+    for (int i = 0; i < N; ++i) {
+      at[i] = out[i] ? partial : nullptr;
+      if (out[i]) partial += width;
+    }
+  }
+};
+
+// body.template operator()<R>(first row, where each sum goes) over groups of rows, blocks being the threads' tasks.
+template <int N, class Body>
+inline int over_blocks(int64_t rows, const WantedSums<N>& wanted, Body body) {
+  ColumnSums sums(rows, wanted.columns());
+  if (!sums.ok()) return kOutOfMemory;
+  each_task(sums.blocks(), rows * wanted.width, [&](int64_t block) {
+    float* at[N];
+    wanted.place(sums.partial(block), at);
+    const int64_t last = sums.last(block);
+    int64_t row = sums.first(block);
+    for (; row + kGroup <= last; row += kGroup) body.template operator()<kGroup>(row, at);
+    for (; row < last; ++row) body.template operator()<1>(row, at);
+  });
+  const float* total = wanted.columns() ? sums.reduce() : nullptr;
+  for (int i = 0; i < N; ++i) {
+    float* to = wanted.out[i];
+    copy_sum(to, total, wanted.width);
+  }
+  return 0;
+}
+
+template <class T, int R, class P>
+inline RowPointers<T, R> rows_at(P* data, int64_t row, int64_t stride) {  // of a stream that may be absent
+  return {data ? static_cast<T*>(data) + row * stride : nullptr, data ? stride : 0};
+}
+template <int L>
+inline void accumulate_columns(float* at, typename Lane<L>::F value) {
+  Fp32::store<L>(at, Fp32::load<L>(at) + value);
+}
+template <int L, int R>
+inline typename Lane<L>::F sum_of(const typename Lane<L>::F (&value)[R]) {
+  typename Lane<L>::F total = value[0];
+  for (int r = 1; r < R; ++r) total += value[r];
+  return total;
+}
+
+}  // namespace
+}  // namespace FASTEDIT_ISA
+}  // namespace fastedit
