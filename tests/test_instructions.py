@@ -1,0 +1,66 @@
+"""Instructions of the CPU kernels per element, counted by callgrind: a regression guard no timing can blur.
+
+Valgrind knows no AVX-512, so this is the AVX2 code. A count is that of 400 calls less that of none, over 16 rows of
+1024. Compilers differ by some percent; the limits are the counts of g++ 12 and a tenth more.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from fastedit import _native
+
+SCRIPT = pathlib.Path(__file__).with_name("instruction_counts.py")
+CALLS, ELEMENTS = 400, 16 * 1024
+COUNTED = {  # (op, dtype): instructions an element with g++ 12; a 4 behind the op is its rank
+    ("edit_add", "fp32"): 1.352,
+    ("edit_add", "bf16"): 2.513,
+    ("edit_add4", "fp32"): 5.776,
+    ("edit_add_norm", "fp32"): 2.798,
+    ("edit_add_norm", "bf16"): 5.407,
+    ("edit_backward", "fp32"): 2.522,
+    ("edit_backward", "bf16"): 4.071,
+    ("edit_add_norm_backward", "bf16"): 11.237,
+    ("project", "fp32"): 1.491,
+}
+
+if shutil.which("valgrind") is None:
+    pytest.skip("needs valgrind", allow_module_level=True)
+if not hasattr(_native, "cpu_edit") or os.uname().machine != "x86_64":
+    pytest.skip("needs the native module on x86-64", allow_module_level=True)
+
+
+def instructions(op, dtype, calls):
+    done = subprocess.run(
+        ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable, SCRIPT, op, dtype, str(calls)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return int(re.search(r"Collected : (\d+)", done.stderr)[1])
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """Instructions an element of every case; two valgrinds at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        none = pool.submit(instructions, "edit", "fp32", 0)
+        runs = {case: pool.submit(instructions, *case, CALLS) for case in COUNTED}
+        return {case: (run.result() - none.result()) / (CALLS * ELEMENTS) for case, run in runs.items()}
+
+
+@pytest.mark.parametrize("case", COUNTED, ids="-".join)
+def test_instructions_of_a_kernel(counts, case):
+    assert counts[case] <= 1.1 * COUNTED[case], f"{counts[case]:.3f} instructions an element, {COUNTED[case]} before"
+    assert counts[case] >= 0.5 * COUNTED[case], "far fewer than was counted: did the kernel run at all?"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_edit_costs_a_few_instructions_beyond_the_plain_norm(counts, dtype):
+    """edit_add reads two streams and writes one: the norm behind it must not cost a third and fourth pass."""
+    assert counts["edit_add_norm", dtype] < 4.5 * counts["edit_add", dtype]
