@@ -14,7 +14,6 @@ parameter gradients, run once an element. XLA does not split these calls over de
 """
 
 try:
-    import jax
     import jax.numpy as jnp
 except ImportError as error:
     raise ImportError(f"fastedit.jax needs JAX ({error}): pip install 'fastedit[jax]', or jax from 0.8 on") from error

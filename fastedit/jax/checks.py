@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from .. import _native
 
 ROW_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # the codes of kernels/abi.h
+FP32 = jnp.dtype(jnp.float32)
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
 
 
 class Form(NamedTuple):
-    """The normal form's parameters as the kernels take them; absent ones None. Also its gradients, or which are wanted."""
+    """The normal form's parameters, absent ones None. Also their gradients, or which of these are wanted."""
 
     scale: Any = None
     bias: Any = None
@@ -48,13 +49,13 @@ def as_residual(value, x, on):
     mixed = (x.dtype, residual.dtype) == (jnp.bfloat16, jnp.float32) and on == "x"
     if residual.dtype != x.dtype and not mixed:
         raise TypeError(
-            f"residual is {residual.dtype.name} and x {x.dtype.name} under on={on!r}, expected one dtype, or bfloat16 x on "
-            f"a float32 residual with on='x'; use x.astype(residual.dtype)"
+            f"residual is {residual.dtype.name} and x {x.dtype.name} under on={on!r}, expected one dtype, or bfloat16 "
+            f"x on a float32 residual with on='x'; use x.astype(residual.dtype)"
         )
     return residual
 
 
-def as_parameter(value, name, shape, dtype=jnp.dtype(jnp.float32)):
+def as_parameter(value, name, shape, dtype=FP32):
     """The array, of exactly this shape and dtype; None stays None."""
     if value is None:
         return None
