@@ -9,6 +9,8 @@
 
 #include "abi.h"
 #include "cpu/isa.h"
+#include "slots.h"
+#include "xla.h"
 
 namespace py = pybind11;
 using namespace fastedit;
@@ -182,22 +184,10 @@ void read(Reader& in, ProjectBackwardArgs& a) {
   a.d_offset = in.pointer<float>();
 }
 
-// A slot out of range would read another tenant's memory: refused before anything is written. Only for
-// host memory; on a GPU the kernels leave such a row alone.
-void check_slots(const Form& form, int64_t rows) {
-  if (!form.slot) return;
-  for (int64_t row = 0; row < rows; ++row) {
-    if (form.slot[row] < -1 || form.slot[row] >= form.slots) {
-      throw py::index_error("slot of row " + std::to_string(row) + " is " + std::to_string(form.slot[row]) +
-                            ", expected -1 (untouched) or 0 to " + std::to_string(form.slots - 1));
-    }
-  }
-}
 template <class Args>
-void check_host(const Args& a) { check_slots(a.form, a.rows); }
-void check_host(const EditAddNormArgs& a) { check_slots(a.add.form, a.add.rows); }
-void check_host(const ProjectArgs&) {}
-void check_host(const ProjectBackwardArgs&) {}
+void check_host(const Args& a) {
+  if (const SlotFault fault = slot_fault(a)) throw py::index_error(fault.text);
+}
 
 int64_t work(const EditAddNormArgs& a) { return a.add.rows * a.add.width; }
 template <class Args>
@@ -271,6 +261,15 @@ void define(py::module_& m, const char* name, int64_t (*function)(const py::args
   FASTEDIT_BACKWARD(space, prefix, host, edit_add_norm_backward, EditAddNormBackwardArgs)           \
   FASTEDIT_BACKWARD(space, prefix, host, project_backward, ProjectBackwardArgs)
 
+py::list xla_handlers() {
+  py::list all;
+  for (int i = 0; i < kXlaHandlerCount; ++i) {
+    const XlaHandler& one = kXlaHandlers[i];
+    all.append(py::make_tuple(one.platform, one.op, py::capsule(reinterpret_cast<const void*>(one.handler))));
+  }
+  return all;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -286,6 +285,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_instruction_set", [](const std::string& name) {
     if (!cpu::set_isa(name.c_str())) throw py::value_error("no CPU kernels for '" + name + "' on this machine");
   }, "Choose among the compiled CPU kernels: baseline, avx2 or avx512, where this processor has them.");
+  m.def("xla_handlers", xla_handlers, "(platform, op, capsule) of each XLA handler, for jax.ffi.register_ffi_target.");
   FASTEDIT_DEFINE(cpu, "cpu", true)
 #ifdef FASTEDIT_CUDA
   FASTEDIT_DEFINE(cuda, "cuda", false)

@@ -2,7 +2,8 @@
 
     handle = fastedit.patch(model, fastedit.RED(), freeze=True)
 
-Names load on first use, so that `fastedit.arrays` (NumPy, CuPy, JAX) and `fastedit.kernels` import no torch.
+Names load on first use, so that `fastedit.arrays` (NumPy, CuPy), `fastedit.jax` and `fastedit.kernels` import
+no torch.
 """
 
 import importlib
@@ -20,6 +21,7 @@ _HOME = {
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = ("arrays", "dispatch", "families", "interop", "ops", "recipes")
+_UNLISTED = ("jax",)  # not in __all__: a star import would hide the user's own jax, and fail where there is none
 
 __all__ = sorted([*_WHERE, *_MODULES, "__version__"])
 
@@ -27,7 +29,7 @@ __all__ = sorted([*_WHERE, *_MODULES, "__version__"])
 def __getattr__(name):
     if name in _WHERE:
         value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
-    elif name in _MODULES:
+    elif name in _MODULES or name in _UNLISTED:
         value = importlib.import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module 'fastedit' has no attribute {name!r}")
