@@ -19,7 +19,7 @@ namespace {
 
 class Reader {
  public:
-  explicit Reader(const py::args& args) : args_(args) {}
+  Reader(PyObject* const* args, Py_ssize_t count) : args_(args), count_(count) {}
 
   int64_t integer() {
     const int64_t value = PyLong_AsLongLong(next());
@@ -38,19 +38,19 @@ class Reader {
     if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
     return static_cast<T*>(value);
   }
-  void done(py::ssize_t trailing) const {
-    if (at_ + trailing == static_cast<py::ssize_t>(args_.size())) return;
+  void done(Py_ssize_t trailing) const {
+    if (at_ + trailing == count_) return;
     throw py::type_error("native kernel expected " + std::to_string(at_ + trailing) + " arguments, found " +
-                         std::to_string(args_.size()));
+                         std::to_string(count_));
   }
 
  private:
   PyObject* next() {
-    if (at_ >= static_cast<py::ssize_t>(args_.size())) throw py::type_error("native kernel: too few arguments");
-    return PyTuple_GET_ITEM(args_.ptr(), at_++);
+    if (at_ >= count_) throw py::type_error("native kernel: too few arguments");
+    return args_[at_++];
   }
-  const py::args& args_;
-  py::ssize_t at_ = 0;
+  PyObject* const* args_;
+  Py_ssize_t count_, at_ = 0;
 };
 
 void read(Reader& in, Form& form) {
@@ -212,47 +212,75 @@ void run(const Args& a, Kernel kernel) {
   check_error(error);
 }
 
-// One Python signature for all kernels, (*args), keeps this unit's compile time small.
+// The kernels are plain METH_FASTCALL functions: pybind11's own dispatch of a function of twenty integers costs more
+// than a small kernel. Exceptions are translated as pybind11 would.
+template <class Body>
+PyObject* translated(Body body) {
+  try {
+    return body();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
 template <class Args, int (*kernel)(const Args&, void*), bool host>
-void forward(const py::args& args) {
-  Reader in(args);
-  Args a{};
-  read(in, a);
-  in.done(1);
-  void* stream = in.pointer<void>();
-  if (host) check_host(a);
-  run(a, [stream](const Args& filled) { return kernel(filled, stream); });
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return translated([&] {
+    Reader in(args, count);
+    Args a{};
+    read(in, a);
+    in.done(1);
+    void* stream = in.pointer<void>();
+    if (host) check_host(a);
+    run(a, [stream](const Args& filled) { return kernel(filled, stream); });
+    return Py_NewRef(Py_None);
+  });
 }
 
 template <class Args, int (*kernel)(const Args&, void*, void*), bool host>
-void backward(const py::args& args) {
-  Reader in(args);
-  Args a{};
-  read(in, a);
-  in.done(2);
-  void* space = in.pointer<void>();
-  void* stream = in.pointer<void>();
-  if (host) check_host(a);
-  run(a, [space, stream](const Args& filled) { return kernel(filled, space, stream); });
+PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return translated([&] {
+    Reader in(args, count);
+    Args a{};
+    read(in, a);
+    in.done(2);
+    void* space = in.pointer<void>();
+    void* stream = in.pointer<void>();
+    if (host) check_host(a);
+    run(a, [space, stream](const Args& filled) { return kernel(filled, space, stream); });
+    return Py_NewRef(Py_None);
+  });
 }
 
 template <class Args, int64_t (*workspace)(const Args&)>
-int64_t workspace_size(const py::args& args) {
-  Reader in(args);
-  Args a{};
-  read(in, a);
-  in.done(0);
-  return workspace(a);
+PyObject* workspace_size(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return translated([&] {
+    Reader in(args, count);
+    Args a{};
+    read(in, a);
+    in.done(0);
+    return PyLong_FromLongLong(workspace(a));
+  });
 }
 
-void define(py::module_& m, const char* name, void (*function)(const py::args&)) { m.def(name, function); }
-void define(py::module_& m, const char* name, int64_t (*function)(const py::args&)) { m.def(name, function); }
+typedef PyObject* Function(PyObject*, PyObject* const*, Py_ssize_t);
+PyMethodDef method(const char* name, Function* function) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
+          "A kernel of kernels/abi.h: its struct's fields in order, then a backward's workspace, then the stream."};
+}
 
-#define FASTEDIT_FORWARD(space, prefix, host, op, Args) define(m, prefix "_" #op, forward<Args, space::op, host>);
+#define FASTEDIT_FORWARD(space, prefix, host, op, Args) method(prefix "_" #op, forward<Args, space::op, host>),
 #define FASTEDIT_BACKWARD(space, prefix, host, op, Args)          \
-  define(m, prefix "_" #op, backward<Args, space::op, host>);     \
-  define(m, prefix "_" #op "_workspace", workspace_size<Args, space::op##_workspace>);
-#define FASTEDIT_DEFINE(space, prefix, host)                                                        \
+  method(prefix "_" #op, backward<Args, space::op, host>),        \
+  method(prefix "_" #op "_workspace", workspace_size<Args, space::op##_workspace>),
+#define FASTEDIT_METHODS(space, prefix, host)                                                       \
   FASTEDIT_FORWARD(space, prefix, host, edit, EditArgs)                                             \
   FASTEDIT_FORWARD(space, prefix, host, edit_add, EditAddArgs)                                      \
   FASTEDIT_FORWARD(space, prefix, host, edit_add_norm, EditAddNormArgs)                             \
@@ -260,6 +288,13 @@ void define(py::module_& m, const char* name, int64_t (*function)(const py::args
   FASTEDIT_BACKWARD(space, prefix, host, edit_backward, EditBackwardArgs)                           \
   FASTEDIT_BACKWARD(space, prefix, host, edit_add_norm_backward, EditAddNormBackwardArgs)           \
   FASTEDIT_BACKWARD(space, prefix, host, project_backward, ProjectBackwardArgs)
+
+PyMethodDef kMethods[] = {
+    FASTEDIT_METHODS(cpu, "cpu", true)
+#ifdef FASTEDIT_CUDA
+    FASTEDIT_METHODS(cuda, "cuda", false)
+#endif
+    {nullptr, nullptr, 0, nullptr}};
 
 py::list xla_handlers() {
   py::list all;
@@ -286,9 +321,8 @@ PYBIND11_MODULE(_native, m) {
     if (!cpu::set_isa(name.c_str())) throw py::value_error("no CPU kernels for '" + name + "' on this machine");
   }, "Choose among the compiled CPU kernels: baseline, avx2 or avx512, where this processor has them.");
   m.def("xla_handlers", xla_handlers, "(platform, op, capsule) of each XLA handler, for jax.ffi.register_ffi_target.");
-  FASTEDIT_DEFINE(cpu, "cpu", true)
+  if (PyModule_AddFunctions(m.ptr(), kMethods)) throw py::error_already_set();
 #ifdef FASTEDIT_CUDA
-  FASTEDIT_DEFINE(cuda, "cuda", false)
   m.attr("CUDA_ARCHITECTURES") = FASTEDIT_CUDA_ARCHITECTURES;
 #else
   m.attr("CUDA_ARCHITECTURES") = "";

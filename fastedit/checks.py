@@ -12,9 +12,11 @@ def plainly_right(x, residual, scale, bias, weight=None, norm_bias=None):
     False says nothing yet: the checks below then find the fault and name it, or find none.
     """
     shape, device, dtype = x.shape, x.device, x.dtype
-    if shape != residual.shape or dtype is not residual.dtype or dtype not in _ROW_DTYPES or not shape:
+    if dtype not in _ROW_DTYPES or not shape or not x.is_contiguous():
         return False
-    if not x.is_contiguous() or not residual.is_contiguous() or residual.device != device:
+    if residual is not x and (
+        shape != residual.shape or dtype is not residual.dtype or not residual.is_contiguous() or residual.device != device
+    ):
         return False
     width = shape[-1:]
     for p in (scale, bias):
