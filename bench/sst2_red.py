@@ -45,21 +45,23 @@ def main():
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results/sst2_red.csv"))
     parser.add_argument("--rows", type=int, default=8000, help="rows to train on")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--method", choices=METHODS, action="append", help="only these")
     parser.add_argument("--summary", action="store_true", help="only print the table of the runs in --out")
     options = parser.parse_args()
     if not options.summary:
-        for method in METHODS:
+        for method in options.method or METHODS:
             for lr in GRID:
                 run(options, method, lr, SEEDS[0])
-            best = best_lr(done(options.out), method, options.rows)
+            best = best_lr(mine(options), method)
             for seed in SEEDS[1:]:
                 run(options, method, best, seed)
-    print(summary(done(options.out), options.rows))
+    print(summary(mine(options)))
 
 
 def run(options, method, lr, seed):
     """One row of the CSV, unless it is there."""
-    key = {"method": method, "lr": f"{lr:g}", "seed": str(seed), "rows": str(options.rows)}
+    key = {"method": method, "lr": f"{lr:g}", "seed": str(seed), "rows": str(options.rows), "epochs": str(options.epochs)}
     if any(all(row[k] == v for k, v in key.items()) for row in done(options.out)):
         return
     import torch
@@ -71,13 +73,13 @@ def run(options, method, lr, seed):
     train, dev, test = (read(options.data / f"{name}.tsv") for name in ("train", "dev", "test"))
     random.Random(0).shuffle(train)
     model, handle, tokenizer, parameters = build(method, seed)
-    fit(model, handle, train[: options.rows], tokenizer, lr=lr, epochs=2, batch_size=32, seed=seed)
+    fit(model, handle, train[: options.rows], tokenizer, lr=lr, epochs=options.epochs, batch_size=32, seed=seed)
     found = {
         name: accuracy(predict(model, [text for text, _ in part], tokenizer), [label for _, label in part])
         for name, part in (("dev", dev[:1500]), ("test", test))
     }
     row = key | {
-        "epochs": 2, "parameters": parameters, "dev": f"{found['dev']:.4f}", "test": f"{found['test']:.4f}",
+        "parameters": parameters, "dev": f"{found['dev']:.4f}", "test": f"{found['test']:.4f}",
         "seconds": f"{time.perf_counter() - start:.0f}", "torch": torch.__version__,
         "transformers": transformers.__version__,
     }  # fmt: skip
@@ -129,25 +131,29 @@ def done(path):
         return list(csv.DictReader(file))
 
 
-def best_lr(rows, method, count):
+def mine(options):
+    """The rows of this many training rows and epochs."""
+    wanted = (str(options.rows), str(options.epochs))
+    return [row for row in done(options.out) if (row["rows"], row["epochs"]) == wanted]
+
+
+def best_lr(rows, method):
     """The rate with the best dev accuracy at the first seed; the smaller of equals."""
-    own = [
-        r for r in rows if r["method"] == method and r["seed"] == str(SEEDS[0]) and r["rows"] == str(count)
-    ]
+    own = [r for r in rows if r["method"] == method and r["seed"] == str(SEEDS[0])]
     return float(min(own, key=lambda r: (-float(r["dev"]), float(r["lr"])))["lr"])
 
 
-def summary(rows, count):
+def summary(rows):
     lines = [f"{'method':8} {'lr':>6} {'parameters':>10} {'test accuracy':>14} {'over seeds':>12}"]
     for method in METHODS:
-        mine = [r for r in rows if r["method"] == method and r["rows"] == str(count)]
-        if not mine:
+        own = [r for r in rows if r["method"] == method]
+        if not own:
             continue
-        lr = best_lr(rows, method, count)
-        runs = {r["seed"]: 100 * float(r["test"]) for r in mine if float(r["lr"]) == lr}
+        lr = best_lr(rows, method)
+        runs = {r["seed"]: 100 * float(r["test"]) for r in own if float(r["lr"]) == lr}
         spread = f"{min(runs.values()):.1f}–{max(runs.values()):.1f}"
         mean = statistics.mean(runs.values())
-        lines.append(f"{method:8} {lr:6g} {mine[0]['parameters']:>10} {mean:12.1f} % {spread:>12}")
+        lines.append(f"{method:8} {lr:6g} {own[0]['parameters']:>10} {mean:12.1f} % {spread:>12}")
     return "\n".join(lines)
 
 

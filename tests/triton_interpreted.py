@@ -27,17 +27,9 @@ from triton_support import (
     exact_form,
     in_range,
     make_form,
-    poison_memory,
+    poisoned_memory,  # noqa: F401, for every test here
     view,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.manual_seed(0)
-    poison_memory()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastedit.kernels import triton as backend
 from fastedit.kernels.triton.reduce import reduce_partials
+from triton.runtime.interpreter import GridExecutor
 from triton_support import (
     BF16,
     F16,
@@ -18,17 +19,9 @@ from triton_support import (
     all_needs,
     assert_same,
     make_form,
-    poison_memory,
+    poisoned_memory,  # noqa: F401, for every test here
     view,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.manual_seed(0)
-    poison_memory()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # --- exact promises -------------------------------------------------------------------------------
@@ -292,3 +285,34 @@ def test_column_sums_are_partials_of_256_rows_and_the_tree(slots):
         assert torch.equal(found, torch.stack([grad[slot == s].sum(0) for s in range(slots)]))
     else:
         assert torch.equal(found, grad.sum(0))
+
+
+# --- launches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_launches_of_an_op(rank, monkeypatch):
+    """One forward. Backward one over the rows, one more that adds all partials, and before them one for q or the norm."""
+    rows, width, launched = 300, 128, []
+    real = GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: launched.append(self.fn.__name__) or real(self, *a, **k))
+
+    def launches(call):
+        launched.clear()
+        result = call()
+        return len(launched), result
+
+    form = make_form(rows, width, rank, 0, "none")
+    h, residual, weight = view(rows, width, BF16, False), view(rows, width, BF16, False), torch.ones(width, dtype=BF16)
+    assert launches(lambda: backend.edit(h, *form, rank > 0))[0] == 1
+    assert launches(lambda: backend.edit_add(h, residual, *form, False, rank > 0))[0] == 1
+    count, (out, _, z, _, rstd) = launches(
+        lambda: backend.edit_add_norm(h, residual, weight, None, *form, False, RMS, 1e-6, rank > 0)
+    )
+    assert count == 1
+    wanted = [True, *(p is not None for p in form[:5]), False]
+    assert launches(lambda: backend.edit_backward(h, h, None, *form, None, z, wanted, BF16))[0] <= 3
+    only_hidden = [True] + [False] * 6  # with a rank, q comes first
+    assert launches(lambda: backend.edit_backward(h, None, None, *form, None, None, only_hidden, BF16))[0] == 1 + (rank > 0)
+    norm = (h, h, out, h, None, weight, None, rstd, *form, None, z, False, RMS, [*wanted, True], [False, False], BF16, BF16)
+    assert launches(lambda: backend.edit_add_norm_backward(*norm))[0] <= 4

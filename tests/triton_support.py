@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 
+import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -29,10 +30,14 @@ def _patch_builtin_once(package, builder, scope, names={}):  # noqa: B006
 interpreter._patch_builtin = _patch_builtin_once
 
 
-def poison_memory():
+@pytest.fixture(autouse=True)
+def poisoned_memory():
     """Memory that a kernel forgets to write is NaN, not whatever was there."""
+    torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 # --- the promise ----------------------------------------------------------------------------------

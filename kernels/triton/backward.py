@@ -90,12 +90,12 @@ def form_backward(gradient, hidden, residual, form, grad_z, z, needs, out_dtype,
         gradient, host.stream(hidden), host.stream(residual), form, q, z, order, table, sizes, blocks,
         workspace, views, needs, norm, out_dtype, on_sum,
     )  # fmt: skip
+    sums = total_sums(workspace, views, columns, block_first)
     parameters = (form.scale, form.bias, form.read, form.write, form.offset)
     d_scale, d_bias, d_read, d_write, d_offset = (
-        None if v is None else reduce_partials(v, block_first).view(p.shape)
-        for v, p in zip(views[:5], parameters, strict=True)
+        None if s is None else s.view(p.shape) for s, p in zip(sums[:5], parameters, strict=True)
     )
-    d_norm = [None if v is None else reduce_partials(v).view(width) for v in views[5:]]
+    d_norm = [None if s is None else s.view(width) for s in sums[5:]]
     d_hidden, d_residual, d_k = rows_out
     d_k = None if d_k is None else coefficient_sums(d_k, form.coefficient)
     return [d_hidden, d_scale, d_bias, d_read, d_offset, d_write, d_k], [d_residual, *d_norm]
@@ -161,6 +161,17 @@ def partial_views(blocks, columns, device):
         views.append(workspace[:, first : first + count] if count else None)
         first += count
     return workspace, views
+
+
+def total_sums(workspace, views, columns, block_first):
+    """Each view's sums over the blocks: one launch for all, or with slots one for each (contiguous) table."""
+    if not any(columns):
+        return [None] * len(columns)
+    if block_first is None:
+        total = reduce_partials(workspace[:, : sum(columns)])[0]
+        return [part if count else None for part, count in zip(total.split(columns), columns, strict=True)]
+    sums = [None if v is None else reduce_partials(v, block_first) for v in views[:5]]
+    return sums + [None if v is None else reduce_partials(v) for v in views[5:]]
 
 
 def coefficient_sums(d_k, coefficient):
