@@ -8,6 +8,7 @@ OLDER_TRANSFORMERS := 5.17.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
+PEERS := .venv-peers
 OUT ?= bench/results
 PYTEST_ARGS ?=
 
@@ -19,13 +20,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test lint bench gpu clean distclean
+.PHONY: help setup demo test lint bench peers gpu clean distclean
 
 help:
 	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (5 minutes; demo-output/)"
 	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
 	@echo "make setup   only the set-up that these two begin with: $(VENV), torch $(TORCH), fastedit with its kernels"
 	@echo "make bench   benchmarks on the CPU, a CSV into OUT=$(OUT)"
+	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, benchmarks into OUT=$(OUT); needs no network"
 	@echo "make lint    ruff"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
@@ -48,11 +50,14 @@ lint: $(STAMPS)/fastedit
 bench: $(STAMPS)/fastedit
 	$(BIN)/python -m bench.cpu --out $(OUT)
 
+peers: $(PEERS)/.stamp
+	@echo "Next: $(PEERS)/bin/python -m bench.models"
+
 clean:
 	rm -rf build dist demo-output .pytest_cache .benchmarks .hypothesis $(STAMPS)/fastedit
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)
 
 $(STAMPS)/venv:
 	@test -n "$(PYTHON)" || { echo "fastedit needs Python 3.11, 3.12 or 3.13 with venv (Debian: apt install python3-venv);"; \
@@ -74,6 +79,15 @@ $(STAMPS)/fastedit: $(STAMPS)/torch $(NATIVE) $(PACKAGES)
 $(STAMPS)/older: $(STAMPS)/fastedit
 	$(BIN)/pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/transformers-5.17 \
 		transformers==$(OLDER_TRANSFORMERS) "huggingface_hub>=1.5,<2" httpx httpcore certifi
+	@touch $@
+
+# A thin environment over the first one, which stays as it was: peers pin old versions of what both are measured on.
+$(PEERS)/.stamp: $(STAMPS)/fastedit bench/requirements-peers.txt
+	$(BIN)/python -m venv --clear $(PEERS)
+	site=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') && \
+		echo "import site; site.addsitedir('$$site')" > \
+		$$($(PEERS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/over.pth
+	$(PEERS)/bin/pip install --disable-pip-version-check --no-deps -r bench/requirements-peers.txt
 	@touch $@
 
 # --- on a machine with a GPU and no network: its own Python, torch and Triton ----------------------------------

@@ -30,7 +30,10 @@ def time_once(function, repeat=1):
 
 def repeats_for(function, seconds=2e-4):
     """Calls to put in one timing so that it lasts about `seconds`: clock reads cost some tens of ns."""
-    once = min(time_once(function) for _ in range(3))
+    once = time_once(function)
+    if once > 10 * seconds:  # more calls would not change the answer, and may take minutes
+        return 1
+    once = min(once, *(time_once(function) for _ in range(2)))
     return max(1, round(seconds / max(once, 1e-7)))
 
 

@@ -1,0 +1,93 @@
+"""The study: jobs in processes of their own, their figures into a CSV beside what earlier runs measured."""
+
+import collections
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import torch
+
+from ..micro import commit, machine
+from . import cuts, rows
+from .sizes import device, dtype
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+def run(
+    out, processes=5, minutes=None, full=False, sizes=None, kinds=None, works=None, names=None, say=print
+):
+    """Measure into out/models-<device>.csv; returns its path.
+
+    Passes over all jobs, `processes` of them, each job in a process of its own: what slowly changes about the machine
+    is in the intervals. The CSV is written after every job. minutes: stop in time; what was not reached is said.
+    """
+    path = pathlib.Path(out) / f"models-{device()}.csv"
+    before, about = rows.read(path), _about()
+    jobs = cuts.chosen(full, sizes, kinds, works)
+    end = time.monotonic() + 60 * (minutes or float("inf"))
+    results, skipped, longest = collections.defaultdict(list), collections.Counter(), collections.Counter()
+    for turn, job in itertools.product(range(processes), jobs):
+        if time.monotonic() + longest[job] > end:
+            continue  # a shorter job may still fit
+        start = time.monotonic()
+        for key, row in measure(job, names, counting=turn == 0).items():
+            results[key].append(row)
+        longest[job] = max(longest[job], time.monotonic() - start)
+        say(f"pass {turn + 1} of {processes}, {time.monotonic() - start:3.0f} s: {job}")
+        rows.write(path, rows.merged(before, {k: _row(k, r, about) for k, r in results.items()}))
+    for key, measured in results.items():
+        row = _row(key, measured, about)
+        say(_line(row))
+        if not row["ratio"]:
+            skipped[row["note"]] += 1
+    for note, count in skipped.items():
+        say(f"{count} rows without figures: {note}")
+    _say_unreached(jobs, results, processes, say)
+    return path
+
+
+def measure(job, names=None, counting=False):
+    """{key: row of measure.py} of a job, from a process of its own."""
+    asked = {
+        "size": job.size, "cells": job.cells, "names": names, "seconds": job.seconds,
+        "compiled": job.compiled or bool(names), "counting": counting,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "bench.models.measure", json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{job}: a measuring process failed\n{done.stderr[-4000:]}")
+    return {
+        (job.size, kind, work, variant): row
+        for kind, work, variants in json.loads(done.stdout.splitlines()[-1])
+        for variant, row in variants.items()
+    }
+
+
+def _about():
+    import transformers
+
+    return {
+        "dtype": str(dtype()).removeprefix("torch."), "machine": machine(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "commit": commit(),
+    }  # fmt: skip
+
+
+def _row(key, measured, about):
+    return dict(zip(rows.KEY, key, strict=True)) | rows.summary(measured) | about
+
+
+def _line(row):
+    figure = f"×{row['ratio']} ± {row['ratio_95']}" if row["ratio"] else row["note"]
+    return f"{row['size']:10} {row['kind']:8} {row['work']:13} {row['variant']:20} {figure}"
+
+
+def _say_unreached(jobs, results, processes, say):
+    for job in jobs:
+        keys = [key for key in results if key[0] == job.size and key[1:3] in job.cells]
+        done = max((len(results[key]) for key in keys), default=0)
+        if done < processes:
+            say(f"not reached in time: {done} of {processes} processes of {job}")

@@ -1,0 +1,1 @@
+"""One file a family of variants (registry.py says how to add one)."""
