@@ -1,7 +1,8 @@
 """The same kernels on NumPy and CuPy arrays, and on anything that speaks DLPack (JAX on the CPU): no torch.
 
 Rows are fp32, fp16 or bf16 (the `ml_dtypes` type); edit parameters fp32; results are new arrays of the kind the
-rows were: NumPy for the host, CuPy for a GPU. Formulas and arguments are those of `fastedit.ops`.
+rows were: NumPy for the host, CuPy for a GPU. Formulas and arguments are those of `fastedit.ops`. Inside JAX's jit,
+grad and vmap: `fastedit.jax`.
 
     import numpy as np
     from fastedit import arrays
