@@ -1,23 +1,26 @@
-"""Everything that `make bench` measures on a CPU: micro-benchmarks, the picture, and the models.
+"""Everything that `make bench` measures on a CPU: both studies, their tables and pictures, and docs/performance.md.
 
     python -m bench.cpu --out bench/results
 """
 
 import argparse
 
-from . import micro, models, plot
+from . import models, report
+from .kernels import plot, study
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="bench/results")
-    parser.add_argument("--full", action="store_true", help="every combination of the micro-benchmarks")
-    parser.add_argument("--minutes", type=float, default=3.0, help="for the micro-benchmarks")
+    parser.add_argument("--full", action="store_true", help="every combination")
+    parser.add_argument("--minutes", type=float, default=6.0, help="for the kernel study")
+    parser.add_argument("--models", type=float, default=None, help="minutes for the model study")
     parser.add_argument("--processes", type=int, default=5, help="for each figure of the models")
     options = parser.parse_args()
-    path = micro.run(options.out, full=options.full, minutes=options.minutes, device="cpu")
+    path = study.run(options.out, full=options.full, minutes=options.minutes, device="cpu")
     print(path, plot.roofline(path), sep="\n")
-    print(models.run(options.out, processes=options.processes))
+    print(models.run(options.out, processes=options.processes, minutes=options.models, full=options.full))
+    print(report.write(options.out))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,31 @@
-"""The GPU lane's benchmarks: micro-benchmarks and their picture, and the models if asked, into a folder.
+"""The GPU lane's benchmarks: a cut of both studies, their tables and pictures, into a folder.
 
-    python -m bench.gpu --out bench/results --minutes 4
+    python -m bench.gpu --out bench/results --minutes 3 --models 2
 """
 
 import argparse
 
 import torch
 
-from . import micro
+from .kernels import plot, study, table
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="bench/results")
-    parser.add_argument("--minutes", type=float, default=4.0, help="for the micro-benchmarks")
-    parser.add_argument("--models", type=float, default=0.0, metavar="MINUTES", help="for the models; 0: none")
+    parser.add_argument("--minutes", type=float, default=3.0, help="for the kernel study")
+    parser.add_argument("--models", type=float, default=2.0, help="minutes for the model study; 0: none")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("bench.gpu needs an NVIDIA GPU; `python -m bench.micro` measures the CPU")
-    path = micro.run(options.out, minutes=options.minutes, device="cuda")
-    from . import plot
-
-    print(path, plot.roofline(path), sep="\n")
+        raise SystemExit("bench.gpu needs an NVIDIA GPU; `python -m bench.cpu` measures the CPU")
+    path = study.run(options.out, minutes=options.minutes, device="cuda")
+    print(path, plot.roofline(path), table.share_of_limit(path), table.one_row(path), sep="\n")
     if options.models:
         from . import models
+        from .models import table as models_table
 
-        print(models.run(options.out, minutes=options.models))
+        found = models.run(options.out, processes=3, minutes=options.models)
+        print(found, models_table.markdown(found), sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from ..micro import commit, machine
+from ..machine import commit, machine
 from . import cuts, rows
 from .sizes import device, dtype
 
