@@ -28,7 +28,7 @@ def load(name):
     """The backend: the op functions of fastedit.kernels.reference under the same names.
 
     `any_shape`: takes contiguous rows of any shape, not (rows, width) alone. `plain_edit`, `plain_edit_add`,
-    `plain_edit_add_norm`: a shorter way for the commonest call, or None.
+    `plain_edit_add_norm`, `plain_edit_backward`: a shorter way for the commonest call, or None.
     """
     if name in ("cpu", "cuda"):
         from . import native
@@ -36,9 +36,8 @@ def load(name):
         return native.backend(name)
     module = importlib.import_module(f"fastedit.kernels.{name}")
     ops = {op: getattr(module, op) for op in module.__all__}
-    return types.SimpleNamespace(
-        __name__=name, any_shape=False, plain_edit=None, plain_edit_add=None, plain_edit_add_norm=None, **ops
-    )
+    shorter = dict.fromkeys(("plain_edit", "plain_edit_add", "plain_edit_add_norm", "plain_edit_backward"))
+    return types.SimpleNamespace(__name__=name, any_shape=False, **shorter, **ops)
 
 
 @functools.cache

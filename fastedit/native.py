@@ -111,6 +111,8 @@ def _make(name):
     guard = _on_its_device if name == "cuda" else lambda op: op
 
     def workspace(op, args, device):
+        if name == "cpu":  # takes its own, as it knows the threads' blocks
+            return None
         size = getattr(_native, f"{name}_{op}_workspace")(*args)
         return torch.empty(size, dtype=torch.uint8, device=device) if size else None
 
@@ -158,6 +160,7 @@ def _make(name):
         return out, normed, z, mean, rstd
 
     direct_edit, direct_edit_add, direct_edit_add_norm = call["edit"], call["edit_add"], call["edit_add_norm"]
+    direct_edit_backward = call["edit_backward"]
 
     def plain_edit(hidden, scale, bias):
         """edit for contiguous rows under scale and bias alone: nothing but the call."""
@@ -224,6 +227,22 @@ def _make(name):
         grads[-1] = _finish_coefficient(grads[-1], coefficient)
         return d_hidden, *grads
 
+    def plain_edit_backward(grad, hidden, scale, bias, needs, dtype):
+        """(d_hidden, d_scale, d_bias) for contiguous rows of any shape under scale and bias alone."""
+        width = grad.shape[-1]
+        d_hidden = torch.empty_like(grad, dtype=dtype) if needs[0] else None
+        d_scale = torch.empty_like(scale) if needs[1] else None
+        d_bias = torch.empty_like(bias) if needs[2] else None
+        args = (
+            grad.numel() // width, width, 0 if scale is None else scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            0, 0, 0, 0, 1, 0, 0, 0, DTYPE[grad.dtype], DTYPE[dtype], grad.data_ptr(), width,
+            0 if hidden is None else hidden.data_ptr(), width, 0, 0, 0, 0, 0 if d_hidden is None else d_hidden.data_ptr(),
+            0 if d_scale is None else d_scale.data_ptr(), 0 if d_bias is None else d_bias.data_ptr(), 0, 0, 0, 0, 0, 0, 0,
+        )  # fmt: skip
+        space = None if name == "cpu" else workspace("edit_backward", args, grad.device)
+        direct_edit_backward(*args, 0 if space is None else space.data_ptr(), stream_of())
+        return d_hidden, d_scale, d_bias
+
     def edit_add_norm_backward(
         grad_residual, grad_normed, residual_out, x, residual, weight, mean, rstd,
         scale, bias, read, offset, write, slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm,
@@ -271,7 +290,7 @@ def _make(name):
 
     return types.SimpleNamespace(
         __name__=name, any_shape=True, plain_edit=guard(plain_edit), plain_edit_add=guard(plain_edit_add),
-        plain_edit_add_norm=guard(plain_edit_add_norm), edit=guard(edit), edit_add=guard(edit_add),
+        plain_edit_add_norm=guard(plain_edit_add_norm), plain_edit_backward=guard(plain_edit_backward), edit=guard(edit), edit_add=guard(edit_add),
         edit_add_norm=guard(edit_add_norm), project=guard(project), edit_backward=guard(edit_backward), edit_add_backward=guard(edit_backward),
         edit_add_norm_backward=guard(edit_add_norm_backward), project_backward=guard(project_backward),
     )  # fmt: skip
