@@ -226,23 +226,22 @@ def test_only_what_is_wanted_is_computed(random):
     """Masks count arguments and results from the lowest bit, in the order of csrc/xla.cpp."""
     h, form = rows(random, (6,), jnp.float32), make_form(random, 2)
 
-    def backward_of(loss, argument):
-        return ffi_calls(jax.make_jaxpr(jax.grad(loss))(argument).jaxpr)
+    def asked(op, results, function, argument):
+        call = ffi_calls(jax.make_jaxpr(function)(argument).jaxpr)[f"fastedit_{op}"]
+        return int(call["given"]), int(call["wanted"]) & (1 << results) - 1  # the next bit is the workspace
 
-    bias_alone = backward_of(lambda bias: (fej.edit(h, form["scale"], bias) ** 2).sum(), form["bias"])
-    assert bias_alone["fastedit_edit"]["wanted"] == 0b01
-    assert bias_alone["fastedit_edit_backward"]["wanted"] == 0b100  # d_bias
-    assert bias_alone["fastedit_edit_backward"]["given"] == 0b11001  # grad, scale, bias: no hidden
-    hidden = backward_of(lambda h: fej.edit(h, form["scale"], form["bias"]).sum(), h)
-    assert hidden["fastedit_edit_backward"]["wanted"] == 0b1
-    project = backward_of(lambda h: fej.project(h, form["read"]).sum(), h)
-    assert project["fastedit_project_backward"]["wanted"] == 0b1
-    assert project["fastedit_project_backward"]["given"] == 0b101  # grad_z, read: no hidden
+    bias_alone = jax.grad(lambda bias: (fej.edit(h, form["scale"], bias) ** 2).sum())
+    assert asked("edit", 2, bias_alone, form["bias"])[1] == 0b01
+    assert asked("edit_backward", 7, bias_alone, form["bias"]) == (0b11001, 0b100)  # grad, scale, bias: no hidden
+    rows_alone = jax.grad(lambda h: fej.edit(h, form["scale"], form["bias"]).sum())
+    assert asked("edit_backward", 7, rows_alone, h)[1] == 0b1
+    probe = jax.grad(lambda h: fej.project(h, form["read"]).sum())
+    assert asked("project_backward", 3, probe, h) == (0b101, 0b1)  # grad_z, read: no hidden
     weight = jnp.ones(WIDTH)
-    frozen = backward_of(lambda x: fej.edit_add_norm(x, h, weight, form["scale"])[1].sum(), h)
-    assert frozen["fastedit_edit_add_norm_backward"]["wanted"] == 0b1  # d_x: no norm weight, no residual
-    plain = ffi_calls(jax.make_jaxpr(lambda x: fej.edit_add_norm(x, h, weight)[1])(h).jaxpr)
-    assert plain["fastedit_edit_add_norm"]["wanted"] == 0b101  # residual' and normed: no statistics
+    frozen = jax.grad(lambda x: fej.edit_add_norm(x, h, weight, form["scale"])[1].sum())
+    assert asked("edit_add_norm_backward", 10, frozen, h)[1] == 0b1  # d_x: no norm weight, no residual
+    no_gradient = lambda x: fej.edit_add_norm(x, h, weight)[1]  # noqa: E731
+    assert asked("edit_add_norm", 5, no_gradient, h)[1] == 0b101  # residual' and normed: no statistics
 
 
 def test_unused_results_have_no_gradient(random):

@@ -1,5 +1,9 @@
 """The JAX face under jit, scan, checkpoint and vmap, and lowered for CUDA."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -114,3 +118,25 @@ def test_lowering_for_cuda_needs_no_gpu(random):
     loss = jax.jit(jax.grad(lambda form: (fej.edit_add(h, h, **form) ** 2).sum()))
     text = loss.trace(form).lower(lowering_platforms=("cuda",)).as_text()
     assert "@fastedit_edit_add(" in text and "@fastedit_edit_backward(" in text
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+from fastedit import jax as fej
+
+h, edit = jax.random.normal(jax.random.key(0), (600, 40)), (jnp.full(40, 1.5), jnp.ones(40))
+call = lambda h, edit: fej.edit_add(h, h, *edit)
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+split = jax.shard_map(call, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False)
+np.testing.assert_array_equal(jax.jit(split)(h, edit), call(h, edit))
+slope = lambda f: jax.jit(jax.grad(lambda edit: (f(h, edit) ** 2).sum()))(edit)
+for got, want in zip(slope(split), slope(call), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+"""
+
+
+def test_shard_map_over_two_devices():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """csrc/xla_abi.h against the header that the installed jaxlib carries: layouts and codes, by the compiler."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -7,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from fastedit import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -111,3 +114,66 @@ def fields_of(body):
 def test_the_compiler_sees_a_wrong_layout(tmp_path):
     done = compile_asserts([_same_place("Buffer", "data", "XLA_FFI_Buffer", "rank")], tmp_path)
     assert done.returncode != 0 and "static assertion failed" in done.stderr
+
+
+# --- the metadata query, as XLA would make it ------------------------------------------------------------------
+
+
+class Head(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_size_t), ("extensions", ctypes.c_void_p)]
+
+
+class Api(ctypes.Structure):
+    _fields_ = [("head", Head), ("version_head", Head), ("major", ctypes.c_int32), ("minor", ctypes.c_int32)]
+    _fields_ += [("functions", ctypes.c_void_p * 6)]
+
+
+class Metadata(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_size_t), ("version_head", Head), ("major", ctypes.c_int32), ("minor", ctypes.c_int32)]
+    _fields_ += [("traits", ctypes.c_uint32)]
+
+
+class Extension(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_size_t), ("kind", ctypes.c_int32), ("next", ctypes.c_void_p)]
+    _fields_ += [("metadata", ctypes.POINTER(Metadata))]
+
+
+class Frame(ctypes.Structure):
+    _fields_ = [("head", Head), ("api", ctypes.POINTER(Api)), ("rest", ctypes.c_void_p * 18)]
+
+
+def answer(handler, api, frame_size=None):
+    """(major, minor), traits of the handler in the capsule."""
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    call = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(Frame))(pointer(handler, None))
+    metadata = Metadata(36)
+    extension = Extension(ctypes.sizeof(Extension), 1, None, ctypes.pointer(metadata))
+    frame = Frame(Head(frame_size or ctypes.sizeof(Frame), ctypes.addressof(extension)), api and ctypes.pointer(api))
+    assert not call(ctypes.byref(frame))
+    return (metadata.major, metadata.minor), metadata.traits
+
+
+def xla(major, minor, size=None):
+    return Api(Head(size or ctypes.sizeof(Api)), Head(), major, minor)
+
+
+@pytest.mark.parametrize(
+    "api, frame_size, expected",
+    [
+        (None, None, (0, 1)),  # the oldest pass no api
+        (xla(0, 1), None, (0, 1)),
+        (xla(0, 2), None, (0, 2)),
+        (xla(0, 9), None, (0, 3)),  # newer than this file: what we know, for XLA to serve or refuse
+        (xla(1, 0), None, (0, 3)),
+        (xla(0, 3, size=64), None, (0, 0)),  # too short for what the handlers use: refused at registration
+        (xla(0, 3), 64, (0, 0)),
+    ],
+)
+def test_the_handlers_answer_for_their_version(api, frame_size, expected):
+    handlers = _native.xla_handlers()
+    assert [op for platform, op, _ in handlers if platform == "cpu"] == list(_native.OPS)
+    for platform, _, handler in handlers:
+        version, traits = answer(handler, api, frame_size)
+        assert version == expected
+        assert traits == (1 if platform == "CUDA" and expected != (0, 0) else 0)

@@ -10,7 +10,7 @@ of `fastedit.ops`; a wrong shape or dtype fails while the function is traced.
 
 `slot` out of range raises on the CPU when the call runs; on a GPU such a row is left alone. Under vmap, calls whose
 batched arguments are rows run once over the whole batch; those with batched parameters, and backwards that yield
-parameter gradients, run once an element. XLA does not split these calls over devices: use `jax.shard_map`.
+parameter gradients, run once an element. XLA does not split these calls over devices; see docs/frameworks.md.
 """
 
 try:
