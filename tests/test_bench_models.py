@@ -8,7 +8,7 @@ import torch
 
 from bench.models import check, counts, cuts, measure, plot, registry, rows, study, table
 from bench.models.edits import values
-from bench.models.sizes import Size, build, sharing
+from bench.models.sizes import Size, build, device, sharing
 from bench.models.variants.plain import hook
 from bench.models.works import WORKS
 
@@ -40,7 +40,7 @@ def cell(family, kind, work):
 
 @functools.cache
 def reference(family, kind, work):
-    return check.reference(base(family), cell(family, kind, work).values, work)
+    return check.Reference(base(family), cell(family, kind, work).values, work)
 
 
 def cases(variants, work, families=("llama",)):
@@ -99,12 +99,11 @@ def test_training_goes_where_the_plain_hook_goes(kind, names):
 def test_another_edit_is_found_out(work):
     """One layer without its bias."""
     right = cell("llama", "red", work).values
-    wrong = values("red", 32, 3, trainable=right.trainable)
+    wrong = values("red", base("llama"), right.trainable)
     wrong.forms[1].bias.zero_()
     model = hook(sharing(base("llama")), wrong)
-    step = None if work == TRAINING else WORKS[work].prepare(model, base("llama"))
     judge = reference("llama", "red", work)
-    assert judge.error(model, step) > judge.limit
+    assert judge.error(model) > judge.limit
 
 
 def test_a_variant_that_fails_is_a_row_and_not_the_end():
@@ -234,11 +233,13 @@ def test_a_figure_is_the_median_with_its_interval():
 def test_table_and_pictures_come_from_the_csv_alone(tmp_path):
     some = by_key(
         row("unedited", "1.000", ops_layer="38", bytes_layer="2500000"), row("fastedit", "0.930"),
+        row("hook", "1.020", ratio_95="inf"),
         row("fastedit", "0.940", kind="steer"), row("pyvene", "", kind="steer", note="skipped: why"),
     )  # fmt: skip
     path = rows.write(tmp_path / "models.csv", some)
     said = table.markdown(path)
     assert "| ratio | red | steer |" in said and "| fastedit | 0.930 ± 0.010 | 0.940 ± 0.010 |" in said
+    assert "| hook | 1.020 (one process) |  |" in said
     assert "| unedited | 38, 2.5 |" in said and "- pyvene (steer; 1 row): skipped: why" in said
     assert table.write(path).read_text() == said
     (picture,) = plot.ratios(path)
@@ -257,6 +258,18 @@ def test_what_the_minutes_did_not_reach_is_said(tmp_path, monkeypatch):
     assert said[-1] == f"not reached in time: {found['processes']} of 5 processes of 64x5: red: decode"
 
 
+def test_a_process_that_dies_does_not_take_the_rest_with_it(tmp_path, monkeypatch):
+    def measured(job, names, counting):
+        if job.size == "64x5":
+            raise study.MeasuringFailed("64x5: exit status -9")
+        return {(job.size, *job.cells[0], "unedited"): {"note": "", "ratio": 1.0, "ms": 1.0}}
+
+    monkeypatch.setattr(study, "measure", measured)
+    with pytest.raises(study.MeasuringFailed, match="2 measuring processes failed"):
+        study.run(tmp_path, 2, kinds=["red"], works=["decode"], say=lambda line: None)
+    assert {key[0] for key in rows.read(tmp_path / f"models-{device()}.csv")} == {"256x8", "512x8"}
+
+
 def test_jobs_are_within_what_exists():
     for job in (*cuts.DEFAULT, *cuts.full()):
         for kind, work in job.cells:
@@ -268,7 +281,8 @@ def test_jobs_are_within_what_exists():
     assert {work for job in cuts.chosen(works=[PREFILL]) for _, work in job.cells} == {PREFILL}
 
 
-def test_a_process_measures_what_it_is_asked():
+def test_a_process_measures_what_it_is_asked(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     job = cuts.Job("64x5", (("red", "decode"),), 0.1, compiled=False)
     found = study.measure(job, ["hook"], counting=True)
     assert set(found) == {("64x5", "red", "decode", name) for name in ("unedited", "hook")}

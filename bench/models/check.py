@@ -11,10 +11,10 @@ import torch
 
 from .sizes import sharing
 from .variants.plain import hook
-from .works import PROMPT, WORKS, training_logits
+from .works import PROMPT, WORKS, answer, training_logits
 
 SLACK = 4  # another order of the same roundings; a wrong edit is off by orders of magnitude more
-MARGIN = 20
+MARGIN = 3
 
 _WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -23,63 +23,42 @@ def wide_hook(base, values):
     return hook(copy.deepcopy(base).to(_WIDER[base.dtype]), values)  # its own weights: `to` changes tensors in place
 
 
-class Logits:
-    """What `work` must say on a base model under the plain hook's edit."""
+class Reference:
+    """What a work must say on a base model under the plain hook's edit.
 
-    def __init__(self, base, values, work):
-        self.work, self.base = WORKS[work], base
-        self.exact = self._say(wide_hook(base, values)).double()
-        self.limit = SLACK * self._error(self._say(hook(sharing(base), values)))
-        self.limit += torch.finfo(base.dtype).eps * self.exact.abs().max().item()
-        if self.work.training:  # the floor trains, the unedited model has nothing to
-            return
-        shown = self._error(self._say(sharing(base)))
-        if shown < MARGIN * self.limit:
-            raise ValueError(f"{work}: the edit shows by {shown:.2e}, less than {MARGIN} × the limit {self.limit:.2e}")
-
-    def error(self, model, step):
-        """How far from exact a variant is."""
-        return self._error(training_logits(model, self.base) if self.work.training else step())
-
-    def _say(self, model):
-        return training_logits(model, self.base) if self.work.training else self.work.prepare(model, self.base)()
-
-    def _error(self, said):
-        if said.shape != self.exact.shape:
-            raise ValueError(f"{self.work.name}: results of shape {tuple(said.shape)}, not {tuple(self.exact.shape)}")
-        return (said.double() - self.exact).abs().max().item()
-
-
-class Tokens:
-    """For generation: by how much, exactly, a chosen token's logit falls short of the best one's.
-
-    Greedy choices between near-equal logits may differ by rounding, and all that follows with them; so each token is
-    judged behind the tokens that this variant chose before it.
+    `limit` is how far from exact a variant's logits may be, `error(model, step)` how far they are.
     """
 
     def __init__(self, base, values, work):
+        self.work, self.base = WORKS[work], base
+        self.generates = work.startswith("generate")
         self.wide, own = wide_hook(base, values), hook(sharing(base), values)
-        prepare = WORKS[work].prepare
-        tokens = prepare(own, base)()
-        self.shape = tokens.shape
+        self.fixed = None if self.generates else self._say(self.wide)[0].double()
+        self.limit = SLACK * self.error(own) + torch.finfo(base.dtype).eps * self.largest
+        shown = self.error(sharing(base))
+        if shown < MARGIN * self.limit:
+            raise ValueError(f"{work}: the edit shows by {shown:.2e}, less than {MARGIN} × the limit {self.limit:.2e}")
+
+    def error(self, model, step=None):
+        """step: of a work that the model has prepared already, to spare doing it again."""
+        logits, tokens = self._say(model, step)
+        exact = self.fixed if tokens is None else self._behind(tokens)
+        if logits.shape != exact.shape:
+            raise ValueError(f"{self.work.name}: logits of shape {tuple(logits.shape)}, expected {tuple(exact.shape)}")
+        self.largest = exact.abs().max().item()
+        return (logits.double() - exact).abs().max().item()
+
+    def _say(self, model, step=None):
+        """(logits, the tokens that they are behind where the model chose them)"""
+        if self.work.training:
+            return training_logits(model, self.base), None
+        if self.generates:
+            said = answer(model, self.base)
+            return torch.stack(said.logits, 1), said.sequences
+        return (step or self.work.prepare(model, self.base))(), None
+
+    def _behind(self, tokens):
+        """Exact logits for each token that was chosen, behind those chosen before it: where two are equal but for
+        rounding, the choice may fall either way, and the rest of the answer with it."""
         with torch.no_grad():
-            exact, said = self.wide(input_ids=tokens).logits.double(), own(input_ids=tokens).logits.double()
-        ulp = torch.finfo(base.dtype).eps * exact.abs().max().item()
-        self.limit = 2 * (SLACK * (said - exact).abs().max().item() + ulp)  # two logits are compared
-        unedited = sharing(base)
-        if self.error(unedited, prepare(unedited, base)) <= self.limit:
-            raise ValueError(f"{work}: the unedited model generates the same tokens")
-
-    def error(self, model, step):
-        tokens = step()
-        if tokens.shape != self.shape:
-            raise ValueError(f"generated {tuple(tokens.shape)} tokens, not {tuple(self.shape)}")
-        with torch.no_grad():
-            logits = self.wide(input_ids=tokens).logits.double()[:, PROMPT - 1 : -1]
-        chosen = logits.gather(-1, tokens[:, PROMPT:, None]).squeeze(-1)
-        return (logits.max(-1).values - chosen).max().item()
-
-
-def reference(base, values, work):
-    """What results of a work are compared with: `.error(model, step)` is to stay within `.limit`."""
-    return (Tokens if work.startswith("generate") else Logits)(base, values, work)
+            return self.wide(input_ids=tokens).logits.double()[:, PROMPT - 1 : -1]

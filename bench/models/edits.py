@@ -2,7 +2,8 @@
 
 red       scale ⊙ h + bias on the FFN's output of every layer
 steer     h + v at every block's output, another v in each layer
-ablate    h − (h·v̂) v̂ at every block's output, one v̂ for all
+ablate    h − (h·v̂) v̂ at every block's output, one v̂ for all: a token's embedding, of which hidden states have more than
+          of a random direction
 lowrank4  h + (W h + c − R h) R at every block's output: LoReFT's form with orthonormal R, rank 4; in normal form
           read = W − R, offset = c, write = R
 """
@@ -13,7 +14,10 @@ import torch
 
 from fastedit.form import Form
 
+from .sizes import blocks
+
 RANK = 4
+TOKEN = 7  # the one that is decoded
 
 
 @dataclass(frozen=True)
@@ -42,35 +46,35 @@ class Values:
         return self.stacked("read") + self.stacked("write")
 
 
-def values(kind, width, layers, device="cpu", trainable=False):
-    """The Values of a kind for a model."""
+def values(kind, model, trainable=False):
+    """The Values of a kind for a base model, on its device."""
     generator = torch.Generator().manual_seed(1)
     site, draw = _KINDS[kind]
-    forms = draw(width, layers, lambda *shape: torch.randn(*shape, generator=generator))
-    return Values(kind, site, tuple(forms), trainable).to(device, torch.float32)
+    forms = draw(model, model.config.hidden_size, lambda *shape: torch.randn(*shape, generator=generator))
+    return Values(kind, site, tuple(forms), trainable).to(model.device, torch.float32)
 
 
-def _red(width, layers, normal):
-    for _ in range(layers):
+def _red(model, width, normal):
+    for _ in blocks(model):
         yield Form(scale=1 + 0.02 * normal(width), bias=0.02 * normal(width))
 
 
-def _steer(width, layers, normal):
-    for _ in range(layers):
+def _steer(model, width, normal):
+    for _ in blocks(model):
         yield Form(bias=0.02 * normal(width))
 
 
-def _ablate(width, layers, normal):
-    direction = normal(1, width)
-    direction /= direction.norm()
-    for _ in range(layers):
+def _ablate(model, width, normal):
+    direction = model.get_input_embeddings().weight[TOKEN][None].float()
+    direction = direction / direction.norm()
+    for _ in blocks(model):
         yield Form(read=direction, write=-direction)
 
 
-def _low_rank(width, layers, normal):
-    for _ in range(layers):
+def _low_rank(model, width, normal):
+    for _ in blocks(model):
         basis = torch.linalg.qr(normal(width, RANK)).Q.T.contiguous()
-        yield Form(read=0.3 * normal(RANK, width) / width**0.5, offset=0.02 * normal(RANK), write=basis)
+        yield Form(read=normal(RANK, width) / width**0.5, offset=0.1 * normal(RANK), write=basis)
 
 
 _KINDS = {

@@ -17,9 +17,7 @@ from .sizes import device, dtype
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
-def run(
-    out, processes=5, minutes=None, full=False, sizes=None, kinds=None, works=None, names=None, say=print
-):
+def run(out, processes=5, minutes=None, full=False, sizes=None, kinds=None, works=None, names=None, say=print):
     """Measure into out/models-<device>.csv; returns its path.
 
     Passes over all jobs, `processes` of them, each job in a process of its own: what slowly changes about the machine
@@ -30,11 +28,18 @@ def run(
     jobs = cuts.chosen(full, sizes, kinds, works)
     end = time.monotonic() + 60 * (minutes or float("inf"))
     results, skipped, longest = collections.defaultdict(list), collections.Counter(), collections.Counter()
+    failures = []
     for turn, job in itertools.product(range(processes), jobs):
         if time.monotonic() + longest[job] > end:
             continue  # a shorter job may still fit
         start = time.monotonic()
-        for key, row in measure(job, names, counting=turn == 0).items():
+        try:
+            measured = measure(job, names, counting=turn == 0)
+        except MeasuringFailed as failure:
+            failures.append(failure)
+            say(str(failure))
+            continue
+        for key, row in measured.items():
             results[key].append(row)
         longest[job] = max(longest[job], time.monotonic() - start)
         say(f"pass {turn + 1} of {processes}, {time.monotonic() - start:3.0f} s: {job}")
@@ -47,7 +52,13 @@ def run(
     for note, count in skipped.items():
         say(f"{count} rows without figures: {note}")
     _say_unreached(jobs, results, processes, say)
+    if failures:
+        raise MeasuringFailed(f"{len(failures)} measuring processes failed, the first of them:\n{failures[0]}")
     return path
+
+
+class MeasuringFailed(RuntimeError):
+    """A measuring process ended without an answer."""
 
 
 def measure(job, names=None, counting=False):
@@ -59,7 +70,7 @@ def measure(job, names=None, counting=False):
     command = [sys.executable, "-m", "bench.models.measure", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        raise RuntimeError(f"{job}: a measuring process failed\n{done.stderr[-4000:]}")
+        raise MeasuringFailed(f"{job}: exit status {done.returncode}\n{done.stderr[-4000:]}")
     return {
         (job.size, kind, work, variant): row
         for kind, work, variants in json.loads(done.stdout.splitlines()[-1])

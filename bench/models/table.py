@@ -36,7 +36,11 @@ def _in_order(items):
 
 def _times(cell):
     """Ratios with their intervals."""
-    return _grid(cell, [r for r in cell if r["ratio"]], lambda r: f"{r['ratio']} ± {r['ratio_95']}", "ratio")
+    return _grid(cell, [r for r in cell if r["ratio"]], _ratio, "ratio")
+
+
+def _ratio(row):
+    return f"{row['ratio']} ± {row['ratio_95']}" if row["ratio_95"] != "inf" else f"{row['ratio']} (one process)"
 
 
 def _counts(cell):

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .edits import TOKEN
 from .registry import FAMILIES
 from .sizes import VOCABULARY
 
 PROMPT = 64  # tokens in the cache that decoding starts behind
+ANSWER = 32  # of generation
 BATCH, LENGTH = 4, 128  # of a training step
 
 
@@ -35,7 +37,7 @@ def decode(batch):
         with torch.no_grad():
             cache = DynamicCache(config=base.config)
             model(input_ids=ids(base, batch, PROMPT), past_key_values=cache, use_cache=True)
-        token = torch.full((batch, 1), 7, device=base.device)
+        token = torch.full((batch, 1), TOKEN, device=base.device)
 
         def step():
             with torch.no_grad():
@@ -62,22 +64,21 @@ def prefill(length):
     return prepare
 
 
-def generate(tokens):
-    """Greedy generation of `tokens` after a prompt of PROMPT; the step returns prompt and answer."""
+def generate(model, base, **more):
+    """Greedy generation of ANSWER tokens after a prompt of PROMPT; more: what else `generate` is to return."""
+    prompt = ids(base, 1, PROMPT)
+    asked = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "max_new_tokens": ANSWER}
 
-    def prepare(model, base):
-        prompt = ids(base, 1, PROMPT)
-        mask = torch.ones_like(prompt)
+    def step():
+        with torch.no_grad():
+            return model.generate(**asked, do_sample=False, pad_token_id=0, **more)
 
-        def step():
-            with torch.no_grad():
-                return model.generate(
-                    input_ids=prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0
-                )
+    return step
 
-        return step
 
-    return prepare
+def answer(model, base):
+    """What a step of generation chooses, with `sequences` and the `logits` of each token chosen."""
+    return generate(model, base, return_dict_in_generate=True, output_logits=True)()
 
 
 def training_step(model, base):
@@ -113,7 +114,7 @@ WORKS = {
         Work("decode 16", decode(16), families=("llama",)),
         Work("decode 64", decode(64), families=("llama",)),
         Work("prefill 256", prefill(256)),
-        Work("generate 32", generate(32), families=("llama",)),
+        Work("generate 32", generate, families=("llama",)),
         Work("training step", training_step, training=True),
     )
 }

@@ -1,5 +1,7 @@
 """fastedit: the plain path, the fused path, merged into the weights, and compiled."""
 
+import torch
+
 from ..registry import INFERENCE, KINDS, WORKS, variant
 from ..sizes import blocks
 from .compiling import compiled
@@ -63,5 +65,5 @@ def fused_compiled(model, values):
 @variant("fastedit merged", kinds=("red",), works=INFERENCE, own_weights=True)
 def merged(model, values):
     model, handle = patched(model, values, fused=True)
-    handle.merge()
-    return model
+    handle.merge(fp32=True)  # where the model's own dtype would round the edit away
+    return model, "" if model.dtype == torch.float32 else "edited maps in fp32"
