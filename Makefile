@@ -23,7 +23,7 @@ PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__i
 .PHONY: help setup demo test lint bench peers gpu clean distclean
 
 help:
-	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (5 minutes; demo-output/)"
+	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (3 minutes; demo-output/)"
 	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
 	@echo "make setup   only the set-up that these two begin with: $(VENV), torch $(TORCH), fastedit with its kernels"
 	@echo "make bench   benchmarks on the CPU, a CSV into OUT=$(OUT)"

@@ -71,8 +71,9 @@ def calls(device):
 
 def decode_in_a_graph():
     """{variant: replay of one decode step of a Llama captured in a CUDA graph}."""
-    import fastedit
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    import fastedit
 
     torch.manual_seed(0)
     config = LlamaConfig(

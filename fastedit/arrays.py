@@ -19,6 +19,7 @@ except ImportError as error:
     ) from error
 
 _CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_FP32 = np.dtype(np.float32)
 _NORMS = {"rms": 0, "gemma": 1, "layer": 2}
 
 
@@ -135,7 +136,7 @@ class _Call:
         self.kept.append(array)
         return _pointer(array), array.strides[0] // size if array.ndim == 2 else self.width
 
-    def parameter(self, name, array, shape, dtype=np.dtype(np.float32)):
+    def parameter(self, name, array, shape, dtype=_FP32):
         """Pointer to a contiguous parameter of the given shape and dtype; 0 for None."""
         if array is None:
             return 0

@@ -17,8 +17,8 @@ from .implementation import (
     run_edit,
     run_edit_add,
     run_edit_add_norm,
-    run_edit_backward,
     run_edit_add_norm_backward,
+    run_edit_backward,
     run_project,
     run_project_backward,
 )
@@ -157,7 +157,7 @@ class EditAddFunction(Function):
 
 
 def setup_edit_add_norm(ctx, inputs, output):
-    x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, coefficient, on_sum, kind, _ = inputs
+    x, residual, weight, _, scale, bias, read, offset, write, slot, coefficient, on_sum, kind, _ = inputs
     out, _, z, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))

@@ -18,10 +18,7 @@ def flat(tensor):
     if tensor.dim() != 2:
         width = tensor.shape[-1]
         rows = tensor.numel() // width if width else 0
-        if tensor.is_contiguous():
-            tensor = tensor.view(rows, width)
-        else:
-            tensor = tensor.reshape(rows, width)
+        tensor = tensor.view(rows, width) if tensor.is_contiguous() else tensor.reshape(rows, width)
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 

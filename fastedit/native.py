@@ -216,7 +216,7 @@ def _make(name):
         d_hidden = torch.empty((rows, width), dtype=out_dtype, device=device) if needs[0] else None
         grads = _parameter_grads(needs, scale, bias, read, offset, write, coefficient, rows, device)
         form = _form(scale, bias, read, offset, write, slot, coefficient)
-        kept, order = _slot_order(slot if any(needs[1:6]) else None, form[6])
+        _kept, order = _slot_order(slot if any(needs[1:6]) else None, form[6])
         args = (
             rows, width, *form, DTYPE[out_dtype if grad is None else grad.dtype], DTYPE[out_dtype], *_rows(grad),
             *_rows(hidden), *_rows(residual if hidden is not None else None), _ptr(grad_z), _ptr(z), _ptr(d_hidden),
@@ -260,7 +260,7 @@ def _make(name):
             torch.empty(width, dtype=torch.float32, device=device) if wanted else None for wanted in needs_norm
         )
         form = _form(scale, bias, read, offset, write, slot, coefficient)
-        kept, order = _slot_order(slot if any(needs[1:6]) else None, form[6])
+        _kept, order = _slot_order(slot if any(needs[1:6]) else None, form[6])
         args = (
             rows, width, *form, DTYPE[x_dtype], DTYPE[residual_dtype], *_rows(grad_residual), *_rows(grad_normed),
             residual_out.data_ptr(), *_rows(x), *_rows(residual if on_sum and x is not None else None), _ptr(weight),
@@ -288,12 +288,12 @@ def _make(name):
         call["project_backward"](*args, _ptr(space), stream_of())
         return d_hidden, d_read, d_offset
 
+    names = (plain_edit, plain_edit_add, plain_edit_add_norm, plain_edit_backward, edit, edit_add, edit_add_norm, project)
+    names += (edit_backward, edit_add_norm_backward, project_backward)
+    served = {function.__name__: guard(function) for function in names}
     return types.SimpleNamespace(
-        __name__=name, any_shape=True, plain_edit=guard(plain_edit), plain_edit_add=guard(plain_edit_add),
-        plain_edit_add_norm=guard(plain_edit_add_norm), plain_edit_backward=guard(plain_edit_backward), edit=guard(edit), edit_add=guard(edit_add),
-        edit_add_norm=guard(edit_add_norm), project=guard(project), edit_backward=guard(edit_backward), edit_add_backward=guard(edit_backward),
-        edit_add_norm_backward=guard(edit_add_norm_backward), project_backward=guard(project_backward),
-    )  # fmt: skip
+        __name__=name, any_shape=True, **served, edit_add_backward=served["edit_backward"]
+    )
 
 
 def backend(name):

@@ -7,7 +7,6 @@ would write, in the stream's dtype with fp32 parameters) plus one unit in the la
 import math
 
 import torch
-
 from fastedit.kernels import reference
 
 KINDS = {"rms": 0, "gemma": 1, "layer": 2}

@@ -32,7 +32,8 @@ def test_compiles_once_for_every_length(dtype, on):
     for length in (3, 5, 8, 13):
         results = []
         for function in (composite, compiled):
-            h, residual = (torch.randn(2, length, 32, generator=torch.Generator().manual_seed(s)).to(dtype).requires_grad_() for s in (1, 2))
+            generators = (torch.Generator().manual_seed(s) for s in (1, 2))
+            h, residual = (torch.randn(2, length, 32, generator=g).to(dtype).requires_grad_() for g in generators)
             outputs = function(h, residual, weight, form, on)
             grads = torch.autograd.grad([o.float().square().sum() for o in outputs], [h, residual, weight, *form.values()])
             results.append([*outputs, *grads])
@@ -135,7 +136,9 @@ def saved_tensors(function):
 def test_bias_only_training_saves_no_hidden_states():
     h, r = torch.randn(50, 32, requires_grad=True), torch.randn(50, 32)
     bias = torch.zeros(32, requires_grad=True)
-    for call in (lambda: ops.edit(h, bias=bias), lambda: ops.edit_add(h, r, bias=bias), lambda: ops.edit_add(h, r, torch.ones(32), bias)):
+    for call in (
+        lambda: ops.edit(h, bias=bias), lambda: ops.edit_add(h, r, bias=bias), lambda: ops.edit_add(h, r, torch.ones(32), bias)
+    ):  # fmt: skip
         assert all(t.numel() < h.numel() for t in saved_tensors(call))
     assert any(t is h or t.numel() == h.numel() for t in saved_tensors(lambda: ops.edit(h, torch.ones(32, requires_grad=True))))
 
@@ -186,11 +189,11 @@ BAD = [
     (lambda: ops.edit(H, write=torch.ones(1, 8)), ValueError, "read is None"),
     (lambda: ops.edit(H, read=torch.ones(65, 8), write=torch.ones(65, 8)), ValueError, "rank 1 to 64"),
     (lambda: ops.edit(H, read=ONE, write=ONE), ValueError, "rank 1 to 64"),
-    (lambda: ops.edit(H, read=torch.ones(2, 8), write=torch.ones(3, 8)), ValueError, r"write has shape \(3, 8\), expected \(2, 8\)"),
+    (lambda: ops.edit(H, read=torch.ones(2, 8), write=torch.ones(3, 8)), ValueError, r"write has shape \(3, 8\), expected \(2"),
     (lambda: ops.edit(H, ONE, slot=torch.zeros(2, 3, dtype=torch.int32)), ValueError, "leading slot dimension"),
     (lambda: ops.edit(H, ONE[None], slot=torch.zeros(2, 3)), TypeError, "slot has dtype torch.float32"),
     (lambda: ops.edit(H, ONE[None], slot=torch.zeros(2, dtype=torch.int32)), ValueError, "one number a row"),
-    (lambda: ops.edit(H, ONE[None], slot=torch.ones(2, 3, dtype=torch.int32)), IndexError, "slot of row 0 is 1, expected -1 .* or 0 to 0"),
+    (lambda: ops.edit(H, ONE[None], slot=torch.ones(2, 3, dtype=torch.int32)), IndexError, "row 0 is 1, expected -1 .* or 0 to 0"),
     (lambda: ops.edit(H, ONE[None], slot=torch.full((2, 3), -2, dtype=torch.int32)), IndexError, "slot of row 0 is -2"),
     (lambda: ops.edit(H, ONE[:0].view(0, 8), slot=torch.zeros(2, 3, dtype=torch.int32)), ValueError, "no slots"),
     (lambda: ops.edit(H, ONE, strength=torch.ones(3)), ValueError, "one number a row"),
@@ -230,7 +233,7 @@ def test_a_forced_backend_serves_or_raises(monkeypatch):
         with pytest.raises(dispatch.BackendError, match="there is no backend 'tpu'"):
             ops.edit(H, ONE)
         forced("cuda")
-        with pytest.raises(dispatch.BackendError, match="CUDA compiler|takes tensors on cuda"):
+        with pytest.raises(dispatch.BackendError, match=r"CUDA compiler|takes tensors on cuda"):
             ops.edit(H, ONE)
     finally:
         dispatch.select.cache_clear()

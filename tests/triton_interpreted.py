@@ -31,7 +31,6 @@ from triton_support import (
     view,
 )  # fmt: skip
 
-
 # --- the table ------------------------------------------------------------------------------------
 
 # Rows: one, fewer and more than a block of the kernels, more than one block of 256. Widths: whole tiles,

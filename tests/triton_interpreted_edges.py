@@ -23,7 +23,6 @@ from triton_support import (
     view,
 )  # fmt: skip
 
-
 # --- exact promises -------------------------------------------------------------------------------
 
 

@@ -93,9 +93,8 @@ def form_backward(grad, h, scale, bias, read, offset, write, slot, coefficient, 
 
     d_h = None
     if need_h:
-        if s is None:
-            d_h = grad
-        else:
+        d_h = grad
+        if s is not None:
             d_h = s * grad if k is None else grad + (s - 1) * kg
         if q is not None:
             d_h = d_h + (q @ r if slot is None else torch.einsum("nr,nrd->nd", q, r))
