@@ -24,7 +24,7 @@ def test_nothing_in_nothing_out(shape):
         lambda form: fej.edit_add_norm(h, h, jnp.ones(shape[-1]), **form)[1],
     ):
         assert call(form | low_rank).shape == shape
-        for name, d in jax.jit(jax.grad(lambda form: call(form).sum()))(form | low_rank).items():  # noqa: B023
+        for name, d in jax.jit(jax.grad(lambda form: call(form).sum()))(form | low_rank).items():
             assert d.shape == (form | low_rank)[name].shape and not np.any(d)
     z = fej.project(h, low_rank["read"], low_rank["offset"])
     np.testing.assert_array_equal(z, np.ones((*shape[:-1], 2)))

@@ -52,7 +52,7 @@ def test_grad_under_jit_and_scan_and_checkpoint(random, rank):
     def looped(form):
         stream = h
         for i in range(layers):
-            stream, _ = layer(stream, jax.tree.map(lambda p: p[i], form))  # noqa: B023
+            stream, _ = layer(stream, jax.tree.map(lambda p: p[i], form))
         return stream.astype(jnp.float32).sum()
 
     for got, want in zip(*(jax.tree.leaves(jax.jit(jax.grad(f))(form)) for f in (scanned, looped)), strict=True):

@@ -116,12 +116,12 @@ def test_gradcheck_in_float64():
     assert check(lambda h, k, *p: ops.edit(h, **named(p), strength=k, return_projection=True), (h, k, *form))
     assert check(ops.project, (h, form[2], form[3]))
     for on in ("x", "sum"):
-        assert check(lambda h, r, k, *p: ops.edit_add(h, r, **named(p), strength=k, on=on), (h, r, k, *form))  # noqa: B023
+        assert check(lambda h, r, k, *p: ops.edit_add(h, r, **named(p), strength=k, on=on), (h, r, k, *form))
         for kind in ("rms", "gemma", "layer"):
             norm = {"kind": kind, "on": on, "return_projection": True}
             bias = b if kind == "layer" else None
             assert check(
-                lambda h, r, w, b, k, *p: ops.edit_add_norm(h, r, w, **named(p), norm_bias=b, strength=k, **norm),  # noqa: B023
+                lambda h, r, w, b, k, *p: ops.edit_add_norm(h, r, w, **named(p), norm_bias=b, strength=k, **norm),
                 (h, r, w, bias, k, *form),
             )
 
@@ -193,7 +193,10 @@ BAD = [
     (lambda: ops.edit(H, ONE, slot=torch.zeros(2, 3, dtype=torch.int32)), ValueError, "leading slot dimension"),
     (lambda: ops.edit(H, ONE[None], slot=torch.zeros(2, 3)), TypeError, "slot has dtype torch.float32"),
     (lambda: ops.edit(H, ONE[None], slot=torch.zeros(2, dtype=torch.int32)), ValueError, "one number a row"),
-    (lambda: ops.edit(H, ONE[None], slot=torch.ones(2, 3, dtype=torch.int32)), IndexError, "row 0 is 1, expected -1 .* or 0 to 0"),
+    (
+        lambda: ops.edit(H, ONE[None], slot=torch.ones(2, 3, dtype=torch.int32)),
+        IndexError, "row 0 is 1, expected -1 .* or 0 to 0",
+    ),
     (lambda: ops.edit(H, ONE[None], slot=torch.full((2, 3), -2, dtype=torch.int32)), IndexError, "slot of row 0 is -2"),
     (lambda: ops.edit(H, ONE[:0].view(0, 8), slot=torch.zeros(2, 3, dtype=torch.int32)), ValueError, "no slots"),
     (lambda: ops.edit(H, ONE, strength=torch.ones(3)), ValueError, "one number a row"),
