@@ -19,6 +19,9 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 _KERNEL_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
+SHORTER = ("edit", "edit_add", "edit_add_norm", "edit_backward", "edit_add_norm_backward")
+
+
 class BackendError(RuntimeError):
     """A forced or required backend cannot serve this call."""
 
@@ -28,7 +31,7 @@ def load(name):
     """The backend: the op functions of fastedit.kernels.reference under the same names.
 
     `any_shape`: takes contiguous rows of any shape, not (rows, width) alone. `plain_edit`, `plain_edit_add`,
-    `plain_edit_add_norm`, `plain_edit_backward`: a shorter way for the commonest call, or None.
+    `plain_edit_add_norm`, `plain_edit_backward`, `plain_edit_add_norm_backward`: a shorter way for the commonest call, or None.
     """
     if name in ("cpu", "cuda"):
         from . import native
@@ -36,7 +39,7 @@ def load(name):
         return native.backend(name)
     module = importlib.import_module(f"fastedit.kernels.{name}")
     ops = {op: getattr(module, op) for op in module.__all__}
-    shorter = dict.fromkeys(("plain_edit", "plain_edit_add", "plain_edit_add_norm", "plain_edit_backward"))
+    shorter = dict.fromkeys(f"plain_{op}" for op in SHORTER)
     return types.SimpleNamespace(__name__=name, any_shape=False, **shorter, **ops)
 
 

@@ -181,6 +181,12 @@ def backward_edit_add_norm(ctx, grad_residual, grad_normed, grad_z, _mean, _rstd
         grad_z if form[2] is not None else None, z, ctx.on_sum, ctx.kind,
     )  # fmt: skip
     dtypes = (ctx.x_dtype, ctx.residual_dtype)
+    plain = _plain_norm_backward(args, needs, needs_norm, dtypes)
+    if plain is not None:
+        d_x, d_residual, d_scale, d_bias, d_weight, d_norm_bias = plain
+        if not need_x:
+            d_x = None
+        return d_x, d_residual, *_norm_dtypes(d_weight, d_norm_bias, weight, out), d_scale, d_bias, *[None] * 8
     if _traced(grad_residual, grad_normed, grad_z):
         grads = torch_library.edit_add_norm_backward(*args, list(needs), list(needs_norm), *dtypes)
         wanted = (need_x, need_residual, *ctx.form_needs, *needs_norm)
@@ -192,11 +198,35 @@ def backward_edit_add_norm(ctx, grad_residual, grad_normed, grad_z, _mean, _rstd
     d_x, d_residual, *d_form, d_k, d_weight, d_norm_bias = grads
     d_x = d_x.view(out.shape) if need_x else None
     d_residual = d_residual.view(out.shape) if need_residual else None
-    if d_weight is not None:
-        d_weight = d_weight.to(weight.dtype)
-    if d_norm_bias is not None:
-        d_norm_bias = d_norm_bias.to(out.dtype)
-    return d_x, d_residual, d_weight, d_norm_bias, *d_form, None, d_k, None, None, None
+    return d_x, d_residual, *_norm_dtypes(d_weight, d_norm_bias, weight, out), *d_form, None, d_k, None, None, None
+
+
+def _norm_dtypes(d_weight, d_norm_bias, weight, out):
+    return (
+        None if d_weight is None else d_weight.to(weight.dtype),
+        None if d_norm_bias is None else d_norm_bias.to(out.dtype),
+    )
+
+
+def _plain_norm_backward(args, needs, needs_norm, dtypes):
+    """As _plain_backward, for rows of one dtype; None where something else is there."""
+    grad_residual, grad_normed, out, x, residual, weight, mean, rstd, scale, bias = args[:10]
+    read, _, _, slot, coefficient, _, _, on_sum, kind = args[10:]
+    if grad_normed is None or not (read is slot is coefficient is None) or dtypes[0] is not dtypes[1]:
+        return None
+    if _traced(grad_residual, grad_normed) or out.numel() == 0:
+        return None
+    for rows in (grad_residual, grad_normed, out, x, residual):
+        if rows is not None and (rows.dtype is not dtypes[0] or not rows.is_contiguous()):
+            return None
+    if not all(p is None or p.is_contiguous() for p in (scale, bias, weight)):
+        return None
+    plain = select(out.device.type, dtypes[0], dtypes[0], on_sum).plain_edit_add_norm_backward
+    if plain is None:
+        return None
+    return plain(
+        grad_residual, grad_normed, out, x, residual, weight, mean, rstd, scale, bias, on_sum, kind, needs, needs_norm
+    )
 
 
 class EditAddNormFunction(Function):

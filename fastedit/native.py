@@ -160,7 +160,7 @@ def _make(name):
         return out, normed, z, mean, rstd
 
     direct_edit, direct_edit_add, direct_edit_add_norm = call["edit"], call["edit_add"], call["edit_add_norm"]
-    direct_edit_backward = call["edit_backward"]
+    direct_edit_backward, direct_norm_backward = call["edit_backward"], call["edit_add_norm_backward"]
 
     def plain_edit(hidden, scale, bias):
         """edit for contiguous rows under scale and bias alone: nothing but the call."""
@@ -239,8 +239,8 @@ def _make(name):
             0 if hidden is None else hidden.data_ptr(), width, 0, 0, 0, 0, 0 if d_hidden is None else d_hidden.data_ptr(),
             0 if d_scale is None else d_scale.data_ptr(), 0 if d_bias is None else d_bias.data_ptr(), 0, 0, 0, 0, 0, 0, 0,
         )  # fmt: skip
-        space = None if name == "cpu" else workspace("edit_backward", args, grad.device)
-        direct_edit_backward(*args, 0 if space is None else space.data_ptr(), stream_of())
+        space = workspace("edit_backward", args, grad.device)
+        direct_edit_backward(*args, _ptr(space), stream_of())
         return d_hidden, d_scale, d_bias
 
     def edit_add_norm_backward(
@@ -274,6 +274,31 @@ def _make(name):
             d_residual = d_x if needs[7] else None
         return d_x, d_residual, *grads, d_weight, d_norm_bias
 
+    def plain_edit_add_norm_backward(
+        grad_residual, grad_normed, out, x, residual, weight, mean, rstd, scale, bias, on_sum, kind, needs, needs_norm
+    ):
+        """(d_x, d_residual, d_scale, d_bias, d_weight, d_norm_bias): contiguous rows of one dtype and any shape."""
+        width, code = out.shape[-1], DTYPE[out.dtype]
+        shared = on_sum and (needs[0] or needs[7])
+        d_x = torch.empty_like(out) if needs[0] or shared else None
+        d_residual = torch.empty_like(out) if needs[7] and not shared else None
+        d_scale = torch.empty_like(scale) if needs[1] else None
+        d_bias = torch.empty_like(bias) if needs[2] else None
+        d_weight, d_norm_bias = (
+            torch.empty(width, dtype=torch.float32, device=out.device) if wanted else None for wanted in needs_norm
+        )
+        args = (
+            out.numel() // width, width, _ptr(scale), _ptr(bias), 0, 0, 0, 0, 1, 0, 0, 0, code, code, _ptr(grad_residual),
+            width, _ptr(grad_normed), width, out.data_ptr(), _ptr(x), width, _ptr(residual if on_sum and x is not None else None),
+            width, _ptr(weight), _ptr(mean), _ptr(rstd), 0, 0, int(on_sum), kind, _ptr(d_x), _ptr(d_residual), _ptr(d_scale),
+            _ptr(d_bias), 0, 0, 0, 0, _ptr(d_weight), _ptr(d_norm_bias), 0, 0, 0,
+        )  # fmt: skip
+        space = workspace("edit_add_norm_backward", args, out.device)
+        direct_norm_backward(*args, _ptr(space), stream_of())
+        if shared:
+            d_residual = d_x if needs[7] else None
+        return d_x, d_residual, d_scale, d_bias, d_weight, d_norm_bias
+
     def project_backward(grad_z, hidden, read, needs, out_dtype):
         rows, rank = grad_z.shape
         width, device = read.shape[-1], grad_z.device
@@ -289,7 +314,7 @@ def _make(name):
         return d_hidden, d_read, d_offset
 
     names = (plain_edit, plain_edit_add, plain_edit_add_norm, plain_edit_backward, edit, edit_add, edit_add_norm, project)
-    names += (edit_backward, edit_add_norm_backward, project_backward)
+    names += (plain_edit_add_norm_backward, edit_backward, edit_add_norm_backward, project_backward)
     served = {function.__name__: guard(function) for function in names}
     return types.SimpleNamespace(
         __name__=name, any_shape=True, **served, edit_add_backward=served["edit_backward"]
