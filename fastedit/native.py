@@ -45,10 +45,14 @@ def _output_like(rows):
     return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
 
-def _z_like(rows, read, wanted):
+def _z_like(rows, read, offset, wanted):
     if not wanted or read is None:
         return None
-    return torch.empty((*rows.shape[:-1], read.shape[-2]), dtype=torch.float32, device=rows.device)
+    shape = (*rows.shape[:-1], read.shape[-2])
+    if rows.shape[-1] == 0 and read.dim() == 2:  # no columns: the kernels have nothing to walk over
+        z = torch.zeros(shape, dtype=torch.float32, device=rows.device)
+        return z if offset is None else z.add_(offset)
+    return torch.empty(shape, dtype=torch.float32, device=rows.device)
 
 
 def _form(scale, bias, read, offset, write, slot, coefficient):
@@ -119,7 +123,7 @@ def _make(name):
     def edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z=False):
         rows, width, stride = _extent(hidden)
         out = _output_like(hidden)
-        z = _z_like(hidden, read, want_z)
+        z = _z_like(hidden, read, offset, want_z)
         call["edit"](
             rows, width, *_form(scale, bias, read, offset, write, slot, coefficient), DTYPE[hidden.dtype],
             hidden.data_ptr(), stride, out.data_ptr(), 0 if z is None else z.data_ptr(), stream_of(),
@@ -137,7 +141,7 @@ def _make(name):
 
     def edit_add(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum=False, want_z=False):
         out = _output_like(residual)
-        z = _z_like(x, read, want_z)
+        z = _z_like(x, read, offset, want_z)
         form = (scale, bias, read, offset, write, slot, coefficient)
         call["edit_add"](*_add_args(x, residual, form, on_sum, z, out), stream_of())
         return out, z
@@ -148,7 +152,7 @@ def _make(name):
     ):  # fmt: skip
         normed = _output_like(residual)
         out = torch.empty_like(normed) if want_residual else None
-        z = _z_like(x, read, want_z)
+        z = _z_like(x, read, offset, want_z)
         args = _add_args(x, residual, (scale, bias, read, offset, write, slot, coefficient), on_sum, z, out)
         mean = rstd = None
         if want_stats:

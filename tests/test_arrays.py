@@ -73,6 +73,20 @@ def test_slots_and_views():
     np.testing.assert_array_equal(arrays.edit(turned, bias=np.ones(6, np.float32)), turned + 1)
 
 
+def test_rows_of_no_columns_project_onto_the_offset():
+    h, read, offset = np.empty((3, 0), np.float32), np.empty((2, 0), np.float32), np.array([1, 2], np.float32)
+    ht, read_t, offset_t = (torch.from_numpy(a) for a in (h, read, offset))
+    expected = np.broadcast_to(offset, (3, 2))
+    np.testing.assert_array_equal(arrays.project(h, read, offset), expected)
+    for z in (
+        arrays.edit(h, read=read, offset=offset, write=read, return_projection=True)[1],
+        ops.project(ht, read_t, offset_t).numpy(),
+        ops.edit(ht, read=read_t, offset=offset_t, write=read_t, return_projection=True)[1].numpy(),
+        ops.edit_add(ht, ht, read=read_t, offset=offset_t, write=read_t, return_projection=True)[1].numpy(),
+    ):
+        np.testing.assert_array_equal(z, expected)
+
+
 def test_dlpack_exporters_come_in():
     class Exporter:
         def __init__(self, array):
