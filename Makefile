@@ -26,7 +26,7 @@ help:
 	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (3 minutes; demo-output/)"
 	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
 	@echo "make setup   only the set-up that these two begin with: $(VENV), torch $(TORCH), fastedit with its kernels"
-	@echo "make bench   benchmarks on the CPU, a CSV into OUT=$(OUT)"
+	@echo "make bench   benchmarks on the CPU, CSVs into OUT=$(OUT); with the peers where make peers has run"
 	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, benchmarks into OUT=$(OUT); needs no network"
 	@echo "make lint    ruff"
@@ -48,7 +48,7 @@ lint: $(STAMPS)/fastedit
 	$(BIN)/ruff check .
 
 bench: $(STAMPS)/fastedit
-	$(BIN)/python -m bench.cpu --out $(OUT)
+	$(firstword $(wildcard $(PEERS)/bin/python) $(BIN)/python) -m bench.cpu --out $(OUT)
 
 peers: $(PEERS)/.stamp
 	@echo "Next: $(PEERS)/bin/python -m bench.models"
