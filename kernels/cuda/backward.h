@@ -1,8 +1,9 @@
 // What the backward kernels share: which sums are wanted, where their partials lie, which rows a block takes.
 //
 // edit_backward and project_backward fill the same struct as edit_add_norm_backward and leave the norm out.
-// Three kinds of kernel: rows (what needs a sum along the row: the norm's gradient, q, d_coefficient, and
-// with them d_x), columns (sums over a unit of at most kBlockRows rows), and a reduction over the units.
+// Kinds of kernel: units (backward_unit.h: sums along the rows and, where a column's sums fit beside the rows on
+// the chip, those too: one pass), columns (backward_columns.h: rank 0 without a norm, one pass; and the sums that
+// did not fit), rows (backward_rows.h: odd widths and unaligned views), and a reduction over the units.
 #pragma once
 #include "form.h"
 #include "launch.h"
@@ -19,18 +20,30 @@ struct Backward {
   int sum_dtype;  // of a.residual
   bool has_grad;  // a gradient comes in through the rows, not through z alone
   bool pulls;     // q has a part grad @ writeᵀ
-  bool rows_kernel;
+  int vector;         // elements of one access; 1 is the scalar path
+  bool rows_kernel;   // the unit kernel, or on the scalar path the row kernel
+  bool fused;         // the unit kernel takes the column sums, d_read's where read_fused
+  bool read_fused;
+  bool reads_h;       // the unit kernel takes h with the row
   bool columns_d_x;   // the column kernel stores d_x: rank 0 and no norm, one pass over grad and hidden
+  UnitShape unit;
+  int unit_sums;      // that the unit kernel keeps for each column
   const float* q;     // (rows, rank) for d_read and d_offset: the workspace's, or grad_z itself; null: zero
   float* q_out;       // (rows, rank), null where nobody reads it
   float* norm_means;  // (rows, 2): NormRow::dot and sum, null where nobody reads them
   float* partials;    // (units, sums.size)
   int64_t units;      // with slots an upper bound, since the host does not know the slots' sizes
+  int64_t unit_rows;  // of one unit at most
+  int64_t parts;      // units of one of slot_order's blocks
+  int64_t split;      // blocks of the unit kernel that share a unit where it takes no sums
   Sums sums;
   int64_t workspace_bytes;
 };
 
 Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool norm, void* workspace);
+inline bool wants_vectors(const Sums& s) {
+  return s.scale >= 0 || s.bias >= 0 || s.weight >= 0 || s.norm_bias >= 0;
+}
 
 // The second half of a backward: the pairwise sum of the units' partials into d_form, d_weight, d_norm_bias.
 int reduce_units(const Backward& backward, void* stream);
@@ -54,40 +67,43 @@ struct UnitRange {
 __device__ inline UnitRange units_of_slot(const Backward& b, int slot) {
   const SlotOrder& order = b.a.slot_order;
   if (!order.order) return {0, b.units};
-  return {__ldg(order.block_first + slot), __ldg(order.block_first + slot + 1)};
+  return {__ldg(order.block_first + slot) * b.parts, __ldg(order.block_first + slot + 1) * b.parts};
 }
 __device__ inline UnitRange all_units(const Backward& b) {
   const SlotOrder& order = b.a.slot_order;
   if (!order.order) return {0, b.units};
   int64_t owned = __ldg(order.block_first + b.a.form.slots), before = __ldg(order.first);
   int64_t after = b.a.rows - __ldg(order.first + b.a.form.slots);
-  return {0, owned + device_ceil_div(before, kBlockRows) + device_ceil_div(after, kBlockRows)};
+  return {0, (owned + device_ceil_div(before, kBlockRows) + device_ceil_div(after, kBlockRows)) * b.parts};
 }
 
-__device__ inline Unit unit_of(const SlotOrder& order, int64_t begin, int64_t end, int64_t block, int slot,
-                               bool inside) {
-  int64_t first = begin + block * kBlockRows;
-  return {order.order, first, static_cast<int>(max(int64_t{0}, min(kBlockRows, end - first))), slot, inside};
+// The part of one of the blocks of kBlockRows that begin … end is cut into.
+__device__ inline Unit unit_of(const Backward& b, int64_t begin, int64_t end, int64_t block, int64_t part,
+                               int slot, bool inside) {
+  int64_t first = begin + block * kBlockRows + part * b.unit_rows;
+  return {b.a.slot_order.order, first, static_cast<int>(max(int64_t{0}, min(b.unit_rows, end - first))), slot,
+          inside};
 }
 
 __device__ inline Unit find_unit(const Backward& b, int64_t unit) {
   const SlotOrder& order = b.a.slot_order;
-  if (!order.order) return unit_of(order, 0, b.a.rows, unit, 0, true);
+  if (!order.order) return unit_of(b, 0, b.a.rows, 0, unit, 0, true);
   int64_t slots = b.a.form.slots, owned = __ldg(order.block_first + slots);
-  if (unit >= owned) {
+  int64_t block = unit / b.parts, part = unit % b.parts;
+  if (block >= owned) {
     int64_t before = __ldg(order.first), blocks = device_ceil_div(before, kBlockRows);
-    unit -= owned;
-    if (unit < blocks) return unit_of(order, 0, before, unit, 0, false);
-    return unit_of(order, __ldg(order.first + slots), b.a.rows, unit - blocks, 0, false);
+    block -= owned;
+    if (block < blocks) return unit_of(b, 0, before, block, part, 0, false);
+    return unit_of(b, __ldg(order.first + slots), b.a.rows, block - blocks, part, 0, false);
   }
-  int64_t low = 0, high = slots;  // block_first[low] <= unit < block_first[high]
+  int64_t low = 0, high = slots;  // block_first[low] <= block < block_first[high]
   while (high - low > 1) {
     int64_t middle = (low + high) / 2;
-    if (__ldg(order.block_first + middle) <= unit) low = middle;
+    if (__ldg(order.block_first + middle) <= block) low = middle;
     else high = middle;
   }
-  return unit_of(order, __ldg(order.first + low), __ldg(order.first + low + 1),
-                 unit - __ldg(order.block_first + low), static_cast<int>(low), true);
+  return unit_of(b, __ldg(order.first + low), __ldg(order.first + low + 1), block - __ldg(order.block_first + low),
+                 part, static_cast<int>(low), true);
 }
 
 }  // namespace fastedit::cuda

@@ -8,6 +8,7 @@
 // The order of every addition follows from the row's place in its unit alone.
 #pragma once
 #include "backward_rows.h"
+#include "backward_unit.h"
 
 namespace fastedit::cuda {
 namespace {
@@ -184,9 +185,9 @@ struct OuterItems {
   __host__ __device__ OuterItems(const Backward& b, int vector)
       : tiles(static_cast<unsigned>((b.a.width + kLaneColumns * vector - 1) / (kLaneColumns * vector))),
         groups(static_cast<unsigned>((b.a.form.rank + kRankGroup - 1) / kRankGroup)),
-        read(b.sums.read >= 0 ? tiles * groups : 0),
-        write(b.sums.write >= 0 ? tiles * groups : 0),
-        all(read + write + (b.sums.offset >= 0)) {}
+        read(b.sums.read >= 0 && !(b.fused && b.read_fused) ? tiles * groups : 0),
+        write(b.sums.write >= 0 && !b.fused ? tiles * groups : 0),
+        all(read + write + (b.sums.offset >= 0 && !b.fused)) {}
 };
 
 template <class G, class H, int V, bool kNorm>
@@ -223,8 +224,7 @@ int run_columns(const Backward& b, void* stream) {
   OuterItems items(b, V);
   int error = 0;
   if (items.all) error = launch(outer_sums<G, H, V, kNorm>, column_shape(b.units, items.all, V), stream, b);
-  bool vectors = b.sums.scale >= 0 || b.sums.bias >= 0 || b.sums.weight >= 0 || b.sums.norm_bias >= 0;
-  if (error || !vectors) return error;
+  if (error || b.fused || !wants_vectors(b.sums)) return error;
   return launch(column_sums<G, H, V, kNorm>, column_shape(b.units, items.tiles, V), stream, b,
                 static_cast<unsigned>(items.tiles));
 }
@@ -233,30 +233,17 @@ template <bool kNorm>
 int run_backward(const Backward& b, void* stream) {
   const EditAddNormBackwardArgs& a = b.a;
   if (b.sums.size && a.form.slot && !a.slot_order.order && a.rows) return cudaErrorInvalidValue;
-  int wide = a.residual_dtype == F32 ? F32 : a.x_dtype;
-  int vector = Alignment(a.rows, a.width, wide)
-                   .stream(a.grad_residual, a.grad_residual_stride, a.residual_dtype)
-                   .stream(a.grad_normed, a.grad_normed_stride, a.residual_dtype)
-                   .stream(a.residual_out, a.width, a.residual_dtype)
-                   .stream(a.x, a.x_stride, a.x_dtype)
-                   .stream(a.residual, a.residual_stride, b.sum_dtype)
-                   .stream(a.weight, 0, a.residual_dtype)
-                   .stream(a.d_x, a.width, a.x_dtype)
-                   .stream(a.d_residual, a.width, a.residual_dtype)
-                   .form(a.form)
-                   .vector;
   return with_types(a.x_dtype, a.residual_dtype, [&](auto narrow, auto wider) {
     using H = typename decltype(narrow)::type;
     using G = typename decltype(wider)::type;
     constexpr int V = vector_width(sizeof(G));
     int error = 0;
     if (b.rows_kernel) {
-      error = vector == 1 ? run_backward_rows<Any, Any, 1, kNorm>(b, stream)
-                          : run_backward_rows<G, H, V, kNorm>(b, stream);
+      error = b.vector == 1 ? run_loop<kNorm>(b, stream) : run_unit<G, H, V, kNorm>(b, stream);
     }
     if (!error) {
-      error =
-          vector == 1 ? run_columns<Any, Any, 1, kNorm>(b, stream) : run_columns<G, H, V, kNorm>(b, stream);
+      error = b.vector == 1 ? run_columns<Any, Any, 1, kNorm>(b, stream)
+                            : run_columns<G, H, V, kNorm>(b, stream);
     }
     return error ? error : reduce_units(b, stream);
   });

@@ -98,12 +98,48 @@ __global__ void __launch_bounds__(kLaneColumns* kLines) reduce_kernel(const Back
 
 int64_t padded(int64_t floats) { return ceil_div(floats, 4) * 4; }
 
+// One access of a row's streams; the widest dtype decides.
+int row_vector(const EditAddNormBackwardArgs& a, int sum_dtype) {
+  return Alignment(a.rows, a.width, a.residual_dtype == F32 ? F32 : a.x_dtype)
+      .stream(a.grad_residual, a.grad_residual_stride, a.residual_dtype)
+      .stream(a.grad_normed, a.grad_normed_stride, a.residual_dtype)
+      .stream(a.residual_out, a.width, a.residual_dtype)
+      .stream(a.x, a.x_stride, a.x_dtype)
+      .stream(a.residual, a.residual_stride, sum_dtype)
+      .stream(a.weight, 0, a.residual_dtype)
+      .stream(a.d_x, a.width, a.x_dtype)
+      .stream(a.d_residual, a.width, a.residual_dtype)
+      .form(a.form)
+      .vector;
+}
+
+// The unit kernel's shape: with every sum if the chip holds them, else without d_read's, the one sum that
+// needs nothing of the gradient but q; else without sums.
+void plan_unit(Backward& b, bool norm) {
+  const EditAddNormBackwardArgs& a = b.a;
+  int rank = static_cast<int>(a.form.rank), tile = unit_tile(b.vector, norm), limit = shared_limit();
+  int64_t read = b.sums.read >= 0 ? rank : 0, write = b.sums.write >= 0 ? rank : 0;
+  int64_t vectors = (b.sums.scale >= 0) + (b.sums.bias >= 0) + (b.sums.weight >= 0) + (b.sums.norm_bias >= 0);
+  auto shape = [&](bool fused, bool read_fused) {
+    b.fused = fused, b.read_fused = read_fused;
+    b.reads_h = a.x && ((a.d_form.coefficient && a.form.scale) || (fused && b.sums.scale >= 0) ||
+                        (read_fused && b.sums.read >= 0));
+    int streams = (a.grad_residual != nullptr) + 2 * (a.grad_normed != nullptr) + b.reads_h +
+                  (b.reads_h && a.residual);
+    b.unit_sums = static_cast<int>(fused ? vectors + write + (read_fused ? read : 0) : 0);
+    b.unit = unit_shape(a.width, b.vector, rank, tile, streams, b.unit_sums, limit);
+    return b.unit.shared_bytes > 0;
+  };
+  if (!shape(true, true) && !(read && shape(true, false))) shape(false, false);
+}
+
 }  // namespace
 
 Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool norm, void* workspace) {
   Backward b{};
   b.a = args;
   b.sum_dtype = sum_dtype;
+  b.vector = row_vector(args, sum_dtype);
   const Form& form = args.form;
   const FormGrad& d = args.d_form;
   bool sorted = args.slot_order.order != nullptr, low_rank = form.rank > 0;
@@ -116,23 +152,35 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
   b.sums.scale = want(d.scale, args.width);
   b.sums.bias = want(d.bias, args.width);
   b.sums.read = want(d.read, form.rank * args.width);
-  b.sums.offset = want(d.offset, form.rank);
   b.sums.write = want(d.write, form.rank * args.width);
   b.sums.weight = want(args.d_weight, args.width);
   b.sums.norm_bias = want(args.d_norm_bias, args.width);
-  bool vectors = b.sums.scale >= 0 || b.sums.bias >= 0 || b.sums.weight >= 0 || b.sums.norm_bias >= 0;
+  b.sums.offset = want(d.offset, form.rank);
+  b.sums.size = padded(b.sums.size);
+  bool vectors = wants_vectors(b.sums);
   bool totals = b.sums.scale >= 0 || b.sums.bias >= 0 || b.sums.write >= 0;
 
   b.has_grad = args.grad_residual || args.grad_normed;
   b.pulls = low_rank && form.write && b.has_grad;
-  bool own_q = b.pulls && (b.sums.read >= 0 || b.sums.offset >= 0);
-  bool own_means = args.grad_normed && totals;
-  bool d_rows = args.d_x || args.d_residual;
-  b.rows_kernel = d.coefficient || own_q || own_means ||
+  bool d_rows = args.d_x || args.d_residual, whole = b.vector > 1 && (norm || low_rank || d.coefficient);
+  if (whole) plan_unit(b, norm);
+  bool own_q = b.pulls && (b.sums.read >= 0 || b.sums.offset >= 0) && !(b.fused && b.read_fused);
+  bool own_means = args.grad_normed && totals && !b.fused;
+  b.rows_kernel = b.fused || d.coefficient || own_q || own_means ||
                   (d_rows && (norm || low_rank || !vectors || (form.slot && !sorted)));
+  if (b.rows_kernel && b.vector > 1 && !whole) plan_unit(b, norm);
   b.columns_d_x = args.d_x && !b.rows_kernel;
-  b.units = ceil_div(args.rows, kBlockRows);
-  if (sorted && args.rows) b.units = args.rows / kBlockRows + least(form.slots, args.rows) + 2;
+
+  b.unit_rows = kBlockRows, b.parts = 1, b.split = 1;
+  if (b.rows_kernel && b.vector > 1) {
+    int64_t target = unit_target(b.unit.threads, b.unit.shared_bytes);
+    int64_t parts = unit_parts(args.rows, sorted ? form.slots : 0, target, kBlockRows);
+    if (!b.fused) b.split = parts;
+    else if (sorted) b.unit_rows = kBlockRows / parts, b.parts = parts;
+    else b.unit_rows = unit_rows(args.rows, target, kBlockRows);
+  }
+  b.units = ceil_div(args.rows, b.unit_rows);
+  if (sorted && args.rows) b.units = (args.rows / kBlockRows + least(form.slots, args.rows) + 2) * b.parts;
 
   auto take = [&](bool wanted, int64_t size) {
     float* at = static_cast<float*>(workspace) + floats;

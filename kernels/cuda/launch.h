@@ -55,7 +55,7 @@ constexpr int tile_threads(int64_t width, int elements) {
 
 // Row kernels: floats of shared memory for block sums, the warps' shares of each dot product, the results.
 constexpr int row_shared_bytes(int rank, int rows, int threads) {
-  return (2 * 8 * 32 + rank * rows * (threads / 32 + 2)) * 4;
+  return (2 * 8 * 32 + rank * rows * (threads / 32 + 3) + rank) * 4;
 }
 inline Shape tile_shape(int64_t rows, int64_t width, int64_t rank, int elements, int per_block,
                         int multiprocessors) {
@@ -67,6 +67,56 @@ inline Shape tile_shape(int64_t rows, int64_t width, int64_t rank, int elements,
 inline Shape loop_shape(int64_t rows, int64_t rank, int multiprocessors) {
   int64_t resident = int64_t{multiprocessors} * (2048 / kLoopThreads);
   return {least(rows, resident), kLoopThreads, row_shared_bytes(static_cast<int>(rank), 1, kLoopThreads)};
+}
+
+// The unit kernel of a backward (backward_unit.h): a block owns a unit's rows and takes `tile` of them at a time.
+// Threads follow the width alone, and with them the order of every sum along a row. 128 registers a thread
+// bound it: two blocks of 256 share a multiprocessor, a row of more than 512 vectors takes one of 512.
+constexpr int kUnitThreads = 512, kUnitRegisters = 128;
+constexpr int kCellBytes = 16;  // of the stage: one vector of one stream
+constexpr int unit_tile(int vector, bool norm) { return norm && vector == 4 ? 1 : 2; }
+template <int V, bool kNorm>
+constexpr int kUnitTile = unit_tile(V, kNorm);
+constexpr int unit_threads(int64_t width, int vector) {
+  int64_t vectors = ceil_div(width, vector), most_threads = vectors > kUnitThreads ? 512 : 256;
+  return static_cast<int>(ceil_div(ceil_div(vectors, ceil_div(vectors, most_threads)), 32) * 32);
+}
+// Shared memory: block sums, each row's dot products, a column's sums, the tile's streams as they come in
+// (`staged`). Without room for the streams they come from L2 each time they are needed; 0 bytes: not even so.
+struct UnitShape {
+  int threads, chunks, shared_bytes;
+  int sums_at;  // bytes of shared memory before the first sum
+  bool staged;
+};
+inline UnitShape unit_shape(int64_t width, int vector, int rank, int tile, int streams, int64_t sums,
+                            int shared_limit) {
+  int threads = unit_threads(width, vector);
+  int64_t chunks = ceil_div(width, int64_t{threads} * vector);
+  int sums_at = static_cast<int>(ceil_div(row_shared_bytes(rank, tile, threads), 16) * 16);
+  int64_t bytes = sums_at + threads * chunks * vector * sums * 4;
+  int64_t stage = threads * chunks * kCellBytes * streams * tile;
+  bool staged = bytes + stage <= shared_limit;
+  bytes += staged ? stage : 0;
+  int fits = bytes > shared_limit ? 0 : static_cast<int>(bytes);
+  return {threads, static_cast<int>(chunks), fits, sums_at, staged};
+}
+
+// Rows of a unit: as few units as give each of 128 multiprocessors all the blocks it can hold, in whole
+// waves, since each costs a partial of every sum; at most kBlockRows rows. Not a function of the machine:
+// the order of additions must not be.
+inline int64_t unit_target(int threads, int shared_bytes) {
+  int64_t by_shared = 227 * 1024 / most(1, shared_bytes), by_registers = 65536 / (kUnitRegisters * threads);
+  return 128 * most(1, least(8, least(by_shared, by_registers)));
+}
+inline int64_t unit_rows(int64_t rows, int64_t target, int64_t most_rows) {
+  int64_t waves = most(1, ceil_div(rows, target * most_rows));
+  return least(most_rows, most(8, ceil_div(ceil_div(rows, target * waves), 2) * 2));
+}
+// Over slots a unit is a part of a slot's block of `most_rows` rows: how many parts, a power of two.
+inline int64_t unit_parts(int64_t rows, int64_t slots, int64_t target, int64_t most_rows) {
+  int64_t blocks = ceil_div(rows, most_rows) + least(slots, rows), parts = 1;
+  while (blocks * parts * 2 <= target && parts * 2 * 8 <= most_rows) parts *= 2;
+  return parts;
 }
 
 // Column sums: one block for each column tile of each block of kBlockRows rows.

@@ -14,7 +14,7 @@
 namespace emulator {
 
 Index thread_index, block_index, block_size, grid_size;
-int multiprocessors = 3, last_error = cudaSuccess;
+int multiprocessors = 3, shared_limit = 227 * 1024, last_error = cudaSuccess;
 
 namespace {
 
@@ -23,6 +23,12 @@ constexpr int kGuard = 64;  // floats behind the shared memory asked for
 const float kPoison = float_of(0x7fc0dead);
 
 enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+
+struct Copy {
+  char* to;
+  const void* from;
+  int bytes;
+};
 
 struct Fiber {
   jmp_buf jump;
@@ -33,6 +39,12 @@ struct Fiber {
   int line = 0;
   float sent[2];  // by turns, so that one rendezvous a shuffle is enough
   int turn = 0;
+  std::vector<Copy> copies;  // asked for and not waited for
+};
+
+struct Watched {
+  const char* begin;
+  int64_t bytes, loaded, stored;
 };
 
 std::vector<Fiber> fibers;
@@ -40,7 +52,8 @@ std::vector<float> shared;
 jmp_buf scheduler;
 const std::function<void()>* body;
 int current = -1;
-int order_seed = 0;
+int order_seed = 0, shared_allowed = 48 * 1024;
+std::vector<Watched> watched;
 std::string message;
 
 void leave(State state) {
@@ -141,6 +154,36 @@ void fail(const char* what) {
 
 float* shared_memory() { return shared.data(); }
 
+int device_number() {
+  static std::vector<std::pair<int, int>> chips;
+  std::pair<int, int> chip{multiprocessors, shared_limit};
+  auto at = std::find(chips.begin(), chips.end(), chip);
+  if (at == chips.end()) chips.push_back(chip), at = chips.end() - 1;
+  return static_cast<int>(at - chips.begin());
+}
+
+void allow_shared(int bytes) { shared_allowed = bytes; }
+
+void copy_later(void* to, const void* from, int bytes) {
+  char* at = static_cast<char*>(to);
+  const char *begin = reinterpret_cast<char*>(shared.data()), *end = begin + 4 * (shared.size() - kGuard);
+  if (at < begin || at + bytes > end) return fail("a copy past the shared memory");
+  std::memset(at, 0xff, bytes);
+  fibers[current].copies.push_back({at, from, bytes});
+}
+
+void copy_now() {
+  for (const Copy& copy : fibers[current].copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  fibers[current].copies.clear();
+}
+
+void count(const void* at, int bytes, bool store) {
+  for (Watched& w : watched) {
+    int64_t offset = static_cast<const char*>(at) - w.begin;
+    if (offset >= 0 && offset < w.bytes) (store ? w.stored : w.loaded) += bytes;
+  }
+}
+
 void block_barrier(const char* file, int line) {
   fibers[current].file = file;
   fibers[current].line = line;
@@ -159,7 +202,9 @@ float exchange(float value, int source_lane, const char* file, int line) {
 
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
   if (last_error != cudaSuccess) return;
-  if (threads % 32 || threads < 32 || threads > 1024 || shared_bytes > 48 * 1024) {
+  int allowed = shared_allowed;
+  shared_allowed = 48 * 1024;
+  if (threads % 32 || threads < 32 || threads > 1024 || shared_bytes > min(allowed, shared_limit)) {
     fail("launch shape");
     last_error = cudaErrorInvalidConfiguration;
     return;
@@ -171,7 +216,7 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
   for (int64_t i = 0; i < blocks; ++i) {
     block_index.x = order_seed % 2 ? blocks - 1 - i : i;
     shared.assign(shared_bytes / 4 + kGuard, kPoison);
-    for (int t = 0; t < threads; ++t) fibers[t].turn = 0;
+    for (int t = 0; t < threads; ++t) fibers[t].turn = 0, fibers[t].copies.clear();
     if (!run_block(threads)) {
       for (Fiber& fiber : fibers) {  // those in the middle of the kernel are lost, with their stacks
         if (fiber.state != State::kDone) fiber = Fiber();
@@ -182,12 +227,23 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
       if (bits_of(shared[shared_bytes / 4 + g]) != bits_of(kPoison))
         return fail("a write past the shared memory");
     }
+    for (int t = 0; t < threads; ++t) {
+      if (!fibers[t].copies.empty()) return fail("a copy that nobody waits for");
+    }
     if (last_error != cudaSuccess) return;
   }
 }
 
 extern "C" {
-void emulator_set(int sms, int seed) { multiprocessors = sms, order_seed = seed; }
+void emulator_set(int sms, int seed, int shared) {
+  multiprocessors = sms, order_seed = seed, shared_limit = shared;
+}
+void emulator_watch(const void* begin, int64_t bytes) {
+  watched.push_back({static_cast<const char*>(begin), bytes, 0, 0});
+}
+void emulator_forget() { watched.clear(); }
+int64_t emulator_loaded(int index) { return watched[index].loaded; }
+int64_t emulator_stored(int index) { return watched[index].stored; }
 const char* emulator_message() { return message.c_str(); }
 }
 

@@ -96,6 +96,31 @@ def stride(tensor):
     return 0 if tensor is None else tensor.stride(0)
 
 
+# What says which dtype a stream of rows has: the first of these fields that the struct has.
+STREAM_DTYPES = {
+    "hidden": ("hidden_dtype", "dtype"), "out": ("residual_dtype", "dtype"), "x": ("x_dtype",),
+    "residual": ("residual_dtype", "hidden_dtype"), "normed": ("residual_dtype",), "grad": ("grad_dtype",),
+    "d_hidden": ("hidden_dtype", "dtype"), "grad_residual": ("residual_dtype",),
+    "grad_normed": ("residual_dtype",), "residual_out": ("residual_dtype",), "d_x": ("x_dtype",),
+    "d_residual": ("residual_dtype",),
+}  # fmt: skip
+
+
+def streams_of(args):
+    """{name: (address, bytes from the first element to the last, bytes of the stream read once)}."""
+    found, add = {}, getattr(args, "add", args)
+    for struct in {id(add): add, id(args): args}.values():
+        for name, kind in struct._fields_:
+            if kind is not PTR or name not in STREAM_DTYPES or not getattr(struct, name):
+                continue
+            code = next(getattr(add, field) for field in STREAM_DTYPES[name] if hasattr(add, field))
+            size = 4 if code == CODES[torch.float32] else 2
+            step = getattr(struct, f"{name}_stride", 0) or add.width
+            span = ((add.rows - 1) * step + add.width) * size
+            found[name] = (getattr(struct, name), max(span, 0), max(add.rows * add.width, 1) * size)
+    return found
+
+
 class Outputs:
     """Poisoned outputs of one call, each between two guards; `shift` elements off a 16-byte boundary."""
 
@@ -131,15 +156,16 @@ class Emulated:
     def __init__(self, library):
         self.library = library
         library.emulator_message.restype = ctypes.c_char_p
-        library.struct_bytes.restype = I64
+        for counter in ("struct_bytes", "emulator_loaded", "emulator_stored"):
+            getattr(library, counter).restype = I64
         for op in ("edit_backward", "edit_add_norm_backward", "project_backward"):
             getattr(library, f"{op}_workspace").restype = I64
         for index, cls in enumerate(EXPORTED):
             assert library.struct_bytes(index) == ctypes.sizeof(cls), f"{cls.__name__} is not abi.h's"
         self.shift = 0
 
-    def schedule(self, multiprocessors=3, seed=0):
-        self.library.emulator_set(multiprocessors, seed)
+    def schedule(self, multiprocessors=3, seed=0, shared_kib=227):
+        self.library.emulator_set(multiprocessors, seed, shared_kib * 1024)
 
     def call(self, op, args, outputs, backward=False):
         extra = []
@@ -148,7 +174,17 @@ class Emulated:
             assert size % 4 == 0
             workspace = Outputs(guard=1 << 17)  # more than any unit's partials here
             extra = [ctypes.c_void_p(workspace.new(True, (size // 4,)).data_ptr())]
+        watched = streams_of(args)
+        if backward:
+            watched["workspace"] = (extra[0].value, size, 1)
+        self.library.emulator_forget()
+        for begin, size, _row_bytes in watched.values():
+            self.library.emulator_watch(PTR(begin), I64(size))
         error = getattr(self.library, op)(ctypes.byref(args), *extra)
+        self.moved = {
+            name: (self.library.emulator_loaded(i) / unit, self.library.emulator_stored(i) / unit)
+            for i, (name, (*_, unit)) in enumerate(watched.items())
+        }
         assert error == 0, f"{op}: error {error}, {self.library.emulator_message().decode()}"
         if backward:  # read before it was written would show as the poison's NaN in a result
             whole, start, floats = workspace.made[0]
