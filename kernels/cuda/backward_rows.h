@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kLoopThreads) loop_backward(const Backward b) 
 
 template <bool kNorm>
 int run_loop(const Backward& b, void* stream) {
-  return launch(loop_backward<kNorm>, loop_shape(b.a.rows, b.a.form.rank, multiprocessors()), stream, b);
+  return launch(loop_backward<kNorm>, loop_shape(b.a.rows, b.a.width, b.a.form.rank, multiprocessors()), stream, b);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ constexpr int kStreamRows = 32;   // kLines × 4 rows in flight
 // Blocks of the stream kernel that share a multiprocessor, without and with slots or coefficients: 85 and 128
 // registers a thread. Two streams are 96 and 64 KB in flight, where bandwidth × latency asks for about 30.
 constexpr int kStreamBlocksPerSm[] = {3, 2};
-constexpr int kLoopThreads = 256;
+constexpr int kLoopThreads = 512;
 constexpr int64_t kMaxBlocks = 2147483647;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -64,9 +64,12 @@ inline Shape tile_shape(int64_t rows, int64_t width, int64_t rank, int elements,
   return {least(ceil_div(rows, per_block), resident), threads,
           row_shared_bytes(static_cast<int>(rank), per_block, threads)};
 }
-inline Shape loop_shape(int64_t rows, int64_t rank, int multiprocessors) {
-  int64_t resident = int64_t{multiprocessors} * (2048 / kLoopThreads);
-  return {least(rows, resident), kLoopThreads, row_shared_bytes(static_cast<int>(rank), 1, kLoopThreads)};
+// A row at a time. Wide rows are few at once, 132 × 2 of 64 KB, so that a row is still in L2 when it is read again.
+inline Shape loop_shape(int64_t rows, int64_t width, int64_t rank, int multiprocessors) {
+  bool wide = width > kLowRankTileWidth;
+  int threads = wide ? kLoopThreads : kLoopThreads / 2;
+  int64_t resident = int64_t{multiprocessors} * (wide ? 2 : 8);
+  return {least(rows, resident), threads, row_shared_bytes(static_cast<int>(rank), 1, threads)};
 }
 
 // The unit kernel of a backward (backward_unit.h): a block owns a unit's rows and takes `tile` of them at a time.
