@@ -1,52 +1,56 @@
 // What the backward kernels share: which sums are wanted, where their partials lie, which rows a block takes.
 //
 // edit_backward and project_backward fill the same struct as edit_add_norm_backward and leave the norm out.
-// Kinds of kernel: units (backward_unit.h: sums along the rows and, where a column's sums fit beside the rows on
-// the chip, those too: one pass), columns (backward_columns.h: rank 0 without a norm, one pass; and the sums that
-// did not fit), rows (backward_rows.h: odd widths and unaligned views), and a reduction over the units.
+// Kinds of kernel:
+//   units    backward_unit.h     sums along the rows and, as far as they fit on the chip, down the columns
+//   columns  backward_columns.h  rank 0 without a norm: one pass, column tiles
+//   rows     backward_rows.h     sums along the rows, for odd widths and unaligned views; columns takes the rest
+//   outer    backward_sums.cu    d_read and d_write where the units leave them over
+//   reduce   backward_sums.cu    the sum over the units' partials
 #pragma once
 #include "form.h"
 #include "launch.h"
 
 namespace fastedit::cuda {
 
-// Offsets of each sum in a unit's partials, −1 where it is not wanted.
+// Offsets of each sum in a unit's partials, −1 where it is not meant.
 struct Sums {
-  int64_t scale = -1, bias = -1, read = -1, offset = -1, write = -1, weight = -1, norm_bias = -1, size = 0;
+  int64_t scale = -1, bias = -1, read = -1, write = -1, weight = -1, norm_bias = -1, offset = -1;
+  bool vectors() const { return scale >= 0 || bias >= 0 || weight >= 0 || norm_bias >= 0; }
 };
 
 struct Backward {
   EditAddNormBackwardArgs a;
   int sum_dtype;  // of a.residual
+  int vector;     // elements of one access; 1 is the scalar path
   bool has_grad;  // a gradient comes in through the rows, not through z alone
   bool pulls;     // q has a part grad @ writeᵀ
-  int vector;         // elements of one access; 1 is the scalar path
-  bool rows_kernel;   // the unit kernel, or on the scalar path the row kernel
-  bool fused;         // the unit kernel takes the column sums, d_read's where read_fused
-  bool read_fused;
-  bool reads_h;       // the unit kernel takes h with the row
-  bool columns_d_x;   // the column kernel stores d_x: rank 0 and no norm, one pass over grad and hidden
+  bool unit_kernel, rows_kernel;
+  bool columns_d_x;    // the column kernel stores d_x
+  const float* q;      // (rows, rank) for d_read and d_offset: the workspace's, or grad_z itself; null: zero
+  float* q_out;        // (rows, rank), null where nobody reads it
+  float* norm_means;   // (rows, 2): NormRow::dot and sum, null where nobody reads them
+  float* total;        // (rows, width) for d_write behind a norm, null where nobody reads it
+  float* partials;     // (units, partial_size)
+  int64_t partial_size;
+  int64_t units;       // with slots an upper bound, since the host does not know the slots' sizes
+  int64_t unit_rows;   // of one unit at most
+  int64_t parts;       // units of one of slot_order's blocks
+  Sums wanted, taken, left;  // every sum; those of the next launch of the unit kernel; those of later launches
+  int unit_sums;       // columns of sums that are taken
+  bool reads_h;        // the unit kernel takes h with the row
   UnitShape unit;
-  int unit_sums;      // that the unit kernel keeps for each column
-  const float* q;     // (rows, rank) for d_read and d_offset: the workspace's, or grad_z itself; null: zero
-  float* q_out;       // (rows, rank), null where nobody reads it
-  float* norm_means;  // (rows, 2): NormRow::dot and sum, null where nobody reads them
-  float* partials;    // (units, sums.size)
-  int64_t units;      // with slots an upper bound, since the host does not know the slots' sizes
-  int64_t unit_rows;  // of one unit at most
-  int64_t parts;      // units of one of slot_order's blocks
-  int64_t split;      // blocks of the unit kernel that share a unit where it takes no sums
-  Sums sums;
   int64_t workspace_bytes;
 };
 
 Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool norm, void* workspace);
-inline bool wants_vectors(const Sums& s) {
-  return s.scale >= 0 || s.bias >= 0 || s.weight >= 0 || s.norm_bias >= 0;
-}
 
-// The second half of a backward: the pairwise sum of the units' partials into d_form, d_weight, d_norm_bias.
-int reduce_units(const Backward& backward, void* stream);
+// The next launch of the unit kernel, for vector sums that were left over; false where there are none.
+bool next_launch(Backward& backward, bool norm);
+
+// After the rows: d_read and d_write where they are left, then the pairwise sum of the units' partials into
+// d_form, d_weight, d_norm_bias.
+int finish_sums(const Backward& backward, void* stream);
 
 // At most kBlockRows rows that share a slot; `order` null: rows first … first + count.
 struct Unit {

@@ -76,6 +76,7 @@ struct LoopBackward {
       float scale = form.scale ? __ldg(form.scale + edit.slot * b.a.width + column) : 1.f;
       d_h[0] = pulled_back(grad, edit, scale, added);
       store_d_h<Any, Any, 1>(d_h, b, row, column);
+      if (b.total) b.total[row * b.a.width + column] = grad;
       if (!kNorm || !b.a.d_residual || b.a.on_sum) continue;
       store<Any, 1>(b.a.d_residual, row * b.a.width + column, round_to<Any, 1>(at_total, b.a.residual_dtype),
                     b.a.residual_dtype);
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kLoopThreads) loop_backward(const Backward b) 
       block_sum(sum, shared, turn);
       if (threadIdx.x == 0) store_d_coefficient<1>(b, row, 0, sum[0], low.pulled);
     }
-    if (a.d_x || a.d_residual) loop.store_all(low.q);
+    if (a.d_x || a.d_residual || b.total) loop.store_all(low.q);
   }
 }
 

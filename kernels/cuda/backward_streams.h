@@ -78,6 +78,16 @@ struct RowStreams {
   }
 };
 
+__device__ inline void put_four(float* to, float x, float y, float z, float w) {
+  put(reinterpret_cast<uint4*>(to),
+      make_uint4(__float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w)));
+}
+template <int V>
+__device__ inline void store_total(const float (&total)[V], float* to) {
+#pragma unroll
+  for (int i = 0; i < V; i += 4) put_four(to + i, total[i], total[i + 1], total[i + 2], total[i + 3]);
+}
+
 // Shared memory of a tile's dot products, each (rank, N) but part and offset.
 struct LowRank {
   float *q, *pulled, *kz, *part, *offset;

@@ -4,7 +4,7 @@
 //   q = k (total @ writeᵀ) + grad_z
 //   d_coefficient = Σ total ⊙ ((scale − 1) ⊙ h + bias) + z · (total @ writeᵀ)
 //   d_h = total + k (scale − 1) ⊙ total + q @ read
-// and, where they fit (launch.h), the sums down the columns of backward_columns.h.
+// and the sums down the columns (backward_columns.h, backward_outer.h), as far as they fit (backward_sums.cu).
 //
 // Streams: grad_residual, grad_normed, residual_out, h in, each once; d_x, d_residual out.
 // Grid: a block a unit of rows (backward.h), `unit_tile` of them at a time.
@@ -230,7 +230,6 @@ struct UnitTile {
       store<G, V>(a.d_residual, row(r) * a.width + column, round_to<G, V>(total[r], a.residual_dtype),
                   a.residual_dtype);
     }
-    if (!b.fused) return;
     if constexpr (kNorm) {
       float g[N][V], unit[N][V];
 #pragma unroll
@@ -239,24 +238,30 @@ struct UnitTile {
 #pragma unroll
         for (int v = 0; v < V; ++v) unit[r][v] = norm[r].unit(unit[r][v]);
       }
-      if (b.sums.weight >= 0)
+      if (b.taken.weight >= 0)
         add_to(sum++, c, [&](int r, int v, float held) { return fmaf(g[r][v], unit[r][v], held); });
-      if (b.sums.norm_bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + g[r][v]; });
+      if (b.taken.norm_bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + g[r][v]; });
+    }
+    if (b.total) {
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        if (r < live) store_total(total[r], b.total + row(r) * a.width + column);
+      }
     }
     float h[N][V];
 #pragma unroll
     for (int r = 0; r < N; ++r) h_of(h[r], s[r], edit[r].inside);
-    for (int j = 0; b.read_fused && b.sums.read >= 0 && j < rank; ++j)
+    for (int j = 0; b.taken.read >= 0 && j < rank; ++j)
       add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.q[j * N + r], h[r][v], held); });
-    for (int j = 0; b.sums.write >= 0 && j < rank; ++j)
+    for (int j = 0; b.taken.write >= 0 && j < rank; ++j)
       add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.kz[j * N + r], total[r][v], held); });
 #pragma unroll
     for (int r = 0; r < N; ++r)
 #pragma unroll
       for (int v = 0; v < V; ++v) total[r][v] = edit[r].k == 0.f ? 0.f : edit[r].k * total[r][v];
-    if (b.sums.scale >= 0)
+    if (b.taken.scale >= 0)
       add_to(sum++, c, [&](int r, int v, float held) { return fmaf(total[r][v], h[r][v], held); });
-    if (b.sums.bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + total[r][v]; });
+    if (b.taken.bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + total[r][v]; });
   }
 
   // The sums of add_to's number `sum` onwards, to the unit's partials.
@@ -266,23 +271,22 @@ struct UnitTile {
         const float4* at = sums + int64_t{sum * b.unit.chunks + c} * (V / 4) * blockDim.x + threadIdx.x;
 #pragma unroll
         for (int i = 0; i < V / 4; ++i, at += blockDim.x) {
-          put(reinterpret_cast<uint4*>(partials + offset + j * b.a.width + tile_column<V>(c)) + i,
-              make_uint4(__float_as_uint(at->x), __float_as_uint(at->y), __float_as_uint(at->z),
-                         __float_as_uint(at->w)));
+          float* to = partials + offset + j * b.a.width + tile_column<V>(c) + 4 * i;
+          put_four(to, at->x, at->y, at->z, at->w);
         }
       }
     }
   }
   __device__ void leave_all(float* partials, const float* offset) const {
     int sum = 0, rank = static_cast<int>(b.a.form.rank);
-    leave(sum, 1, b.sums.weight, partials);
-    leave(sum, 1, b.sums.norm_bias, partials);
-    if (b.read_fused) leave(sum, rank, b.sums.read, partials);
-    leave(sum, rank, b.sums.write, partials);
-    leave(sum, 1, b.sums.scale, partials);
-    leave(sum, 1, b.sums.bias, partials);
-    for (int j = threadIdx.x; b.sums.offset >= 0 && j < rank; j += blockDim.x)
-      partials[b.sums.offset + j] = offset[j];
+    leave(sum, 1, b.taken.weight, partials);
+    leave(sum, 1, b.taken.norm_bias, partials);
+    leave(sum, rank, b.taken.read, partials);
+    leave(sum, rank, b.taken.write, partials);
+    leave(sum, 1, b.taken.scale, partials);
+    leave(sum, 1, b.taken.bias, partials);
+    for (int j = threadIdx.x; b.taken.offset >= 0 && j < rank; j += blockDim.x)
+      partials[b.taken.offset + j] = offset[j];
   }
 };
 
@@ -290,17 +294,13 @@ template <class G, class H, int V, bool kNorm>
 __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward b) {
   constexpr int N = kUnitTile<V, kNorm>;
   FASTEDIT_SHARED(shared);
-  int64_t block = blockIdx.x / b.split;
+  int64_t block = blockIdx.x;
   if (block >= all_units(b).end) return;
   Unit unit = find_unit(b, block);
-  if (b.split > 1) {
-    int rows = static_cast<int>(kBlockRows / b.split), from = rows * static_cast<int>(blockIdx.x % b.split);
-    unit.first += from, unit.count = max(0, min(rows, unit.count - from));
-  }
   int rank = static_cast<int>(b.a.form.rank), turn = 0;
   LowRank low(shared, rank, N);
   float4* sums = reinterpret_cast<float4*>(shared) + b.unit.sums_at / 16;
-  int held = b.fused ? b.unit_sums * b.unit.chunks * (V / 4) : 0;
+  int held = b.unit_sums * b.unit.chunks * (V / 4);
   UnitTile<G, H, V, kNorm> tile{b, unit, reinterpret_cast<uint4*>(sums + int64_t{held} * blockDim.x), sums, 0, 0,
                                 {}, {}};
 #pragma unroll 1
@@ -333,13 +333,18 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
 #pragma unroll 1
     for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) tile.finish(c, low);
   }
-  if (b.fused && b.sums.size) tile.leave_all(b.partials + block * b.sums.size, low.offset);
+  tile.leave_all(b.partials + block * b.partial_size, low.offset);
 }
 
 template <class G, class H, int V, bool kNorm>
 int run_unit(const Backward& b, void* stream) {
-  Shape shape{b.units * b.split, b.unit.threads, b.unit.shared_bytes};
-  return launch(unit_backward<G, H, V, kNorm>, shape, stream, b);
+  Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
+  int error = launch(unit_backward<G, H, V, kNorm>, shape, stream, b);
+  for (Backward next = b; !error && next_launch(next, kNorm);) {
+    shape = {next.units, next.unit.threads, next.unit.shared_bytes};
+    error = launch(unit_backward<G, H, V, kNorm>, shape, stream, next);
+  }
+  return error;
 }
 
 }  // namespace

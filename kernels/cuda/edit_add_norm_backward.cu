@@ -5,7 +5,7 @@
 // are wanted the first three and x once more (backward_columns.h), total formed again from each row's two
 // means, so that it is never rounded. Then the pairwise sum of the partials (backward_sums.cu). Grids,
 // registers and the order of additions are told there; no atomics.
-#include "backward_columns.h"
+#include "backward_run.h"
 
 namespace fastedit::cuda {
 

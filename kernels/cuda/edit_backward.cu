@@ -5,7 +5,7 @@
 // (backward_columns.h). Rank > 0 or d_coefficient: q and d_hidden first (backward_rows.h), which reads grad
 // once more. Then the pairwise sum of the partials (backward_sums.cu). Grids, registers and the order of
 // additions are told there; no atomics.
-#include "backward_columns.h"
+#include "backward_run.h"
 
 namespace fastedit::cuda {
 namespace {

@@ -107,9 +107,10 @@ inline UnitShape unit_shape(int64_t width, int vector, int rank, int tile, int s
 // Rows of a unit: as few units as give each of 128 multiprocessors all the blocks it can hold, in whole
 // waves, since each costs a partial of every sum; at most kBlockRows rows. Not a function of the machine:
 // the order of additions must not be.
+constexpr int64_t kUnitsAWave = 128;
 inline int64_t unit_target(int threads, int shared_bytes) {
   int64_t by_shared = 227 * 1024 / most(1, shared_bytes), by_registers = 65536 / (kUnitRegisters * threads);
-  return 128 * most(1, least(8, least(by_shared, by_registers)));
+  return kUnitsAWave * most(1, least(8, least(by_shared, by_registers)));
 }
 inline int64_t unit_rows(int64_t rows, int64_t target, int64_t most_rows) {
   int64_t waves = most(1, ceil_div(rows, target * most_rows));
