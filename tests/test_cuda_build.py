@@ -121,13 +121,15 @@ def test_streams_move_128_bits_at_a_time(sass):
         # Parameters come through .CONSTANT loads; streams with a hint for L1 or L2 (vec.h). Beside fp32 a
         # 16-bit stream moves four elements, 64 bits.
         streams = [op for op, _ in code if op.startswith("LDG") and re.search(r"\.(EF|NA)\b", op)]
+        streams += [op for op, _ in code if op.startswith("LDGSTS")]  # straight into shared memory
         stores = [op for op, _ in code if op.startswith("STG")]
         mixed = "Li4E" in name and re.search("4Half|5Brain", name) is not None
         assert any(op.endswith(".128") for op in streams), (name, streams)
         narrow = {op for op in streams if not op.endswith(".128")}
         assert not narrow or (mixed and all(op.endswith(".64") for op in narrow)), (name, narrow)
-        sums_alone = "outer_sums" in name or ("column_sums" in name and "Lb1" in name)
-        if not sums_alone:
+        if "unit_backward" in name:
+            assert any(op.startswith("LDGSTS") for op in streams), name
+        if "outer_sums" not in name:
             width = "64" if mixed and "column_sums" in name else "128"  # of d_x, hidden's dtype
             assert f"STG.E.{width}" in stores, (name, stores)
 
@@ -156,6 +158,7 @@ def test_four_rows_are_in_flight_before_the_first_use(sass, kernel, in_flight):
 LAUNCH = r"""
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include "cuda/launch.h"
 using namespace fastedit::cuda;
 #define CHECK(x) if (!(x)) return fail(rows, width, vector, sms, #x)
@@ -187,7 +190,7 @@ int main() {
       int elements = tile_elements(width, vector, rank > 0);
       CHECK(vector > 1 || elements == 0);
       CHECK(vector == 1 || width > (rank ? 8192 : 16384) || elements > 0);
-      Shape s = loop_shape(rows, rank, sms);
+      Shape s = loop_shape(rows, width, rank, sms);
       CHECK(s.blocks <= rows && (rows == 0 || s.blocks >= 1) && s.shared_bytes <= 48 * 1024);
       if (!elements) continue;
       int per_block = (rank ? 32 : 16) / elements;
@@ -201,6 +204,28 @@ int main() {
       Shape other = tile_shape(rows + 1000, width, rank, elements, per_block, sms + 3);
       // Sums follow the width alone.
       CHECK(other.threads == s.threads && other.shared_bytes == s.shared_bytes);
+    }
+    for (int rank : ranks) for (int sums : {0, 1, 4, 10, 130}) for (int kib : {48, 99, 163, 227}) {
+      if (vector == 1) continue;
+      int tile = unit_tile(vector, sms % 2), limit = kib * 1024;
+      UnitShape s = unit_shape(width, vector, rank, tile, 3, 2, sums, limit);
+      CHECK(s.threads % 32 == 0 && s.threads >= 32 && s.threads <= kUnitThreads);
+      int64_t columns = int64_t{s.threads} * s.chunks * vector;
+      CHECK(columns >= width && columns - width < s.threads * vector);
+      CHECK(s.shared_bytes <= limit && s.sums_at % 16 == 0);
+      if (!s.shared_bytes) { CHECK(s.sums_at + columns * sums * 4 > limit); continue; }
+      int streams = 3 * s.total_staged + 2 * s.h_staged;
+      CHECK(s.sums_at + columns * sums * 4 + columns / vector * 16 * tile * streams == s.shared_bytes);
+      UnitShape other = unit_shape(width, vector, 0, tile, 1, 0, 0, 227 * 1024);
+      CHECK(other.threads == s.threads);  // sums along a row follow the width alone
+      int64_t target = unit_target(s.threads, s.shared_bytes), unit = unit_rows(rows, target, 256);
+      CHECK(target >= 128 && target * s.threads * kUnitRegisters <= 128 * 65536);
+      CHECK(unit >= 8 && unit <= 256 && unit % 2 == 0);
+      CHECK(unit == 8 || ceil_div(rows, unit) <= target * ceil_div(rows, target * 256));  // whole waves
+      for (int slots : {1, 7, 256}) {
+        int64_t parts = unit_parts(rows, slots, target, 256);
+        CHECK(parts >= 1 && 256 % parts == 0 && 256 / parts >= 8);
+      }
     }
     CHECK(column_shape(5, 3, vector).shared_bytes <= 48 * 1024 && column_shape(5, 3, vector).blocks == 15);
   }

@@ -115,9 +115,10 @@ bool fits(Backward& b, bool norm) {
   b.unit_sums = (s.scale >= 0) + (s.bias >= 0) + (s.weight >= 0) + (s.norm_bias >= 0) +
                 rank * ((s.read >= 0) + (s.write >= 0));
   b.reads_h = a.x && ((a.d_form.coefficient && a.form.scale) || s.scale >= 0 || s.read >= 0);
-  int streams = (a.grad_residual != nullptr) + 2 * (a.grad_normed != nullptr) + b.reads_h +
-                (b.reads_h && a.residual);
-  b.unit = unit_shape(a.width, b.vector, rank, unit_tile(b.vector, norm), streams, b.unit_sums, shared_limit());
+  int of_total = (a.grad_residual != nullptr) + 2 * (a.grad_normed != nullptr);
+  int of_h = b.reads_h + (b.reads_h && a.residual);
+  b.unit = unit_shape(a.width, b.vector, rank, unit_tile(b.vector, norm), of_total, of_h, b.unit_sums,
+                      shared_limit());
   return b.unit.shared_bytes > 0;
 }
 

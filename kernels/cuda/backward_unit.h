@@ -12,7 +12,7 @@
 // (cp.async) to the last use, their cells are asked for the next tile as soon as they are read; a column's sums
 // stay in shared memory over the unit's rows and leave as one fp32 partial of each. Cells and sums are each
 // thread's own, so only the sums along a row need barriers. Parameters come through L1, once for a tile.
-// Where the stage does not fit, streams come from L2 each time they are needed.
+// Where the stage does not fit (launch.h), h comes when it is needed, and total's streams from L2 again.
 // Rows of a unit are added one after another and the units by backward_sums.cu's tree: the order follows from
 // the shape and from which sums are wanted, never from the grid.
 #pragma once
@@ -50,7 +50,7 @@ struct UnitTile {
   // Asks for one vector of each stream of row `first + r` of the unit, if there is such a row.
   __device__ void ask_for(int from, int r, int c) const {
     int column = tile_column<V>(c), stream = 0;
-    if (!b.unit.staged || from + r >= unit.count || column >= b.a.width) return;
+    if (!b.unit.total_staged || from + r >= unit.count || column >= b.a.width) return;
     const EditAddNormBackwardArgs& a = b.a;
     int64_t row = unit.row(from + r);
     if (a.grad_residual) ask<G>(stream++, r, c, a.grad_residual, row * a.grad_residual_stride + column);
@@ -58,7 +58,7 @@ struct UnitTile {
       ask<G>(stream++, r, c, a.grad_normed, row * a.grad_normed_stride + column);
       ask<G>(stream++, r, c, a.residual_out, row * a.width + column);
     }
-    if (!b.reads_h) return;
+    if (!b.reads_h || !b.unit.h_staged) return;
     ask<H>(stream++, r, c, a.x, row * a.x_stride + column);
     if (a.residual)
       ask<typename Streams::S>(stream, r, c, a.residual, row * a.residual_stride + column);
@@ -66,18 +66,18 @@ struct UnitTile {
   __device__ void take_norm(Streams& s, int r, int c) const {
     if (!has_norm() || r >= live) return;
     int stream = b.a.grad_residual != nullptr;
-    if (!b.unit.staged) return s.template load_norm<kL2>(b.a, row(r), tile_column<V>(c));
+    if (!b.unit.total_staged) return s.template load_norm<kL2>(b.a, row(r), tile_column<V>(c));
     s.grad_normed = pack<G>(stream, r, c), s.residual_out = pack<G>(stream + 1, r, c);
   }
   __device__ void take_total(Streams& s, int r, int c) const {
     if (r >= live) return;
-    if (!b.unit.staged) return s.template load_total<kL2>(b.a, row(r), tile_column<V>(c));
+    if (!b.unit.total_staged) return s.template load_total<kL2>(b.a, row(r), tile_column<V>(c));
     if (b.a.grad_residual) s.grad = pack<G>(0, r, c);
     take_norm(s, r, c);
   }
   __device__ void take_h(Streams& s, int r, int c) const {
     if (!b.reads_h || r >= live) return;
-    if (!b.unit.staged) return s.template load_h<kL2>(b, row(r), tile_column<V>(c));
+    if (!b.unit.h_staged) return s.template load_h<kOnce>(b, row(r), tile_column<V>(c));
     int stream = (b.a.grad_residual != nullptr) + 2 * has_norm();
     s.x = pack<H>(stream, r, c);
     if (b.a.residual) s.residual = pack<typename Streams::S>(stream + 1, r, c);
@@ -93,6 +93,7 @@ struct UnitTile {
   // The two means that the norm's gradient takes of each row; kept for the columns where they are wanted.
   __device__ void find_means(float* shared, int& turn) {
     float sum[2 * N] = {}, inverse = 1.f / static_cast<float>(b.a.width);
+#pragma unroll 1
     for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
       Streams s[N] = {};
       float g[V], x[V], gain[V];
@@ -124,9 +125,11 @@ struct UnitTile {
   __device__ void pull(float* part) const {
     constexpr int kTogether = 8 / N;
     int rank = static_cast<int>(b.a.form.rank);
+#pragma unroll 1
     for (int from = 0; from < rank; from += kTogether) {
       float sum[8] = {};
-      for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
+  #pragma unroll 1
+    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
         Streams s[N] = {};
         float total[N][V], gain[V] = {}, m[V];
 #pragma unroll
@@ -154,6 +157,7 @@ struct UnitTile {
 
   __device__ void find_d_coefficient(float* shared, int& turn, const float* pulled) const {
     float sum[N] = {};
+#pragma unroll 1
     for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
       Streams s[N] = {};
       float total[N][V], h[V], gain[V] = {}, scale[V], bias[V];
@@ -251,8 +255,10 @@ struct UnitTile {
     float h[N][V];
 #pragma unroll
     for (int r = 0; r < N; ++r) h_of(h[r], s[r], edit[r].inside);
+#pragma unroll 1
     for (int j = 0; b.taken.read >= 0 && j < rank; ++j)
       add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.q[j * N + r], h[r][v], held); });
+#pragma unroll 1
     for (int j = 0; b.taken.write >= 0 && j < rank; ++j)
       add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.kz[j * N + r], total[r][v], held); });
 #pragma unroll
@@ -266,8 +272,10 @@ struct UnitTile {
 
   // The sums of add_to's number `sum` onwards, to the unit's partials.
   __device__ void leave(int& sum, int count, int64_t offset, float* partials) const {
+#pragma unroll 1
     for (int j = 0; offset >= 0 && j < count; ++j, ++sum) {
-      for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
+  #pragma unroll 1
+    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
         const float4* at = sums + int64_t{sum * b.unit.chunks + c} * (V / 4) * blockDim.x + threadIdx.x;
 #pragma unroll
         for (int i = 0; i < V / 4; ++i, at += blockDim.x) {
@@ -307,6 +315,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   for (int c = 0; c < b.unit.chunks; ++c)
 #pragma unroll
     for (int r = 0; r < N; ++r) tile.ask_for(0, r, c);
+#pragma unroll 1
   for (int i = 0; i < held; ++i) sums[i * blockDim.x + threadIdx.x] = float4{};
   for (int j = threadIdx.x; j < rank; j += blockDim.x) low.offset[j] = 0.f;
 

@@ -84,24 +84,28 @@ constexpr int unit_threads(int64_t width, int vector) {
   int64_t vectors = ceil_div(width, vector), most_threads = vectors > kUnitThreads ? 512 : 256;
   return static_cast<int>(ceil_div(ceil_div(vectors, ceil_div(vectors, most_threads)), 32) * 32);
 }
-// Shared memory: block sums, each row's dot products, a column's sums, the tile's streams as they come in
-// (`staged`). Without room for the streams they come from L2 each time they are needed; 0 bytes: not even so.
+// Shared memory: block sums, each row's dot products, a column's sums, and as they come in the tile's streams
+// that total is made of (`total_staged`) and h's (`h_staged`). Without room for h's it comes from memory when it is
+// needed, without room for total's these come from L2 again; 0 bytes: not even the sums fit.
 struct UnitShape {
   int threads, chunks, shared_bytes;
   int sums_at;  // bytes of shared memory before the first sum
-  bool staged;
+  bool total_staged, h_staged;
 };
-inline UnitShape unit_shape(int64_t width, int vector, int rank, int tile, int streams, int64_t sums,
-                            int shared_limit) {
+inline UnitShape unit_shape(int64_t width, int vector, int rank, int tile, int total_streams, int h_streams,
+                            int64_t sums, int shared_limit) {
   int threads = unit_threads(width, vector);
-  int64_t chunks = ceil_div(width, int64_t{threads} * vector);
+  int64_t chunks = ceil_div(width, int64_t{threads} * vector), stream = threads * chunks * kCellBytes * tile;
   int sums_at = static_cast<int>(ceil_div(row_shared_bytes(rank, tile, threads), 16) * 16);
   int64_t bytes = sums_at + threads * chunks * vector * sums * 4;
-  int64_t stage = threads * chunks * kCellBytes * streams * tile;
-  bool staged = bytes + stage <= shared_limit;
-  bytes += staged ? stage : 0;
-  int fits = bytes > shared_limit ? 0 : static_cast<int>(bytes);
-  return {threads, static_cast<int>(chunks), fits, sums_at, staged};
+  UnitShape shape{threads, static_cast<int>(chunks), 0, sums_at, false, false};
+  if (bytes > shared_limit) return shape;
+  shape.total_staged = bytes + stream * total_streams <= shared_limit;
+  if (shape.total_staged) bytes += stream * total_streams;
+  shape.h_staged = shape.total_staged && bytes + stream * h_streams <= shared_limit;
+  if (shape.h_staged) bytes += stream * h_streams;
+  shape.shared_bytes = static_cast<int>(bytes);
+  return shape;
 }
 
 // Rows of a unit: as few units as give each of 128 multiprocessors all the blocks it can hold, in whole
