@@ -1,6 +1,6 @@
 """The GPU lane's benchmarks: micro-benchmarks and their picture, into a folder.
 
-    python -m bench.gpu --out bench/results --minutes 4
+    python -m bench.gpu --out bench/results --minutes 3
 """
 
 import argparse
@@ -13,7 +13,7 @@ from . import micro
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="bench/results")
-    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--minutes", type=float, default=3.0)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench.gpu needs an NVIDIA GPU; `python -m bench.micro` measures the CPU")

@@ -55,7 +55,7 @@ constexpr int tile_threads(int64_t width, int elements) {
 
 // Row kernels: floats of shared memory for block sums, the warps' shares of each dot product, the results.
 constexpr int row_shared_bytes(int rank, int rows, int threads) {
-  return (2 * 8 * 32 + rank * rows * (threads / 32 + 3) + rank) * 4;
+  return (2 * 4 * 32 + rank * rows * (threads / 32 + 3) + rank) * 4;
 }
 inline Shape tile_shape(int64_t rows, int64_t width, int64_t rank, int elements, int per_block,
                         int multiprocessors) {
@@ -109,11 +109,12 @@ inline UnitShape unit_shape(int64_t width, int vector, int rank, int tile, int t
 }
 
 // Rows of a unit: as few units as give each of 128 multiprocessors all the blocks it can hold, in whole
-// waves, since each costs a partial of every sum; at most kBlockRows rows. Not a function of the machine:
-// the order of additions must not be.
+// waves, since each costs a partial of every sum; at most kBlockRows rows. Shared memory is counted as on sm_90,
+// 228 KB of which the system takes one for each block, whatever the machine: the order of additions must not
+// follow it.
 constexpr int64_t kUnitsAWave = 128;
 inline int64_t unit_target(int threads, int shared_bytes) {
-  int64_t by_shared = 227 * 1024 / most(1, shared_bytes), by_registers = 65536 / (kUnitRegisters * threads);
+  int64_t by_shared = 228 * 1024 / (shared_bytes + 1024), by_registers = 65536 / (kUnitRegisters * threads);
   return kUnitsAWave * most(1, least(8, least(by_shared, by_registers)));
 }
 inline int64_t unit_rows(int64_t rows, int64_t target, int64_t most_rows) {

@@ -62,6 +62,7 @@ void block_barrier(const char* file, int line);
 float exchange(float value, int source_lane, const char* file, int line);
 float* shared_memory();
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
+void note_launch(const void* kernel, int64_t blocks, int threads, int shared_bytes);
 void allow_shared(int bytes);  // for the next launch
 void copy_later(void* to, const void* from, int bytes);
 void copy_now();
@@ -69,6 +70,7 @@ void count(const void* at, int bytes, bool store);
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, const A&... args) {
+  note_launch(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes);
   run(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 

@@ -2,6 +2,7 @@
 // nanoseconds; its stack is made once, with makecontext, and serves every later block.
 #include "cuda_runtime.h"
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -42,6 +43,10 @@ struct Fiber {
   std::vector<Copy> copies;  // asked for and not waited for
 };
 
+struct Launch {
+  int64_t kernel, blocks, threads, shared_bytes;  // kernel: its address in the library
+};
+
 struct Watched {
   const char* begin;
   int64_t bytes, loaded, stored;
@@ -54,6 +59,7 @@ const std::function<void()>* body;
 int current = -1;
 int order_seed = 0, shared_allowed = 48 * 1024;
 std::vector<Watched> watched;
+std::vector<Launch> launches;
 std::string message;
 
 void leave(State state) {
@@ -162,6 +168,13 @@ int device_number() {
   return static_cast<int>(at - chips.begin());
 }
 
+void note_launch(const void* kernel, int64_t blocks, int threads, int shared_bytes) {
+  Dl_info info{};
+  dladdr(kernel, &info);
+  int64_t address = static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase);
+  launches.push_back({address, blocks, threads, shared_bytes});
+}
+
 void allow_shared(int bytes) { shared_allowed = bytes; }
 
 void copy_later(void* to, const void* from, int bytes) {
@@ -241,7 +254,9 @@ void emulator_set(int sms, int seed, int shared) {
 void emulator_watch(const void* begin, int64_t bytes) {
   watched.push_back({static_cast<const char*>(begin), bytes, 0, 0});
 }
-void emulator_forget() { watched.clear(); }
+void emulator_forget() { watched.clear(), launches.clear(); }
+int64_t emulator_launches() { return launches.size(); }
+int64_t emulator_launch(int index, int field) { return (&launches[index].kernel)[field]; }
 int64_t emulator_loaded(int index) { return watched[index].loaded; }
 int64_t emulator_stored(int index) { return watched[index].stored; }
 const char* emulator_message() { return message.c_str(); }

@@ -71,7 +71,7 @@ def build(folder):
         objects = list(pool.map(compile_one, sources))
     library = folder / "emulated.so"
     subprocess.run([compiler(), "-shared", "-o", str(library), *objects], check=True)
-    return Emulated(ctypes.CDLL(str(library)))
+    return Emulated(ctypes.CDLL(str(library)), library)
 
 
 def reference():
@@ -153,10 +153,10 @@ class Outputs:
 class Emulated:
     """The ops with the reference's arguments, edits as dictionaries of FORM."""
 
-    def __init__(self, library):
-        self.library = library
+    def __init__(self, library, path):
+        self.library, self.path = library, path
         library.emulator_message.restype = ctypes.c_char_p
-        for counter in ("struct_bytes", "emulator_loaded", "emulator_stored"):
+        for counter in ("struct_bytes", "emulator_loaded", "emulator_stored", "emulator_launches", "emulator_launch"):
             getattr(library, counter).restype = I64
         for op in ("edit_backward", "edit_add_norm_backward", "project_backward"):
             getattr(library, f"{op}_workspace").restype = I64
@@ -181,15 +181,28 @@ class Emulated:
         for begin, size, _row_bytes in watched.values():
             self.library.emulator_watch(PTR(begin), I64(size))
         error = getattr(self.library, op)(ctypes.byref(args), *extra)
+        self.last_op, self.last_args = op, args
+        self.moved_bytes = {
+            name: (self.library.emulator_loaded(i), self.library.emulator_stored(i))
+            for i, name in enumerate(watched)
+        }
         self.moved = {
-            name: (self.library.emulator_loaded(i) / unit, self.library.emulator_stored(i) / unit)
-            for i, (name, (*_, unit)) in enumerate(watched.items())
+            name: tuple(moved / watched[name][2] for moved in both)
+            for name, both in self.moved_bytes.items()
         }
         assert error == 0, f"{op}: error {error}, {self.library.emulator_message().decode()}"
         if backward:  # read before it was written would show as the poison's NaN in a result
             whole, start, floats = workspace.made[0]
             assert (whole[:start] == whole[0]).all() and (whole[start + floats :] == whole[0]).all()
         outputs.check()
+
+    def launches(self):
+        """[(kernel's mangled name, blocks, threads, shared bytes)] of the last call."""
+        listing = subprocess.run(["nm", str(self.path)], capture_output=True, text=True, check=True).stdout
+        names = {int(line.split()[0], 16): line.split()[2] for line in listing.splitlines() if len(line.split()) == 3}
+        fields = [[self.library.emulator_launch(i, f) for f in range(4)]
+                  for i in range(self.library.emulator_launches())]  # fmt: skip
+        return [(names[kernel], *shape) for kernel, *shape in fields]
 
     def form(self, form):
         given = {name: form.get(name) for name in FORM}
