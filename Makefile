@@ -95,11 +95,26 @@ $(PEERS)/.stamp: $(STAMPS)/fastedit bench/requirements-peers.txt
 GPU_PYTHON ?= python3
 GPU_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
 # build/gpu before the checkout, and -P: else `python -m` would import the sources, which have no native module.
-ON_GPU := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) $(GPU_PYTHON)
+ON_GPU_ENV := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)
+ON_GPU := $(ON_GPU_ENV) $(GPU_PYTHON)
+
+# Some backwards under compute-sanitizer, a minute a tool; whether they were all reached is said. Without
+# torch's cache, so that every tensor has bounds of its own.
+SANITIZE_SECONDS ?= 60
+SANITIZED := tests/test_gpu.py -k "cuda and (out_of_range or (gradients and 2048 and float32))"
+define sanitize
+@if ! command -v compute-sanitizer >/dev/null; then echo "$(1): compute-sanitizer was not found: not run"; else \
+	echo "compute-sanitizer --tool $(1), at most $(SANITIZE_SECONDS) s"; \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(ON_GPU_ENV) timeout $(SANITIZE_SECONDS) compute-sanitizer --tool $(1) \
+		--error-exitcode 3 --target-processes all $(GPU_PYTHON) -m pytest -q -m gpu $(SANITIZED); code=$$?; \
+	if [ $$code = 124 ]; then echo "$(1): the time was over before the tests were"; else exit $$code; fi; fi
+
+endef
 
 gpu:
 	rm -rf build/gpu
 	FASTEDIT_CUDA=ON FASTEDIT_CUDA_ARCHITECTURES=$(or $(GPU_ARCH),90) \
 		$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index --target build/gpu .
 	$(ON_GPU) -m pytest -m gpu tests/test_ops.py tests/test_gpu.py $(PYTEST_ARGS)
+	$(foreach tool,memcheck racecheck,$(call sanitize,$(tool)))
 	$(ON_GPU) -m bench.gpu --out $(OUT)

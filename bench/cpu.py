@@ -5,7 +5,7 @@
 
 import argparse
 
-from . import models, report
+from . import host, models, report
 from .kernels import plot, study
 
 
@@ -19,6 +19,7 @@ def main():
     options = parser.parse_args()
     path = study.run(options.out, full=options.full, minutes=options.minutes, device="cpu")
     print(path, plot.roofline(path), sep="\n")
+    print(host.run(options.out, device="cpu"))
     print(models.run(options.out, processes=options.processes, minutes=options.models, full=options.full))
     print(report.write(options.out))
 

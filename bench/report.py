@@ -9,6 +9,7 @@ import pathlib
 import re
 import sys
 
+from . import host
 from .kernels import table as kernels
 from .models import rows as models
 from .models import table as models_table
@@ -31,6 +32,7 @@ TABLES = {
     "kernels": ("kernels-cpu.csv", kernels.share_of_limit),
     "one row": ("kernels-cpu.csv", kernels.one_row),
     "sweeps": ("kernels-cpu.csv", kernels.sweeps),
+    "host": ("host-cpu.csv", host.table),
     "red in models": ("models-cpu.csv", models_of_red),
     "models": ("models-cpu.csv", models_table.markdown),
 }

@@ -1,33 +1,13 @@
 """What the CUDA compiler makes of kernels/cuda, without a GPU: no spills, no local memory, no fp64, 128-bit
 loads and stores of every stream. And the launch shapes, which are plain C++."""
 
-import importlib.util
-import os
 import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ROOT / "kernels"
-UNITS = sorted((KERNELS / "cuda").glob("*.cu"))
-
-
-def find_nvcc():
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-
-
-def find_cuobjdump():
-    found = shutil.which("cuobjdump")
-    spec = importlib.util.find_spec("triton")
-    if found is None and spec is not None and spec.origin:
-        found = shutil.which("cuobjdump", path=str(Path(spec.origin).parent / "backends/nvidia/bin"))
-    return found
-
+from cuda_tools import KERNELS, UNITS, compile_unit, find_cuobjdump, find_nvcc, instructions
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
 needs_cuobjdump = pytest.mark.skipif(
@@ -39,39 +19,18 @@ needs_cuobjdump = pytest.mark.skipif(
 def compiled(tmp_path_factory):
     """{unit: (cubin, ptxas' report)} for sm_90."""
     folder = tmp_path_factory.mktemp("cubins")
-
-    def compile_one(unit):
-        cubin = folder / f"{unit.stem}.cubin"
-        done = subprocess.run(
-            [find_nvcc(), "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-I{KERNELS}",
-             str(unit), "-o", str(cubin)],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return unit.stem, (cubin, done.stderr)
-
     largest_first = sorted(UNITS, key=lambda unit: -unit.stat().st_size)
     with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(compile_one, largest_first))
+        reports = pool.map(lambda unit: compile_unit(unit, folder), largest_first)
+        return {unit.stem: report for unit, report in zip(largest_first, reports, strict=True)}
 
 
 @pytest.fixture(scope="session")
 def sass(compiled):
     """{kernel's mangled name: its instructions}."""
-
-    def disassemble(pair):
-        command = [find_cuobjdump(), "-sass", str(pair[0])]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    found = {}
     with ThreadPoolExecutor(2) as pool:
-        texts = list(pool.map(disassemble, compiled.values()))
-    for listing in texts:
-        for text in re.split(r"Function : ", listing)[1:]:
-            found[text.split(None, 1)[0]] = re.findall(
-                r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);", text
-            )
-    return found
+        found = pool.map(instructions, [cubin for cubin, _ in compiled.values()])
+        return {name: code for unit in found for name, code in unit.items()}
 
 
 def vectorised(sass):
@@ -84,7 +43,7 @@ def vectorised(sass):
 
 
 def scalar(name):
-    return "3AnyE" in name or re.search(r"loop_|reduce_kernel", name) is not None
+    return "3AnyE" in name or re.search(r"loop_backward|reduce_kernel", name) is not None
 
 
 @needs_nvcc
@@ -121,13 +80,19 @@ def test_streams_move_128_bits_at_a_time(sass):
         # Parameters come through .CONSTANT loads; streams with a hint for L1 or L2 (vec.h). Beside fp32 a
         # 16-bit stream moves four elements, 64 bits.
         streams = [op for op, _ in code if op.startswith("LDG") and re.search(r"\.(EF|NA)\b", op)]
+        streams += [op for op, _ in code if op.startswith("LDGSTS")]  # straight into shared memory
         stores = [op for op, _ in code if op.startswith("STG")]
+        if "loop_rows" in name:  # through L1, since each is read again: among the parameters' loads
+            assert any(op.endswith(".128.CONSTANT") for op, _ in code), name
+            assert not [op for op, _ in code if "U16" in op or op == "STG.E.U16"], name
+            streams = [op for op, _ in code if op.startswith("LDG.E.128")]
         mixed = "Li4E" in name and re.search("4Half|5Brain", name) is not None
-        assert any(op.endswith(".128") for op in streams), (name, streams)
-        narrow = {op for op in streams if not op.endswith(".128")}
+        assert any(".128" in op for op in streams), (name, streams)
+        narrow = {op for op in streams if ".128" not in op}
         assert not narrow or (mixed and all(op.endswith(".64") for op in narrow)), (name, narrow)
-        sums_alone = "outer_sums" in name or ("column_sums" in name and "Lb1" in name)
-        if not sums_alone:
+        if "unit_backward" in name:
+            assert any(op.startswith("LDGSTS") for op in streams), name
+        if "outer_sums" not in name:
             width = "64" if mixed and "column_sums" in name else "128"  # of d_x, hidden's dtype
             assert f"STG.E.{width}" in stores, (name, stores)
 
@@ -156,6 +121,7 @@ def test_four_rows_are_in_flight_before_the_first_use(sass, kernel, in_flight):
 LAUNCH = r"""
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include "cuda/launch.h"
 using namespace fastedit::cuda;
 #define CHECK(x) if (!(x)) return fail(rows, width, vector, sms, #x)
@@ -187,7 +153,7 @@ int main() {
       int elements = tile_elements(width, vector, rank > 0);
       CHECK(vector > 1 || elements == 0);
       CHECK(vector == 1 || width > (rank ? 8192 : 16384) || elements > 0);
-      Shape s = loop_shape(rows, rank, sms);
+      Shape s = loop_shape(rows, width, rank, sms);
       CHECK(s.blocks <= rows && (rows == 0 || s.blocks >= 1) && s.shared_bytes <= 48 * 1024);
       if (!elements) continue;
       int per_block = (rank ? 32 : 16) / elements;
@@ -201,6 +167,28 @@ int main() {
       Shape other = tile_shape(rows + 1000, width, rank, elements, per_block, sms + 3);
       // Sums follow the width alone.
       CHECK(other.threads == s.threads && other.shared_bytes == s.shared_bytes);
+    }
+    for (int rank : ranks) for (int sums : {0, 1, 4, 10, 130}) for (int kib : {48, 99, 163, 227}) {
+      if (vector == 1) continue;
+      int tile = unit_tile(vector, sms % 2), limit = kib * 1024;
+      UnitShape s = unit_shape(width, vector, rank, tile, 3, 2, sums, limit);
+      CHECK(s.threads % 32 == 0 && s.threads >= 32 && s.threads <= kUnitThreads);
+      int64_t columns = int64_t{s.threads} * s.chunks * vector;
+      CHECK(columns >= width && columns - width < s.threads * vector);
+      CHECK(s.shared_bytes <= limit && s.sums_at % 16 == 0);
+      if (!s.shared_bytes) { CHECK(s.sums_at + columns * sums * 4 > limit); continue; }
+      int streams = 3 * s.total_staged + 2 * s.h_staged;
+      CHECK(s.sums_at + columns * sums * 4 + columns / vector * 16 * tile * streams == s.shared_bytes);
+      UnitShape other = unit_shape(width, vector, 0, tile, 1, 0, 0, 227 * 1024);
+      CHECK(other.threads == s.threads);  // sums along a row follow the width alone
+      int64_t target = unit_target(s.threads, s.shared_bytes), unit = unit_rows(rows, target, 256);
+      CHECK(target >= 128 && target * s.threads * kUnitRegisters <= 128 * 65536);
+      CHECK(unit >= 8 && unit <= 256 && unit % 2 == 0);
+      CHECK(unit == 8 || ceil_div(rows, unit) <= target * ceil_div(rows, target * 256));  // whole waves
+      for (int slots : {1, 7, 256}) {
+        int64_t parts = unit_parts(rows, slots, target, 256);
+        CHECK(parts >= 1 && 256 % parts == 0 && 256 / parts >= 8);
+      }
     }
     CHECK(column_shape(5, 3, vector).shared_bytes <= 48 * 1024 && column_shape(5, 3, vector).blocks == 15);
   }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import assert_promise, eager_edit, exact_edit, exact_edit_add, make_form
+from oracle import assert_promise, eager_edit, eager_norm, exact_edit, exact_edit_add, make_form
 
 from fastedit import dispatch, ops
 
@@ -33,6 +33,34 @@ def test_wide_and_many(backend, width, dtype, rank):
     assert_promise("h'", ops.edit(h, **form), exact_edit(h, form)[0], eager_edit(h, form).to(dtype))
     eager = (residual + eager_edit(h, form)).to(dtype)
     assert_promise("residual'", ops.edit_add(h, residual, **form), exact_edit_add(h, residual, form, "x"), eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("rank", [0, 2, 8])
+def test_wide_gradients(backend, width, dtype, rank):
+    """Every way the CUDA backward keeps its sums: staged, from L2, and left to later launches."""
+    x, residual = (torch.randn(700, width, device="cuda").to(dtype) for _ in range(2))
+    grads = [torch.randn(700, width, device="cuda").to(dtype) for _ in range(2)]
+    form = {n: p for n, p in on_gpu(make_form(width, rank)).items() if p is not None}
+    weight = (1 + 0.2 * torch.randn(width, device="cuda")).to(dtype)
+    stored = ops.edit_add_norm(x, residual, weight, **form, eps=1e-5)[0]
+
+    def eager(x, residual, weight, **form):
+        r = residual + eager_edit(x, dict.fromkeys(("scale", "bias", "read", "offset", "write")) | form)
+        r = r if r.dtype == torch.float64 else r.to(dtype)
+        return r, eager_norm(r + (stored.to(r.dtype) - r).detach(), weight, None, "rms", 1e-5)
+
+    def run(function, cast):
+        inputs = {"x": x, "residual": residual, "weight": weight} | form
+        inputs = {n: cast(t).detach().requires_grad_() for n, t in inputs.items()}
+        outputs = function(**inputs)
+        given = [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
+        return torch.autograd.grad(outputs, list(inputs.values()), given), list(inputs)
+
+    got, names = run(lambda **inputs: ops.edit_add_norm(**inputs, eps=1e-5), lambda t: t)
+    for name, *three in zip(names, got, run(eager, torch.Tensor.double)[0], run(eager, lambda t: t)[0], strict=True):
+        assert_promise(f"d_{name}", *three)
 
 
 @pytest.mark.parametrize("pattern", ["runs", "random", "one", "none"])

@@ -1,39 +1,56 @@
 // What the backward kernels share: which sums are wanted, where their partials lie, which rows a block takes.
 //
 // edit_backward and project_backward fill the same struct as edit_add_norm_backward and leave the norm out.
-// Three kinds of kernel: rows (what needs a sum along the row: the norm's gradient, q, d_coefficient, and
-// with them d_x), columns (sums over a unit of at most kBlockRows rows), and a reduction over the units.
+// Kinds of kernel:
+//   units    backward_unit.h     sums along the rows and, as far as they fit on the chip, down the columns
+//   columns  backward_columns.h  rank 0 without a norm: one pass, column tiles
+//   rows     backward_rows.h     sums along the rows, for odd widths and unaligned views; columns takes the rest
+//   outer    backward_sums.cu    d_read and d_write where the units leave them over
+//   reduce   backward_sums.cu    the sum over the units' partials
 #pragma once
 #include "form.h"
 #include "launch.h"
 
 namespace fastedit::cuda {
 
-// Offsets of each sum in a unit's partials, −1 where it is not wanted.
+// Offsets of each sum in a unit's partials, −1 where it is not meant.
 struct Sums {
-  int64_t scale = -1, bias = -1, read = -1, offset = -1, write = -1, weight = -1, norm_bias = -1, size = 0;
+  int64_t scale = -1, bias = -1, read = -1, write = -1, weight = -1, norm_bias = -1, offset = -1;
+  bool vectors() const { return scale >= 0 || bias >= 0 || weight >= 0 || norm_bias >= 0; }
 };
 
 struct Backward {
   EditAddNormBackwardArgs a;
   int sum_dtype;  // of a.residual
+  int vector;     // elements of one access; 1 is the scalar path
   bool has_grad;  // a gradient comes in through the rows, not through z alone
   bool pulls;     // q has a part grad @ writeᵀ
-  bool rows_kernel;
-  bool columns_d_x;   // the column kernel stores d_x: rank 0 and no norm, one pass over grad and hidden
-  const float* q;     // (rows, rank) for d_read and d_offset: the workspace's, or grad_z itself; null: zero
-  float* q_out;       // (rows, rank), null where nobody reads it
-  float* norm_means;  // (rows, 2): NormRow::dot and sum, null where nobody reads them
-  float* partials;    // (units, sums.size)
-  int64_t units;      // with slots an upper bound, since the host does not know the slots' sizes
-  Sums sums;
+  bool unit_kernel, rows_kernel;
+  bool columns_d_x;    // the column kernel stores d_x
+  const float* q;      // (rows, rank) for d_read and d_offset: the workspace's, or grad_z itself; null: zero
+  float* q_out;        // (rows, rank), null where nobody reads it
+  float* norm_means;   // (rows, 2): NormRow::dot and sum, null where nobody reads them
+  float* total;        // (rows, width) for d_write behind a norm, null where nobody reads it
+  float* partials;     // (units, partial_size)
+  int64_t partial_size;
+  int64_t units;       // with slots an upper bound, since the host does not know the slots' sizes
+  int64_t unit_rows;   // of one unit at most
+  int64_t parts;       // units of one of slot_order's blocks
+  Sums wanted, taken, left;  // every sum; those of the next launch of the unit kernel; those of later launches
+  int unit_sums;       // columns of sums that are taken
+  bool reads_h;        // the unit kernel takes h with the row
+  UnitShape unit;
   int64_t workspace_bytes;
 };
 
 Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool norm, void* workspace);
 
-// The second half of a backward: the pairwise sum of the units' partials into d_form, d_weight, d_norm_bias.
-int reduce_units(const Backward& backward, void* stream);
+// The next launch of the unit kernel, for vector sums that were left over; false where there are none.
+bool next_launch(Backward& backward, bool norm);
+
+// After the rows: d_read and d_write where they are left, then the pairwise sum of the units' partials into
+// d_form, d_weight, d_norm_bias.
+int finish_sums(const Backward& backward, void* stream);
 
 // At most kBlockRows rows that share a slot; `order` null: rows first … first + count.
 struct Unit {
@@ -54,40 +71,43 @@ struct UnitRange {
 __device__ inline UnitRange units_of_slot(const Backward& b, int slot) {
   const SlotOrder& order = b.a.slot_order;
   if (!order.order) return {0, b.units};
-  return {__ldg(order.block_first + slot), __ldg(order.block_first + slot + 1)};
+  return {__ldg(order.block_first + slot) * b.parts, __ldg(order.block_first + slot + 1) * b.parts};
 }
 __device__ inline UnitRange all_units(const Backward& b) {
   const SlotOrder& order = b.a.slot_order;
   if (!order.order) return {0, b.units};
   int64_t owned = __ldg(order.block_first + b.a.form.slots), before = __ldg(order.first);
   int64_t after = b.a.rows - __ldg(order.first + b.a.form.slots);
-  return {0, owned + device_ceil_div(before, kBlockRows) + device_ceil_div(after, kBlockRows)};
+  return {0, (owned + device_ceil_div(before, kBlockRows) + device_ceil_div(after, kBlockRows)) * b.parts};
 }
 
-__device__ inline Unit unit_of(const SlotOrder& order, int64_t begin, int64_t end, int64_t block, int slot,
-                               bool inside) {
-  int64_t first = begin + block * kBlockRows;
-  return {order.order, first, static_cast<int>(max(int64_t{0}, min(kBlockRows, end - first))), slot, inside};
+// The part of one of the blocks of kBlockRows that begin … end is cut into.
+__device__ inline Unit unit_of(const Backward& b, int64_t begin, int64_t end, int64_t block, int64_t part,
+                               int slot, bool inside) {
+  int64_t first = begin + block * kBlockRows + part * b.unit_rows;
+  return {b.a.slot_order.order, first, static_cast<int>(max(int64_t{0}, min(b.unit_rows, end - first))), slot,
+          inside};
 }
 
 __device__ inline Unit find_unit(const Backward& b, int64_t unit) {
   const SlotOrder& order = b.a.slot_order;
-  if (!order.order) return unit_of(order, 0, b.a.rows, unit, 0, true);
+  if (!order.order) return unit_of(b, 0, b.a.rows, 0, unit, 0, true);
   int64_t slots = b.a.form.slots, owned = __ldg(order.block_first + slots);
-  if (unit >= owned) {
+  int64_t block = unit / b.parts, part = unit % b.parts;
+  if (block >= owned) {
     int64_t before = __ldg(order.first), blocks = device_ceil_div(before, kBlockRows);
-    unit -= owned;
-    if (unit < blocks) return unit_of(order, 0, before, unit, 0, false);
-    return unit_of(order, __ldg(order.first + slots), b.a.rows, unit - blocks, 0, false);
+    block -= owned;
+    if (block < blocks) return unit_of(b, 0, before, block, part, 0, false);
+    return unit_of(b, __ldg(order.first + slots), b.a.rows, block - blocks, part, 0, false);
   }
-  int64_t low = 0, high = slots;  // block_first[low] <= unit < block_first[high]
+  int64_t low = 0, high = slots;  // block_first[low] <= block < block_first[high]
   while (high - low > 1) {
     int64_t middle = (low + high) / 2;
-    if (__ldg(order.block_first + middle) <= unit) low = middle;
+    if (__ldg(order.block_first + middle) <= block) low = middle;
     else high = middle;
   }
-  return unit_of(order, __ldg(order.first + low), __ldg(order.first + low + 1),
-                 unit - __ldg(order.block_first + low), static_cast<int>(low), true);
+  return unit_of(b, __ldg(order.first + low), __ldg(order.first + low + 1), block - __ldg(order.block_first + low),
+                 part, static_cast<int>(low), true);
 }
 
 }  // namespace fastedit::cuda

@@ -1,11 +1,9 @@
-// The second half of every backward: parameter gradients from the units' partials (backward.h).
+// The plan of every backward, and its second half: parameter gradients from the units' partials (backward.h).
 //
 // Streams: the partials in, one fp32 gradient a column out. Grid: 32 columns × slots; a block's eight
 // warps take eight aligned runs of units. The sum is the pairwise tree over unit numbers, padded with zeros
 // on the right to a power of two: which warp adds a subtree changes nothing, so no launch shape does.
-#include "backward.h"
-#include "reduce.h"
-#include "run.h"
+#include "backward_outer.h"
 
 namespace fastedit::cuda {
 namespace {
@@ -39,10 +37,6 @@ class Pairwise {
   unsigned count_ = 0;
 };
 
-__device__ inline float sum_of_eight(const float* leaf) {
-  return ((leaf[0] + leaf[1]) + (leaf[2] + leaf[3])) + ((leaf[4] + leaf[5]) + (leaf[6] + leaf[7]));
-}
-
 struct Target {
   float* out;    // of slot 0
   int64_t size;  // of one slot
@@ -54,8 +48,8 @@ __device__ inline Target target(const Backward& b, int64_t column) {
   const FormGrad& d = b.a.d_form;
   int64_t width = b.a.width, rank = b.a.form.rank;
   float* out[] = {d.scale, d.bias, d.read, d.offset, d.write, b.a.d_weight, b.a.d_norm_bias};
-  int64_t from[] = {b.sums.scale, b.sums.bias,   b.sums.read,     b.sums.offset,
-                    b.sums.write, b.sums.weight, b.sums.norm_bias};
+  int64_t from[] = {b.wanted.scale, b.wanted.bias,   b.wanted.read,     b.wanted.offset,
+                    b.wanted.write, b.wanted.weight, b.wanted.norm_bias};
   int64_t size[] = {width, width, rank * width, rank, rank * width, width, width};
   Target found{};
 #pragma unroll
@@ -72,7 +66,7 @@ __global__ void __launch_bounds__(kLaneColumns* kLines) reduce_kernel(const Back
   int slot = static_cast<int>(blockIdx.x / tiles);
   int64_t column = int64_t{blockIdx.x % tiles} * kLaneColumns + lane();
   Target to{};
-  if (column < b.sums.size) to = target(b, column);
+  if (column < b.partial_size) to = target(b, column);
   UnitRange range = to.shared ? all_units(b) : units_of_slot(b, slot);
   int64_t units = to.out ? range.end - range.begin : 0, run = 1;
   while (run * kLines < units) run *= 2;
@@ -83,7 +77,7 @@ __global__ void __launch_bounds__(kLaneColumns* kLines) reduce_kernel(const Back
     float leaf[8];
 #pragma unroll
     for (int u = 0; u < 8; ++u) {
-      leaf[u] = i + u < end ? __ldcs(b.partials + (range.begin + i + u) * b.sums.size + column) : 0.f;
+      leaf[u] = i + u < end ? __ldcs(b.partials + (range.begin + i + u) * b.partial_size + column) : 0.f;
     }
     sum.push(sum_of_eight(leaf));
   }
@@ -98,42 +92,123 @@ __global__ void __launch_bounds__(kLaneColumns* kLines) reduce_kernel(const Back
 
 int64_t padded(int64_t floats) { return ceil_div(floats, 4) * 4; }
 
+// One access of a row's streams; the widest dtype decides.
+int row_vector(const EditAddNormBackwardArgs& a, int sum_dtype) {
+  return Alignment(a.rows, a.width, a.residual_dtype == F32 ? F32 : a.x_dtype)
+      .stream(a.grad_residual, a.grad_residual_stride, a.residual_dtype)
+      .stream(a.grad_normed, a.grad_normed_stride, a.residual_dtype)
+      .stream(a.residual_out, a.width, a.residual_dtype)
+      .stream(a.x, a.x_stride, a.x_dtype)
+      .stream(a.residual, a.residual_stride, sum_dtype)
+      .stream(a.weight, 0, a.residual_dtype)
+      .stream(a.d_x, a.width, a.x_dtype)
+      .stream(a.d_residual, a.width, a.residual_dtype)
+      .form(a.form)
+      .vector;
+}
+
+// The unit kernel's shape for the sums that are taken; false where they do not fit.
+bool fits(Backward& b, bool norm) {
+  const EditAddNormBackwardArgs& a = b.a;
+  const Sums& s = b.taken;
+  int rank = static_cast<int>(a.form.rank);
+  b.unit_sums = (s.scale >= 0) + (s.bias >= 0) + (s.weight >= 0) + (s.norm_bias >= 0) +
+                rank * ((s.read >= 0) + (s.write >= 0));
+  b.reads_h = a.x && ((a.d_form.coefficient && a.form.scale) || s.scale >= 0 || s.read >= 0);
+  int of_total = (a.grad_residual != nullptr) + 2 * (a.grad_normed != nullptr);
+  int of_h = b.reads_h + (b.reads_h && a.residual);
+  b.unit = unit_shape(a.width, b.vector, rank, unit_tile(b.vector, norm), of_total, of_h, b.unit_sums,
+                      shared_limit());
+  return b.unit.shared_bytes > 0;
+}
+
+// Leaves sums over until the rest fits: d_read first, which needs nothing of the gradient but q.
+void take_what_fits(Backward& b, bool norm) {
+  int64_t Sums::* const in_turn[] = {&Sums::read, &Sums::write,  &Sums::scale,
+                                     &Sums::bias, &Sums::weight, &Sums::norm_bias};
+  for (auto sum : in_turn) {
+    if (fits(b, norm)) return;
+    b.left.*sum = b.taken.*sum;
+    b.taken.*sum = -1;
+  }
+  fits(b, norm);
+}
+
+// The units of the unit kernel. Sums of a rank that are left over weigh most in the partials: units are larger.
+void cut_units(Backward& b, bool sorted) {
+  bool outer = b.left.read >= 0 || b.left.write >= 0;
+  int64_t target = outer ? kUnitsAWave : unit_target(b.unit.threads, b.unit.shared_bytes);
+  if (sorted) b.parts = unit_parts(b.a.rows, b.a.form.slots, target, kBlockRows);
+  b.unit_rows = sorted ? kBlockRows / b.parts : unit_rows(b.a.rows, target, kBlockRows);
+}
+
+// Where each wanted sum lies in a unit's partials; offset last, so that every vector is aligned.
+void place_sums(Backward& b) {
+  const FormGrad& d = b.a.d_form;
+  int64_t width = b.a.width, rank = b.a.form.rank, floats = 0;
+  auto want = [&](const void* out, int64_t size) {
+    if (!out || size == 0) return int64_t{-1};
+    floats += size;
+    return floats - size;
+  };
+  b.wanted.scale = want(d.scale, width);
+  b.wanted.bias = want(d.bias, width);
+  b.wanted.read = want(d.read, rank * width);
+  b.wanted.write = want(d.write, rank * width);
+  b.wanted.weight = want(b.a.d_weight, width);
+  b.wanted.norm_bias = want(b.a.d_norm_bias, width);
+  b.wanted.offset = want(d.offset, rank);
+  b.partial_size = padded(floats);
+}
+
+// d_read and d_write of what is left, in total's dtype where total was kept.
+int run_left(const Backward& b, void* stream) {
+  Backward outer = b;
+  EditAddNormBackwardArgs& a = outer.a;
+  if (b.total) a.grad_residual = b.total, a.grad_residual_stride = a.width, a.residual_dtype = F32;
+  bool scalar = b.vector == 1 || (a.residual && b.sum_dtype != a.x_dtype);
+  return with_types(a.x_dtype, a.residual_dtype, [&](auto narrow, auto wide) {
+    using H = typename decltype(narrow)::type;
+    using G = typename decltype(wide)::type;
+    return scalar ? run_outer<Any, Any, 1>(outer, stream)
+                  : run_outer<G, H, vector_width(sizeof(G))>(outer, stream);
+  });
+}
+
 }  // namespace
 
 Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool norm, void* workspace) {
   Backward b{};
   b.a = args;
   b.sum_dtype = sum_dtype;
+  b.vector = row_vector(args, sum_dtype);
+  place_sums(b);
   const Form& form = args.form;
-  const FormGrad& d = args.d_form;
   bool sorted = args.slot_order.order != nullptr, low_rank = form.rank > 0;
-  int64_t floats = 0;
-  auto want = [&](const void* out, int64_t size) {
-    if (!out || size == 0) return int64_t{-1};
-    b.sums.size += size;
-    return b.sums.size - size;
-  };
-  b.sums.scale = want(d.scale, args.width);
-  b.sums.bias = want(d.bias, args.width);
-  b.sums.read = want(d.read, form.rank * args.width);
-  b.sums.offset = want(d.offset, form.rank);
-  b.sums.write = want(d.write, form.rank * args.width);
-  b.sums.weight = want(args.d_weight, args.width);
-  b.sums.norm_bias = want(args.d_norm_bias, args.width);
-  bool vectors = b.sums.scale >= 0 || b.sums.bias >= 0 || b.sums.weight >= 0 || b.sums.norm_bias >= 0;
-  bool totals = b.sums.scale >= 0 || b.sums.bias >= 0 || b.sums.write >= 0;
-
+  bool d_rows = args.d_x || args.d_residual, coefficient = args.d_form.coefficient != nullptr;
+  bool along = norm || low_rank || coefficient ||
+               (d_rows && (!b.wanted.vectors() || (form.slot && !sorted)));
   b.has_grad = args.grad_residual || args.grad_normed;
   b.pulls = low_rank && form.write && b.has_grad;
-  bool own_q = b.pulls && (b.sums.read >= 0 || b.sums.offset >= 0);
-  bool own_means = args.grad_normed && totals;
-  bool d_rows = args.d_x || args.d_residual;
-  b.rows_kernel = d.coefficient || own_q || own_means ||
-                  (d_rows && (norm || low_rank || !vectors || (form.slot && !sorted)));
-  b.columns_d_x = args.d_x && !b.rows_kernel;
-  b.units = ceil_div(args.rows, kBlockRows);
-  if (sorted && args.rows) b.units = args.rows / kBlockRows + least(form.slots, args.rows) + 2;
+  b.unit_kernel = along && b.vector > 1;
+  b.unit_rows = kBlockRows, b.parts = 1;
+  if (b.unit_kernel) {
+    b.taken = b.wanted;
+    take_what_fits(b, norm);
+    cut_units(b, sorted);
+  } else {
+    b.left = b.wanted;
+  }
+  b.units = ceil_div(args.rows, b.unit_rows);
+  if (sorted && args.rows) b.units = (args.rows / kBlockRows + least(form.slots, args.rows) + 2) * b.parts;
 
+  bool own_q = b.pulls && (b.left.read >= 0 || b.left.offset >= 0);
+  bool own_means = !b.unit_kernel && args.grad_normed && (b.left.scale >= 0 || b.left.bias >= 0);
+  bool own_total = args.grad_normed && b.left.write >= 0;
+  b.rows_kernel = !b.unit_kernel && (coefficient || own_q || own_means || own_total || (d_rows && along));
+  b.columns_d_x = args.d_x && !b.unit_kernel && !b.rows_kernel;
+
+  int64_t floats = 0;
   auto take = [&](bool wanted, int64_t size) {
     float* at = static_cast<float*>(workspace) + floats;
     if (wanted) floats += padded(size);
@@ -141,14 +216,30 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
   };
   b.q_out = take(own_q, args.rows * form.rank);
   b.norm_means = take(own_means, args.rows * 2);
-  b.partials = take(b.sums.size > 0, b.units * b.sums.size);
+  b.total = take(own_total, args.rows * args.width);
+  b.partials = take(b.partial_size > 0, b.units * b.partial_size);
   b.q = own_q ? b.q_out : args.grad_z;
   b.workspace_bytes = floats * 4;
   return b;
 }
 
-int reduce_units(const Backward& b, void* stream) {
-  int64_t tiles = ceil_div(b.sums.size, kLaneColumns), slots = most(1, b.a.form.slots);
+bool next_launch(Backward& b, bool norm) {
+  if (!b.left.vectors()) return false;
+  b.taken = b.left;
+  b.taken.read = b.taken.write = b.taken.offset = -1;
+  b.left = {};
+  b.a.d_x = b.a.d_residual = nullptr;
+  b.a.d_form.coefficient = b.q_out = b.total = nullptr;
+  b.a.form.rank = 0;
+  b.pulls = false;
+  take_what_fits(b, norm);
+  return true;
+}
+
+int finish_sums(const Backward& b, void* stream) {
+  int error = run_left(b, stream);
+  if (error || b.partial_size == 0) return error;
+  int64_t tiles = ceil_div(b.partial_size, kLaneColumns), slots = most(1, b.a.form.slots);
   Shape shape{tiles * slots, kLaneColumns * kLines, kLaneColumns * kLines * 4};
   return launch(reduce_kernel, shape, stream, b, static_cast<unsigned>(tiles));
 }

@@ -6,8 +6,9 @@
 // edit_add of rank > 0, and project.
 // Grid: as many blocks as fit on the chip, each taking tiles of 32 / E rows in turn. A tile stays in
 // registers from the first load to the last store; parameters come through L1, once for a tile's rows.
-// Rows wider than kTileWidth, odd widths and unaligned views go row by row through loop_rows, which
-// forms each element again where it needs it.
+// Rows wider than kTileWidth, odd widths and unaligned views go row by row through loop_rows, which forms each
+// vector again, from L1 or L2, where it needs it: once for z, once for out and the squares, once for normed, and
+// once more for LayerNorm's mean. Vectors are of one element where width or alignment ask for it.
 // A row's sums are trees over lanes and warps whose shape the width fixes: no other row, and no grid,
 // changes a bit of it.
 #include "norm.h"
@@ -275,7 +276,10 @@ __global__ void __launch_bounds__(kLoopThreads) loop_rows_kernel(const EditAddNo
       Pack<R, V> pack = loop.edited_at(column);
       unpack<R, V>(pack, r, add.residual_dtype);
 #pragma unroll
-      for (int v = 0; v < V; ++v) mean[0] += r[v];
+      for (int v = 0; v < V; ++v) {
+        mean[0] += r[v];
+        square[0] = fmaf(r[v], r[v], square[0]);
+      }
       if (!add.out) continue;
       if (!add.residual && loop.edit.k == 0.f) {
         pack = load<kCached, R, V>(add.x, row * add.x_stride + column, add.x_dtype);
@@ -283,16 +287,17 @@ __global__ void __launch_bounds__(kLoopThreads) loop_rows_kernel(const EditAddNo
       store<R, V>(add.out, row * add.width + column, pack, add.residual_dtype);
     }
     if (!a.normed) continue;
-    if (a.kind == LAYER) block_sum(mean, shared, turn);
-    mean[0] = a.kind == LAYER ? mean[0] * inverse : 0.f;
-    for (int64_t column = begin; column < add.width; column += step) {
+    bool layer = a.kind == LAYER;
+    if (layer) block_sum(mean, shared, turn), square[0] = 0.f;
+    mean[0] = layer ? mean[0] * inverse : 0.f;
+    for (int64_t column = begin; layer && column < add.width; column += step) {
       unpack<R, V>(loop.edited_at(column), r, add.residual_dtype);
 #pragma unroll
       for (int v = 0; v < V; ++v) square[0] = fmaf(r[v] - mean[0], r[v] - mean[0], square[0]);
     }
     block_sum(square, shared, turn);
     float rstd = reciprocal_root(fmaf(square[0], inverse, a.eps));
-    if (threadIdx.x == 0 && a.kind == LAYER && a.mean) a.mean[row] = mean[0];
+    if (threadIdx.x == 0 && layer && a.mean) a.mean[row] = mean[0];
     if (threadIdx.x == 0 && a.rstd) a.rstd[row] = rstd;
     for (int64_t column = begin; column < add.width; column += step) {
       unpack<R, V>(loop.edited_at(column), r, add.residual_dtype);
@@ -322,8 +327,8 @@ int run_rows(const EditAddNormArgs& a, void* stream) {
     if (elements == 8) return run_tiles<X, R, V, 8, false>(a, stream);
     if (elements == 16) return run_tiles<X, R, V, 16, false>(a, stream);
   }
-  Shape shape = loop_shape(add.rows, add.form.rank, multiprocessors());
-  return launch(loop_rows_kernel<Any, Any, 1>, shape, stream, a);
+  Shape shape = loop_shape(add.rows, add.width, add.form.rank, multiprocessors());
+  return launch(loop_rows_kernel<X, R, V>, shape, stream, a);
 }
 
 }  // namespace

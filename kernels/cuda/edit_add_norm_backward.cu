@@ -1,11 +1,12 @@
 // edit_add_norm_backward: total = grad_residual + the norm's gradient at grad_normed, kept in fp32, then
 // edit_backward's formulas with grad = total; d_weight = Σ grad_normed ⊙ unit, d_norm_bias = Σ grad_normed.
 //
-// Streams: grad_residual, grad_normed, residual_out in, d_x and d_residual out (backward_rows.h); where sums
-// are wanted the first three and x once more (backward_columns.h), total formed again from each row's two
-// means, so that it is never rounded. Then the pairwise sum of the partials (backward_sums.cu). Grids,
-// registers and the order of additions are told there; no atomics.
-#include "backward_columns.h"
+// Streams: grad_residual, grad_normed, residual_out and, where a wanted gradient reads it, h in; d_x and
+// d_residual out; each once (backward_unit.h; what does not fit on the chip: backward_sums.cu). total is never
+// rounded. Odd widths and unaligned views read the rows again for the sums (backward_rows.h,
+// backward_columns.h). Then the pairwise sum of the partials (backward_sums.cu). Grids, registers and the order
+// of additions are told there; no atomics.
+#include "backward_run.h"
 
 namespace fastedit::cuda {
 

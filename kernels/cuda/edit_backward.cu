@@ -2,10 +2,11 @@
 //   d_hidden = grad + k (scale − 1) ⊙ grad + q @ read, and the parameters' gradients (abi.h).
 //
 // Rank 0: one pass, grad and hidden in, d_hidden out, fp32 partials of the sums beside it
-// (backward_columns.h). Rank > 0 or d_coefficient: q and d_hidden first (backward_rows.h), which reads grad
-// once more. Then the pairwise sum of the partials (backward_sums.cu). Grids, registers and the order of
-// additions are told there; no atomics.
-#include "backward_columns.h"
+// (backward_columns.h). Rank > 0 or d_coefficient: the same streams once, a block a run of whole rows
+// (backward_unit.h), as long as the sums fit on the chip; d_read and d_write of larger ranks read hidden and
+// grad again (backward_outer.h). Then the pairwise sum of the partials (backward_sums.cu). Grids, registers and
+// the order of additions are told there; no atomics.
+#include "backward_run.h"
 
 namespace fastedit::cuda {
 namespace {

@@ -18,7 +18,7 @@ constexpr int kStreamRows = 32;   // kLines × 4 rows in flight
 // Blocks of the stream kernel that share a multiprocessor, without and with slots or coefficients: 85 and 128
 // registers a thread. Two streams are 96 and 64 KB in flight, where bandwidth × latency asks for about 30.
 constexpr int kStreamBlocksPerSm[] = {3, 2};
-constexpr int kLoopThreads = 256;
+constexpr int kLoopThreads = 512;
 constexpr int64_t kMaxBlocks = 2147483647;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,7 +55,7 @@ constexpr int tile_threads(int64_t width, int elements) {
 
 // Row kernels: floats of shared memory for block sums, the warps' shares of each dot product, the results.
 constexpr int row_shared_bytes(int rank, int rows, int threads) {
-  return (2 * 8 * 32 + rank * rows * (threads / 32 + 2)) * 4;
+  return (2 * 4 * 32 + rank * rows * (threads / 32 + 3) + rank) * 4;
 }
 inline Shape tile_shape(int64_t rows, int64_t width, int64_t rank, int elements, int per_block,
                         int multiprocessors) {
@@ -64,9 +64,68 @@ inline Shape tile_shape(int64_t rows, int64_t width, int64_t rank, int elements,
   return {least(ceil_div(rows, per_block), resident), threads,
           row_shared_bytes(static_cast<int>(rank), per_block, threads)};
 }
-inline Shape loop_shape(int64_t rows, int64_t rank, int multiprocessors) {
-  int64_t resident = int64_t{multiprocessors} * (2048 / kLoopThreads);
-  return {least(rows, resident), kLoopThreads, row_shared_bytes(static_cast<int>(rank), 1, kLoopThreads)};
+// A row at a time. Wide rows are few at once, 132 × 2 of 64 KB, so that a row is still in L2 when it is read again.
+inline Shape loop_shape(int64_t rows, int64_t width, int64_t rank, int multiprocessors) {
+  bool wide = width > kLowRankTileWidth;
+  int threads = wide ? kLoopThreads : kLoopThreads / 2;
+  int64_t resident = int64_t{multiprocessors} * (wide ? 2 : 8);
+  return {least(rows, resident), threads, row_shared_bytes(static_cast<int>(rank), 1, threads)};
+}
+
+// The unit kernel of a backward (backward_unit.h): a block owns a unit's rows and takes `tile` of them at a time.
+// Threads follow the width alone, and with them the order of every sum along a row. 128 registers a thread
+// bound it: two blocks of 256 share a multiprocessor, a row of more than 512 vectors takes one of 512.
+constexpr int kUnitThreads = 512, kUnitRegisters = 128;
+constexpr int kCellBytes = 16;  // of the stage: one vector of one stream
+constexpr int unit_tile(int vector, bool norm) { return norm && vector == 4 ? 1 : 2; }
+template <int V, bool kNorm>
+constexpr int kUnitTile = unit_tile(V, kNorm);
+constexpr int unit_threads(int64_t width, int vector) {
+  int64_t vectors = ceil_div(width, vector), most_threads = vectors > kUnitThreads ? 512 : 256;
+  return static_cast<int>(ceil_div(ceil_div(vectors, ceil_div(vectors, most_threads)), 32) * 32);
+}
+// Shared memory: block sums, each row's dot products, a column's sums, and as they come in the tile's streams
+// that total is made of (`total_staged`) and h's (`h_staged`). Without room for h's it comes from memory when it is
+// needed, without room for total's these come from L2 again; 0 bytes: not even the sums fit.
+struct UnitShape {
+  int threads, chunks, shared_bytes;
+  int sums_at;  // bytes of shared memory before the first sum
+  bool total_staged, h_staged;
+};
+inline UnitShape unit_shape(int64_t width, int vector, int rank, int tile, int total_streams, int h_streams,
+                            int64_t sums, int shared_limit) {
+  int threads = unit_threads(width, vector);
+  int64_t chunks = ceil_div(width, int64_t{threads} * vector), stream = threads * chunks * kCellBytes * tile;
+  int sums_at = static_cast<int>(ceil_div(row_shared_bytes(rank, tile, threads), 16) * 16);
+  int64_t bytes = sums_at + threads * chunks * vector * sums * 4;
+  UnitShape shape{threads, static_cast<int>(chunks), 0, sums_at, false, false};
+  if (bytes > shared_limit) return shape;
+  shape.total_staged = bytes + stream * total_streams <= shared_limit;
+  if (shape.total_staged) bytes += stream * total_streams;
+  shape.h_staged = shape.total_staged && bytes + stream * h_streams <= shared_limit;
+  if (shape.h_staged) bytes += stream * h_streams;
+  shape.shared_bytes = static_cast<int>(bytes);
+  return shape;
+}
+
+// Rows of a unit: as few units as give each of 128 multiprocessors all the blocks it can hold, in whole
+// waves, since each costs a partial of every sum; at most kBlockRows rows. Shared memory is counted as on sm_90,
+// 228 KB of which the system takes one for each block, whatever the machine: the order of additions must not
+// follow it.
+constexpr int64_t kUnitsAWave = 128;
+inline int64_t unit_target(int threads, int shared_bytes) {
+  int64_t by_shared = 228 * 1024 / (shared_bytes + 1024), by_registers = 65536 / (kUnitRegisters * threads);
+  return kUnitsAWave * most(1, least(8, least(by_shared, by_registers)));
+}
+inline int64_t unit_rows(int64_t rows, int64_t target, int64_t most_rows) {
+  int64_t waves = most(1, ceil_div(rows, target * most_rows));
+  return least(most_rows, most(8, ceil_div(ceil_div(rows, target * waves), 2) * 2));
+}
+// Over slots a unit is a part of a slot's block of `most_rows` rows: how many parts, a power of two.
+inline int64_t unit_parts(int64_t rows, int64_t slots, int64_t target, int64_t most_rows) {
+  int64_t blocks = ceil_div(rows, most_rows) + least(slots, rows), parts = 1;
+  while (blocks * parts * 2 <= target && parts * 2 * 8 <= most_rows) parts *= 2;
+  return parts;
 }
 
 // Column sums: one block for each column tile of each block of kBlockRows rows.

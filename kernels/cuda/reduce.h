@@ -36,14 +36,14 @@ __device__ inline float warp_sum_of_eight(float (&value)[8]) {
   return sum;
 }
 
-// Room for block_sum: two buffers, so that one barrier a call is enough.
-constexpr int kBlockSumFloats = 2 * 8 * kMaxWarps;
+// Room for block_sum of up to four values: two buffers, so that one barrier a call is enough.
+constexpr int kBlockSumFloats = 2 * 4 * kMaxWarps;
 
 // Every thread gets the block's sums of N values. `turn` alternates the buffers between calls.
 template <int N>
 __device__ inline void block_sum(float (&value)[N], float* shared, int& turn) {
-  static_assert(N <= 8, "kBlockSumFloats");
-  float* buffer = shared + (turn++ & 1) * 8 * kMaxWarps;
+  static_assert(N <= 4, "kBlockSumFloats");
+  float* buffer = shared + (turn++ & 1) * 4 * kMaxWarps;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     float sum = warp_sum(value[i]);

@@ -21,6 +21,7 @@ int with_types(int narrow, int wide, F run) {
   if (narrow == F16 && wide == F32) return run(Type<Half>{}, Type<float>{});
   return cudaErrorInvalidValue;
 }
+constexpr int kShared = 48 * 1024;  // what a block gets without asking
 inline int element_bytes(int dtype) { return dtype == F32 ? 4 : 2; }
 
 // Collects the streams of a call; `vector` is what one access may hold, 1 as soon as one stream forbids more.
@@ -45,23 +46,37 @@ struct Alignment {
   }
 };
 
-inline int multiprocessors() {
+// An attribute of the current device, asked for once; 0 where there is no device.
+template <int kAttribute>
+int device_attribute() {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 1;
-  count = known[device].load(std::memory_order_relaxed);
-  if (count == 0) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    known[device].store(count, std::memory_order_relaxed);
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  value = known[device].load(std::memory_order_relaxed);
+  if (value == 0) {
+    cudaDeviceGetAttribute(&value, static_cast<cudaDeviceAttr>(kAttribute), device);
+    known[device].store(value, std::memory_order_relaxed);
   }
-  return count > 0 ? count : 1;
+  return value;
+}
+inline int multiprocessors() {
+  return static_cast<int>(most(1, device_attribute<cudaDevAttrMultiProcessorCount>()));
+}
+// What a block may have of shared memory, when it asks.
+inline int shared_limit() {
+  return static_cast<int>(most(kShared, device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>()));
 }
 
 template <class... P, class... A>
 int launch(void (*kernel)(P...), const Shape& shape, void* stream, const A&... args) {
   if (shape.blocks == 0) return cudaSuccess;
   if (shape.blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
+  if (shape.shared_bytes > kShared) {
+    int error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    if (error) return error;
+  }
 #ifdef __CUDACC__
   kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes,
            static_cast<cudaStream_t>(stream)>>>(args...);

@@ -66,6 +66,15 @@ template <class W>
 __device__ inline void put(W* at, W w) {
   *at = w;
 }
+// A vector on its way into shared memory, past the registers; `to` is read after wait_copies and by this thread
+// alone. An earlier read of `to` by this thread is served first: both go through one queue.
+template <class P>
+__device__ inline void copy_async(P* to, const void* from) {
+  unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (sizeof(P) == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
+}
+__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #define FASTEDIT_SHARED(name) extern __shared__ __align__(16) float name[]
 #endif
 

@@ -3,7 +3,9 @@
 // The threads of a block are fibers of one operating-system thread, run one after another between barriers,
 // in an order that a test chooses: a missing barrier then shows as a result that depends on the order. A
 // barrier or shuffle that not all threads reach, a misaligned vector access and a write past the shared
-// memory asked for make the launch fail. Shared memory starts out poisoned.
+// memory asked for make the launch fail. Shared memory starts out poisoned, and so is the target of an asynchronous
+// copy from the moment it is asked for until the thread waits. Every access that goes through vec.h's functions is
+// counted for the tensor it falls into.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -43,7 +45,8 @@ enum {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
 };
-enum { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 namespace emulator {
 
@@ -51,16 +54,23 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 extern Index thread_index, block_index, block_size, grid_size;
-extern int multiprocessors, last_error;
+extern int multiprocessors, shared_limit, last_error;
 
+int device_number();
 void fail(const char* what);
 void block_barrier(const char* file, int line);
 float exchange(float value, int source_lane, const char* file, int line);
 float* shared_memory();
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
+void note_launch(const void* kernel, int64_t blocks, int threads, int shared_bytes);
+void allow_shared(int bytes);  // for the next launch
+void copy_later(void* to, const void* from, int bytes);
+void copy_now();
+void count(const void* at, int bytes, bool store);
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, const A&... args) {
+  note_launch(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes);
   run(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 
@@ -111,20 +121,33 @@ inline float f16_value(uint32_t bits) {
 
 template <class T>
 T __ldg(const T* at) {
-  return emulator::check_aligned(at), *at;
+  emulator::check_aligned(at);
+  emulator::count(at, sizeof(T), false);
+  return *at;
 }
 template <class T>
 T __ldcs(const T* at) {
-  return emulator::check_aligned(at), *at;
+  return __ldg(at);
 }
 template <class T>
 T load_no_allocate(const T* at) {
-  return emulator::check_aligned(at), *at;
+  return __ldg(at);
 }
 template <class T>
 void put(T* at, T value) {
-  emulator::check_aligned(at), *at = value;
+  emulator::check_aligned(at);
+  emulator::count(at, sizeof(T), true);
+  *at = value;
 }
+template <class P>
+void copy_async(P* to, const void* from) {
+  static_assert(sizeof(P) == 8 || sizeof(P) == 16, "cp.async");
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(P) || reinterpret_cast<uintptr_t>(from) % sizeof(P))
+    emulator::fail("misaligned access");
+  emulator::count(from, sizeof(P), false);
+  emulator::copy_later(to, from, sizeof(P));
+}
+inline void wait_copies() { emulator::copy_now(); }
 
 inline float __uint_as_float(uint32_t bits) { return emulator::float_of(bits); }
 inline uint32_t __float_as_uint(float value) { return emulator::bits_of(value); }
@@ -137,10 +160,14 @@ inline uint32_t two_f16(float low, float high) {
 }
 inline float from_f16(uint32_t bits) { return emulator::f16_value(bits & 0xffff); }
 
-// A device for each number of multiprocessors, since kernels/cuda asks each device once.
-inline int cudaGetDevice(int* device) { return *device = emulator::multiprocessors % 64, cudaSuccess; }
-inline int cudaDeviceGetAttribute(int* value, int, int) {
-  return *value = emulator::multiprocessors, cudaSuccess;
+// A device for each chip that a test describes, since kernels/cuda asks each device once.
+inline int cudaGetDevice(int* device) { return *device = emulator::device_number(), cudaSuccess; }
+inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  bool sms = attribute == cudaDevAttrMultiProcessorCount;
+  return *value = sms ? emulator::multiprocessors : emulator::shared_limit, cudaSuccess;
+}
+inline int cudaFuncSetAttribute(const void*, int, int bytes) {
+  return emulator::allow_shared(bytes), cudaSuccess;
 }
 inline int cudaGetLastError() {
   int error = emulator::last_error;

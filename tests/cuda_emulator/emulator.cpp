@@ -2,6 +2,7 @@
 // nanoseconds; its stack is made once, with makecontext, and serves every later block.
 #include "cuda_runtime.h"
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -14,7 +15,7 @@
 namespace emulator {
 
 Index thread_index, block_index, block_size, grid_size;
-int multiprocessors = 3, last_error = cudaSuccess;
+int multiprocessors = 3, shared_limit = 227 * 1024, last_error = cudaSuccess;
 
 namespace {
 
@@ -23,6 +24,12 @@ constexpr int kGuard = 64;  // floats behind the shared memory asked for
 const float kPoison = float_of(0x7fc0dead);
 
 enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+
+struct Copy {
+  char* to;
+  const void* from;
+  int bytes;
+};
 
 struct Fiber {
   jmp_buf jump;
@@ -33,6 +40,16 @@ struct Fiber {
   int line = 0;
   float sent[2];  // by turns, so that one rendezvous a shuffle is enough
   int turn = 0;
+  std::vector<Copy> copies;  // asked for and not waited for
+};
+
+struct Launch {
+  int64_t kernel, blocks, threads, shared_bytes;  // kernel: its address in the library
+};
+
+struct Watched {
+  const char* begin;
+  int64_t bytes, loaded, stored;
 };
 
 std::vector<Fiber> fibers;
@@ -40,7 +57,9 @@ std::vector<float> shared;
 jmp_buf scheduler;
 const std::function<void()>* body;
 int current = -1;
-int order_seed = 0;
+int order_seed = 0, shared_allowed = 48 * 1024;
+std::vector<Watched> watched;
+std::vector<Launch> launches;
 std::string message;
 
 void leave(State state) {
@@ -141,6 +160,43 @@ void fail(const char* what) {
 
 float* shared_memory() { return shared.data(); }
 
+int device_number() {
+  static std::vector<std::pair<int, int>> chips;
+  std::pair<int, int> chip{multiprocessors, shared_limit};
+  auto at = std::find(chips.begin(), chips.end(), chip);
+  if (at == chips.end()) chips.push_back(chip), at = chips.end() - 1;
+  return static_cast<int>(at - chips.begin());
+}
+
+void note_launch(const void* kernel, int64_t blocks, int threads, int shared_bytes) {
+  Dl_info info{};
+  dladdr(kernel, &info);
+  int64_t address = static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase);
+  launches.push_back({address, blocks, threads, shared_bytes});
+}
+
+void allow_shared(int bytes) { shared_allowed = bytes; }
+
+void copy_later(void* to, const void* from, int bytes) {
+  char* at = static_cast<char*>(to);
+  const char *begin = reinterpret_cast<char*>(shared.data()), *end = begin + 4 * (shared.size() - kGuard);
+  if (at < begin || at + bytes > end) return fail("a copy past the shared memory");
+  std::memset(at, 0xff, bytes);
+  fibers[current].copies.push_back({at, from, bytes});
+}
+
+void copy_now() {
+  for (const Copy& copy : fibers[current].copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  fibers[current].copies.clear();
+}
+
+void count(const void* at, int bytes, bool store) {
+  for (Watched& w : watched) {
+    int64_t offset = static_cast<const char*>(at) - w.begin;
+    if (offset >= 0 && offset < w.bytes) (store ? w.stored : w.loaded) += bytes;
+  }
+}
+
 void block_barrier(const char* file, int line) {
   fibers[current].file = file;
   fibers[current].line = line;
@@ -159,7 +215,9 @@ float exchange(float value, int source_lane, const char* file, int line) {
 
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
   if (last_error != cudaSuccess) return;
-  if (threads % 32 || threads < 32 || threads > 1024 || shared_bytes > 48 * 1024) {
+  int allowed = shared_allowed;
+  shared_allowed = 48 * 1024;
+  if (threads % 32 || threads < 32 || threads > 1024 || shared_bytes > min(allowed, shared_limit)) {
     fail("launch shape");
     last_error = cudaErrorInvalidConfiguration;
     return;
@@ -171,7 +229,7 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
   for (int64_t i = 0; i < blocks; ++i) {
     block_index.x = order_seed % 2 ? blocks - 1 - i : i;
     shared.assign(shared_bytes / 4 + kGuard, kPoison);
-    for (int t = 0; t < threads; ++t) fibers[t].turn = 0;
+    for (int t = 0; t < threads; ++t) fibers[t].turn = 0, fibers[t].copies.clear();
     if (!run_block(threads)) {
       for (Fiber& fiber : fibers) {  // those in the middle of the kernel are lost, with their stacks
         if (fiber.state != State::kDone) fiber = Fiber();
@@ -182,12 +240,25 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
       if (bits_of(shared[shared_bytes / 4 + g]) != bits_of(kPoison))
         return fail("a write past the shared memory");
     }
+    for (int t = 0; t < threads; ++t) {
+      if (!fibers[t].copies.empty()) return fail("a copy that nobody waits for");
+    }
     if (last_error != cudaSuccess) return;
   }
 }
 
 extern "C" {
-void emulator_set(int sms, int seed) { multiprocessors = sms, order_seed = seed; }
+void emulator_set(int sms, int seed, int shared) {
+  multiprocessors = sms, order_seed = seed, shared_limit = shared;
+}
+void emulator_watch(const void* begin, int64_t bytes) {
+  watched.push_back({static_cast<const char*>(begin), bytes, 0, 0});
+}
+void emulator_forget() { watched.clear(), launches.clear(); }
+int64_t emulator_launches() { return launches.size(); }
+int64_t emulator_launch(int index, int field) { return (&launches[index].kernel)[field]; }
+int64_t emulator_loaded(int index) { return watched[index].loaded; }
+int64_t emulator_stored(int index) { return watched[index].stored; }
 const char* emulator_message() { return message.c_str(); }
 }
 

@@ -71,7 +71,7 @@ def build(folder):
         objects = list(pool.map(compile_one, sources))
     library = folder / "emulated.so"
     subprocess.run([compiler(), "-shared", "-o", str(library), *objects], check=True)
-    return Emulated(ctypes.CDLL(str(library)))
+    return Emulated(ctypes.CDLL(str(library)), library)
 
 
 def reference():
@@ -94,6 +94,31 @@ def pointer(tensor):
 
 def stride(tensor):
     return 0 if tensor is None else tensor.stride(0)
+
+
+# What says which dtype a stream of rows has: the first of these fields that the struct has.
+STREAM_DTYPES = {
+    "hidden": ("hidden_dtype", "dtype"), "out": ("residual_dtype", "dtype"), "x": ("x_dtype",),
+    "residual": ("residual_dtype", "hidden_dtype"), "normed": ("residual_dtype",), "grad": ("grad_dtype",),
+    "d_hidden": ("hidden_dtype", "dtype"), "grad_residual": ("residual_dtype",),
+    "grad_normed": ("residual_dtype",), "residual_out": ("residual_dtype",), "d_x": ("x_dtype",),
+    "d_residual": ("residual_dtype",),
+}  # fmt: skip
+
+
+def streams_of(args):
+    """{name: (address, bytes from the first element to the last, bytes of the stream read once)}."""
+    found, add = {}, getattr(args, "add", args)
+    for struct in {id(add): add, id(args): args}.values():
+        for name, kind in struct._fields_:
+            if kind is not PTR or name not in STREAM_DTYPES or not getattr(struct, name):
+                continue
+            code = next(getattr(add, field) for field in STREAM_DTYPES[name] if hasattr(add, field))
+            size = 4 if code == CODES[torch.float32] else 2
+            step = getattr(struct, f"{name}_stride", 0) or add.width
+            span = ((add.rows - 1) * step + add.width) * size
+            found[name] = (getattr(struct, name), max(span, 0), max(add.rows * add.width, 1) * size)
+    return found
 
 
 class Outputs:
@@ -128,18 +153,19 @@ class Outputs:
 class Emulated:
     """The ops with the reference's arguments, edits as dictionaries of FORM."""
 
-    def __init__(self, library):
-        self.library = library
+    def __init__(self, library, path):
+        self.library, self.path = library, path
         library.emulator_message.restype = ctypes.c_char_p
-        library.struct_bytes.restype = I64
+        for counter in ("struct_bytes", "emulator_loaded", "emulator_stored", "emulator_launches", "emulator_launch"):
+            getattr(library, counter).restype = I64
         for op in ("edit_backward", "edit_add_norm_backward", "project_backward"):
             getattr(library, f"{op}_workspace").restype = I64
         for index, cls in enumerate(EXPORTED):
             assert library.struct_bytes(index) == ctypes.sizeof(cls), f"{cls.__name__} is not abi.h's"
         self.shift = 0
 
-    def schedule(self, multiprocessors=3, seed=0):
-        self.library.emulator_set(multiprocessors, seed)
+    def schedule(self, multiprocessors=3, seed=0, shared_kib=227):
+        self.library.emulator_set(multiprocessors, seed, shared_kib * 1024)
 
     def call(self, op, args, outputs, backward=False):
         extra = []
@@ -148,12 +174,35 @@ class Emulated:
             assert size % 4 == 0
             workspace = Outputs(guard=1 << 17)  # more than any unit's partials here
             extra = [ctypes.c_void_p(workspace.new(True, (size // 4,)).data_ptr())]
+        watched = streams_of(args)
+        if backward:
+            watched["workspace"] = (extra[0].value, size, 1)
+        self.library.emulator_forget()
+        for begin, size, _row_bytes in watched.values():
+            self.library.emulator_watch(PTR(begin), I64(size))
         error = getattr(self.library, op)(ctypes.byref(args), *extra)
+        self.last_op, self.last_args = op, args
+        self.moved_bytes = {
+            name: (self.library.emulator_loaded(i), self.library.emulator_stored(i))
+            for i, name in enumerate(watched)
+        }
+        self.moved = {
+            name: tuple(moved / watched[name][2] for moved in both)
+            for name, both in self.moved_bytes.items()
+        }
         assert error == 0, f"{op}: error {error}, {self.library.emulator_message().decode()}"
         if backward:  # read before it was written would show as the poison's NaN in a result
             whole, start, floats = workspace.made[0]
             assert (whole[:start] == whole[0]).all() and (whole[start + floats :] == whole[0]).all()
         outputs.check()
+
+    def launches(self):
+        """[(kernel's mangled name, blocks, threads, shared bytes)] of the last call."""
+        listing = subprocess.run(["nm", str(self.path)], capture_output=True, text=True, check=True).stdout
+        names = {int(line.split()[0], 16): line.split()[2] for line in listing.splitlines() if len(line.split()) == 3}
+        fields = [[self.library.emulator_launch(i, f) for f in range(4)]
+                  for i in range(self.library.emulator_launches())]  # fmt: skip
+        return [(names[kernel], *shape) for kernel, *shape in fields]
 
     def form(self, form):
         given = {name: form.get(name) for name in FORM}

@@ -1,0 +1,360 @@
+// A backward in one pass over the rows, whatever needs sums along them (kNorm: the norm's; rank > 0: q;
+// d_coefficient):
+//   total = grad_residual + norm's gradient at grad_normed
+//   q = k (total @ writeᵀ) + grad_z
+//   d_coefficient = Σ total ⊙ ((scale − 1) ⊙ h + bias) + z · (total @ writeᵀ)
+//   d_h = total + k (scale − 1) ⊙ total + q @ read
+// and the sums down the columns (backward_columns.h, backward_outer.h), as far as they fit (backward_sums.cu).
+//
+// Streams: grad_residual, grad_normed, residual_out, h in, each once; d_x, d_residual out.
+// Grid: a block a unit of rows (backward.h), `unit_tile` of them at a time.
+// A thread owns the same columns of every row: a tile's streams lie in shared memory from their arrival
+// (cp.async) to the last use, their cells are asked for the next tile as soon as they are read; a column's sums
+// stay in shared memory over the unit's rows and leave as one fp32 partial of each. Cells and sums are each
+// thread's own, so only the sums along a row need barriers. Parameters come through L1, once for a tile.
+// Where the stage does not fit (launch.h), h comes when it is needed, and total's streams from L2 again.
+// Rows of a unit are added one after another and the units by backward_sums.cu's tree: the order follows from
+// the shape and from which sums are wanted, never from the grid.
+#pragma once
+#include "backward_streams.h"
+
+namespace fastedit::cuda {
+namespace {
+
+template <class G, class H, int V, bool kNorm>
+struct UnitTile {
+  static constexpr int N = kUnitTile<V, kNorm>;
+  using Streams = RowStreams<G, H, V, kNorm>;
+  const Backward& b;
+  Unit unit;
+  uint4* stage;
+  float4* sums;
+  int first, live;  // rows of the tile: first … first + live of the unit
+  RowEdit edit[N];
+  NormRow norm[N];
+
+  __device__ bool has_norm() const { return kNorm && b.a.grad_normed; }
+  __device__ int64_t row(int r) const { return unit.row(min(first + r, unit.count - 1)); }
+  __device__ uint4* cell(int stream, int r, int c) const {
+    return stage + ((stream * N + r) * b.unit.chunks + c) * blockDim.x + threadIdx.x;
+  }
+  template <class T>
+  __device__ Pack<T, V>& pack(int stream, int r, int c) const {
+    return *reinterpret_cast<Pack<T, V>*>(cell(stream, r, c));
+  }
+  template <class T>
+  __device__ void ask(int stream, int r, int c, const void* data, int64_t at) const {
+    copy_async(&pack<T>(stream, r, c), static_cast<const T*>(data) + at);
+  }
+
+  // Asks for one vector of each stream of row `first + r` of the unit, if there is such a row.
+  __device__ void ask_for(int from, int r, int c) const {
+    int column = tile_column<V>(c), stream = 0;
+    if (!b.unit.total_staged || from + r >= unit.count || column >= b.a.width) return;
+    const EditAddNormBackwardArgs& a = b.a;
+    int64_t row = unit.row(from + r);
+    if (a.grad_residual) ask<G>(stream++, r, c, a.grad_residual, row * a.grad_residual_stride + column);
+    if (has_norm()) {
+      ask<G>(stream++, r, c, a.grad_normed, row * a.grad_normed_stride + column);
+      ask<G>(stream++, r, c, a.residual_out, row * a.width + column);
+    }
+    if (!b.reads_h || !b.unit.h_staged) return;
+    ask<H>(stream++, r, c, a.x, row * a.x_stride + column);
+    if (a.residual)
+      ask<typename Streams::S>(stream, r, c, a.residual, row * a.residual_stride + column);
+  }
+  __device__ void take_norm(Streams& s, int r, int c) const {
+    if (!has_norm() || r >= live) return;
+    int stream = b.a.grad_residual != nullptr;
+    if (!b.unit.total_staged) return s.template load_norm<kL2>(b.a, row(r), tile_column<V>(c));
+    s.grad_normed = pack<G>(stream, r, c), s.residual_out = pack<G>(stream + 1, r, c);
+  }
+  __device__ void take_total(Streams& s, int r, int c) const {
+    if (r >= live) return;
+    if (!b.unit.total_staged) return s.template load_total<kL2>(b.a, row(r), tile_column<V>(c));
+    if (b.a.grad_residual) s.grad = pack<G>(0, r, c);
+    take_norm(s, r, c);
+  }
+  __device__ void take_h(Streams& s, int r, int c) const {
+    if (!b.reads_h || r >= live) return;
+    if (!b.unit.h_staged) return s.template load_h<kOnce>(b, row(r), tile_column<V>(c));
+    int stream = (b.a.grad_residual != nullptr) + 2 * has_norm();
+    s.x = pack<H>(stream, r, c);
+    if (b.a.residual) s.residual = pack<typename Streams::S>(stream + 1, r, c);
+  }
+  __device__ void gain_of(float (&gain)[V], int c) const {
+    if (has_norm()) load_gain<G, V>(gain, b.a.weight, b.a.kind, tile_column<V>(c), b.a.residual_dtype);
+  }
+  __device__ void total_of(float (&total)[N][V], const Streams (&s)[N], const float (&gain)[V]) const {
+#pragma unroll
+    for (int r = 0; r < N; ++r) s[r].get_total(total[r], b.a, norm[r], gain);
+  }
+
+  // The two means that the norm's gradient takes of each row; kept for the columns where they are wanted.
+  __device__ void find_means(float* shared, int& turn) {
+    float sum[2 * N] = {}, inverse = 1.f / static_cast<float>(b.a.width);
+#pragma unroll 1
+    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
+      Streams s[N] = {};
+      float g[V], x[V], gain[V];
+#pragma unroll
+      for (int r = 0; r < N; ++r) take_norm(s[r], r, c);
+      gain_of(gain, c);
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        s[r].get_norm(g, x, b.a);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          sum[2 * r] = fmaf(g[v] * gain[v], norm[r].unit(x[v]), sum[2 * r]);
+          sum[2 * r + 1] = fmaf(g[v], gain[v], sum[2 * r + 1]);
+        }
+      }
+    }
+    block_sum(sum, shared, turn);
+#pragma unroll
+    for (int r = 0; r < N; ++r) {
+      norm[r].dot = sum[2 * r] * inverse;
+      norm[r].sum = b.a.kind == LAYER ? sum[2 * r + 1] * inverse : 0.f;
+      if (!b.norm_means || threadIdx.x > 0 || r >= live) continue;
+      b.norm_means[2 * row(r)] = norm[r].dot;
+      b.norm_means[2 * row(r) + 1] = norm[r].sum;
+    }
+  }
+
+  // Each warp's share of total @ writeᵀ, as tile_dots leaves it.
+  __device__ void pull(float* part) const {
+    constexpr int kTogether = 8 / N;
+    int rank = static_cast<int>(b.a.form.rank);
+#pragma unroll 1
+    for (int from = 0; from < rank; from += kTogether) {
+      float sum[8] = {};
+  #pragma unroll 1
+    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
+        Streams s[N] = {};
+        float total[N][V], gain[V] = {}, m[V];
+#pragma unroll
+        for (int r = 0; r < N; ++r) take_total(s[r], r, c);
+        gain_of(gain, c);
+        total_of(total, s, gain);
+#pragma unroll
+        for (int g = 0; g < kTogether; ++g) {
+          if (from + g >= rank) break;
+#pragma unroll
+          for (int r = 0; r < N; ++r) {
+            if (new_slot(edit, r)) {
+              int64_t at = int64_t{edit[r].slot} * rank + from + g;
+              load_parameters(m, b.a.form.write, at * b.a.width + tile_column<V>(c), 0.f);
+            }
+#pragma unroll
+            for (int v = 0; v < V; ++v) sum[g * N + r] = fmaf(total[r][v], m[v], sum[g * N + r]);
+          }
+        }
+      }
+      float all = warp_sum_of_eight(sum);
+      if (lane() < 8 && from + lane() / N < rank) part[(from * N + lane()) * warps() + warp()] = all;
+    }
+  }
+
+  __device__ void find_d_coefficient(float* shared, int& turn, const float* pulled) const {
+    float sum[N] = {};
+#pragma unroll 1
+    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
+      Streams s[N] = {};
+      float total[N][V], h[V], gain[V] = {}, scale[V], bias[V];
+#pragma unroll
+      for (int r = 0; r < N; ++r) take_total(s[r], r, c), take_h(s[r], r, c);
+      gain_of(gain, c);
+      total_of(total, s, gain);
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        if (new_slot(edit, r)) {
+          load_parameters(scale, b.a.form.scale, edit[r].slot * b.a.width + tile_column<V>(c), 1.f);
+          load_parameters(bias, b.a.form.bias, edit[r].slot * b.a.width + tile_column<V>(c), 0.f);
+        }
+        h_of(h, s[r], true);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[r] = fmaf(total[r][v], fmaf(scale[v] - 1.f, h[v], bias[v]), sum[r]);
+      }
+    }
+    block_sum(sum, shared, turn);
+#pragma unroll
+    for (int r = 0; r < N; ++r) {
+      if (threadIdx.x == 0 && r < live) store_d_coefficient<N>(b, row(r), r, sum[r], pulled);
+    }
+  }
+  __device__ void h_of(float (&h)[V], const Streams& s, bool wanted) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) h[v] = 0.f;
+    if (b.reads_h && wanted) s.get_h(h, b);
+  }
+
+  // Adds Σ_r weight(r) · value(r)[v] to the thread's sums of V columns; a quarter-warp's float4s are neighbours.
+  template <class F>
+  __device__ void add_to(int sum, int c, F term) const {
+    float4* at = sums + int64_t{sum * b.unit.chunks + c} * (V / 4) * blockDim.x + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < V / 4; ++i, at += blockDim.x) {
+      float4 held = *at;
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        held.x = term(r, 4 * i, held.x), held.y = term(r, 4 * i + 1, held.y);
+        held.z = term(r, 4 * i + 2, held.z), held.w = term(r, 4 * i + 3, held.w);
+      }
+      *at = held;
+    }
+  }
+
+  // Everything that is one column's own: d_residual, d_x, the sums; and the next tile's streams are asked for.
+  __device__ void finish(int c, const LowRank& low) const {
+    const EditAddNormBackwardArgs& a = b.a;
+    const Form& form = a.form;
+    int column = tile_column<V>(c), rank = static_cast<int>(form.rank), sum = 0;
+    Streams s[N] = {};
+    float total[N][V], gain[V] = {}, scale[V], d_h[V];
+#pragma unroll
+    for (int r = 0; r < N; ++r) take_total(s[r], r, c), take_h(s[r], r, c);
+    gain_of(gain, c);
+    total_of(total, s, gain);
+#pragma unroll
+    for (int r = 0; r < N; ++r) ask_for(first + N, r, c);
+    if (a.d_x || (a.d_residual && a.on_sum)) {
+      float added[N][V] = {};
+      if (rank && form.read) tile_combine(added, low.q, edit, form.read, rank, a.width, column);
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        if (new_slot(edit, r)) load_parameters(scale, form.scale, edit[r].slot * a.width + column, 1.f);
+#pragma unroll
+        for (int v = 0; v < V; ++v) d_h[v] = pulled_back(total[r][v], edit[r], scale[v], added[r][v]);
+        if (r < live) store_d_h<G, H, V>(d_h, b, row(r), column);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < N; ++r) {
+      if (!kNorm || !a.d_residual || a.on_sum || r >= live) continue;
+      store<G, V>(a.d_residual, row(r) * a.width + column, round_to<G, V>(total[r], a.residual_dtype),
+                  a.residual_dtype);
+    }
+    if constexpr (kNorm) {
+      float g[N][V], unit[N][V];
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        s[r].get_norm(g[r], unit[r], a);
+#pragma unroll
+        for (int v = 0; v < V; ++v) unit[r][v] = norm[r].unit(unit[r][v]);
+      }
+      if (b.taken.weight >= 0)
+        add_to(sum++, c, [&](int r, int v, float held) { return fmaf(g[r][v], unit[r][v], held); });
+      if (b.taken.norm_bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + g[r][v]; });
+    }
+    if (b.total) {
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        if (r < live) store_total(total[r], b.total + row(r) * a.width + column);
+      }
+    }
+    float h[N][V];
+#pragma unroll
+    for (int r = 0; r < N; ++r) h_of(h[r], s[r], edit[r].inside);
+#pragma unroll 1
+    for (int j = 0; b.taken.read >= 0 && j < rank; ++j)
+      add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.q[j * N + r], h[r][v], held); });
+#pragma unroll 1
+    for (int j = 0; b.taken.write >= 0 && j < rank; ++j)
+      add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.kz[j * N + r], total[r][v], held); });
+#pragma unroll
+    for (int r = 0; r < N; ++r)
+#pragma unroll
+      for (int v = 0; v < V; ++v) total[r][v] = edit[r].k == 0.f ? 0.f : edit[r].k * total[r][v];
+    if (b.taken.scale >= 0)
+      add_to(sum++, c, [&](int r, int v, float held) { return fmaf(total[r][v], h[r][v], held); });
+    if (b.taken.bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + total[r][v]; });
+  }
+
+  // The sums of add_to's number `sum` onwards, to the unit's partials.
+  __device__ void leave(int& sum, int count, int64_t offset, float* partials) const {
+#pragma unroll 1
+    for (int j = 0; offset >= 0 && j < count; ++j, ++sum) {
+  #pragma unroll 1
+    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
+        const float4* at = sums + int64_t{sum * b.unit.chunks + c} * (V / 4) * blockDim.x + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < V / 4; ++i, at += blockDim.x) {
+          float* to = partials + offset + j * b.a.width + tile_column<V>(c) + 4 * i;
+          put_four(to, at->x, at->y, at->z, at->w);
+        }
+      }
+    }
+  }
+  __device__ void leave_all(float* partials, const float* offset) const {
+    int sum = 0, rank = static_cast<int>(b.a.form.rank);
+    leave(sum, 1, b.taken.weight, partials);
+    leave(sum, 1, b.taken.norm_bias, partials);
+    leave(sum, rank, b.taken.read, partials);
+    leave(sum, rank, b.taken.write, partials);
+    leave(sum, 1, b.taken.scale, partials);
+    leave(sum, 1, b.taken.bias, partials);
+    for (int j = threadIdx.x; b.taken.offset >= 0 && j < rank; j += blockDim.x)
+      partials[b.taken.offset + j] = offset[j];
+  }
+};
+
+template <class G, class H, int V, bool kNorm>
+__global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward b) {
+  constexpr int N = kUnitTile<V, kNorm>;
+  FASTEDIT_SHARED(shared);
+  int64_t block = blockIdx.x;
+  if (block >= all_units(b).end) return;
+  Unit unit = find_unit(b, block);
+  int rank = static_cast<int>(b.a.form.rank), turn = 0;
+  LowRank low(shared, rank, N);
+  float4* sums = reinterpret_cast<float4*>(shared) + b.unit.sums_at / 16;
+  int held = b.unit_sums * b.unit.chunks * (V / 4);
+  UnitTile<G, H, V, kNorm> tile{b, unit, reinterpret_cast<uint4*>(sums + int64_t{held} * blockDim.x), sums, 0, 0,
+                                {}, {}};
+#pragma unroll 1
+  for (int c = 0; c < b.unit.chunks; ++c)
+#pragma unroll
+    for (int r = 0; r < N; ++r) tile.ask_for(0, r, c);
+#pragma unroll 1
+  for (int i = 0; i < held; ++i) sums[i * blockDim.x + threadIdx.x] = float4{};
+  for (int j = threadIdx.x; j < rank; j += blockDim.x) low.offset[j] = 0.f;
+
+  for (tile.first = 0; tile.first < unit.count; tile.first += N) {
+    tile.live = min(N, unit.count - tile.first);
+#pragma unroll
+    for (int r = 0; r < N; ++r) {
+      tile.edit[r] = row_edit(b.a.form, tile.row(r));
+      tile.norm[r] = {};
+      if (tile.has_norm()) tile.norm[r] = norm_row(b.a, tile.row(r));
+    }
+    wait_copies();
+    if constexpr (kNorm) {
+      if (tile.has_norm()) tile.find_means(shared, turn);
+    }
+    if (rank) {
+      if (b.pulls) tile.pull(low.part);
+      finish_q<N>(b, low, tile.live, [&](int r) { return tile.row(r); });
+      for (int j = threadIdx.x; j < rank; j += blockDim.x)
+#pragma unroll
+        for (int r = 0; r < N; ++r) low.offset[j] += low.q[j * N + r];
+    }
+    if (b.a.d_form.coefficient) tile.find_d_coefficient(shared, turn, low.pulled);
+#pragma unroll 1
+    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) tile.finish(c, low);
+  }
+  tile.leave_all(b.partials + block * b.partial_size, low.offset);
+}
+
+template <class G, class H, int V, bool kNorm>
+int run_unit(const Backward& b, void* stream) {
+  Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
+  int error = launch(unit_backward<G, H, V, kNorm>, shape, stream, b);
+  for (Backward next = b; !error && next_launch(next, kNorm);) {
+    shape = {next.units, next.unit.threads, next.unit.shared_bytes};
+    error = launch(unit_backward<G, H, V, kNorm>, shape, stream, next);
+  }
+  return error;
+}
+
+}  // namespace
+}  // namespace fastedit::cuda

@@ -1,0 +1,49 @@
+"""The CUDA compiler and disassembler, where they are, and what they say of a source of kernels/cuda."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+UNITS = sorted((KERNELS / "cuda").glob("*.cu"))
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def find_cuobjdump():
+    """On the PATH, or the one that the triton package carries."""
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin:
+        found = shutil.which("cuobjdump", path=str(Path(spec.origin).parent / "backends/nvidia/bin"))
+    return found
+
+
+def compile_unit(unit, folder, arch="sm_90"):
+    """(cubin, ptxas' report)."""
+    cubin = Path(folder) / f"{unit.stem}.{arch}.cubin"
+    done = subprocess.run(
+        [find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-I{KERNELS}",
+         str(unit), "-o", str(cubin)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return cubin, done.stderr
+
+
+def instructions(cubin):
+    """{kernel's mangled name: [(opcode, operands)]}."""
+    command = [find_cuobjdump(), "-sass", str(cubin)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {
+        text.split(None, 1)[0]: re.findall(
+            r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);", text
+        )
+        for text in re.split(r"Function : ", listing)[1:]
+    }
