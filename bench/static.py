@@ -181,11 +181,11 @@ def table(archs):
 
 def markdown(path):
     """The CSV as a table: sm_90, vectors, one line a kernel; what no case launches is counted below it."""
-    rows = list(csv.DictReader(pathlib.Path(path).open()))
-    lines = [
-        "| op | dtype | rank | kernel | threads | registers | shared KB | spills | 128-bit / narrower | warps/SM | bytes a row | ns a row |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    with pathlib.Path(path).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    head = ["op", "dtype", "rank", "kernel", "threads", "registers", "shared KB", "spills", "128-bit / narrower", "warps/SM"]
+    head += ["bytes a row", "ns a row"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in rows:
         if r["arch"] == "sm_90" and r["path"] == "vectors" and r["dtype"] in ("f32", "bf16"):
             lines.append(
@@ -195,7 +195,7 @@ def markdown(path):
             )
     spilled = sum(int(r["spill_bytes"]) > 0 or int(r["ldl_stl"]) > 0 for r in rows)
     others = sum(not r["path"] for r in rows)
-    lines.append(f"\n{len(rows)} rows; {spilled} kernels spill; {others} instantiations are launched by no case at width {WIDTH}.")
+    lines.append(f"\n{len(rows)} rows; {spilled} kernels spill; {others} are launched by no case at width {WIDTH}.")
     return "\n".join(lines) + "\n"
 
 
