@@ -1,7 +1,7 @@
 """What editing costs a model: every variant under the same edit, the same work, side by side in one process.
 
     make peers                                    # once: a .venv-peers with the peers beside the main environment
-    .venv-peers/bin/python -m bench.models        # the default cut, about ten minutes on an idle 2-core machine
+    .venv-peers/bin/python -m bench.models        # the default cut, made for some ten minutes on two idle cores
     python -m bench.models --full --minutes 60    # everything that fits; --size --kind --work --variant choose
 
 Ratios are to the unedited model, or in training to the floor (a step that trains an input bias alone), interleaved in

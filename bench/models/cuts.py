@@ -28,16 +28,16 @@ def _every(kinds, works):
     return tuple((kind, work) for kind in kinds for work in works)
 
 
-# What fits about ten minutes on two cores: RED at three widths; the other kinds where the host still decides; and the
-# compiled variants, each of which compiles anew in each process, in two cells.
+# Made for some ten minutes on two idle cores: RED at three widths; the other kinds where the host still decides; the
+# compiled variants, which compile anew in each process, in one cell of the smallest model.
 DEFAULT = (
-    Job("64x5", _every(("red",), ("decode", "prefill 256", "training step")), 2.0, compiled=False),
-    Job("256x8", _every(("red",), ("decode", "prefill 256")), 2.0),
+    Job("64x5", _every(("red",), ("decode",)), 2.0),
+    Job("64x5", _every(("red",), ("prefill 256", "training step")), 2.0, compiled=False),
     Job(
         "256x8",
-        _every(("red",), ("decode 16", "generate 32", "training step"))
-        + _every(("steer", "ablate", "lowrank4"), ("decode", "prefill 256"))
-        + (("lowrank4", "training step"),),
+        _every(("red",), ("decode", "decode 16", "prefill 256", "generate 32", "training step"))
+        + _every(("steer", "ablate"), ("decode",))
+        + _every(("lowrank4",), ("decode", "prefill 256", "training step")),
         2.0,
         compiled=False,
     ),
