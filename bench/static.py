@@ -30,8 +30,9 @@ SHARED_BYTES = {"sm_90": 228 * 1024, "sm_80": 164 * 1024}
 WARPS, BLOCKS, REGISTERS, QUARTERS, RESERVED_BYTES = 64, 32, 65536, 4, 1024
 
 FIELDS = (
-    "arch", "op", "mode", "dtype", "rank", "path", "kernel", "threads", "shared_bytes", "registers", "spill_bytes", "ldl_stl",
-    "wide_accesses", "narrow_accesses", "instructions", "warps_per_sm", "row_bytes", "partial_bytes_per_row", "ns_per_row",
+    "arch", "op", "mode", "dtype", "rank", "path", "kernel", "threads", "shared_bytes", "registers", "spill_bytes",
+    "ldl_stl", "wide_accesses", "narrow_accesses", "instructions", "warps_per_sm", "row_bytes", "partial_bytes_per_row",
+    "ns_per_row",
 )  # fmt: skip
 PAIRS = {"f32": (0, 0), "bf16": (1, 1), "f16": (2, 2), "bf16+f32": (1, 0), "f16+f32": (2, 0)}
 
@@ -62,7 +63,7 @@ def cases():
     """(op, mode, dtype, rank, path): path is vectors, slots or scalar (an odd view)."""
     ops = ("edit", "edit_add", "edit_add_norm", "project")
     for op, mode, dtype, rank in itertools.product(ops, ("forward", "backward"), PAIRS, (0, 4, 8)):
-        one_dtype = (op in ("edit", "project") and mode == "forward") or op == "project"
+        one_dtype = op in ("edit", "project") and mode == "forward" or op == "project"
         if (op == "project" and rank == 0) or (one_dtype and "+" in dtype) or (op == "edit_add" and mode == "backward"):
             continue  # edit_add's backward is edit's
         yield op, mode, dtype, rank, "vectors"
@@ -181,21 +182,24 @@ def table(archs):
 
 def markdown(path):
     """The CSV as a table: sm_90, vectors, one line a kernel; what no case launches is counted below it."""
-    with pathlib.Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    head = ["op", "dtype", "rank", "kernel", "threads", "registers", "shared KB", "spills", "128-bit / narrower", "warps/SM"]
-    head += ["bytes a row", "ns a row"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = list(csv.DictReader(pathlib.Path(path).open()))
+    lines = [
+        "| op | dtype | rank | kernel | threads | registers | shared KB | spills | 128-bit / narrower | warps/SM "
+        "| bytes a row | ns a row |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         if r["arch"] == "sm_90" and r["path"] == "vectors" and r["dtype"] in ("f32", "bf16"):
             lines.append(
-                f"| {r['op']} {r['mode']} | {r['dtype']} | {r['rank']} | `{r['kernel']}` | {r['threads']} | {r['registers']} "
-                f"| {int(r['shared_bytes']) / 1024:.0f} | {r['spill_bytes']} | {r['wide_accesses']} / {r['narrow_accesses']} "
-                f"| {r['warps_per_sm']} | {r['row_bytes']} | {r['ns_per_row']} |"
+                f"| {r['op']} {r['mode']} | {r['dtype']} | {r['rank']} | `{r['kernel']}` | {r['threads']} "
+                f"| {r['registers']} | {int(r['shared_bytes']) / 1024:.0f} | {r['spill_bytes']} "
+                f"| {r['wide_accesses']} / {r['narrow_accesses']} | {r['warps_per_sm']} | {r['row_bytes']} "
+                f"| {r['ns_per_row']} |"
             )
     spilled = sum(int(r["spill_bytes"]) > 0 or int(r["ldl_stl"]) > 0 for r in rows)
     others = sum(not r["path"] for r in rows)
-    lines.append(f"\n{len(rows)} rows; {spilled} kernels spill; {others} are launched by no case at width {WIDTH}.")
+    lines.append(f"\n{len(rows)} rows; {spilled} kernels spill; {others} instantiations are launched by no case")
+    lines[-1] += f" at width {WIDTH}."
     return "\n".join(lines) + "\n"
 
 

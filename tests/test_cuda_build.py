@@ -170,7 +170,7 @@ int main() {
     }
     for (int rank : ranks) for (int sums : {0, 1, 4, 10, 130}) for (int kib : {48, 99, 163, 227}) {
       if (vector == 1) continue;
-      int tile = unit_tile(vector, sms % 2), limit = kib * 1024;
+      int tile = vector / 4, limit = kib * 1024;
       UnitShape s = unit_shape(width, vector, rank, tile, 3, 2, sums, limit);
       CHECK(s.threads % 32 == 0 && s.threads >= 32 && s.threads <= kUnitThreads);
       int64_t columns = int64_t{s.threads} * s.chunks * vector;

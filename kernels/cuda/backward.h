@@ -46,7 +46,10 @@ struct Backward {
 Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool norm, void* workspace);
 
 // The next launch of the unit kernel, for vector sums that were left over; false where there are none.
-bool next_launch(Backward& backward, bool norm);
+bool next_launch(Backward& backward);
+
+// Every launch of the unit kernel (edit_add_norm_backward.cu).
+int run_units(const Backward& backward, void* stream);
 
 // After the rows: d_read and d_write where they are left, then the pairwise sum of the units' partials into
 // d_form, d_weight, d_norm_bias.

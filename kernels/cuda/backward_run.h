@@ -1,8 +1,7 @@
-// A backward's launches, in order: rows or units, vector sums that they leave, then the second half.
+// A backward's launches, in order: units; or rows and then vector sums; and then the second half.
 #pragma once
 #include "backward_columns.h"
 #include "backward_rows.h"
-#include "backward_unit.h"
 
 namespace fastedit::cuda {
 namespace {
@@ -11,11 +10,14 @@ template <bool kNorm>
 int run_backward(const Backward& b, void* stream) {
   const EditAddNormBackwardArgs& a = b.a;
   if (b.partial_size && a.form.slot && !a.slot_order.order && a.rows) return cudaErrorInvalidValue;
+  if (b.unit_kernel) {
+    int error = run_units(b, stream);
+    return error ? error : finish_sums(b, stream);
+  }
   int error = with_types(a.x_dtype, a.residual_dtype, [&](auto narrow, auto wide) {
     using H = typename decltype(narrow)::type;
     using G = typename decltype(wide)::type;
     constexpr int V = vector_width(sizeof(G));
-    if (b.unit_kernel) return run_unit<G, H, V, kNorm>(b, stream);
     int error = b.rows_kernel ? run_loop<kNorm>(b, stream) : cudaSuccess;
     if (error) return error;
     if constexpr (!kNorm) {

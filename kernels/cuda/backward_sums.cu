@@ -108,7 +108,7 @@ int row_vector(const EditAddNormBackwardArgs& a, int sum_dtype) {
 }
 
 // The unit kernel's shape for the sums that are taken; false where they do not fit.
-bool fits(Backward& b, bool norm) {
+bool fits(Backward& b) {
   const EditAddNormBackwardArgs& a = b.a;
   const Sums& s = b.taken;
   int rank = static_cast<int>(a.form.rank);
@@ -117,21 +117,21 @@ bool fits(Backward& b, bool norm) {
   b.reads_h = a.x && ((a.d_form.coefficient && a.form.scale) || s.scale >= 0 || s.read >= 0);
   int of_total = (a.grad_residual != nullptr) + 2 * (a.grad_normed != nullptr);
   int of_h = b.reads_h + (b.reads_h && a.residual);
-  b.unit = unit_shape(a.width, b.vector, rank, unit_tile(b.vector, norm), of_total, of_h, b.unit_sums,
+  b.unit = unit_shape(a.width, b.vector, rank, b.vector / 4, of_total, of_h, b.unit_sums,
                       shared_limit());
   return b.unit.shared_bytes > 0;
 }
 
 // Leaves sums over until the rest fits: d_read first, which needs nothing of the gradient but q.
-void take_what_fits(Backward& b, bool norm) {
+void take_what_fits(Backward& b) {
   int64_t Sums::* const in_turn[] = {&Sums::read, &Sums::write,  &Sums::scale,
                                      &Sums::bias, &Sums::weight, &Sums::norm_bias};
   for (auto sum : in_turn) {
-    if (fits(b, norm)) return;
+    if (fits(b)) return;
     b.left.*sum = b.taken.*sum;
     b.taken.*sum = -1;
   }
-  fits(b, norm);
+  fits(b);
 }
 
 // The units of the unit kernel. Sums of a rank that are left over weigh most in the partials: units are larger.
@@ -190,11 +190,12 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
                (d_rows && (!b.wanted.vectors() || (form.slot && !sorted)));
   b.has_grad = args.grad_residual || args.grad_normed;
   b.pulls = low_rank && form.write && b.has_grad;
-  b.unit_kernel = along && b.vector > 1;
+  bool one_wide = !args.residual || sum_dtype == args.residual_dtype;  // the unit kernel's second dtype
+  b.unit_kernel = along && b.vector > 1 && one_wide;
   b.unit_rows = kBlockRows, b.parts = 1;
   if (b.unit_kernel) {
     b.taken = b.wanted;
-    take_what_fits(b, norm);
+    take_what_fits(b);
     cut_units(b, sorted);
   } else {
     b.left = b.wanted;
@@ -223,7 +224,7 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
   return b;
 }
 
-bool next_launch(Backward& b, bool norm) {
+bool next_launch(Backward& b) {
   if (!b.left.vectors()) return false;
   b.taken = b.left;
   b.taken.read = b.taken.write = b.taken.offset = -1;
@@ -232,7 +233,7 @@ bool next_launch(Backward& b, bool norm) {
   b.a.d_form.coefficient = b.q_out = b.total = nullptr;
   b.a.form.rank = 0;
   b.pulls = false;
-  take_what_fits(b, norm);
+  take_what_fits(b);
   return true;
 }
 

@@ -1,4 +1,4 @@
-// A backward in one pass over the rows, whatever needs sums along them (kNorm: the norm's; rank > 0: q;
+// A backward in one pass over the rows, whatever needs sums along them (the norm's; rank > 0: q;
 // d_coefficient):
 //   total = grad_residual + norm's gradient at grad_normed
 //   q = k (total @ writeᵀ) + grad_z
@@ -7,7 +7,7 @@
 // and the sums down the columns (backward_columns.h, backward_outer.h), as far as they fit (backward_sums.cu).
 //
 // Streams: grad_residual, grad_normed, residual_out, h in, each once; d_x, d_residual out.
-// Grid: a block a unit of rows (backward.h), `unit_tile` of them at a time.
+// Grid: a block a unit of rows (backward.h), `kUnitTile` of them at a time.
 // A thread owns the same columns of every row: a tile's streams lie in shared memory from their arrival
 // (cp.async) to the last use, their cells are asked for the next tile as soon as they are read; a column's sums
 // stay in shared memory over the unit's rows and leave as one fp32 partial of each. Cells and sums are each
@@ -21,10 +21,10 @@
 namespace fastedit::cuda {
 namespace {
 
-template <class G, class H, int V, bool kNorm>
+template <class G, class H, int V>
 struct UnitTile {
-  static constexpr int N = kUnitTile<V, kNorm>;
-  using Streams = RowStreams<G, H, V, kNorm>;
+  static constexpr int N = kUnitTile<V>;
+  using Streams = RowStreams<G, H, V, true>;
   const Backward& b;
   Unit unit;
   uint4* stage;
@@ -33,7 +33,7 @@ struct UnitTile {
   RowEdit edit[N];
   NormRow norm[N];
 
-  __device__ bool has_norm() const { return kNorm && b.a.grad_normed; }
+  __device__ bool has_norm() const { return b.a.grad_normed; }
   __device__ int64_t row(int r) const { return unit.row(min(first + r, unit.count - 1)); }
   __device__ uint4* cell(int stream, int r, int c) const {
     return stage + ((stream * N + r) * b.unit.chunks + c) * blockDim.x + threadIdx.x;
@@ -230,11 +230,11 @@ struct UnitTile {
     }
 #pragma unroll
     for (int r = 0; r < N; ++r) {
-      if (!kNorm || !a.d_residual || a.on_sum || r >= live) continue;
+      if (!a.d_residual || a.on_sum || r >= live) continue;
       store<G, V>(a.d_residual, row(r) * a.width + column, round_to<G, V>(total[r], a.residual_dtype),
                   a.residual_dtype);
     }
-    if constexpr (kNorm) {
+    if (has_norm()) {
       float g[N][V], unit[N][V];
 #pragma unroll
       for (int r = 0; r < N; ++r) {
@@ -298,9 +298,9 @@ struct UnitTile {
   }
 };
 
-template <class G, class H, int V, bool kNorm>
+template <class G, class H, int V>
 __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward b) {
-  constexpr int N = kUnitTile<V, kNorm>;
+  constexpr int N = kUnitTile<V>;
   FASTEDIT_SHARED(shared);
   int64_t block = blockIdx.x;
   if (block >= all_units(b).end) return;
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   LowRank low(shared, rank, N);
   float4* sums = reinterpret_cast<float4*>(shared) + b.unit.sums_at / 16;
   int held = b.unit_sums * b.unit.chunks * (V / 4);
-  UnitTile<G, H, V, kNorm> tile{b, unit, reinterpret_cast<uint4*>(sums + int64_t{held} * blockDim.x), sums, 0, 0,
+  UnitTile<G, H, V> tile{b, unit, reinterpret_cast<uint4*>(sums + int64_t{held} * blockDim.x), sums, 0, 0,
                                 {}, {}};
 #pragma unroll 1
   for (int c = 0; c < b.unit.chunks; ++c)
@@ -328,9 +328,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
       if (tile.has_norm()) tile.norm[r] = norm_row(b.a, tile.row(r));
     }
     wait_copies();
-    if constexpr (kNorm) {
-      if (tile.has_norm()) tile.find_means(shared, turn);
-    }
+    if (tile.has_norm()) tile.find_means(shared, turn);
     if (rank) {
       if (b.pulls) tile.pull(low.part);
       finish_q<N>(b, low, tile.live, [&](int r) { return tile.row(r); });
@@ -345,13 +343,13 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   tile.leave_all(b.partials + block * b.partial_size, low.offset);
 }
 
-template <class G, class H, int V, bool kNorm>
+template <class G, class H, int V>
 int run_unit(const Backward& b, void* stream) {
   Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
-  int error = launch(unit_backward<G, H, V, kNorm>, shape, stream, b);
-  for (Backward next = b; !error && next_launch(next, kNorm);) {
+  int error = launch(unit_backward<G, H, V>, shape, stream, b);
+  for (Backward next = b; !error && next_launch(next);) {
     shape = {next.units, next.unit.threads, next.unit.shared_bytes};
-    error = launch(unit_backward<G, H, V, kNorm>, shape, stream, next);
+    error = launch(unit_backward<G, H, V>, shape, stream, next);
   }
   return error;
 }

@@ -7,8 +7,17 @@
 // backward_columns.h). Then the pairwise sum of the partials (backward_sums.cu). Grids, registers and the order
 // of additions are told there; no atomics.
 #include "backward_run.h"
+#include "backward_unit.h"
 
 namespace fastedit::cuda {
+
+int run_units(const Backward& b, void* stream) {
+  return with_types(b.a.x_dtype, b.a.residual_dtype, [&](auto narrow, auto wide) {
+    using H = typename decltype(narrow)::type;
+    using G = typename decltype(wide)::type;
+    return run_unit<G, H, vector_width(sizeof(G))>(b, stream);
+  });
+}
 
 int64_t edit_add_norm_backward_workspace(const EditAddNormBackwardArgs& args) {
   return plan_backward(args, args.residual_dtype, true, nullptr).workspace_bytes;

@@ -64,7 +64,8 @@ inline Shape tile_shape(int64_t rows, int64_t width, int64_t rank, int elements,
   return {least(ceil_div(rows, per_block), resident), threads,
           row_shared_bytes(static_cast<int>(rank), per_block, threads)};
 }
-// A row at a time. Wide rows are few at once, 132 × 2 of 64 KB, so that a row is still in L2 when it is read again.
+// A row at a time. Wide rows are few at once, 132 × 2 of 64 KB, so that one is still in L2 when it is read
+// again.
 inline Shape loop_shape(int64_t rows, int64_t width, int64_t rank, int multiprocessors) {
   bool wide = width > kLowRankTileWidth;
   int threads = wide ? kLoopThreads : kLoopThreads / 2;
@@ -77,9 +78,8 @@ inline Shape loop_shape(int64_t rows, int64_t width, int64_t rank, int multiproc
 // bound it: two blocks of 256 share a multiprocessor, a row of more than 512 vectors takes one of 512.
 constexpr int kUnitThreads = 512, kUnitRegisters = 128;
 constexpr int kCellBytes = 16;  // of the stage: one vector of one stream
-constexpr int unit_tile(int vector, bool norm) { return norm && vector == 4 ? 1 : 2; }
-template <int V, bool kNorm>
-constexpr int kUnitTile = unit_tile(V, kNorm);
+template <int V>
+constexpr int kUnitTile = V / 4;  // rows at a time
 constexpr int unit_threads(int64_t width, int vector) {
   int64_t vectors = ceil_div(width, vector), most_threads = vectors > kUnitThreads ? 512 : 256;
   return static_cast<int>(ceil_div(ceil_div(vectors, ceil_div(vectors, most_threads)), 32) * 32);
