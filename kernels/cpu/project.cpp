@@ -33,6 +33,47 @@ int project(const ProjectArgs& a, void*) {
   return 0;
 }
 
+namespace {
+
+// R rows: a loaded read vector, and an accumulator, serve them all.
+template <class T, int R>
+void rows_backward(const ProjectBackwardArgs& a, int64_t row, float* d_read, float* d_offset) {
+  typedef typename T::T E;
+  const int64_t width = a.width, rank = a.rank;
+  const RowPointers<const float, R> q(a.grad_z + row * rank, rank);
+  const auto hidden = rows_at<const E, R>(a.hidden, row, a.hidden_stride);
+  const auto d_hidden = rows_at<E, R>(a.d_hidden, row, width);
+  const float* read = a.read;
+  const bool want_hidden = a.d_hidden;
+  each_column(width, [=](auto lane, int64_t c) {
+    constexpr int L = decltype(lane)::count;
+    typedef typename Lane<L>::F F;
+    if (d_read) {
+      F h[R];
+      for (int r = 0; r < R; ++r) h[r] = T::template load<L>(hidden.at[r] + c);
+      for (int64_t j = 0; j < rank; ++j) {
+        F total = q.at[0][j] * h[0];
+        for (int r = 1; r < R; ++r) total += q.at[r][j] * h[r];
+        accumulate_columns<L>(d_read + j * width + c, total);
+      }
+    }
+    if (want_hidden) {
+      F back[R] = {};
+      for (int64_t j = 0; j < rank; ++j) {
+        const F direction = load_as<F>(read + j * width + c);
+        for (int r = 0; r < R; ++r) back[r] += q.at[r][j] * direction;
+      }
+      for (int r = 0; r < R; ++r) T::template store<L>(d_hidden.at[r] + c, back[r]);
+    }
+  });
+  if (!d_offset) return;
+  for (int r = 0; r < R; ++r) {
+    for (int64_t j = 0; j < rank; ++j) d_offset[j] += q.at[r][j];
+  }
+}
+
+}  // namespace
+
 int64_t project_backward_workspace(const ProjectBackwardArgs&) { return 0; }
 
 int project_backward(const ProjectBackwardArgs& a, void*, void*) {
@@ -46,30 +87,12 @@ int project_backward(const ProjectBackwardArgs& a, void*, void*) {
       return;
     }
     each_task(sums.blocks(), a.rows * width, [&](int64_t block) {
-      float* d_read = sums.partial(block);
-      float* d_offset = d_read + (a.d_read ? rank * width : 0);
-      Scratch one(2 * width);
-      for (int64_t row = sums.first(block); row < sums.last(block); ++row) {
-        const float* g = a.grad_z + row * rank;
-        if (a.d_read) {
-          const E* in = static_cast<const E*>(a.hidden) + row * a.hidden_stride;
-          float* h = one.floats();
-          each_column(width, [=](auto lane, int64_t c) {
-            Fp32::store<decltype(lane)::count>(h + c, T::template load<decltype(lane)::count>(in + c));
-          });
-          for (int64_t j = 0; j < rank; ++j) add_scaled(d_read + j * width, h, g[j], width);
-        }
-        if (a.d_offset) add_scaled(d_offset, g, 1.0f, rank);
-        if (a.d_hidden) {
-          float* d = one.floats() + width;
-          memset(d, 0, static_cast<size_t>(width) * sizeof(float));
-          for (int64_t j = 0; j < rank; ++j) add_scaled(d, a.read + j * width, g[j], width);
-          E* out = static_cast<E*>(a.d_hidden) + row * width;
-          each_column(width, [=](auto lane, int64_t c) {
-            T::template store<decltype(lane)::count>(out + c, load_as<typename decltype(lane)::F>(d + c));
-          });
-        }
-      }
+      float* d_read = a.d_read ? sums.partial(block) : nullptr;
+      float* d_offset = a.d_offset ? sums.partial(block) + (a.d_read ? rank * width : 0) : nullptr;
+      const int64_t last = sums.last(block);
+      int64_t row = sums.first(block);
+      for (; row + kGroup <= last; row += kGroup) rows_backward<T, kGroup>(a, row, d_read, d_offset);
+      for (; row < last; ++row) rows_backward<T, 1>(a, row, d_read, d_offset);
     });
     const float* total = sums.reduce();
     float *d_read = a.d_read, *d_offset = a.d_offset;
