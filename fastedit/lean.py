@@ -3,12 +3,17 @@
 The kernels are those of fastedit.ops. One row of width 64 on the CPU, µs: edit_add 13 through ops, 8 here;
 with the norm 17 and 11. Only calls that need no gradient and are not traced go straight to the native
 module: contiguous rows of one dtype, no slots, no projection returned. Anything else goes to fastedit.ops.
+
+Under torch.compile and export a patched layer is plain PyTorch instead: the compiler fuses scale, bias and norm into
+what stands around them, where an operator it cannot see into would hold it up (a compiled decode step of a 64-wide
+Llama took 0.82 of the unedited eager one's time with operators, 0.49 under a compiled hook).
 """
 
 import torch
 
 from . import ops
 from .dispatch import select
+from .kernels import reference
 from .native import DTYPE
 
 _Tensor, _fp32 = torch.Tensor, torch.float32
@@ -61,7 +66,9 @@ def _pointers(tensors, strength, device, width):
 
 def edit(hidden, tensors, strength):
     """E(hidden) in an op of its own; tensors and strength as `add` has them."""
-    if _grad_enabled() or _compiling() or type(hidden) is not _Tensor:
+    if _compiling():
+        return _expressed(reference.edit, (hidden,), tensors, strength)
+    if _grad_enabled() or type(hidden) is not _Tensor:
         return ops.edit(hidden, *tensors, strength=strength)
     device, cuda = hidden.device, hidden.is_cuda
     native = _native_ops.get((cuda, hidden.dtype), False)
@@ -89,7 +96,10 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
     tensors: (scale, bias, read, offset, write) of the edit. strength: None or one element. Shapes have been
     checked when the masters were made; dtypes and devices are checked here, as a model may have been moved.
     """
-    if _grad_enabled() or _compiling() or type(x) is not _Tensor or type(residual) is not _Tensor:
+    if _compiling():
+        out = _expressed(reference.edit_add, (x, residual), tensors, strength, on_sum)
+        return out if norm is None else (out, norm.module(out))
+    if _grad_enabled() or type(x) is not _Tensor or type(residual) is not _Tensor:
         return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
     dtype, device, shape, cuda = x.dtype, x.device, x.shape, x.is_cuda
     native = _native_ops.get((cuda, dtype), False)
@@ -124,6 +134,13 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
         0 if norm_bias is None else norm_bias.data_ptr(), normed.data_ptr(), 0, 0, stream,
     )  # fmt: skip
     return out, normed
+
+
+def _expressed(op, streams, tensors, strength, *more):
+    """The reference's own operations, for a compiler to see; fp32 also under autocast."""
+    with torch.autocast(streams[0].device.type, enabled=False):
+        out, _ = op(*(s.reshape(-1, s.shape[-1]) for s in streams), *tensors, None, strength, *more)
+    return out.view(streams[0].shape)
 
 
 def _checked(x, residual, tensors, strength, on_sum, norm, want_residual):
