@@ -48,7 +48,7 @@ lint: $(STAMPS)/fastedit
 	$(BIN)/ruff check .
 
 bench: $(STAMPS)/fastedit
-	$(firstword $(wildcard $(PEERS)/bin/python) $(BIN)/python) -m bench.cpu --out $(OUT)
+	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)
 
 peers: $(PEERS)/.stamp
 	@echo "Next: $(PEERS)/bin/python -m bench.models"
@@ -116,5 +116,5 @@ gpu:
 	FASTEDIT_CUDA=ON FASTEDIT_CUDA_ARCHITECTURES=$(or $(GPU_ARCH),90) \
 		$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index --target build/gpu .
 	$(ON_GPU) -m pytest -m gpu tests/test_ops.py tests/test_gpu.py $(PYTEST_ARGS)
-	$(foreach tool,memcheck racecheck,$(call sanitize,$(tool)))
 	$(ON_GPU) -m bench.gpu --out $(OUT)
+	$(foreach tool,memcheck racecheck,$(call sanitize,$(tool)))

@@ -7,6 +7,8 @@ import argparse
 
 from . import host, models, report
 from .kernels import plot, study
+from .models import plot as models_plot
+from .models import table as models_table
 
 
 def main():
@@ -20,7 +22,8 @@ def main():
     path = study.run(options.out, full=options.full, minutes=options.minutes, device="cpu")
     print(path, plot.roofline(path), sep="\n")
     print(host.run(options.out, device="cpu"))
-    print(models.run(options.out, processes=options.processes, minutes=options.models, full=options.full))
+    found = models.run(options.out, processes=options.processes, minutes=options.models, full=options.full)
+    print(found, models_table.write(found), *models_plot.ratios(found), sep="\n")
     print(report.write(options.out))
 
 

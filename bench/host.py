@@ -71,8 +71,11 @@ def calls(device):
 
 def decode_in_a_graph():
     """{variant: replay of one decode step of a Llama captured in a CUDA graph}."""
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
-
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+    except ImportError as error:
+        print(f"no decode step in a CUDA graph: {error}")
+        return {"kept": []}
     import fastedit
 
     torch.manual_seed(0)
@@ -112,7 +115,8 @@ def rows(device, blocks=7, rounds=15):
     if device == "cuda":
         replays = decode_in_a_graph()
         kept = replays.pop("kept")  # alive while the graphs replay
-        yield from _measured(replays, next(iter(replays)), blocks, rounds)
+        if replays:
+            yield from _measured(replays, next(iter(replays)), blocks, rounds)
         del kept
 
 

@@ -1,4 +1,4 @@
-"""fastedit.jax against the same expression in plain jnp, both under jax.jit, interleaved; rows as in bench.micro.
+"""fastedit.jax against the same expression in plain jnp, both under jax.jit, interleaved; rows as in bench.kernels.
 
     python -m bench.jax_ops [--out bench/results] [--rows 512] [--width 4096]
 
@@ -17,12 +17,13 @@ import numpy as np
 
 from fastedit import jax as fej
 
-from . import micro
-from .cases import EPS, Case
+from .kernels.cases import EPS, Case
+from .kernels.study import FIELDS as STUDIED
+from .machine import commit, machine
 from .timing import interleave, quantiles, ratio
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
-FIELDS = ["jax" if name == "torch" else name for name in micro.FIELDS]
+FIELDS = ["jax" if name == "torch" else name for name in STUDIED]
 
 
 def plain_edit(h, scale, bias):
@@ -101,7 +102,7 @@ def main():
     options = parser.parse_args()
     path = pathlib.Path(options.out) / f"jax-{jax.default_backend()}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"machine": micro.machine(), "jax": jax.__version__, "commit": micro.commit()}
+    about = {"machine": machine(), "jax": jax.__version__, "commit": commit()}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

@@ -9,6 +9,8 @@ grad and vmap: `fastedit.jax`.
     edited = arrays.edit(hidden, scale=scale, bias=bias)
 """
 
+import math
+
 import numpy as np
 
 try:
@@ -32,7 +34,7 @@ def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, s
     """
     call = _Call(hidden, "hidden")
     form = call.form(scale, bias, read, offset, write, slot, strength)
-    out, z = call.empty_rows(), call.empty_projection(read, offset, return_projection)
+    out, z = call.empty_rows(), call.empty_projection(read, return_projection)
     call("edit", *call.extent, *form, call.code, call.pointer, call.stride, _pointer(out), _pointer(z))
     return (out, z) if return_projection else out
 
@@ -42,7 +44,7 @@ def edit_add(x, residual, scale=None, bias=None, read=None, offset=None, write=N
     """residual + E(x) (on="x") or E(residual + x) (on="sum"), as `fastedit.ops.edit_add`. One dtype for both."""
     call = _Call(x, "x")
     form = call.form(scale, bias, read, offset, write, slot, strength)
-    out, z = call.empty_rows(), call.empty_projection(read, offset, return_projection)
+    out, z = call.empty_rows(), call.empty_projection(read, return_projection)
     call("edit_add", *call.add(residual, form, on, out, z))
     return (out, z) if return_projection else out
 
@@ -72,7 +74,7 @@ def project(hidden, read, offset=None):
     call = _Call(hidden, "hidden")
     rank = call.rank_of(read)
     reads, offsets = call.parameter("read", read, (rank, call.width)), call.parameter("offset", offset, (rank,))
-    z = call.empty_projection(read, offset, True)
+    z = call.empty_projection(read, True)
     call("project", *call.extent, rank, call.code, call.pointer, call.stride, reads, offsets, _pointer(z))
     return z
 
@@ -108,7 +110,7 @@ class _Call:
         if self.dtype.name not in _CODES:
             raise TypeError(f"{name} has dtype {self.dtype.name}, expected one of {', '.join(_CODES)}")
         self.code = _CODES[self.dtype.name]
-        self.extent = (rows.size // self.width if self.width else 0, self.width)
+        self.extent = (math.prod(self.shape[:-1]), self.width)
         self.pointer, self.stride = self.rows(rows, name)
 
     def __call__(self, op, *args):
@@ -195,16 +197,12 @@ class _Call:
     def empty_rows(self):
         return self.library.empty(self.shape, self.dtype)
 
-    def empty_projection(self, read, offset, wanted):
+    def empty_projection(self, read, wanted):
         if not wanted:
             return None
         if read is None:
             raise ValueError("return_projection=True needs `read`, the directions to project on; found read=None")
-        shape = (*self.shape[:-1], self.rank_of(read))
-        if self.width:
-            return self.library.empty(shape, np.float32)
-        z = self.library.zeros(shape, np.float32)  # no columns: the kernels have nothing to walk over
-        return z if offset is None else z + self.library.asarray(offset)
+        return self.library.empty((*self.shape[:-1], self.rank_of(read)), np.float32)
 
 
 def _as_array(value, name):

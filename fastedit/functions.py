@@ -131,10 +131,12 @@ def backward_edit_add(ctx, grad, grad_z):
     need_x, need_residual = ctx.needs_input_grad[:2]
     need_rows = need_x or (ctx.on_sum and need_residual)
     dtype = torch.promote_types(ctx.x_dtype, ctx.residual_dtype) if ctx.on_sum else ctx.x_dtype
-    d_rows, *d_form, d_k = edit_gradients(
-        grad, x, residual, *form, grad_z if form[2] is not None else None, z,
-        (need_rows, *ctx.form_needs), dtype, ctx.shape,
-    )  # fmt: skip
+    needs = (need_rows, *ctx.form_needs)
+    d_rows, *d_form, d_k = (None,) * 7  # the residual's gradient alone is grad itself
+    if any(needs):
+        d_rows, *d_form, d_k = edit_gradients(
+            grad, x, residual, *form, grad_z if form[2] is not None else None, z, needs, dtype, ctx.shape
+        )
     d_residual = None
     if need_residual:
         d_residual = d_rows if ctx.on_sum else grad

@@ -4,9 +4,11 @@ Arguments have been checked. `flat` gives the kernels (rows, width) with a unit 
 strides allow one.
 """
 
+import math
+
 import torch
 
-from .dispatch import select
+from .dispatch import load, select
 
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
 
@@ -17,7 +19,7 @@ def flat(tensor):
         return None
     if tensor.dim() != 2:
         width = tensor.shape[-1]
-        rows = tensor.numel() // width if width else 0
+        rows = tensor.numel() // width if width else math.prod(tensor.shape[:-1])
         tensor = tensor.view(rows, width) if tensor.is_contiguous() else tensor.reshape(rows, width)
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
@@ -29,6 +31,11 @@ def per_row(tensor):
 
 def _device_type(tensor):
     return "cpu" if tensor.is_cpu else tensor.device.type
+
+
+def _backend(width, *key):
+    """The backend that serves; rows of no columns, whose pointers are null, have nothing for a kernel."""
+    return select(*key) if width else load("reference")
 
 
 def as_rows(tensor, backend):
@@ -62,7 +69,7 @@ def _reshaped(rows, *outputs):
 
 def run_edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z):
     """(h', z or None)."""
-    backend = select(_device_type(hidden), hidden.dtype)
+    backend = _backend(hidden.shape[-1], _device_type(hidden), hidden.dtype)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
     out, z = backend.edit(as_rows(hidden, backend), *form, want_z)
     return _reshaped(hidden, out, z)
@@ -70,7 +77,7 @@ def run_edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z
 
 def run_edit_add(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum, want_z):
     """(residual', z or None)."""
-    backend = select(_device_type(x), x.dtype, residual.dtype, on_sum)
+    backend = _backend(x.shape[-1], _device_type(x), x.dtype, residual.dtype, on_sum)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
     out, z = backend.edit_add(*_pair(x, residual, backend), *form, on_sum, want_z)
     return _reshaped(x, out, z)
@@ -90,7 +97,7 @@ def run_edit_add_norm(
     """(residual' or None, normed, z or None, mean or None, rstd or None)."""
     dtype, residual_dtype = x.dtype, residual.dtype
     out_dtype = dtype if dtype is residual_dtype else torch.promote_types(dtype, residual_dtype)
-    backend = select(_device_type(x), dtype, residual_dtype, on_sum)
+    backend = _backend(x.shape[-1], _device_type(x), dtype, residual_dtype, on_sum)
     weight, norm_bias = _norm_parameter(weight, out_dtype), _norm_parameter(norm_bias, out_dtype)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
     out, normed, z, mean, rstd = backend.edit_add_norm(
@@ -110,7 +117,8 @@ def _norm_parameter(parameter, dtype):
 
 
 def run_project(hidden, read, offset):
-    z = select(_device_type(hidden), hidden.dtype).project(flat(hidden), _contiguous(read), _contiguous(offset))
+    backend = _backend(hidden.shape[-1], _device_type(hidden), hidden.dtype)
+    z = backend.project(flat(hidden), _contiguous(read), _contiguous(offset))
     return z.view(*hidden.shape[:-1], read.shape[0])
 
 
@@ -120,7 +128,9 @@ def run_edit_backward(
     """Seven gradients or None: hidden in `dtype` (rows, width); parameters fp32 in their own shapes."""
     some = next(t for t in (grad, hidden, grad_z) if t is not None)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
-    backend = select(some.device.type, dtype, None if grad is None else _second(dtype, grad.dtype), False)
+    width = next(t for t in (grad, hidden, read) if t is not None).shape[-1]
+    key = (some.device.type, dtype, None if grad is None else _second(dtype, grad.dtype), False)
+    backend = _backend(width, *key)
     grads = backend.edit_backward(
         flat(grad), flat(hidden), flat(residual), *form, flat(grad_z), flat(z), needs, dtype
     )
@@ -141,7 +151,7 @@ def run_edit_add_norm_backward(
     slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm, x_dtype, residual_dtype,
 ):  # fmt: skip
     """(d_x, d_residual, six parameter gradients, d_weight, d_norm_bias), each a tensor or None."""
-    backend = select(residual_out.device.type, x_dtype, residual_dtype, on_sum)
+    backend = _backend(residual_out.shape[-1], residual_out.device.type, x_dtype, residual_dtype, on_sum)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
     d_x, d_residual, *rest = backend.edit_add_norm_backward(
         flat(grad_residual), flat(grad_normed), flat(residual_out), flat(x), flat(residual), _contiguous(weight),
@@ -152,5 +162,5 @@ def run_edit_add_norm_backward(
 
 
 def run_project_backward(grad_z, hidden, read, needs, dtype):
-    backend = select(grad_z.device.type, dtype)
+    backend = _backend(read.shape[-1], grad_z.device.type, dtype)
     return backend.project_backward(flat(grad_z), flat(hidden), _contiguous(read), needs, dtype)

@@ -6,6 +6,7 @@ stride, checked by ops.
 """
 
 import functools
+import math
 import types
 
 import torch
@@ -34,7 +35,7 @@ def _extent(rows):
     """(rows, width, row stride): contiguous of any shape, or (rows, width) with rows apart."""
     width = rows.shape[-1]
     if rows.is_contiguous():
-        return (rows.numel() // width if width else 0), width, width
+        return (rows.numel() // width if width else math.prod(rows.shape[:-1])), width, width
     return rows.shape[0], width, rows.stride(0)
 
 
@@ -45,14 +46,10 @@ def _output_like(rows):
     return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
 
-def _z_like(rows, read, offset, wanted):
+def _z_like(rows, read, wanted):
     if not wanted or read is None:
         return None
-    shape = (*rows.shape[:-1], read.shape[-2])
-    if rows.shape[-1] == 0 and read.dim() == 2:  # no columns: the kernels have nothing to walk over
-        z = torch.zeros(shape, dtype=torch.float32, device=rows.device)
-        return z if offset is None else z.add_(offset)
-    return torch.empty(shape, dtype=torch.float32, device=rows.device)
+    return torch.empty((*rows.shape[:-1], read.shape[-2]), dtype=torch.float32, device=rows.device)
 
 
 def _form(scale, bias, read, offset, write, slot, coefficient):
@@ -123,7 +120,7 @@ def _make(name):
     def edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z=False):
         rows, width, stride = _extent(hidden)
         out = _output_like(hidden)
-        z = _z_like(hidden, read, offset, want_z)
+        z = _z_like(hidden, read, want_z)
         call["edit"](
             rows, width, *_form(scale, bias, read, offset, write, slot, coefficient), DTYPE[hidden.dtype],
             hidden.data_ptr(), stride, out.data_ptr(), 0 if z is None else z.data_ptr(), stream_of(),
@@ -141,7 +138,7 @@ def _make(name):
 
     def edit_add(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum=False, want_z=False):
         out = _output_like(residual)
-        z = _z_like(x, read, offset, want_z)
+        z = _z_like(x, read, want_z)
         form = (scale, bias, read, offset, write, slot, coefficient)
         call["edit_add"](*_add_args(x, residual, form, on_sum, z, out), stream_of())
         return out, z
@@ -152,7 +149,7 @@ def _make(name):
     ):  # fmt: skip
         normed = _output_like(residual)
         out = torch.empty_like(normed) if want_residual else None
-        z = _z_like(x, read, offset, want_z)
+        z = _z_like(x, read, want_z)
         args = _add_args(x, residual, (scale, bias, read, offset, write, slot, coefficient), on_sum, z, out)
         mean = rstd = None
         if want_stats:

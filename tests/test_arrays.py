@@ -73,10 +73,11 @@ def test_slots_and_views():
     np.testing.assert_array_equal(arrays.edit(turned, bias=np.ones(6, np.float32)), turned + 1)
 
 
-def test_rows_of_no_columns_project_onto_the_offset():
-    h, read, offset = np.empty((3, 0), np.float32), np.empty((2, 0), np.float32), np.array([1, 2], np.float32)
+@pytest.mark.parametrize("shape", [(3, 0), (2, 3, 0)])
+def test_rows_of_no_columns_project_onto_the_offset(shape):
+    h, read, offset = np.empty(shape, np.float32), np.empty((2, 0), np.float32), np.array([1, 2], np.float32)
     ht, read_t, offset_t = (torch.from_numpy(a) for a in (h, read, offset))
-    expected = np.broadcast_to(offset, (3, 2))
+    expected = np.broadcast_to(offset, (*shape[:-1], 2))
     np.testing.assert_array_equal(arrays.project(h, read, offset), expected)
     for z in (
         arrays.edit(h, read=read, offset=offset, write=read, return_projection=True)[1],
@@ -85,6 +86,16 @@ def test_rows_of_no_columns_project_onto_the_offset():
         ops.edit_add(ht, ht, read=read_t, offset=offset_t, write=read_t, return_projection=True)[1].numpy(),
     ):
         np.testing.assert_array_equal(z, expected)
+    slot = np.arange(np.prod(shape[:-1]), dtype=np.int32).reshape(shape[:-1]) % 2
+    table, offsets = np.empty((2, 1, 0), np.float32), np.array([[3], [4]], np.float32)
+    expected = offsets[slot]
+    slotted = {"read": table, "offset": offsets, "write": table, "slot": slot}
+    np.testing.assert_array_equal(arrays.edit(h, **slotted, return_projection=True)[1], expected)
+    slotted = {n: torch.from_numpy(a) for n, a in slotted.items()}
+    np.testing.assert_array_equal(ops.edit(ht, **slotted, return_projection=True)[1].numpy(), expected)
+    offset_t.requires_grad_()
+    ops.project(ht, read_t, offset_t).sum().backward()
+    assert offset_t.grad.tolist() == [np.prod(shape[:-1])] * 2
 
 
 def test_dlpack_exporters_come_in():

@@ -64,7 +64,7 @@ def test_the_checked_in_table_has_every_case_and_no_spill():
 
 
 def test_bytes_of_the_checked_in_table_are_the_least():
-    """Each stream of 4096 columns once: what bench/cases.py counts."""
+    """Each stream of 4096 columns once: what bench/kernels/cases.py counts."""
     streams = {
         ("edit", "forward"): 2, ("edit_add", "forward"): 3, ("edit_add_norm", "forward"): 4, ("project", "forward"): 1,
         ("edit", "backward"): 3, ("edit_add_norm", "backward"): 6, ("project", "backward"): 2,

@@ -389,16 +389,18 @@ def test_empty(device):
         assert ops.project(x, form["read"]).shape == (*lead, 2)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_run_to_run_and_row_by_row(device, dtype):
+def test_run_to_run_and_row_by_row(device, dtype, rank):
     """Bit-equal twice over, whatever ran between; row i alone equals row i among others (not the reference)."""
     h, residual, grad = (rows((1000,), 200, dtype, device) for _ in range(3))
-    form, weight = form_on(device, 200, 3), torch.ones(200, dtype=dtype, device=device)
+    form, weight = form_on(device, 200, rank), torch.ones(200, dtype=dtype, device=device)
 
-    def run():
-        x, params = h.clone().requires_grad_(), leaves(form)
-        out, normed = ops.edit_add_norm(x, residual, weight, **params)
-        return (out, normed, *torch.autograd.grad((out, normed), [x, *params.values()], [grad, grad]))
+    def run(at=slice(None)):
+        x, params = h[at].clone().requires_grad_(), leaves(form)
+        out, normed = ops.edit_add_norm(x, residual[at], weight, **params)
+        wanted = [x, *(p for p in params.values() if p is not None)]
+        return (out, normed, *torch.autograd.grad((out, normed), wanted, [grad[at], grad[at]]))
 
     first = run()
     threads = torch.get_num_threads()
@@ -410,9 +412,9 @@ def test_run_to_run_and_row_by_row(device, dtype):
     if _is_reference():
         return
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    for i in (0, 3, 500, 999):
-        out, normed = ops.edit_add_norm(h[i : i + 1], residual[i : i + 1], weight, **form)
-        assert torch.equal(out[0], first[0][i]) and torch.equal(normed[0], first[1][i])
+    for i in (0, 1, 3, 4, 500, 999):
+        alone = run(slice(i, i + 1))[:3]
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, first[:3], strict=True))
 
 
 def test_column_sums_of_many_rows(device):

@@ -32,6 +32,7 @@ struct NormRow {
         weight(static_cast<const E*>(a.weight)),
         mean(a.kind == LAYER ? a.mean[row] : 0.0f),
         rstd(a.rstd[row]),
+        inner(0.0f),
         level(0.0f),
         gemma(a.kind == GEMMA) {
     const NormRow self = *this;

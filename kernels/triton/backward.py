@@ -155,12 +155,17 @@ def run_columns(
 
 def partial_views(blocks, columns, device):
     """A workspace of fp32 partials, its rows 64-byte aligned, and a slice for each count of columns but 0."""
-    workspace = torch.empty((blocks, cdiv(sum(columns), 16) * 16), dtype=torch.float32, device=device)
+    workspace = torch.empty((blocks, cdiv(sum(map(aligned, columns)), 16) * 16), dtype=torch.float32, device=device)
     views, first = [], 0
     for count in columns:
         views.append(workspace[:, first : first + count] if count else None)
-        first += count
+        first += aligned(count)
     return workspace, views
+
+
+def aligned(count):
+    """Floats to the next 16 bytes: gradients are slices of one buffer, and compilers take tensors to be so aligned."""
+    return cdiv(count, 4) * 4
 
 
 def total_sums(workspace, views, columns, block_first):
@@ -168,8 +173,9 @@ def total_sums(workspace, views, columns, block_first):
     if not any(columns):
         return [None] * len(columns)
     if block_first is None:
-        total = reduce_partials(workspace[:, : sum(columns)])[0]
-        return [part if count else None for part, count in zip(total.split(columns), columns, strict=True)]
+        widths = [aligned(count) for count in columns]
+        parts = reduce_partials(workspace[:, : sum(widths)])[0].split(widths)
+        return [part[:count] if count else None for part, count in zip(parts, columns, strict=True)]
     sums = [None if v is None else reduce_partials(v, block_first) for v in views[:5]]
     return sums + [None if v is None else reduce_partials(v) for v in views[5:]]
 
