@@ -138,6 +138,7 @@ class Call {
   }
 
   void attribute(const char* name, int32_t type, void* value, size_t size) {
+    if (error_) return;
     const xla::Attributes& all = frame_.attributes;
     for (int64_t i = 0; i < all.count; ++i) {
       const xla::Name& found = *all.names[i];

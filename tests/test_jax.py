@@ -304,3 +304,16 @@ def test_slot_out_of_range_raises_when_it_runs(random):
     message = r"slot of row 2 is 2, expected -1 \(untouched\) or 0 to 1"
     with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=message):
         run(h, np.array([0, 1, 2, 0], np.int32)).block_until_ready()
+
+
+def test_rows_of_no_width_project_onto_their_slots_offset():
+    table, offset = jnp.zeros((2, 1, 0)), jnp.array([[3.0], [4.0]])
+    slot = jnp.array([0, 1, -1], jnp.int32)
+    _, z = fej.edit(jnp.zeros((3, 0)), read=table, offset=offset, write=table, slot=slot, return_projection=True)
+    assert z.tolist() == [[3.0], [4.0], [0.0]]
+
+
+def test_the_residual_alone_has_the_sums_gradient():
+    x, scale = jnp.ones((4, 8)), jnp.full(8, 2.0)
+    d_residual = jax.jit(jax.grad(lambda r: (3 * fej.edit_add(x, r, scale=scale)).sum()))(jnp.ones((4, 8)))
+    assert (d_residual == 3).all()

@@ -64,7 +64,7 @@ def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, s
     form = as_form(hidden, scale, bias, read, offset, write, slot, strength)
     check_projection(return_projection, read)
     if not hidden.size:
-        out, z = hidden, _empty_projection(hidden, form.read, form.offset)
+        out, z = hidden, _empty_projection(hidden, form.read, form.offset, form.slot)
     else:
         out, z = functions.edit(bool(return_projection), hidden, form)
     return (out, z) if return_projection else out
@@ -79,7 +79,7 @@ def edit_add(x, residual, scale=None, bias=None, read=None, offset=None, write=N
     """
     x, residual, form = _add(x, residual, scale, bias, read, offset, write, on, slot, strength, return_projection)
     if not x.size:
-        out, z = residual, _empty_projection(x, form.read, form.offset)
+        out, z = residual, _empty_projection(x, form.read, form.offset, form.slot)
     else:
         out, z = functions.edit_add((on == "sum", bool(return_projection)), x, residual, form)
     return (out, z) if return_projection else out
@@ -102,7 +102,7 @@ def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, of
     )
     if not x.size:
         out = normed = residual
-        z = _empty_projection(x, form.read, form.offset)
+        z = _empty_projection(x, form.read, form.offset, form.slot)
     else:
         static = functions.Norm(
             on == "sum", NORM_KINDS[kind], float(eps), bool(return_residual), bool(return_projection)
@@ -133,9 +133,11 @@ def _add(x, residual, scale, bias, read, offset, write, on, slot, strength, retu
     return x, residual, form
 
 
-def _empty_projection(rows, read, offset):
-    """z where there is nothing to read: rows of no width project to the offset."""
+def _empty_projection(rows, read, offset, slot=None):
+    """z where there is nothing to read: rows of no width project to their offset, untouched ones to 0."""
     if read is None:
         return None
     z = jnp.zeros((*rows.shape[:-1], read.shape[-2]), jnp.float32)
-    return z if offset is None or offset.ndim > 1 else z + offset
+    if offset is None or not z.size:
+        return z
+    return z + offset if slot is None else jnp.where(slot[..., None] < 0, z, offset[jnp.maximum(slot, 0)])
