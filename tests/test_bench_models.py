@@ -1,5 +1,6 @@
 """The model study: everybody does the same edit, the counts are right, and the table keeps what it had."""
 
+import copy
 import functools
 import itertools
 
@@ -10,7 +11,9 @@ from bench.models import check, counts, cuts, measure, plot, registry, rows, stu
 from bench.models.edits import values
 from bench.models.sizes import Size, build, device, sharing
 from bench.models.variants.plain import hook
-from bench.models.works import WORKS
+from bench.models.works import BATCH, LENGTH, WORKS
+from fastedit import dispatch
+from fastedit.adds import Add, Norm
 
 TINY = {"llama": Size("llama", 32, 3, 48, 4), "bert": Size("bert", 32, 3, 48, 4)}
 EAGER = [v for v in registry.variants().values() if not v.compiled]
@@ -131,7 +134,7 @@ def test_a_missing_peer_is_reported(tmp_path, monkeypatch):
     row, step = cell("llama", "red", PREFILL).checked(absent, None)
     assert step is None and row["note"] == "skipped: no_such_package_as_this is not installed (make peers)"
 
-    def measured(job, names, counting):
+    def measured(job, names, counting, seconds):
         return {("64x5", "red", PREFILL, "unedited"): {"note": "no edit", "ratio": 1.0, "ms": 2.0},
                 ("64x5", "red", PREFILL, "absent"): row}  # fmt: skip
 
@@ -172,6 +175,72 @@ def test_a_training_step_is_counted_with_its_backward():
     assert plain["ops_layer"] > floor["ops_layer"]
     logits = 4 * 128 * 1000 * 4
     assert all(logits < found["peak_bytes"] < 10 * logits for found in (floor, plain, fused))
+
+
+def drawn(*shape):
+    return torch.randn(shape, device=device()).requires_grad_()
+
+
+def gradients(forward, *wanted):
+    """A function of a forward and its backward, without what autograd does at leaves."""
+    outputs = forward()
+    grads = [torch.ones_like(out) for out in outputs]
+    return lambda: torch.autograd.grad(forward(), wanted, grads)
+
+
+@pytest.fixture(params=["", "reference"], ids=["usual", "reference"])
+def backend(request, monkeypatch):
+    """Only the usual one has shorter ways for the commonest calls."""
+    monkeypatch.setenv("FASTEDIT_BACKEND", request.param)
+    dispatch.select.cache_clear()
+    yield
+    dispatch.select.cache_clear()
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("on_sum", [False, True])
+def test_an_edited_add_is_one_operation_forward_and_one_backward(on_sum, normed, backend):
+    rows, width = 4, 32
+    x, residual, scale, bias = drawn(rows, width), drawn(rows, width), drawn(width), drawn(width)
+    norm = Norm(copy.deepcopy(base("llama").model.norm).float(), "rms", 1e-6) if normed else None
+
+    def forward():
+        out = Add.run(x, residual, (scale, bias, None, None, None), None, on_sum, norm)
+        return out if normed else (out,)
+
+    operations, size = counts.count(gradients(forward, x, residual, scale, bias))
+    assert operations == 2
+    # x, residual → sum; its gradient, x and of E(sum) the residual → d_x. With a norm also → normed; its gradient and
+    # the sum, and → d_residual of E(x), as of E(sum) that is d_x; the norm's weight twice; what it divided by.
+    streams, weights, divisors = (10, 2, rows) if normed else (6 + on_sum, 0, 0)
+    assert size == 4 * (streams * rows * width + (2 + 4 + weights) * width + divisors)
+
+
+def test_a_trained_layer_has_an_edit_more_and_fused_two_norms_less():
+    floor, plain, fused = (counted(n, TRAINING) for n in ("floor", "fastedit plain", "fastedit"))
+    rows, width = BATCH * LENGTH, 32
+    steps = counts.count(stepping(6)), counts.count(stepping(4))
+    operations, size = (more - less for more, less in zip(*steps, strict=True))
+    assert plain["ops_layer"] == floor["ops_layer"] + 2 + operations
+    assert plain["bytes_layer"] == floor["bytes_layer"] + 4 * (5 * rows * width + (2 + 4) * width) + size
+    norm, x, residual = base("llama").model.norm, drawn(rows, width), drawn(rows, width)
+
+    def add_and_norm():
+        total = x + residual
+        return total, norm(total)
+
+    eager, _ = counts.count(gradients(add_and_norm, x, residual))
+    assert fused["ops_layer"] == floor["ops_layer"] + operations + 2 * (2 - eager)
+
+
+def stepping(parameters):
+    """AdamW's step over so many vectors, which has run before."""
+    vectors = [torch.zeros(32, device=device(), requires_grad=True) for _ in range(parameters)]
+    for vector in vectors:
+        vector.grad = torch.ones_like(vector)
+    optimizer = torch.optim.AdamW(vectors, lr=1e-4)
+    optimizer.step()
+    return optimizer.step
 
 
 def test_views_and_allocations_are_free():
@@ -250,7 +319,7 @@ def test_what_the_minutes_did_not_reach_is_said(tmp_path, monkeypatch):
     clock = itertools.count(step=40)
     monkeypatch.setattr(study.time, "monotonic", lambda: next(clock))
     measured = {("64x5", "red", "decode", "unedited"): {"note": "", "ratio": 1.0, "ms": 1.0}}
-    monkeypatch.setattr(study, "measure", lambda job, names, counting: measured)
+    monkeypatch.setattr(study, "measure", lambda job, names, counting, seconds: measured)
     said = []
     path = study.run(tmp_path, 5, minutes=5, sizes=["64x5"], kinds=["red"], works=["decode"], say=said.append)
     (found,) = rows.read(path).values()
@@ -259,7 +328,7 @@ def test_what_the_minutes_did_not_reach_is_said(tmp_path, monkeypatch):
 
 
 def test_a_process_that_dies_does_not_take_the_rest_with_it(tmp_path, monkeypatch):
-    def measured(job, names, counting):
+    def measured(job, names, counting, seconds):
         if job.size == "64x5":
             raise study.MeasuringFailed("64x5: exit status -9")
         return {(job.size, *job.cells[0], "unedited"): {"note": "", "ratio": 1.0, "ms": 1.0}}
@@ -268,6 +337,28 @@ def test_a_process_that_dies_does_not_take_the_rest_with_it(tmp_path, monkeypatc
     with pytest.raises(study.MeasuringFailed, match="2 measuring processes failed"):
         study.run(tmp_path, 2, kinds=["red"], works=["decode"], say=lambda line: None)
     assert {key[0] for key in rows.read(tmp_path / f"models-{device()}.csv")} == {"256x8", "512x8"}
+
+
+def test_a_process_gets_what_is_left_of_the_minutes_and_no_more(tmp_path, monkeypatch):
+    """One that uses it up is said; the rest stays, and that there was a limit is no failure."""
+    given, said = [], []
+
+    def measured(job, names, counting, seconds):
+        given.append(seconds)
+        if job.size == "256x8":
+            raise study.OutOfTime("256x8: stopped")
+        return {(job.size, *job.cells[0], "unedited"): {"note": "", "ratio": 1.0, "ms": 1.0}}
+
+    monkeypatch.setattr(study, "measure", measured)
+    path = study.run(tmp_path, 2, minutes=1, kinds=["red"], works=["decode"], say=said.append)
+    assert {key[0] for key in rows.read(path)} == {"64x5", "512x8"}
+    assert 60 + study.GRACE >= given[0] > given[1] > given[-1] > 0 and len(given) == 6
+    assert "256x8: stopped" in said and "not reached in time: 0 of 2 processes of 256x8: red: decode" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(study, "GRACE", 0)
+    with pytest.raises(study.OutOfTime, match="nothing was measured"):
+        study.run(tmp_path, 1, minutes=0.01, sizes=["64x5"], kinds=["red"], works=["decode"], say=said.append)
+    assert said[-2].startswith("64x5: red: decode: stopped after 1 s")
 
 
 def test_jobs_are_within_what_exists():
@@ -289,7 +380,8 @@ def test_a_process_measures_what_it_is_asked(monkeypatch):
     assert all(r["ratio"] > 0 and r["ms"] > 0 and r["ops_layer"] > 0 for r in found.values())
 
 
-@pytest.mark.parametrize("package", ["pyvene", "pyreft", "repeng", "steering_vectors"])
-def test_peers_are_pinned(package):
+def test_peers_are_pinned():
     pinned = (study.ROOT / "bench" / "requirements-peers.txt").read_text()
-    assert f"\n{package.replace('_', '-')}==" in pinned
+    needed = {package for v in registry.variants().values() for package in v.needs} | {"liger_kernel"}
+    assert {"peft", "pyvene", "pyreft", "repeng", "steering_vectors"} < needed
+    assert [p for p in needed if f"\n{p.replace('_', '-')}==" not in pinned] == []

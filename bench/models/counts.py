@@ -13,7 +13,10 @@ from torch.utils import _python_dispatch as dispatch
 from torch.utils._pytree import tree_leaves
 
 SHALLOWER, DEEPER = 2, 3
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+_FREE = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh",
+    "promote_types",  # of dtypes: no tensor in it
+}  # fmt: skip
 
 
 class Counter(dispatch.TorchDispatchMode):
@@ -22,6 +25,7 @@ class Counter(dispatch.TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operations = self.bytes = 0
+        self._inside = False  # of one that is counted already: an entry may call others
         self._watching = contextlib.ExitStack()
 
     def __enter__(self):
@@ -38,21 +42,28 @@ class Counter(dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not _is_free(func):
-            self._add(args, kwargs, out)
+            self._add((args, kwargs), out)
         return out
 
     def _watched(self, real):
         def counted(*args, **kwargs):
-            with dispatch._disable_current_modes():
-                out = real(*args, **kwargs)
-            self._add(args, kwargs, out)
+            if self._inside:
+                return real(*args, **kwargs)
+            self._inside = True
+            try:
+                with dispatch._disable_current_modes():
+                    out = real(*args, **kwargs)
+            finally:
+                self._inside = False
+            self._add((args, kwargs), out)
             return out
 
         return counted
 
-    def _add(self, *trees):
+    def _add(self, taken, returned):
         self.operations += 1
-        for leaf in tree_leaves(trees):
+        once = {id(leaf): leaf for leaf in tree_leaves(returned)}  # one gradient may serve both parts of a sum
+        for leaf in (*tree_leaves(taken), *once.values()):
             tensors = leaf.parameters() if hasattr(leaf, "parameters") else (leaf,)  # fastedit's Norm holds two
             self.bytes += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
@@ -65,11 +76,16 @@ def _is_free(func):
 
 
 def _entries():
-    """Where fastedit's kernels are called from: they take raw pointers, which no dispatch mode sees."""
-    from fastedit import adds, functions, lean, ops
+    """Where kernels are called: they take raw pointers, which no dispatch mode sees.
 
-    runs = [(module, name) for module in (ops, functions) for name in dir(module) if name.startswith("run_")]
-    return [(adds.Add, "run"), (lean, "edit"), (ops, "edit"), (ops, "edit_add"), (ops, "edit_add_norm"), *runs]
+    All that fastedit runs comes through a backend's functions, but for what lean calls in the native module itself.
+    """
+    from fastedit import adds, lean
+    from fastedit.dispatch import BACKENDS, load, why_not
+
+    backends = [load(name) for name in BACKENDS if why_not(name) is None]
+    served = [(backend, name) for backend in backends for name, op in vars(backend).items() if callable(op)]
+    return [(adds.Add, "run"), (lean, "edit"), *served]
 
 
 def count(step):

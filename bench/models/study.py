@@ -14,6 +14,7 @@ from ..machine import commit, machine
 from . import cuts, rows
 from .sizes import device, dtype
 
+GRACE = 5  # seconds that a job may take beyond the minutes: one that is about to answer is worth them
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
@@ -21,7 +22,8 @@ def run(out, processes=5, minutes=None, full=False, sizes=None, kinds=None, work
     """Measure into out/models-<device>.csv; returns its path.
 
     Passes over all jobs, `processes` of them, each job in a process of its own: what slowly changes about the machine
-    is in the intervals. The CSV is written after every job. minutes: stop in time; what was not reached is said.
+    is in the intervals. The CSV is written after every job. minutes: stop in time; what was not reached is said. A job
+    that has started gets what is left of them and GRACE seconds.
     """
     path = pathlib.Path(out) / f"models-{device()}.csv"
     before, about = rows.read(path), _about()
@@ -34,10 +36,11 @@ def run(out, processes=5, minutes=None, full=False, sizes=None, kinds=None, work
             continue  # a shorter job may still fit
         start = time.monotonic()
         try:
-            measured = measure(job, names, counting=turn == 0)
+            measured = measure(job, names, counting=turn == 0, seconds=end - start + GRACE)
         except MeasuringFailed as failure:
-            failures.append(failure)
             say(str(failure))
+            if not isinstance(failure, OutOfTime):  # which the caller has asked for
+                failures.append(failure)
             continue
         for key, row in measured.items():
             results[key].append(row)
@@ -54,6 +57,8 @@ def run(out, processes=5, minutes=None, full=False, sizes=None, kinds=None, work
     _say_unreached(jobs, results, processes, say)
     if failures:
         raise MeasuringFailed(f"{len(failures)} measuring processes failed, the first of them:\n{failures[0]}")
+    if jobs and not results:
+        raise OutOfTime(f"nothing was measured in {minutes} minutes")
     return path
 
 
@@ -61,14 +66,22 @@ class MeasuringFailed(RuntimeError):
     """A measuring process ended without an answer."""
 
 
-def measure(job, names=None, counting=False):
-    """{key: row of measure.py} of a job, from a process of its own."""
+class OutOfTime(MeasuringFailed):
+    """The minutes were over before an answer was there."""
+
+
+def measure(job, names=None, counting=False, seconds=float("inf")):
+    """{key: row of measure.py} of a job, from a process of its own that ends after so many seconds."""
     asked = {
         "size": job.size, "cells": job.cells, "names": names, "seconds": job.seconds,
         "compiled": job.compiled or bool(names), "counting": counting,
     }  # fmt: skip
     command = [sys.executable, "-m", "bench.models.measure", json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    timeout = None if seconds == float("inf") else max(seconds, 0)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise OutOfTime(f"{job}: stopped after {seconds:.0f} s: the time was over") from None
     if done.returncode:
         raise MeasuringFailed(f"{job}: exit status {done.returncode}\n{done.stderr[-4000:]}")
     return {
