@@ -63,7 +63,7 @@ def cases():
     """(op, mode, dtype, rank, path): path is vectors, slots or scalar (an odd view)."""
     ops = ("edit", "edit_add", "edit_add_norm", "project")
     for op, mode, dtype, rank in itertools.product(ops, ("forward", "backward"), PAIRS, (0, 4, 8)):
-        one_dtype = op in ("edit", "project") and mode == "forward" or op == "project"
+        one_dtype = op == "project" or (op == "edit" and mode == "forward")
         if (op == "project" and rank == 0) or (one_dtype and "+" in dtype) or (op == "edit_add" and mode == "backward"):
             continue  # edit_add's backward is edit's
         yield op, mode, dtype, rank, "vectors"
@@ -182,7 +182,8 @@ def table(archs):
 
 def markdown(path):
     """The CSV as a table: sm_90, vectors, one line a kernel; what no case launches is counted below it."""
-    rows = list(csv.DictReader(pathlib.Path(path).open()))
+    with pathlib.Path(path).open() as file:
+        rows = list(csv.DictReader(file))
     lines = [
         "| op | dtype | rank | kernel | threads | registers | shared KB | spills | 128-bit / narrower | warps/SM "
         "| bytes a row | ns a row |",
