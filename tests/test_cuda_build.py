@@ -131,7 +131,7 @@ int fail(long rows, long width, int vector, int sms, const char* what) {
 }
 int main() {
   const int64_t all_rows[] = {0, 1, 7, 31, 32, 33, 300, 8192, 65536, 100000000};
-  const int64_t widths[] = {1, 8, 64, 96, 100, 768, 1024, 4096, 4104, 5120, 8192, 8200, 16384, 16392, 53248};
+  const int64_t widths[] = {0, 1, 8, 64, 96, 100, 768, 1024, 4096, 4104, 5120, 8192, 8200, 16384, 16392, 53248};
   const int vectors[] = {1, 4, 8}, chips[] = {1, 84, 108, 128, 132, 148, 170}, ranks[] = {0, 1, 4, 17, 64};
   static_assert(vector_width(4) == 4 && vector_width(2) == 8, "128 bits");
   for (int64_t rows : all_rows) for (int64_t width : widths)
@@ -141,7 +141,7 @@ int main() {
       Shape s = stream_shape(rows, width, vector, per_row, sms);
       int64_t tiles = column_tiles(width, vector);
       CHECK(s.blocks <= kMaxBlocks && s.threads == 256);
-      if (rows == 0) { CHECK(s.blocks == 0); continue; }
+      if (rows == 0 || width == 0) { CHECK(s.blocks == 0); continue; }
       CHECK(tiles * 32 * vector >= width && (tiles - 1) * 32 * vector < width);
       int64_t groups = s.blocks / tiles, resident = sms * kStreamBlocksPerSm[per_row];
       CHECK(s.blocks == groups * tiles && groups >= 1);

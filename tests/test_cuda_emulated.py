@@ -589,6 +589,44 @@ def test_no_rows(cuda, rank, slots):
     assert not any(t.any() for t in got if t is not None)
 
 
+@pytest.mark.parametrize("address", [None, 0, 4], ids=["null", "aligned", "unaligned"])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("slots", [None, 2])
+def test_no_columns(cuda, monkeypatch, address, rank, slots):
+    """z, the statistics, d_offset and d_coefficient exist all the same; empty tensors may have an address."""
+    rows, guard = 5, torch.full((64,), torch.nan)
+    if address is not None:
+        at = guard.data_ptr() + address
+        monkeypatch.setattr(harness, "pointer", lambda t: None if t is None else t.data_ptr() or at)
+        monkeypatch.setattr(harness, "stride", lambda t: 0 if t is None else t.stride(0) if t.numel() else 0)
+    form = make_form(rows, 0, rank, slots, "rows")
+    exact = reference_form(form, torch.float64)
+    z = reference.edit(torch.empty(rows, 0).double(), *exact, rank > 0)[1]
+    for narrow, wide in PAIRS:
+        x, residual = stream(rows, 0, narrow), stream(rows, 0, wide)
+        check_edit(cuda, x, form)
+        assert rank == 0 or torch.equal(cuda.edit_add(x, residual, form, False, True)[1].double(), z)
+        for kind in (0, 1, 2):
+            normed, got, mean, rstd = cuda.edit_add_norm(
+                x, residual, residual[0], None, form, True, kind, want_z=rank > 0
+            )[1:]
+            assert normed.shape == (rows, 0) and (got is None or torch.equal(got.double(), z))
+            assert rstd.isnan().all() and (mean is None or mean.isnan().all())  # means over no columns
+            check_norm_backward(cuda, rows, 0, (narrow, wide), form, kind, kind == 1)
+        check_edit_backward(cuda, rows, 0, (narrow, wide), form)
+        check_edit_backward(cuda, rows, 0, (narrow, wide), form, without=("coefficient",))
+        if rank and slots is None:
+            got = cuda.project(x, form["read"], form["offset"])
+            assert torch.equal(got, form["offset"].expand(rows, rank))
+            grad_z = torch.randn(rows, rank)
+            got = cuda.project_backward(grad_z, x, form["read"], (True, True, True), narrow, 0)
+            exact_back = reference.project_backward(
+                *double((grad_z, x, form["read"])), (True, True, True), torch.float64
+            )
+            assert_all("d_hidden d_read d_offset", got, exact_back, [t.to(F32) for t in exact_back])
+    assert guard.isnan().all()
+
+
 def pairwise(values):
     """The pairwise tree over the first dimension, padded with zeros to a power of two."""
     while len(values) > 1:

@@ -180,6 +180,35 @@ def test_vector_sums_that_do_not_fit_take_another_launch(cuda, width):
     assert moved["d_x"] == (0, 1) and moved["d_residual"] == (0, 1)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_vector_sums_wider_than_the_chip_leave_the_unit_kernel_out(cuda, rank):
+    """16,400 columns of one fp32 sum are 64 KB."""
+    cuda.schedule(multiprocessors=5, shared_kib=48)
+    for pair, kind, on_sum in [((F32, F32), 0, True), ((BF16, BF16), 2, True), ((BF16, F32), 2, False)]:
+        form = make_form(5, 16400, rank, 2 if rank else None, "rows")
+        emulated.check_norm_backward(cuda, 5, 16400, pair, form, kind, on_sum)
+        assert not [name for name, *_ in cuda.launches() if "unit_backward" in name]
+        emulated.check_edit_backward(cuda, 5, 16400, pair[:1] * 2, form, on_sum)
+        assert not [name for name, *_ in cuda.launches() if "unit_backward" in name]
+    moved = norm_backward(cuda, 16400, (BF16, BF16), make_form(ROWS, 16400, rank), "x residual read write")
+    assert [name for name, *_ in cuda.launches() if "unit_backward" in name]  # no sum of one vector is wanted
+    assert moved["d_x"] == moved["d_residual"] == (0, 1)
+
+
+def test_a_launch_that_can_take_no_sum_is_an_error(cuda):
+    cuda.schedule(shared_kib=48)
+    for width, error in [(8192, 0), (11520, 0), (11528, 9), (1 << 20, 9)]:
+        assert cuda.library.next_launch(harness.I64(width)) == error, width
+
+
+def test_a_rank_whose_dot_products_have_no_room_leaves_the_unit_kernel_out(cuda):
+    """530 of two rows and eight warps are more than 48 KB; of one row in the row kernel 25."""
+    cuda.schedule(multiprocessors=5, shared_kib=48)
+    form = make_form(3, 2048, 530)
+    emulated.check_edit_backward(cuda, 3, 2048, (BF16, BF16), form)
+    emulated.check_norm_backward(cuda, 3, 2048, (BF16, BF16), form, 0, False)
+
+
 def test_a_unit_of_256_rows_keeps_the_promise(cuda):
     """So many slots that no block of 256 rows is cut: the longest running sums that there are."""
     rows, slots = 700, 150
@@ -191,9 +220,11 @@ def test_a_unit_of_256_rows_keeps_the_promise(cuda):
         emulated.check_norm_backward(cuda, rows, 64, pair, form, 2, False)
 
 
-def test_bits_depend_on_neither_grid_nor_thread_order(cuda):
-    cuda.schedule(multiprocessors=5, shared_kib=48)
+@pytest.mark.parametrize("kib", [48, 227])
+def test_bits_depend_on_neither_grid_nor_thread_order(cuda, kib):
+    """With the shared memory of one architecture: it decides what a launch takes, and so how units are cut."""
+    cuda.schedule(multiprocessors=5, shared_kib=kib)
     first = emulated.every_op(cuda, 70, 4104, BF16)
-    cuda.schedule(multiprocessors=132, seed=7, shared_kib=48)
+    cuda.schedule(multiprocessors=132, seed=7, shared_kib=kib)
     again = emulated.every_op(cuda, 70, 4104, BF16)
     assert not [name for name, t in first.items() if not emulated.same_bits(t, again[name])]

@@ -4,7 +4,8 @@
 // Kinds of kernel:
 //   units    backward_unit.h     sums along the rows and, as far as they fit on the chip, down the columns
 //   columns  backward_columns.h  rank 0 without a norm: one pass, column tiles
-//   rows     backward_rows.h     sums along the rows, for odd widths and unaligned views; columns takes the rest
+//   rows     backward_rows.h     sums along the rows, for odd widths, unaligned views and rows of which not one
+//                                vector sum fits on the chip; columns takes the rest
 //   outer    backward_sums.cu    d_read and d_write where the units leave them over
 //   reduce   backward_sums.cu    the sum over the units' partials
 #pragma once
@@ -45,8 +46,9 @@ struct Backward {
 
 Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool norm, void* workspace);
 
-// The next launch of the unit kernel, for vector sums that were left over; false where there are none.
-bool next_launch(Backward& backward);
+// Turns a launch of the unit kernel that left vector sums over into the next one; an error where that has no room
+// for any of them, since the launch after it would be the same.
+int next_launch(Backward& backward);
 
 // Every launch of the unit kernel (edit_add_norm_backward.cu).
 int run_units(const Backward& backward, void* stream);

@@ -2,7 +2,7 @@
 //   scale Σ k total⊙h   bias Σ k total   weight Σ grad_normed⊙unit   norm_bias Σ grad_normed
 //
 // Streams: grad and hidden in; at rank 0 without a norm also d_x out, so that the whole backward is one pass.
-// With a norm only the scalar path comes here, after backward_rows.h.
+// With a norm only the scalar path comes here, after backward_rows.h, whatever the width and alignment.
 // Grid: column tiles × units. A lane owns V columns and keeps their fp32 sums in registers; a block's eight
 // warps take every eighth row of the unit, and their sums are added as a tree (backward_outer.h's, too).
 // The order of every addition follows from the row's place in its unit alone.

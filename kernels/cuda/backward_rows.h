@@ -1,4 +1,5 @@
-// The part of a backward that needs sums along the row, for odd widths and unaligned views: an element an access.
+// The part of a backward that needs sums along the row where the unit kernel does not run (backward.h): an element an
+// access.
 //   total = grad_residual + norm's gradient at grad_normed
 //   q = k (total @ writeᵀ) + grad_z
 //   d_coefficient = Σ total ⊙ ((scale − 1) ⊙ h + bias) + z · (total @ writeᵀ)

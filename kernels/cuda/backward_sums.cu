@@ -122,16 +122,22 @@ bool fits(Backward& b) {
   return b.unit.shared_bytes > 0;
 }
 
-// Leaves sums over until the rest fits: d_read first, which needs nothing of the gradient but q.
-void take_what_fits(Backward& b) {
+// Whether a launch that takes nothing but one vector sum has room for it.
+bool one_sum_fits(const Backward& b) {
+  return unit_shape(b.a.width, b.vector, 0, b.vector / 4, 0, 0, 1, shared_limit()).shared_bytes > 0;
+}
+
+// Leaves sums over until the rest fits: d_read first, which needs nothing of the gradient but q. False where
+// the launch does not fit without any.
+bool take_what_fits(Backward& b) {
   int64_t Sums::* const in_turn[] = {&Sums::read, &Sums::write,  &Sums::scale,
                                      &Sums::bias, &Sums::weight, &Sums::norm_bias};
   for (auto sum : in_turn) {
-    if (fits(b)) return;
+    if (fits(b)) return true;
     b.left.*sum = b.taken.*sum;
     b.taken.*sum = -1;
   }
-  fits(b);
+  return fits(b);
 }
 
 // The units of the unit kernel. Sums of a rank that are left over weigh most in the partials: units are larger.
@@ -191,15 +197,12 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
   b.has_grad = args.grad_residual || args.grad_normed;
   b.pulls = low_rank && form.write && b.has_grad;
   bool one_wide = !args.residual || sum_dtype == args.residual_dtype;  // the unit kernel's second dtype
-  b.unit_kernel = along && b.vector > 1 && one_wide;
   b.unit_rows = kBlockRows, b.parts = 1;
-  if (b.unit_kernel) {
-    b.taken = b.wanted;
-    take_what_fits(b);
-    cut_units(b, sorted);
-  } else {
-    b.left = b.wanted;
-  }
+  b.taken = b.wanted;
+  b.unit_kernel = along && b.vector > 1 && one_wide && args.width > 0 &&
+                  (!b.wanted.vectors() || one_sum_fits(b)) && take_what_fits(b);
+  if (b.unit_kernel) cut_units(b, sorted);
+  else b.taken = {}, b.left = b.wanted;
   b.units = ceil_div(args.rows, b.unit_rows);
   if (sorted && args.rows) b.units = (args.rows / kBlockRows + least(form.slots, args.rows) + 2) * b.parts;
 
@@ -224,8 +227,7 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
   return b;
 }
 
-bool next_launch(Backward& b) {
-  if (!b.left.vectors()) return false;
+int next_launch(Backward& b) {
   b.taken = b.left;
   b.taken.read = b.taken.write = b.taken.offset = -1;
   b.left = {};
@@ -233,8 +235,8 @@ bool next_launch(Backward& b) {
   b.a.d_form.coefficient = b.q_out = b.total = nullptr;
   b.a.form.rank = 0;
   b.pulls = false;
-  take_what_fits(b);
-  return true;
+  bool fits = take_what_fits(b);
+  return fits && b.taken.vectors() ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
 int finish_sums(const Backward& b, void* stream) {

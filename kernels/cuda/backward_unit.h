@@ -14,7 +14,8 @@
 // thread's own, so only the sums along a row need barriers. Parameters come through L1, once for a tile.
 // Where the stage does not fit (launch.h), h comes when it is needed, and total's streams from L2 again.
 // Rows of a unit are added one after another and the units by backward_sums.cu's tree: the order follows from
-// the shape and from which sums are wanted, never from the grid.
+// the shape, the dtypes, which sums are wanted and how much shared memory the architecture gives a block (launch.h),
+// never from the grid.
 #pragma once
 #include "backward_streams.h"
 
@@ -347,9 +348,10 @@ template <class G, class H, int V>
 int run_unit(const Backward& b, void* stream) {
   Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
   int error = launch(unit_backward<G, H, V>, shape, stream, b);
-  for (Backward next = b; !error && next_launch(next);) {
+  for (Backward next = b; !error && next.left.vectors();) {
+    error = next_launch(next);
     shape = {next.units, next.unit.threads, next.unit.shared_bytes};
-    error = launch(unit_backward<G, H, V>, shape, stream, next);
+    if (!error) error = launch(unit_backward<G, H, V>, shape, stream, next);
   }
   return error;
 }

@@ -352,6 +352,11 @@ int edit_rows(const EditAddNormArgs& a, void* stream) {
   });
 }
 
-int edit_add_norm(const EditAddNormArgs& a, void* stream) { return edit_rows(a, stream); }
+int edit_add_norm(const EditAddNormArgs& a, void* stream) {
+  EditAddNormArgs rows = a;
+  // Rows without columns have statistics, though `normed`, by which the kernels know a norm, may have no address.
+  if (a.add.width == 0) rows.normed = a.rstd;
+  return edit_rows(rows, stream);
+}
 
 }  // namespace fastedit::cuda

@@ -3,9 +3,9 @@
 //
 // Streams: grad_residual, grad_normed, residual_out and, where a wanted gradient reads it, h in; d_x and
 // d_residual out; each once (backward_unit.h; what does not fit on the chip: backward_sums.cu). total is never
-// rounded. Odd widths and unaligned views read the rows again for the sums (backward_rows.h,
-// backward_columns.h). Then the pairwise sum of the partials (backward_sums.cu). Grids, registers and the order
-// of additions are told there; no atomics.
+// rounded. Odd widths, unaligned views and rows of which no vector sum fits on the chip are read again for the
+// sums (backward_rows.h, backward_columns.h). Then the pairwise sum of the partials (backward_sums.cu). Grids,
+// registers and the order of additions are told there; no atomics.
 #include "backward_run.h"
 #include "backward_unit.h"
 

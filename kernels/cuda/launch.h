@@ -1,6 +1,7 @@
 // Launch shapes: pure functions of sizes, vector width and the number of multiprocessors, so that they
-// can be tested where there is no GPU. What a thread block sums, and in which order, depends on the width
-// alone: rows and multiprocessors only decide which block takes a row.
+// can be tested where there is no GPU. What a thread block sums along a row, and in which order, depends on the
+// width alone: rows and multiprocessors only decide which block takes a row. Down the columns it depends on the
+// units, too (below).
 #pragma once
 #include <cstdint>
 
@@ -81,7 +82,7 @@ constexpr int kCellBytes = 16;  // of the stage: one vector of one stream
 template <int V>
 constexpr int kUnitTile = V / 4;  // rows at a time
 constexpr int unit_threads(int64_t width, int vector) {
-  int64_t vectors = ceil_div(width, vector), most_threads = vectors > kUnitThreads ? 512 : 256;
+  int64_t vectors = most(1, ceil_div(width, vector)), most_threads = vectors > kUnitThreads ? 512 : 256;
   return static_cast<int>(ceil_div(ceil_div(vectors, ceil_div(vectors, most_threads)), 32) * 32);
 }
 // Shared memory: block sums, each row's dot products, a column's sums, and as they come in the tile's streams
@@ -109,9 +110,10 @@ inline UnitShape unit_shape(int64_t width, int vector, int rank, int tile, int t
 }
 
 // Rows of a unit: as few units as give each of 128 multiprocessors all the blocks it can hold, in whole
-// waves, since each costs a partial of every sum; at most kBlockRows rows. Shared memory is counted as on sm_90,
-// 228 KB of which the system takes one for each block, whatever the machine: the order of additions must not
-// follow it.
+// waves, since each costs a partial of every sum; at most kBlockRows rows. A multiprocessor is counted as sm_90's,
+// with 228 KB of which the system takes one for each block. What a block asks for still follows shared_limit()
+// (run.h), which decides what is staged and which sums are taken: the order of additions depends on the shape, the
+// dtypes, which sums are wanted and the architecture, and is the same on every machine of it, run after run.
 constexpr int64_t kUnitsAWave = 128;
 inline int64_t unit_target(int threads, int shared_bytes) {
   int64_t by_shared = 228 * 1024 / (shared_bytes + 1024), by_registers = 65536 / (kUnitRegisters * threads);
