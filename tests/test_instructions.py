@@ -63,4 +63,4 @@ def test_instructions_of_a_kernel(counts, case):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_edit_costs_a_few_instructions_beyond_the_plain_norm(counts, dtype):
     """edit_add reads two streams and writes one: the norm behind it must not cost a third and fourth pass."""
-    assert counts["edit_add_norm", dtype] < 2.5 * counts["edit_add", dtype]
+    assert counts["edit_add_norm", dtype] < 3 * counts["edit_add", dtype]
