@@ -56,13 +56,18 @@ def compiler():
     return shutil.which("g++") or shutil.which("c++")
 
 
+def apart():
+    """g++ makes the statics of templates one for all libraries of a process; each build here has a chip of its own."""
+    return ["-fno-gnu-unique"] if compiler().endswith("g++") else []
+
+
 def build(folder):
     """The kernels and the emulator as one shared library in `folder`."""
     sources = [*sorted((ROOT / "kernels/cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
 
     def compile_one(source):
         target = folder / f"{source.stem}.o"
-        command = [compiler(), *FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)]
+        command = [compiler(), *FLAGS, *apart(), "-x", "c++", "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return str(target)
