@@ -280,19 +280,11 @@ PyMethodDef method(const char* name, Function* function) {
 #define FASTEDIT_BACKWARD(space, prefix, host, op, Args)          \
   method(prefix "_" #op, backward<Args, space::op, host>),        \
   method(prefix "_" #op "_workspace", workspace_size<Args, space::op##_workspace>),
-#define FASTEDIT_METHODS(space, prefix, host)                                                       \
-  FASTEDIT_FORWARD(space, prefix, host, edit, EditArgs)                                             \
-  FASTEDIT_FORWARD(space, prefix, host, edit_add, EditAddArgs)                                      \
-  FASTEDIT_FORWARD(space, prefix, host, edit_add_norm, EditAddNormArgs)                             \
-  FASTEDIT_FORWARD(space, prefix, host, project, ProjectArgs)                                       \
-  FASTEDIT_BACKWARD(space, prefix, host, edit_backward, EditBackwardArgs)                           \
-  FASTEDIT_BACKWARD(space, prefix, host, edit_add_norm_backward, EditAddNormBackwardArgs)           \
-  FASTEDIT_BACKWARD(space, prefix, host, project_backward, ProjectBackwardArgs)
 
 PyMethodDef kMethods[] = {
-    FASTEDIT_METHODS(cpu, "cpu", true)
+    FASTEDIT_EACH_OP(FASTEDIT_FORWARD, FASTEDIT_BACKWARD, cpu, "cpu", true)
 #ifdef FASTEDIT_CUDA
-    FASTEDIT_METHODS(cuda, "cuda", false)
+    FASTEDIT_EACH_OP(FASTEDIT_FORWARD, FASTEDIT_BACKWARD, cuda, "cuda", false)
 #endif
     {nullptr, nullptr, 0, nullptr}};
 

@@ -397,19 +397,11 @@ xla::Error* backward(xla::CallFrame* frame) {
 #define FASTEDIT_FORWARD(space, platform, host, op, Args) {platform, #op, forward<Args, space::op, host>},
 #define FASTEDIT_BACKWARD(space, platform, host, op, Args) \
   {platform, #op, backward<Args, space::op, space::op##_workspace, host>},
-#define FASTEDIT_HANDLERS(space, platform, host)                                                    \
-  FASTEDIT_FORWARD(space, platform, host, edit, EditArgs)                                           \
-  FASTEDIT_FORWARD(space, platform, host, edit_add, EditAddArgs)                                    \
-  FASTEDIT_FORWARD(space, platform, host, edit_add_norm, EditAddNormArgs)                           \
-  FASTEDIT_FORWARD(space, platform, host, project, ProjectArgs)                                     \
-  FASTEDIT_BACKWARD(space, platform, host, edit_backward, EditBackwardArgs)                         \
-  FASTEDIT_BACKWARD(space, platform, host, edit_add_norm_backward, EditAddNormBackwardArgs)         \
-  FASTEDIT_BACKWARD(space, platform, host, project_backward, ProjectBackwardArgs)
 
 const XlaHandler kXlaHandlers[] = {
-    FASTEDIT_HANDLERS(cpu, "cpu", true)
+    FASTEDIT_EACH_OP(FASTEDIT_FORWARD, FASTEDIT_BACKWARD, cpu, "cpu", true)
 #ifdef FASTEDIT_CUDA
-    FASTEDIT_HANDLERS(cuda, "CUDA", false)
+    FASTEDIT_EACH_OP(FASTEDIT_FORWARD, FASTEDIT_BACKWARD, cuda, "CUDA", false)
 #endif
 };
 const int kXlaHandlerCount = sizeof kXlaHandlers / sizeof kXlaHandlers[0];

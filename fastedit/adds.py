@@ -3,7 +3,7 @@
 import torch
 from torch.nn.modules import module as nn_module
 
-from .implementation import NORM_KINDS
+from .arguments import NORM_KINDS
 from .lean import add
 
 _NOTHING = (None,) * 5

@@ -13,6 +13,8 @@ import math
 
 import numpy as np
 
+from .arguments import NORM_KINDS, check_norm_kind, check_on, check_projection
+
 try:
     from . import _native
 except ImportError as error:
@@ -22,7 +24,6 @@ except ImportError as error:
 
 _CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _FP32 = np.dtype(np.float32)
-_NORMS = {"rms": 0, "gemma": 1, "layer": 2}
 
 
 def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, slot=None, strength=None,
@@ -52,10 +53,7 @@ def edit_add(x, residual, scale=None, bias=None, read=None, offset=None, write=N
 def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, offset=None, write=None, *,
                   norm_bias=None, kind="rms", eps=1e-6, on="x", slot=None, strength=None):  # fmt: skip
     """(residual', normed): edit_add, then an RMS, "gemma" or "layer" norm, as `fastedit.ops.edit_add_norm`."""
-    if kind not in _NORMS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, _NORMS))}")
-    if (weight is None and kind != "layer") or (norm_bias is not None and kind != "layer"):
-        raise ValueError(f"kind={kind!r} needs the norm's weight and takes no norm_bias")
+    check_norm_kind(weight, norm_bias, kind)
     call = _Call(x, "x")
     form = call.form(scale, bias, read, offset, write, slot, strength)
     weight, norm_bias = (
@@ -63,7 +61,7 @@ def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, of
     )
     out, normed = call.empty_rows(), call.empty_rows()
     call(
-        "edit_add_norm", *call.add(residual, form, on, out, None), _NORMS[kind], float(eps), weight, norm_bias,
+        "edit_add_norm", *call.add(residual, form, on, out, None), NORM_KINDS[kind], float(eps), weight, norm_bias,
         _pointer(normed), 0, 0,
     )  # fmt: skip
     return out, normed
@@ -186,8 +184,7 @@ class _Call:
         )  # fmt: skip
 
     def add(self, residual, form, on, out, z):
-        if on not in ("x", "sum"):
-            raise ValueError(f"on is {on!r}, expected 'x' (edit x, then add) or 'sum' (add, then edit)")
+        check_on(on)
         pointer, stride = self.rows(residual, "residual")
         return (
             *self.extent, *form, self.code, self.code, self.pointer, self.stride, pointer, stride, _pointer(out),
@@ -198,10 +195,9 @@ class _Call:
         return self.library.empty(self.shape, self.dtype)
 
     def empty_projection(self, read, wanted):
+        check_projection(wanted, read)
         if not wanted:
             return None
-        if read is None:
-            raise ValueError("return_projection=True needs `read`, the directions to project on; found read=None")
         return self.library.empty((*self.shape[:-1], self.rank_of(read)), np.float32)
 
 

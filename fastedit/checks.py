@@ -2,6 +2,8 @@
 
 import torch
 
+from .arguments import check_norm_kind
+
 MAX_RANK = 64
 _ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
@@ -128,12 +130,4 @@ def check_norm(x, weight, norm_bias, kind):
     for name, parameter in (("weight", weight), ("norm_bias", norm_bias)):
         if parameter is not None and parameter.shape != width:
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected ({width[0]},) as the rows' width")
-    if weight is None and kind != "layer":
-        raise ValueError(f"kind={kind!r} needs the norm's weight; found weight=None")
-    if norm_bias is not None and kind != "layer":
-        raise ValueError(f"norm_bias belongs to kind='layer'; found kind={kind!r}")
-
-
-def check_projection(wanted, read):
-    if wanted and read is None:
-        raise ValueError("return_projection=True needs `read`, the directions to project on; found read=None")
+    check_norm_kind(weight, norm_bias, kind)

@@ -10,8 +10,6 @@ import torch
 
 from .dispatch import load, select
 
-NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
-
 
 def flat(tensor):
     """(rows, width) with unit inner stride: a view if strides allow, else a copy. None stays None."""

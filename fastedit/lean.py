@@ -1,8 +1,8 @@
 """The edits and adds of patched layers, with as little Python as there can be: in decoding the host is the bottleneck.
 
-The kernels are those of fastedit.ops. One row of width 64 on the CPU, µs: edit_add 13 through ops, 8 here;
-with the norm 17 and 11. Only calls that need no gradient and are not traced go straight to the native
-module: contiguous rows of one dtype, no slots, no projection returned. Anything else goes to fastedit.ops.
+The kernels are those of fastedit.ops; bench/host.py measures both ways. Only calls that need no gradient and are not
+traced go straight to the native module: contiguous rows of one dtype, no slots, no projection returned. Anything else
+goes to fastedit.ops.
 
 Under torch.compile and export a patched layer is plain PyTorch instead: the compiler fuses scale, bias and norm into
 what stands around them, where an operator it cannot see into would hold it up (a compiled decode step of a 64-wide

@@ -9,10 +9,11 @@ operators of torch_library.py, which say the same things to the compiler.
 import torch
 
 from . import torch_library
-from .checks import check_form, check_norm, check_projection, check_rows, check_same_rows, plainly_right
+from .arguments import NORM_KINDS, check_on, check_projection
+from .checks import check_form, check_norm, check_rows, check_same_rows, plainly_right
 from .dispatch import select
 from .functions import EditAddFunction, EditAddNormFunction, EditFunction, ProjectFunction
-from .implementation import NORM_KINDS, run_edit, run_edit_add, run_edit_add_norm, run_project
+from .implementation import run_edit, run_edit_add, run_edit_add_norm, run_project
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -167,8 +168,6 @@ def edit_add_norm(
         plain = select("cpu" if x.is_cpu else x.device.type, x.dtype, x.dtype, on_sum).plain_edit_add_norm
         if plain is not None:
             return plain(x, residual, weight, norm_bias, scale, bias, on_sum, code, eps, return_residual)
-    if code is None:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, NORM_KINDS))}")
     coefficient = None if strength is None else _coefficient(strength, x)
     form = (scale, bias, read, offset, write, slot, coefficient)
     _check_add(x, residual, form, return_projection)
@@ -215,7 +214,6 @@ def _check_add(x, residual, form, return_projection):
 
 
 def _on_x(on):
-    """False for on="x"; anything else is refused."""
-    if on == "x":
-        return False
-    raise ValueError(f"on is {on!r}, expected 'x' (edit x, then add) or 'sum' (add, then edit)")
+    """False, for on="x"; what is neither that nor "sum" is refused."""
+    check_on(on)
+    return False

@@ -7,6 +7,7 @@ functions.py. Operators return tensors only, so an absent output is an empty ten
 import torch
 
 from . import implementation
+from .arguments import NORM_KINDS
 
 library = torch.library.Library("fastedit", "DEF")
 
@@ -110,7 +111,7 @@ def _fake_edit_add_norm(
     dtype = torch.promote_types(x.dtype, residual.dtype)
     rows = x.numel() // x.shape[-1]
     statistics = x.new_empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    mean = torch.empty_like(statistics) if kind == implementation.NORM_KINDS["layer"] else _absent(x)
+    mean = torch.empty_like(statistics) if kind == NORM_KINDS["layer"] else _absent(x)
     out = x.new_empty(x.shape, dtype=dtype)
     return out, torch.empty_like(out), _z_like(x, read), mean, statistics
 

@@ -172,6 +172,16 @@ struct ProjectBackwardArgs {
   int64_t edit_add_norm_backward_workspace(const EditAddNormBackwardArgs&);               \
   int64_t project_backward_workspace(const ProjectBackwardArgs&);
 
+// FORWARD(…, op, Args) and BACKWARD(…, op, Args) for every op, behind the arguments given: for tables of them.
+#define FASTEDIT_EACH_OP(FORWARD, BACKWARD, ...)                      \
+  FORWARD(__VA_ARGS__, edit, EditArgs)                                \
+  FORWARD(__VA_ARGS__, edit_add, EditAddArgs)                         \
+  FORWARD(__VA_ARGS__, edit_add_norm, EditAddNormArgs)                \
+  FORWARD(__VA_ARGS__, project, ProjectArgs)                          \
+  BACKWARD(__VA_ARGS__, edit_backward, EditBackwardArgs)              \
+  BACKWARD(__VA_ARGS__, edit_add_norm_backward, EditAddNormBackwardArgs) \
+  BACKWARD(__VA_ARGS__, project_backward, ProjectBackwardArgs)
+
 namespace cpu { FASTEDIT_DECLARE_OPS }
 namespace cuda { FASTEDIT_DECLARE_OPS }
 

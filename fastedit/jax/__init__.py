@@ -24,17 +24,14 @@ except ImportError as error:
         f"fastedit.jax needs the native kernels, which this install lacks ({error}); see `fastedit doctor`"
     ) from error
 
+from ..arguments import NORM_KINDS, check_norm_kind, check_on, check_projection
 from . import functions
 from .checks import (
-    NORM_KINDS,
     as_form,
     as_parameter,
     as_read,
     as_residual,
     as_rows,
-    check_norm,
-    check_on,
-    check_projection,
 )
 
 __all__ = ["edit", "edit_add", "edit_add_norm", "project"]
@@ -94,7 +91,7 @@ def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, of
     norm_bias given); eps a Python number. return_residual=False stores no residual' where no gradient is taken and
     returns None in its place. With return_projection (residual', normed, z).
     """
-    check_norm(weight, norm_bias, kind)
+    check_norm_kind(weight, norm_bias, kind)
     x, residual, form = _add(x, residual, scale, bias, read, offset, write, on, slot, strength, return_projection)
     width, dtype = residual.shape[-1:], residual.dtype
     weight, norm_bias = (

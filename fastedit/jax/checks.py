@@ -9,7 +9,6 @@ from .. import _native
 
 ROW_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # the codes of kernels/abi.h
 FP32 = jnp.dtype(jnp.float32)
-NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
 
 
 class Form(NamedTuple):
@@ -112,22 +111,3 @@ def _as_strength(strength, lead):
     if array.size == 1 and array.ndim <= 1:
         return as_parameter(array, "strength", array.shape).reshape(1)
     return as_parameter(array, "strength", lead)
-
-
-def check_on(on):
-    if on not in ("x", "sum"):
-        raise ValueError(f"on is {on!r}, expected 'x' (edit x, then add) or 'sum' (add, then edit)")
-
-
-def check_norm(weight, norm_bias, kind):
-    if kind not in NORM_KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, NORM_KINDS))}")
-    if weight is None and kind != "layer":
-        raise ValueError(f"kind={kind!r} needs the norm's weight; found weight=None")
-    if norm_bias is not None and kind != "layer":
-        raise ValueError(f"norm_bias belongs to kind='layer'; found kind={kind!r}")
-
-
-def check_projection(wanted, read):
-    if wanted and read is None:
-        raise ValueError("return_projection=True needs `read`, the directions to project on; found read=None")
