@@ -67,10 +67,10 @@ $(STAMPS)/venv:
 
 # torch first and pinned: the development set-up is the same everywhere. Users bring any torch from 2.11 on.
 $(STAMPS)/torch: $(STAMPS)/venv
-	$(BIN)/pip install --disable-pip-version-check torch==$(TORCH) "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
+	$(BIN)/pip install --disable-pip-version-check torch==$(TORCH) "scikit-build-core>=0.10" cmake ninja
 	@touch $@
 
-# Without build isolation, so that a rebuild finds the same pybind11 and compiles only what changed.
+# Without build isolation, so that a rebuild compiles only what changed.
 $(STAMPS)/fastedit: $(STAMPS)/torch $(NATIVE) $(PACKAGES)
 	$(BIN)/pip install --disable-pip-version-check --no-build-isolation -e ".[test]"
 	@touch $@

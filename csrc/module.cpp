@@ -1,21 +1,29 @@
 // The native module: each kernel of kernels/abi.h as a Python function over plain integers.
 //
 // Arguments arrive flat, in the order of the struct's fields; `Reader` fills the struct and refuses a
-// call with the wrong count. No arithmetic here, and no torch: pointers come from any framework.
-#include <pybind11/pybind11.h>
+// call with the wrong count. No arithmetic here, and no torch: pointers come from any framework. Python's own C
+// interface and no binding library: its headers took as long to compile as a third of the kernels.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 
-#include <new>
-#include <string>
+#include <initializer_list>
 
 #include "abi.h"
 #include "cpu/isa.h"
 #include "slots.h"
 #include "xla.h"
 
-namespace py = pybind11;
 using namespace fastedit;
 
 namespace {
+
+struct Raised {};  // thrown where a Python exception has been set
+
+template <class... Values>
+[[noreturn]] void raise(PyObject* type, const char* format, Values... values) {
+  PyErr_Format(type, format, values...);
+  throw Raised{};
+}
 
 class Reader {
  public:
@@ -23,30 +31,29 @@ class Reader {
 
   int64_t integer() {
     const int64_t value = PyLong_AsLongLong(next());
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    if (value == -1 && PyErr_Occurred()) throw Raised{};
     return value;
   }
   int code() { return static_cast<int>(integer()); }
   float real() {
     const double value = PyFloat_AsDouble(next());
-    if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    if (value == -1.0 && PyErr_Occurred()) throw Raised{};
     return static_cast<float>(value);
   }
   template <class T>
   T* pointer() {
     void* value = PyLong_AsVoidPtr(next());
-    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if (value == nullptr && PyErr_Occurred()) throw Raised{};
     return static_cast<T*>(value);
   }
   void done(Py_ssize_t trailing) const {
     if (at_ + trailing == count_) return;
-    throw py::type_error("native kernel expected " + std::to_string(at_ + trailing) + " arguments, found " +
-                         std::to_string(count_));
+    raise(PyExc_TypeError, "native kernel expected %zd arguments, found %zd", at_ + trailing, count_);
   }
 
  private:
   PyObject* next() {
-    if (at_ >= count_) throw py::type_error("native kernel: too few arguments");
+    if (at_ >= count_) raise(PyExc_TypeError, "native kernel: too few arguments, found %zd", count_);
     return args_[at_++];
   }
   PyObject* const* args_;
@@ -65,7 +72,7 @@ void read(Reader& in, Form& form) {
   form.coefficient = in.pointer<const float>();
   form.coefficient_stride = in.integer();
   if (form.rank < 0 || form.rank > kMaxRank) {
-    throw py::value_error("rank is " + std::to_string(form.rank) + ", the kernels take 0 to " + std::to_string(kMaxRank));
+    raise(PyExc_ValueError, "rank is %lld, the kernels take 0 to %d", static_cast<long long>(form.rank), int(kMaxRank));
   }
 }
 
@@ -186,7 +193,7 @@ void read(Reader& in, ProjectBackwardArgs& a) {
 
 template <class Args>
 void check_host(const Args& a) {
-  if (const SlotFault fault = slot_fault(a)) throw py::index_error(fault.text);
+  if (const SlotFault fault = slot_fault(a)) raise(PyExc_IndexError, "%s", fault.text);
 }
 
 int64_t work(const EditAddNormArgs& a) { return a.add.rows * a.add.width; }
@@ -197,42 +204,35 @@ int64_t work(const Args& a) { return a.rows * a.width; }
 constexpr int64_t kReleaseFrom = 1 << 16;
 
 void check_error(int error) {
-  if (error == -1) throw std::bad_alloc();
-  if (error) throw std::runtime_error("native kernel failed with CUDA error " + std::to_string(error));
+  if (error == -1) {
+    PyErr_NoMemory();
+    throw Raised{};
+  }
+  if (error) raise(PyExc_RuntimeError, "native kernel failed with CUDA error %d", error);
 }
 
 template <class Args, class Kernel>
 void run(const Args& a, Kernel kernel) {
   if (work(a) < kReleaseFrom) return check_error(kernel(a));
-  int error;
-  {
-    py::gil_scoped_release release;
-    error = kernel(a);
-  }
+  PyThreadState* state = PyEval_SaveThread();
+  const int error = kernel(a);
+  PyEval_RestoreThread(state);
   check_error(error);
 }
 
-// The kernels are plain METH_FASTCALL functions: pybind11's own dispatch of a function of twenty integers costs more
-// than a small kernel. Exceptions are translated as pybind11 would.
+// nullptr, as Python wants it, where the body raised.
 template <class Body>
-PyObject* translated(Body body) {
+PyObject* guarded(Body body) {
   try {
     return body();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
+  } catch (const Raised&) {
+    return nullptr;
   }
-  return nullptr;
 }
 
 template <class Args, int (*kernel)(const Args&, void*), bool host>
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return translated([&] {
+  return guarded([&] {
     Reader in(args, count);
     Args a{};
     read(in, a);
@@ -246,7 +246,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 template <class Args, int (*kernel)(const Args&, void*, void*), bool host>
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return translated([&] {
+  return guarded([&] {
     Reader in(args, count);
     Args a{};
     read(in, a);
@@ -261,7 +261,7 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 template <class Args, int64_t (*workspace)(const Args&)>
 PyObject* workspace_size(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return translated([&] {
+  return guarded([&] {
     Reader in(args, count);
     Args a{};
     read(in, a);
@@ -270,53 +270,86 @@ PyObject* workspace_size(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(cpu::isa_name()); }
+
+PyObject* set_instruction_set(PyObject*, PyObject* name) {
+  const char* wanted = PyUnicode_AsUTF8(name);
+  if (wanted == nullptr) return nullptr;
+  if (!cpu::set_isa(wanted)) {
+    return PyErr_Format(PyExc_ValueError, "no CPU kernels for '%s' on this machine", wanted);
+  }
+  return Py_NewRef(Py_None);
+}
+
+PyObject* xla_handlers(PyObject*, PyObject*) {
+  PyObject* all = PyList_New(0);
+  for (int i = 0; all != nullptr && i < kXlaHandlerCount; ++i) {
+    const XlaHandler& one = kXlaHandlers[i];
+    PyObject* capsule = PyCapsule_New(reinterpret_cast<void*>(one.handler), nullptr, nullptr);
+    PyObject* row = capsule == nullptr ? nullptr : Py_BuildValue("ssN", one.platform, one.op, capsule);
+    if (row == nullptr || PyList_Append(all, row)) Py_CLEAR(all);
+    Py_XDECREF(row);
+  }
+  return all;
+}
+
 typedef PyObject* Function(PyObject*, PyObject* const*, Py_ssize_t);
-PyMethodDef method(const char* name, Function* function) {
+PyMethodDef kernel(const char* name, Function* function) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
           "A kernel of kernels/abi.h: its struct's fields in order, then a backward's workspace, then the stream."};
 }
 
-#define FASTEDIT_FORWARD(space, prefix, host, op, Args) method(prefix "_" #op, forward<Args, space::op, host>),
+#define FASTEDIT_FORWARD(space, prefix, host, op, Args) kernel(prefix "_" #op, forward<Args, space::op, host>),
 #define FASTEDIT_BACKWARD(space, prefix, host, op, Args)          \
-  method(prefix "_" #op, backward<Args, space::op, host>),        \
-  method(prefix "_" #op "_workspace", workspace_size<Args, space::op##_workspace>),
+  kernel(prefix "_" #op, backward<Args, space::op, host>),        \
+  kernel(prefix "_" #op "_workspace", workspace_size<Args, space::op##_workspace>),
 
 PyMethodDef kMethods[] = {
     FASTEDIT_EACH_OP(FASTEDIT_FORWARD, FASTEDIT_BACKWARD, cpu, "cpu", true)
 #ifdef FASTEDIT_CUDA
     FASTEDIT_EACH_OP(FASTEDIT_FORWARD, FASTEDIT_BACKWARD, cuda, "cuda", false)
 #endif
+    {"instruction_set", instruction_set, METH_NOARGS, "The instruction set of the CPU kernels in use."},
+    {"set_instruction_set", set_instruction_set, METH_O,
+     "Choose among the compiled CPU kernels: baseline, avx2 or avx512, where this processor has them."},
+    {"xla_handlers", xla_handlers, METH_NOARGS,
+     "(platform, op, capsule) of each XLA handler, for jax.ffi.register_ffi_target."},
     {nullptr, nullptr, 0, nullptr}};
 
-py::list xla_handlers() {
-  py::list all;
-  for (int i = 0; i < kXlaHandlerCount; ++i) {
-    const XlaHandler& one = kXlaHandlers[i];
-    all.append(py::make_tuple(one.platform, one.op, py::capsule(reinterpret_cast<const void*>(one.handler))));
-  }
-  return all;
-}
+#define FASTEDIT_NAME_OF(space, op, Args) #op,
+const char* const kOps[] = {FASTEDIT_EACH_OP(FASTEDIT_NAME_OF, FASTEDIT_NAME_OF, cpu)};
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT,
+                       "_native",
+                       "fastedit's native kernels over raw pointers; call them through fastedit.ops or fastedit.arrays.",
+                       -1,
+                       kMethods,
+                       nullptr,
+                       nullptr,
+                       nullptr,
+                       nullptr};
+
+#ifdef FASTEDIT_CUDA
+constexpr const char* kArchitectures = FASTEDIT_CUDA_ARCHITECTURES;
+#else
+constexpr const char* kArchitectures = "";
+#endif
 
 }  // namespace
 
-PYBIND11_MODULE(_native, m) {
-  m.doc() = "fastedit's native kernels over raw pointers; call them through fastedit.ops or fastedit.arrays.";
-  py::list ops;
-  for (const char* op : {"edit", "edit_add", "edit_add_norm", "project", "edit_backward", "edit_add_norm_backward",
-                         "project_backward"}) {
-    ops.append(op);
+PyMODINIT_FUNC PyInit__native() {
+  PyObject* module = PyModule_Create(&kModule);
+  if (module == nullptr) return nullptr;
+  constexpr Py_ssize_t count = sizeof kOps / sizeof kOps[0];
+  PyObject* ops = PyTuple_New(count);
+  for (Py_ssize_t i = 0; ops != nullptr && i < count; ++i) {
+    PyObject* name = PyUnicode_FromString(kOps[i]);
+    if (name == nullptr || PyTuple_SetItem(ops, i, name)) Py_CLEAR(ops);
   }
-  m.attr("OPS") = py::tuple(ops);
-  m.attr("MAX_RANK") = kMaxRank;
-  m.def("instruction_set", [] { return cpu::isa_name(); }, "The instruction set of the CPU kernels in use.");
-  m.def("set_instruction_set", [](const std::string& name) {
-    if (!cpu::set_isa(name.c_str())) throw py::value_error("no CPU kernels for '" + name + "' on this machine");
-  }, "Choose among the compiled CPU kernels: baseline, avx2 or avx512, where this processor has them.");
-  m.def("xla_handlers", xla_handlers, "(platform, op, capsule) of each XLA handler, for jax.ffi.register_ffi_target.");
-  if (PyModule_AddFunctions(m.ptr(), kMethods)) throw py::error_already_set();
-#ifdef FASTEDIT_CUDA
-  m.attr("CUDA_ARCHITECTURES") = FASTEDIT_CUDA_ARCHITECTURES;
-#else
-  m.attr("CUDA_ARCHITECTURES") = "";
-#endif
+  const bool failed = ops == nullptr || PyModule_AddObjectRef(module, "OPS", ops) ||
+                      PyModule_AddIntConstant(module, "MAX_RANK", kMaxRank) ||
+                      PyModule_AddStringConstant(module, "CUDA_ARCHITECTURES", kArchitectures);
+  Py_XDECREF(ops);
+  if (failed) Py_CLEAR(module);
+  return module;
 }

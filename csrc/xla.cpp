@@ -4,7 +4,7 @@
 // bit masks of the arguments given and the results wanted (absent ones are null pointers in abi.h). Each buffer's
 // dtype and size are checked against the attributes, so that no call can make a kernel leave its memory; which
 // arguments go together is checked by fastedit/jax. Rows are contiguous, since XLA's buffers are. Nothing is
-// allocated: a backward's workspace is one more result. No pybind11 and no <string>: this file compiles in a moment.
+// allocated: a backward's workspace is one more result. No <string>: this file compiles in a moment.
 #include "xla.h"
 
 #include <cfenv>
