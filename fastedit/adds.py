@@ -7,6 +7,7 @@ from .arguments import NORM_KINDS
 from .lean import add
 
 _NOTHING = (None,) * 5
+_NONE = (_NOTHING, None)
 _PLAIN = (torch.nn.Parameter, torch.Tensor)  # not sharded, fake or otherwise wrapped
 
 
@@ -60,9 +61,10 @@ class Add:
     def __call__(self, x, residual):
         """residual'"""
         x, tensors, strength, on_sum, rest = self._prepare(x, residual)
-        if tensors is _NOTHING:
-            return residual + x
-        out = self.run(x, residual, tensors, strength, on_sum)
+        return self._finish(x, residual, tensors, strength, on_sum, rest)
+
+    def _finish(self, x, residual, tensors, strength, on_sum, rest):
+        out = residual + x if tensors is _NOTHING else self.run(x, residual, tensors, strength, on_sum)
         for stage in rest:
             out = stage.apply(out)
         return out
@@ -71,7 +73,7 @@ class Add:
         """(residual', norm(residual')), for a norm that fits; None for a residual' that nobody reads."""
         x, tensors, strength, on_sum, rest = self._prepare(x, residual)
         if rest:
-            out = self(x, residual)
+            out = self._finish(x, residual, tensors, strength, on_sum, rest)
             return out, norm.module(out)
         return self.run(x, residual, tensors, strength, on_sum, norm, want_residual)
 
@@ -83,14 +85,14 @@ class Add:
         last = self.sum
         if last is not None and last.ride.now(_sum_dtype(x, residual)):
             x = x if site is None else site.apply(x)
-            return x, *last.stages[0].arguments(), True, last.stages[1:]
+            return x, *(last.stages[0].arguments(x.shape) or _NONE), True, last.stages[1:]
         if site is None:
             return x, _NOTHING, None, False, ()
         stages = site.stages
         if len(stages) > 1:
             for stage in stages[:-1]:
                 x = stage.apply(x)
-        return x, *stages[-1].arguments(), False, ()
+        return x, *(stages[-1].arguments(x.shape) or _NONE), False, ()
 
 
 def _sum_dtype(x, residual):

@@ -11,7 +11,7 @@ Arguments that all edits take:
     site: "mlp", "attn" or "block" (fastedit/sites.py).
     layers: None for every layer, or layer numbers: an int, a range, a list; negative ones count from the
         end. A model with two stacks is numbered through, encoder first; "decoder" or "decoder.3" also work.
-    positions: None or "all".
+    positions: which tokens, as fastedit/positions.py lists: None or "all", "prompt", "generated", "first 4", "last 4", …
     strength: c, a number; `handle.strength` multiplies it at run time.
 
 A value that may differ by layer is one tensor for all layers, a tensor with a leading layer dimension (as
@@ -27,6 +27,7 @@ import torch
 from .checks import MAX_RANK
 from .form import Form
 from .per_layer import PerLayer
+from .positions import positions as as_positions
 from .sites import check_site
 
 TENSORS = ("scale", "bias", "read", "offset", "write")
@@ -46,8 +47,7 @@ class Edit:
     def __init__(self, names, rank=0, *, site=None, layers=None, positions=None, strength=1.0):
         self.site = check_site(self.default_site if site is None else site)
         self.layers = _check_layers(layers)
-        if positions not in (None, "all"):
-            raise NotImplementedError(f"positions={positions!r}: this version serves 'all' (or None) only")
+        self.positions = as_positions(positions)
         if rank > MAX_RANK:
             raise ValueError(f"{type(self).__name__} has rank {rank}, but the kernels take up to {MAX_RANK}")
         self.strength, self.names, self.rank = _number("strength", strength), tuple(names), rank
@@ -79,14 +79,15 @@ class Edit:
         """A JSON-able description; with the tensors of `Handle.named_tensors` it is the whole edit."""
         described = {
             "kind": type(self).__name__, "site": self.site,
-            "layers": None if self.layers is None else list(self.layers), "positions": "all",
-            "strength": self.strength, "rank": self.rank, "tensors": list(self.names),
-            "trainable": self.trainable,
+            "layers": None if self.layers is None else list(self.layers),
+            "positions": "all" if self.positions is None else self.positions.spec(),
+            "strength": self.strength, "rank": self.rank, "tensors": list(self.names), "trainable": self.trainable,
         }  # fmt: skip
         return described | {name: getattr(self, name) for name in self.options}
 
     def __repr__(self):
         shown = {"site": self.site, "layers": self.layers, "strength": self.strength}
+        shown |= {} if self.positions is None else {"positions": str(self.positions)}
         shown |= {"rank": self.rank} if self.rank else {}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 

@@ -5,14 +5,15 @@ import itertools
 from .families import submodule
 from .fused import build_state
 from .runtime import Ride
-from .swapping import swap, swap_back, swappable
+from .swapping import CARRIED, STACK, base_of, swap, swap_back, swappable
 
 
 class Installation:
     """The sites in force at one layer. paths: {site: None if fused, else why it is plain}."""
 
-    def __init__(self, layer, sites, verdicts, fused=True):
-        """verdicts: {recipe: Verdict}, of those recipes that were tried."""
+    def __init__(self, layer, sites, verdicts, fused=True, stack=None):
+        """verdicts: {recipe: Verdict}, of those recipes that were tried. stack: the row_plan.Stack, where an edit has
+        positions."""
         self.layer, self.swapped, self.hooks = layer, [], []
         self.states = {}  # recipe → State
         self.paths = {site: "fused=False was asked" if not fused else _no_add(layer) for site in sites}
@@ -26,6 +27,8 @@ class Installation:
             for name, site in sites.items():
                 if layer.at(name) not in self.swapped:
                     self._put(layer.at(name), site)
+            if stack is not None:
+                self._carry(layer.module, stack)
         except BaseException:
             self.undo()
             raise
@@ -51,6 +54,14 @@ class Installation:
             self.swapped.append(module)
         else:
             self.hooks.append(module.register_forward_hook(site.hook, prepend=True))
+
+    def _carry(self, module, stack):
+        """Let a layer's checkpointing take the row plan along."""
+        if hasattr(base_of(module), "gradient_checkpointing") and swappable(module):
+            if module not in self.swapped:
+                swap(module, CARRIED, None)
+                self.swapped.append(module)
+            module.__dict__[STACK] = stack
 
     @property
     def stack(self):

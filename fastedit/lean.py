@@ -39,7 +39,7 @@ def _find(x):
 
 
 def _pointers(tensors, strength, device, width):
-    """Addresses of (scale, bias, read, offset, write, strength), 0 for None.
+    """Addresses of (scale, bias, read, offset, write, strength), 0 for None; then strength's stride.
 
     None where one is not a plain fp32 tensor on this device, or the edit is of another width.
     """
@@ -61,6 +61,7 @@ def _pointers(tensors, strength, device, width):
             pointers.append(tensor.data_ptr())
         else:
             return None
+    pointers.append(0 if strength is None or strength.numel() == 1 else 1)
     return pointers
 
 
@@ -80,11 +81,11 @@ def edit(hidden, tensors, strength):
     pointers = _pointers(tensors, strength, device, width)
     if pointers is None:
         return ops.edit(hidden, *tensors, strength=strength)
-    scale, bias, read, offset, write, coefficient = pointers
+    scale, bias, read, offset, write, coefficient, stride = pointers
     out = _empty_like(hidden)
     native[0](  # EditArgs of kernels/abi.h, field by field
         hidden.numel() // width, width, scale, bias, read, offset, write, tensors[2].shape[0] if read else 0,
-        1, 0, coefficient, 0, native[3], hidden.data_ptr(), width, out.data_ptr(), 0,
+        1, 0, coefficient, stride, native[3], hidden.data_ptr(), width, out.data_ptr(), 0,
         torch.cuda.current_stream().cuda_stream if cuda else 0,
     )  # fmt: skip
     return out
@@ -93,7 +94,7 @@ def edit(hidden, tensors, strength):
 def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
     """residual + E(x), or where on_sum E(residual + x); with a Norm (adds.py) that fits, (that, its norm).
 
-    tensors: (scale, bias, read, offset, write) of the edit. strength: None or one element. Shapes have been
+    tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one a row. Shapes have been
     checked when the masters were made; dtypes and devices are checked here, as a model may have been moved.
     """
     if _compiling():
@@ -115,12 +116,12 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
     if pointers is None:
         return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
     rank = tensors[2].shape[0] if pointers[2] else 0
-    scale, bias, read, offset, write, coefficient = pointers
+    scale, bias, read, offset, write, coefficient, stride = pointers
     _, add_kernel, norm_kernel, code = native
     width = shape[-1]
     out = _empty_like(residual) if want_residual else None
     arguments = (  # EditAddArgs of kernels/abi.h, field by field
-        x.numel() // width, width, scale, bias, read, offset, write, rank, 1, 0, coefficient, 0, code, code,
+        x.numel() // width, width, scale, bias, read, offset, write, rank, 1, 0, coefficient, stride, code, code,
         x.data_ptr(), width, residual.data_ptr(), width, 0 if out is None else out.data_ptr(), 0, on_sum,
     )  # fmt: skip
     stream = torch.cuda.current_stream().cuda_stream if cuda else 0
@@ -138,6 +139,7 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
 
 def _expressed(op, streams, tensors, strength, *more):
     """The reference's own operations, for a compiler to see; fp32 also under autocast."""
+    strength = None if strength is None else strength.reshape(-1)
     with torch.autocast(streams[0].device.type, enabled=False):
         out, _ = op(*(s.reshape(-1, s.shape[-1]) for s in streams), *tensors, None, strength, *more)
     return out.view(streams[0].shape)

@@ -15,6 +15,7 @@ class Masters(nn.Module):
     def __init__(self, edit, spot, width, device):
         super().__init__()
         self.form_of, self.trainable, self.rank = edit.form, edit.trainable, edit.rank
+        self.positions = edit.positions
         self.direct = edit.form is Edit.form  # the masters are the normal form's own tensors
         for name, tensor in edit.tensors(spot, width).items():
             tensor = tensor.to(device, torch.float32, copy=True)

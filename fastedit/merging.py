@@ -93,6 +93,9 @@ def _check(handle, layer, site, masters):
             f"{where}: the residual stream is a sum of many maps, none of which the edit alone follows; "
             "merge edits on 'mlp' or 'attn', or leave this one to run"
         )
+    placed = next((m.positions for m in masters if m.positions), None)
+    if placed is not None:
+        raise MergeError(f"{where}: weights act on every token, this edit on {str(placed)!r}; leave it to run")
     first = handle._root.stack(layer, site)[: len(masters)]
     if any(a is not b for a, b in zip(first, masters, strict=True)):
         raise MergeError(

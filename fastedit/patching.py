@@ -18,6 +18,7 @@ from .merging import MergeError, merge_handle
 from .planning import plan, site_device
 from .report import report
 from .root import Root, root_of
+from .row_plan import check_lengths, check_mask
 
 HEADS = (
     "classifier",
@@ -143,6 +144,24 @@ class Handle:
             for edit, _, masters in self._each():
                 masters.set_strength(value * edit.strength)
         self._strength = value
+
+    def prompt(self, lengths):
+        """How long the prompts are, for forwards on a filled cache: positions such as "generated" depend on it.
+
+        lengths: real tokens, an int for every sequence or whole numbers (sequences,); None to take it back. For all
+        handles of the model. `generate` knows its own prompts and needs no telling.
+        """
+        self._alive()
+        self._root.rows.lengths = check_lengths(lengths)
+
+    def mask(self, mask):
+        """Where edits with positions="mask" act, in the forwards and calls of `generate` from now on.
+
+        mask: (sequences, columns), bool, or fp32 as a factor on the edit; columns behind it are not edited. None to take
+        it back. For all handles of the model.
+        """
+        self._alive()
+        self._root.rows.mask = check_mask(mask)
 
     def save(self, folder):
         """Write the edits to a folder (fastedit.store)."""
@@ -282,12 +301,12 @@ class Handle:
         for edit, layer, masters in self._each():
             own.setdefault((layer, edit.site), []).append(masters)
         there = {key: self._root.stack(*key) for key in own}
-        self._root.change({k: own[k] + there[k] if in_front else there[k] + own[k] for k in own})
+        self._root.change(self.model, {k: own[k] + there[k] if in_front else there[k] + own[k] for k in own})
 
     def _deactivate(self):
         own = {id(masters) for _, _, masters in self._each()}
         keys = {(layer, edit.site) for edit, layer, _ in self._each()}
-        self._root.change({key: [m for m in self._root.stack(*key) if id(m) not in own] for key in keys})
+        self._root.change(self.model, {key: [m for m in self._root.stack(*key) if id(m) not in own] for key in keys})
 
     def _freeze(self):
         heads = [

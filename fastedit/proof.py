@@ -175,7 +175,7 @@ class _GivenSite:
     def __init__(self, form):
         self.stages, self.form, self.ride = (self,), form, None
 
-    def arguments(self):
+    def arguments(self, shape):
         return self.form.tensors(), None
 
     def apply(self, hidden):

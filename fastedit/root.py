@@ -7,6 +7,7 @@ from torch import nn
 from .families import find_layers
 from .installation import Installation, link
 from .proof import fingerprint, prove
+from .row_plan import Rows, Stack, install, owner_of, uninstall
 from .runtime import Site
 from .swapping import base_of
 
@@ -25,6 +26,8 @@ class Root(nn.Module):
         self.installed = {}  # layer name → Installation
         self.verdicts = {}  # (layer name, recipe) → Verdict
         self.merged = []  # handles whose edits are in the weights, in the order of merging
+        self.rows = Rows()
+        self.stacks, self.planned = {}, []  # of edits with positions: {name: Stack}, and the modules swapped for them
         self.frozen = []  # the parameters that freeze=True found trainable
 
     def new_name(self):
@@ -47,13 +50,14 @@ class Root(nn.Module):
                             )
                     self.verdicts[layer.name, recipe] = known[key]
 
-    def change(self, stacks):
+    def change(self, model, stacks):
         """Put new stacks of masters at some sites, {(layer, site name): [Masters]}; [] empties a site."""
+        self._plan(model, stacks)
         touched = {}
         for (layer, name), masters in stacks.items():
             key, touched[layer.name] = (layer.name, name), layer
             if masters:
-                self.sites.setdefault(key, Site(layer, name)).set(masters)
+                self.sites.setdefault(key, Site(layer, name)).set(masters, self._stack_of(layer))
             else:
                 self.sites.pop(key, None)
         for layer in touched.values():
@@ -63,8 +67,30 @@ class Root(nn.Module):
             if sites:
                 verdicts = {r: self.verdicts.get((layer.name, r)) for r in layer.family.fused}
                 fused = all(m.fused for site in sites.values() for m in site.masters)
-                self.installed[layer.name] = Installation(layer, sites, verdicts, fused)
+                placed = any(m.positions for site in sites.values() for m in site.masters)
+                stack = self._stack_of(layer) if placed else None
+                self.installed[layer.name] = Installation(layer, sites, verdicts, fused, stack)
         link([self.installed[layer.name] for layer in self.layers if layer.name in self.installed])
+
+    def _stack_of(self, layer):
+        return self.stacks.get(layer.name.partition(".")[0])
+
+    def _plan(self, model, stacks):
+        """Row plans for the stacks of layers that will have an edit with positions, and for no others."""
+        masters = {key: site.masters for key, site in self.sites.items()}
+        masters |= {(layer.name, name): found for (layer, name), found in stacks.items()}
+        wanted = {key[0].partition(".")[0] for key, found in masters.items() if any(m.positions for m in found)}
+        if wanted == set(self.stacks):
+            return
+        owners = {}
+        for layer in self.layers:
+            name = layer.name.partition(".")[0]
+            if name in wanted and name not in owners:
+                owners[name] = owner_of(model, layer.module)
+        uninstall(self.planned)
+        kept = self.stacks
+        self.stacks = {n: kept.get(n) or Stack(n, owner, self.rows) for n, owner in owners.items()}
+        self.planned = install(model, self.stacks.values(), self.rows) if wanted else []
 
     def stack(self, layer, site):
         """The masters at a site, in order."""

@@ -5,28 +5,46 @@ import torch
 from . import lean
 from .checks import MAX_RANK
 from .form import at_strength, fold_all
+from .row_plan import NOWHERE
 
 
 class Stage:
-    """Consecutive edits of a site that run as one form."""
+    """Consecutive edits of a site, at the same positions, that run as one form. stack: where their rows are known."""
 
-    def __init__(self, masters):
-        self.masters = masters
+    def __init__(self, masters, stack=None):
+        self.masters, self.positions = masters, masters[0].positions
+        self.stack = None if self.positions is None else stack
         self.only = masters[0] if len(masters) == 1 and masters[0].direct else None
         self.trainable = any(m.trainable for m in masters)
         self.folded, self.watched = None, []
 
-    def arguments(self):
-        """((scale, bias, read, offset, write), strength) for the ops.
+    def arguments(self, shape):
+        """((scale, bias, read, offset, write), strength) for the ops on hidden states of a shape; None where no row is
+        meant.
 
         One edit passes its own tensors, and its dial once that may differ from 1. Several are folded,
         strengths first, into tensors that do not move; under grad or torch.compile they are folded in the
-        graph.
+        graph. At some positions, strength is a number for each row.
         """
+        if self.positions is None:
+            return self.form_and_dial()
+        coefficient = self.stack.coefficient(self.positions, shape, self.masters[0].dial.device)
+        if coefficient is NOWHERE:
+            return None
+        tensors, dial = self.form_and_dial()
+        if coefficient is None or dial is None:
+            return tensors, dial if coefficient is None else coefficient
+        return tensors, coefficient * dial
+
+    def form_and_dial(self):
+        """The form's tensors, and the dial (1,) that is not in them yet, or None."""
         only = self.only
-        if only is not None:
-            return only.tensors(), only.dial if torch.compiler.is_compiling() or only.dialled else None
-        if torch.compiler.is_compiling() or (self.trainable and torch.is_grad_enabled()):
+        compiling = torch.compiler.is_compiling()
+        if only is not None and (compiling or not only.dialled):
+            return only.tensors(), only.dial if compiling else None
+        if only is not None and self.positions is None:
+            return only.tensors(), only.dial
+        if compiling or (self.trainable and torch.is_grad_enabled()):
             return self.fold(), None
         for held, name, tensor, version in self.watched:
             if held.get(name) is not tensor or tensor._version != version:
@@ -40,7 +58,8 @@ class Stage:
         return self.folded, None
 
     def apply(self, hidden):
-        return lean.edit(hidden, *self.arguments())
+        given = self.arguments(hidden.shape)
+        return hidden if given is None else lean.edit(hidden, *given)
 
     def fold(self):
         with torch.autocast(self.masters[0].dial.device.type, enabled=False):  # whose products would be bf16
@@ -89,17 +108,17 @@ class Site:
         self.masters, self.stages = [], []
         self.ride = None
 
-    def set(self, masters):
-        """Neighbours fold while their ranks fit one kernel."""
+    def set(self, masters, stack=None):
+        """Neighbours at the same positions fold while their ranks fit one kernel."""
         groups, rank = [], 0
         for m in masters:
-            if groups and rank + m.rank <= MAX_RANK:
+            if groups and rank + m.rank <= MAX_RANK and m.positions == groups[-1][0].positions:
                 groups[-1].append(m)
                 rank += m.rank
             else:
                 groups.append([m])
                 rank = m.rank
-        self.masters, self.stages = masters, [Stage(group) for group in groups]
+        self.masters, self.stages = masters, [Stage(group, stack) for group in groups]
 
     def apply(self, hidden):
         """Every edit, on hidden states (…, width)."""

@@ -6,6 +6,7 @@ measured (a 64-wide Linear at 17 µs, one thread), and everyone's own hooks see 
 """
 
 import functools
+import inspect
 import types
 
 import torch
@@ -13,6 +14,9 @@ import torch
 from .fused import FORWARDS, STATE
 
 _BASE = "_fastedit_base"
+STACK = "_fastedit_stack"  # of a layer with edits at some positions: its row_plan.Stack
+_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps a layer's checkpointing function
+PLANNED, CARRIED = "planned", "carried"  # recipes beside those of families: row_plan.py
 
 
 def base_of(module):
@@ -22,8 +26,11 @@ def base_of(module):
 
 @functools.cache
 def swapped_class(base, recipe):
-    """`base` with the recipe's fused forward; with recipe None, its own and then the site's edits."""
-    forward = _edited(base) if recipe is None else FORWARDS[type(recipe)](recipe, base)
+    """`base` with the recipe's fused forward; with recipe None, its own and then the site's edits.
+
+    PLANNED: its own under a row plan. CARRIED: its own, for a layer that hands its plan to checkpointing.
+    """
+    forward = _FORWARDS[recipe](base) if recipe in _FORWARDS else FORWARDS[type(recipe)](recipe, base)
     functools.update_wrapper(forward, base.forward)
     members = {
         "forward": forward,
@@ -33,6 +40,10 @@ def swapped_class(base, recipe):
         "__doc__": base.__doc__,
         _BASE: base,
     }
+    if recipe == PLANNED and hasattr(base, "generate"):
+        members["generate"] = functools.wraps(base.generate)(_generating(base))
+    if hasattr(base, "gradient_checkpointing"):
+        members[_CHECKPOINT] = property(_checkpoint_of, _set_checkpoint)
     return type(base.__name__, (base,), members)
 
 
@@ -43,6 +54,52 @@ def _edited(base):
         return output if site is None else site.after(self, output)
 
     return forward
+
+
+def _carried(base):
+    def forward(self, *args, **kwargs):
+        return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _planned(base):
+    names = tuple(inspect.signature(base.forward).parameters)[1:]
+
+    def forward(self, *args, **kwargs):
+        state = self.__dict__.get(STATE)
+        if state is None or state.stack is None:
+            return base.forward(self, *args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return state.stack.forward(base.forward, given, self, *args, **kwargs)
+
+    return forward
+
+
+def _generating(base):
+    def generate(self, *args, **kwargs):
+        state = self.__dict__.get(STATE)
+        if state is None or state.rows is None:
+            return base.generate(self, *args, **kwargs)
+        return state.rows.generate(base, self, args, kwargs)
+
+    return generate
+
+
+_FORWARDS = {None: _edited, PLANNED: _planned, CARRIED: _carried}
+
+
+def _checkpoint_of(module):
+    try:
+        checkpoint = module.__dict__[_CHECKPOINT]
+    except KeyError:
+        raise AttributeError(f"{type(module).__name__} has no attribute {_CHECKPOINT!r}") from None
+    stack = module.__dict__.get(STACK)
+    return checkpoint if stack is None else stack.checkpointed(checkpoint)
+
+
+def _set_checkpoint(module, checkpoint):
+    module.__dict__[_CHECKPOINT] = checkpoint
 
 
 def _restore(base, recipe):
@@ -67,6 +124,7 @@ def swap(module, recipe, state):
 def swap_back(module):
     """The module's own class and forward. Under another class put on top, ours becomes inert."""
     module.__dict__.pop(STATE, None)
+    module.__dict__.pop(STACK, None)
     if _BASE not in type(module).__dict__:
         return
     ours = type(module)

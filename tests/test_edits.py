@@ -141,7 +141,7 @@ def test_an_edit_keeps_its_own_copy():
     (lambda: fe.Steer({0: torch.ones(4), 1: torch.ones(5)}), ValueError, "different widths"),
     (lambda: fe.ScaleBias(False, False), ValueError, "nothing is left"),
     (lambda: fe.RED(site="elsewhere"), ValueError, "no site 'elsewhere'.*'mlp'"),
-    (lambda: fe.RED(positions="last 3"), NotImplementedError, "'all'"),
+    (lambda: fe.RED(positions="last"), ValueError, "'last 4'"),
     (lambda: fe.RED(layers=[]), ValueError, "layers is empty"),
     (lambda: fe.RED(layers=[1.5]), TypeError, "1.5"),
     (lambda: fe.RED(strength=float("inf")), ValueError, "strength is inf"),

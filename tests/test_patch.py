@@ -102,6 +102,18 @@ def test_more_rank_than_one_kernel_takes_runs_in_several_passes():
                 tiny.assert_promise(tiny.output(model, "llama"), eager, exact)
 
 
+def test_an_edit_on_the_ffn_is_applied_once_where_the_blocks_take_several_passes():
+    """The norm of the next layer rides on an add whose sum has more rank than one kernel takes."""
+    model, g = tiny.build("llama"), torch.Generator().manual_seed(0)
+    low = Form(read=torch.randn(40, 32, generator=g) * 0.05, write=torch.randn(40, 32, generator=g) * 0.05)
+    scale = torch.rand(32, generator=g) + 0.5
+    edits = [fe.ScaleBias(scale), *(fe.LowRank(low.read, None, low.write) for _ in range(2))]
+    expected = [("mlp", n, Form(scale=scale)) for n in range(3)] + [("block", n, low) for n in range(3) for _ in range(2)]
+    eager, exact = (tiny.output(tiny.hook_reference(m, "llama", expected), "llama") for m in (model, tiny.exact(model)))
+    fe.patch(model, edits)
+    tiny.assert_promise(tiny.output(model, "llama"), eager, exact)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_copies_and_pickles_are_models_of_their_own(family):
     model = tiny.build(family)

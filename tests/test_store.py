@@ -222,7 +222,7 @@ def top(key, value):
         (first("tensors", 3), "tensors of edit 0 is 3, expected a list of"),
         (first("rank", 10**12), "rank is 1000000000000"),
         (first("strength", "much"), "strength is 'much'"),
-        (first("positions", "prompt"), "positions='prompt'"),
+        (first("positions", "promt"), "positions is 'promt'"),
         (first("colour", 1), "unknown key 'colour'"),
         (top("edits", []), "not described 0.layers.0.mlp.bias"),
         (top("strength", "much"), "strength is 'much', expected a number"),
