@@ -161,7 +161,8 @@ class Handle:
         it back. For all handles of the model.
         """
         self._alive()
-        self._root.rows.mask = check_mask(mask)
+        mask = check_mask(mask)
+        self._root.rows.mask = mask if mask is None else mask.to(next(self._each())[2].dial.device)
 
     def save(self, folder):
         """Write the edits to a folder (fastedit.store)."""

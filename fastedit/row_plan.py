@@ -188,7 +188,7 @@ class RowPlan:
                 raise ValueError(
                     "positions by token ids need input_ids; this forward was given inputs_embeds or no tokens at all"
                 )
-            here = here | torch.isin(self.ids.to(device), torch.tensor(positions.tokens, device=device))
+            here = here | _is_one_of(self.ids.to(device), positions.tokens)
         here = here.float()
         if positions.mask:
             here = torch.maximum(here, self._mask(columns, batch, device))
@@ -257,6 +257,15 @@ class RowPlan:
         mask = _for_batch(mask.to(device, torch.float32), batch, "handle.mask's mask")
         known = mask.shape[1]
         return mask[:, columns.clamp(max=known - 1)] * (columns < known)
+
+
+def _is_one_of(ids, tokens):
+    if len(tokens) > 8 and not torch.compiler.is_compiling():  # a constant on the host has no place in a CUDA graph
+        return torch.isin(ids, torch.tensor(tokens, device=ids.device))
+    found = ids == tokens[0]
+    for token in tokens[1:]:
+        found = found | (ids == token)
+    return found
 
 
 def _for_batch(tensor, batch, name):

@@ -6,6 +6,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from patch_cases import random_form, scaled_then_low_rank
+from transformers import CompileConfig
 
 import fastedit as fe
 from fastedit.merging import MergeError
@@ -401,6 +402,26 @@ def test_strength_turns_without_a_new_trace(mode):
             with torch.compiler.set_stance("fail_on_recompile" if mode == "compiled" else "default"):
                 said = call(**given).logits
             torch.testing.assert_close(said, model(**given).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["last 2", {"tokens": list(range(3, 14)), "also": "generated"}], ids=str)
+def test_compiled_decoding_with_a_static_cache_is_one_graph(spec):
+    model = tiny.build("llama")
+    handle = fe.patch(model, fe.Steer(torch.randn(32), positions=spec))
+    config = CompileConfig(fullgraph=True, backend="eager", mode="default")
+    config._compile_all_devices = True
+    ids, mask = prompts()
+    eager = generated(model, ids, mask)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    static = generated(model, ids, mask, cache_implementation="static", compile_config=config)
+    handle.strength = 2.0
+    again = generated(model, ids, mask, cache_implementation="static", compile_config=config)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for said, expected in zip(static[1], eager[1], strict=True):
+        torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
+    for said, expected in zip(again[1], generated(model, ids, mask)[1], strict=True):
+        torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
 
 
 WRONG = [
