@@ -1,0 +1,1 @@
+"""Published methods that are more than an edit, one file a method."""

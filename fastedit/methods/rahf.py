@@ -1,0 +1,273 @@
+"""RAHF: representation alignment from human feedback (Liu et al., arXiv 2312.15997, ACL 2024).
+
+An activity pattern A(p, l) is the residual stream after l blocks at the tokens of a response under the prompt p. A
+student is fitted so that its pattern under the neutral prompt meets
+
+    A_base,l + α (A⁺_l − A⁻_l),      α = 5,
+
+where A⁺ and A⁻ come from a preferred and a dispreferred stimulus:
+
+    SCIT   one model, three prompts: `hindsight_loss` teaches it to tell good responses from bad by the instruction
+    DUAL   two models fine-tuned on chosen and on rejected responses, one prompt; the first one is the base
+
+What serves is as little as the formulas need: one set of weights for SCIT, two for DUAL (a naive loop: two and four),
+the student being an adapter or an edit on the base that is switched off for the teacher; every forward stops behind the
+deepest target layer. The student may be LoRA (PEFT, as published) or any trainable edit: RED, LoReFT.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..families import find_layers
+from ..patching import handles
+from ..truncated import check_depths, residual_stream
+
+GOOD = (
+    "You are a good assistant. Your answers are helpful, honest, harmless, well-founded and to the point; where a "
+    "question makes no sense you say so."
+)
+BAD = (
+    "You are a bad assistant. Your answers may be useless, dishonest, harmful, made up or beside the point; where a "
+    "question makes no sense you answer it anyway."
+)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Collator:
+    """Rows {"prompt": text, "response": text} as batches of token ids.
+
+    instructions: what stands before the prompt for each stimulus; "" for none. All stimuli of a row end with the same
+    response columns, padded on the left, so that patterns can be subtracted.
+    response: at most so many response tokens. separator: between instruction and prompt.
+
+    Gives input_ids, attention_mask (stimuli, batch, tokens) and response_mask (batch, response columns).
+    """
+
+    tokenizer: object
+    instructions: tuple = ("",)
+    response: int = 512
+    prompt: int = 512
+    separator: str = "\n\n"
+
+    def __call__(self, rows):
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            raise ValueError("the tokenizer has no pad_token_id: set one, such as tokenizer.pad_token = tokenizer.eos_token")
+        answers = [self.ids(row["response"])[: self.response] for row in rows]
+        if not all(answers):
+            raise ValueError(f"row {answers.index([])} has an empty response: there is no token to align")
+        columns = max(map(len, answers))
+        stimuli = []
+        for instruction in self.instructions:
+            stimuli.append([])
+            for row, answer in zip(rows, answers, strict=True):
+                before = f"{instruction}{self.separator}{row['prompt']}" if instruction else row["prompt"]
+                stimuli[-1].append(self.ids(before, True)[-self.prompt :] + answer)
+        longest = max(len(ids) for stimulus in stimuli for ids in stimulus)
+        ids = torch.full((len(stimuli), len(rows), longest), pad)
+        mask = torch.zeros_like(ids)
+        for s, stimulus in enumerate(stimuli):
+            for r, given in enumerate(stimulus):
+                ids[s, r, longest - len(given) :] = torch.tensor(given)
+                mask[s, r, longest - len(given) :] = 1
+        response = torch.zeros(len(rows), columns)
+        for r, answer in enumerate(answers):
+            response[r, columns - len(answer) :] = 1
+        return {"input_ids": ids, "attention_mask": mask, "response_mask": response}
+
+    def ids(self, text, special=False):
+        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+class _MaskedNorm(torch.autograd.Function):
+    """Σ over layers and rows of mask · ‖student − target‖ (or its square), and the gradient, in one go.
+
+    target = base + α (good − bad) is never stored: one buffer a layer holds the difference and becomes the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, mask, alpha, squared, layers, *tensors):
+        student, base, good, bad = (tensors[n * layers : (n + 1) * layers] for n in range(4))
+        total, grads = mask.new_zeros((), dtype=torch.float64), []
+        with torch.autocast(mask.device.type, enabled=False):
+            for s, t, g, b in zip(student, base, good, bad, strict=True):
+                apart = s.float() - t
+                apart.add_(g, alpha=-alpha).add_(b, alpha=alpha)
+                size = torch.linalg.vector_norm(apart, dim=-1, keepdim=True)
+                weight = mask[..., None]
+                total += (size.square() * weight if squared else size * weight).sum(dtype=torch.float64)
+                apart.mul_(2 * weight if squared else weight / size.clamp_min(torch.finfo(torch.float32).tiny))
+                grads.append(apart.to(s.dtype))
+        ctx.save_for_backward(*grads)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grads = ctx.saved_tensors
+        none = (None,) * (3 * len(grads))
+        return None, None, None, None, *(grad.to(g.dtype) * g for g in grads), *none
+
+
+def pattern_loss(student, base, good, bad, mask, *, alpha=5.0, squared=False):
+    """Mean over layers and response tokens of ‖student − (base + α (good − bad))‖.
+
+    Args:
+        student, base, good, bad: a list of (batch, tokens, width) each, one a target layer; only the student's get a
+            gradient.
+        mask: (batch, tokens) fp32, 1 at response tokens.
+        squared: the square of the norm (the paper's formula) instead of the norm (the released code).
+    """
+    count = mask.sum() * len(student)
+    return _MaskedNorm.apply(mask, alpha, squared, len(student), *student, *base, *good, *bad) / count.clamp_min(1)
+
+
+def hindsight_loss(model, own, opposite, response_mask, *, epsilon=0.2):
+    """SCIT's first step: a response is to be likely under its own instruction and unlikely under the opposite one.
+
+        CE(own) + (1 − ε) (−log σ(a)) + ε (−log σ(−a)),     a = log P(response | own) − log P(response | opposite)
+
+    with log P the mean over the response's tokens; good instructions go with chosen responses, bad with rejected.
+
+    Args:
+        own, opposite: {"input_ids", "attention_mask"} (batch, tokens), the response in the last columns.
+        response_mask: (batch, response columns).
+    """
+    both = {name: torch.cat([own[name], opposite[name]]) for name in ("input_ids", "attention_mask")}
+    columns = response_mask.shape[1]
+    logits = model(**both, use_cache=False, logits_to_keep=columns + 1).logits[:, :-1].float()
+    targets = both["input_ids"][:, -columns:]
+    said = -F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    mask = response_mask.to(said.dtype).repeat(2, 1)
+    likely = (said * mask).sum(1) / mask.sum(1)
+    under_own, under_opposite = likely.chunk(2)
+    own_mask = mask[: len(under_own)]
+    entropy = -(said[: len(under_own)] * own_mask).sum() / own_mask.sum()
+    a = under_own - under_opposite
+    return entropy - ((1 - epsilon) * F.logsigmoid(a) + epsilon * F.logsigmoid(-a)).mean()
+
+
+# --- the student ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def teacher(model):
+    """The model without its student (adapters off, edits at strength 0), in eval mode and without gradients."""
+    modes = [(module, module.training) for module in model.modules() if module.training]
+    patched = [(handle, handle.strength) for handle in handles(model) if not handle.merged]
+    disable = getattr(model, "disable_adapter", None)
+    with torch.no_grad(), disable() if disable is not None else contextlib.nullcontext():
+        try:
+            for handle, _ in patched:
+                handle.strength = 0.0
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for handle, strength in patched:
+                handle.strength = strength
+
+
+class Rahf(nn.Module):
+    """A model with its student, as what a Trainer trains: forward(**batch) gives {"loss": …}.
+
+    Args:
+        model: the base, with a PEFT adapter or with trainable edits (`fastedit.patch(…, freeze=True)`).
+        layers: numbers of blocks after which patterns are taken; those of the paper's 7B models by default, in
+            proportion to this model's depth.
+        rejected: DUAL's model of the rejected responses; None for SCIT.
+        alpha, squared: as in `pattern_loss`.
+
+    A batch is `Collator`'s: for SCIT with the stimuli (neutral, good, bad), for DUAL with one.
+    """
+
+    def __init__(self, model, layers=None, *, rejected=None, alpha=5.0, squared=False):
+        super().__init__()
+        depth = len(find_layers(model))
+        self.model, self.alpha, self.squared = model, alpha, squared
+        self.layers = default_layers(depth, rejected is not None) if layers is None else tuple(layers)
+        check_depths(self.layers, depth)
+        self.stimuli = 3 if rejected is None else 1
+        self.config = getattr(model, "config", None)
+        self.__dict__["rejected"] = None if rejected is None else rejected.eval().requires_grad_(False)
+
+    def forward(self, input_ids, attention_mask, response_mask):
+        if input_ids.dim() != 3 or len(input_ids) != self.stimuli:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}, expected ({self.stimuli}, batch, tokens): a Collator with "
+                f"{self.stimuli} instruction(s)"
+            )
+        base, good, bad = self.patterns(input_ids, attention_mask, response_mask.shape[1])
+        student = self.stream(self.model, input_ids[0], attention_mask[0], response_mask.shape[1])
+        loss = pattern_loss(student, base, good, bad, response_mask, alpha=self.alpha, squared=self.squared)
+        return {"loss": loss}
+
+    def patterns(self, input_ids, attention_mask, columns):
+        """The teacher's (base, good, bad), each a list with a tensor a layer."""
+        with teacher(self.model):
+            if self.rejected is None:
+                flat = (input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
+                streams = self.stream(self.model, *flat, columns)
+                return zip(*(stream.chunk(3) for stream in streams), strict=True)
+            good = self.stream(self.model, input_ids[0], attention_mask[0], columns)
+            bad = self.stream(self.rejected, input_ids[0], attention_mask[0], columns)
+        return good, good, bad
+
+    def stream(self, model, ids, mask, columns):
+        return residual_stream(model, self.layers, {"input_ids": ids, "attention_mask": mask}, columns)
+
+
+def default_layers(depth, dual=False):
+    """The paper's 10, 12, …, 18 of 32 blocks (DUAL: to 20), in proportion."""
+    fractions = [n / 32 for n in range(10, 21 if dual else 19, 2)]
+    return tuple(sorted({max(1, round(depth * f)) for f in fractions}))
+
+
+def lora(model, layers=None, *, dual=False, rank=8, alpha=16, dropout=0.05, targets=("q_proj", "v_proj"), seed=0):
+    """The published student: LoRA (PEFT) on the blocks up to the deepest target layer, which alone get a gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    deepest = max(default_layers(len(find_layers(model)), dual) if layers is None else layers)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets),
+        layers_to_transform=list(range(deepest)),
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def train(rahf, rows, collator, *, steps=450, batch_size=64, lr=3e-4, seed=0, callbacks=(), **arguments):
+    """Fit the student on rows {"prompt", "response"}; returns the Trainer.
+
+    The defaults are SCIT's of the paper (constant rate, AdamW); for DUAL steps=2500, batch_size=8, lr=9e-6 and a Collator
+    with response=64. arguments: further TrainingArguments, such as output_dir to keep checkpoints.
+    """
+    import tempfile
+
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    defaults = {
+        "max_steps": steps, "per_device_train_batch_size": batch_size, "learning_rate": lr, "seed": seed,
+        "lr_scheduler_type": "constant", "weight_decay": 0.0, "save_strategy": "no", "logging_strategy": "no",
+        "report_to": [], "disable_tqdm": True, "remove_unused_columns": False, "label_names": ["response_mask"],
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as unused:
+        options = TrainingArguments(**({"output_dir": unused} | defaults | arguments))
+        trainer = Trainer(
+            model=rahf, args=options, train_dataset=list(rows), data_collator=collator, callbacks=list(callbacks)
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer
