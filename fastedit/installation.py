@@ -5,6 +5,8 @@ import itertools
 from .families import submodule
 from .fused import build_state
 from .runtime import Ride
+from .site_kinds import Gathered
+from .sites import SITES
 from .swapping import swap, swap_back, swappable
 
 
@@ -15,7 +17,7 @@ class Installation:
         """verdicts: {recipe: Verdict}, of those recipes that were tried."""
         self.layer, self.swapped, self.hooks = layer, [], []
         self.states = {}  # recipe → State
-        self.paths = {site: "fused=False was asked" if not fused else _no_add(layer) for site in sites}
+        self.paths = {site: "fused=False was asked" if not fused else _no_add(layer, site) for site in sites}
         for site in sites.values():
             site.ride = None
         try:
@@ -23,9 +25,8 @@ class Installation:
                 mine = {name: site for name, site in sites.items() if name in recipe.sites}
                 if mine:
                     self._fuse(recipe, mine, verdicts[recipe])
-            for name, site in sites.items():
-                if layer.at(name) not in self.swapped:
-                    self._put(layer.at(name), site)
+            for module, here in self._by_module(sites).items():
+                self._put(module, here)
         except BaseException:
             self.undo()
             raise
@@ -45,12 +46,22 @@ class Installation:
             swap(owner, recipe, self.states[recipe])
             self.swapped.append(owner)
 
-    def _put(self, module, site):
-        if swappable(module):
-            swap(module, None, site)
+    def _by_module(self, sites):
+        """{module: its sites that no fused forward of its own serves}, in the order of SITES."""
+        found = {}
+        for name in (name for name in SITES if name in sites):
+            module = self.layer.at(name)
+            if module not in self.swapped or sites[name].ride is None:
+                found.setdefault(module, []).append(sites[name])
+        return found
+
+    def _put(self, module, sites):
+        if module not in self.swapped and swappable(module):
+            swap(module, None, sites[0] if len(sites) == 1 else Gathered(sites))
             self.swapped.append(module)
         else:
-            self.hooks.append(module.register_forward_hook(site.hook, prepend=True))
+            for site in reversed(sites):  # the last hook put in front runs first
+                self.hooks.append(site.put_hook(module))
 
     @property
     def stack(self):
@@ -74,10 +85,12 @@ class Installation:
             hook.remove()
 
 
-def _no_add(layer):
+def _no_add(layer, site):
     if layer.family.name == "unknown":
         return "no family describes this layer"
-    return "the layer ends in a norm: there is no add for the edit to ride on"
+    if site in ("mlp", "attn", "block"):
+        return layer.family.plain.get(site, "no recipe describes the adds of this layer")
+    return "no add follows this site"
 
 
 def link(installations):

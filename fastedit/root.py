@@ -7,7 +7,7 @@ from torch import nn
 from .families import find_layers
 from .installation import Installation, link
 from .proof import fingerprint, prove
-from .runtime import Site
+from .site_kinds import site_at
 from .swapping import base_of
 
 
@@ -53,7 +53,7 @@ class Root(nn.Module):
         for (layer, name), masters in stacks.items():
             key, touched[layer.name] = (layer.name, name), layer
             if masters:
-                self.sites.setdefault(key, Site(layer, name)).set(masters)
+                self.sites.setdefault(key, site_at(layer, name)).set(masters)
             else:
                 self.sites.pop(key, None)
         for layer in touched.values():

@@ -22,7 +22,7 @@ def base_of(module):
 
 @functools.cache
 def swapped_class(base, recipe):
-    """`base` with the recipe's fused forward; with recipe None, its own and then the site's edits."""
+    """`base` with the recipe's fused forward; with recipe None, its own with the edits of the module's sites."""
     forward = _edited(base) if recipe is None else FORWARDS[type(recipe)](recipe, base)
     functools.update_wrapper(forward, base.forward)
     members = {
@@ -38,9 +38,12 @@ def swapped_class(base, recipe):
 
 def _edited(base):
     def forward(self, *args, **kwargs):
-        output = base.forward(self, *args, **kwargs)
         site = self.__dict__.get(STATE)
-        return output if site is None else site.after(self, output)
+        if site is None:
+            return base.forward(self, *args, **kwargs)
+        if site.reads_input:
+            args, kwargs = site.before(self, args, kwargs)
+        return site.after(self, base.forward(self, *args, **kwargs))
 
     return forward
 
