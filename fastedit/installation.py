@@ -2,12 +2,14 @@
 
 import itertools
 
-from .families import submodule
-from .fused import build_state
+from .families import alternatives, submodule
+from .fused_steps import build_state
 from .runtime import Ride
 from .site_kinds import Gathered
 from .sites import SITES
 from .swapping import swap, swap_back, swappable
+
+_ADDED = ("mlp", "attn", "block")  # the sites that an add may follow
 
 
 class Installation:
@@ -21,15 +23,26 @@ class Installation:
         for site in sites.values():
             site.ride = None
         try:
-            for recipe in layer.family.fused if fused else ():
-                mine = {name: site for name, site in sites.items() if name in recipe.sites}
-                if mine:
-                    self._fuse(recipe, mine, verdicts[recipe])
+            for recipes in alternatives(layer.family) if fused else ():
+                self._fuse_one_of(recipes, sites, verdicts)
             for module, here in self._by_module(sites).items():
                 self._put(module, here)
         except BaseException:
             self.undo()
             raise
+
+    def _fuse_one_of(self, recipes, sites, verdicts):
+        """Fuse by the recipe that was proved; sites that it does not carry say why."""
+        tried = [recipe for recipe in recipes if verdicts.get(recipe) is not None]
+        if not tried:
+            return  # no site that a recipe of this owner could carry
+        recipe = next((recipe for recipe in tried if verdicts[recipe].reason is None), tried[0])
+        reason = getattr(recipe, "why_plain", lambda site: None)
+        for site in sites:
+            self.paths[site] = (reason(site) if site in _ADDED else None) or self.paths[site]
+        mine = {name: site for name, site in sites.items() if name in recipe.sites}
+        if mine:
+            self._fuse(recipe, mine, verdicts[recipe])
 
     def _fuse(self, recipe, sites, verdict):
         owner = submodule(self.layer.module, recipe.owner)
@@ -43,6 +56,9 @@ class Installation:
                 return Ride(self.layer.between(recipe.owner, site), dropout, apart)
 
             self.states[recipe] = build_state(recipe, owner, sites, verdict.norms, ride)
+            for name, site in sites.items():
+                if site.ride is None:
+                    self.paths[name] = recipe.why_plain(name)
             swap(owner, recipe, self.states[recipe])
             self.swapped.append(owner)
 
@@ -88,7 +104,7 @@ class Installation:
 def _no_add(layer, site):
     if layer.family.name == "unknown":
         return "no family describes this layer"
-    if site in ("mlp", "attn", "block"):
+    if site in _ADDED:
         return layer.family.plain.get(site, "no recipe describes the adds of this layer")
     return "no add follows this site"
 

@@ -10,7 +10,8 @@ import types
 
 import torch
 
-from .fused import FORWARDS, STATE
+from .fused import STATE
+from .fused_steps import FORWARDS
 
 _BASE = "_fastedit_base"
 

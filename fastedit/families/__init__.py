@@ -2,21 +2,29 @@
 
 from torch import nn
 
-from . import bert, gpt2, llama, mixture, t5
+from . import bert, gpt2, llama, mixture, parallel, residual, t5
 from .family import Family, Input, Layer, Part, PostNorm, PreNormLayer, PreNormSublayer, submodule
+from .steps import ParallelLayer, ResidualLayer, Step
 from .unknown import family_of_unknown
 
-TABLE = (llama.FAMILY, mixture.FAMILY, bert.FAMILY, bert.DEBERTA, bert.DEBERTA_V2, gpt2.FAMILY, t5.FAMILY)
+TABLE = (
+    llama.FAMILY, mixture.FAMILY, bert.FAMILY, bert.DEBERTA, bert.DEBERTA_V2, gpt2.FAMILY, t5.FAMILY,
+    *residual.FAMILIES, parallel.GPT_NEOX, parallel.FALCON,
+)  # fmt: skip
 
 __all__ = [
     "TABLE",
     "Family",
     "Input",
     "Layer",
+    "ParallelLayer",
     "Part",
     "PostNorm",
     "PreNormLayer",
     "PreNormSublayer",
+    "ResidualLayer",
+    "Step",
+    "alternatives",
     "find_layers",
     "submodule",
 ]
@@ -45,6 +53,14 @@ def find_layers(model):
             final = _final(model, path, members) if last else None
             layers.append(Layer(f"{stack}.{number}", len(layers), module, family, number == 0, final))
     return layers
+
+
+def alternatives(family):
+    """A family's recipes by owner, each a list of which the first that is proved is used."""
+    by_owner = {}
+    for recipe in family.fused:
+        by_owner.setdefault(recipe.owner, []).append(recipe)
+    return list(by_owner.values())
 
 
 def _final(model, path, members):

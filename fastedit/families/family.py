@@ -2,11 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..sites import SITES
+
+
+class AddOf(NamedTuple):
+    """One add of a recipe's owner."""
+
+    inner: str  # the submodule whose output is added
+    site: str | None  # None: no edit rides on its output
+    ends_block: bool  # its sum is the residual stream leaving the layer
+    dropout: str | None  # path of the dropout between site and add
+    outputs: int  # how many things the inner module returns
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,10 @@ class PreNormLayer:
     without: str | None = None
     owner = ""
     sites = ("attn", "mlp", "block")
+
+    def adds(self):
+        (attn, mlp), (attn_dropout, mlp_dropout) = self.inners, self.dropouts
+        return AddOf(attn, "attn", False, attn_dropout, 2), AddOf(mlp, "mlp", True, mlp_dropout, 1)
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,14 @@ class PreNormSublayer:
     def sites(self):
         return (self.site, "block") if self.block else (self.site,)
 
+    @property
+    def norms(self):
+        """Names of the owner's norms, first the one at its entry if it has one there."""
+        return (self.norm,)
+
+    def adds(self):
+        return (AddOf(self.inner, self.site, self.block, self.dropout, self.outputs),)
+
 
 @dataclass(frozen=True)
 class PostNorm:
@@ -56,6 +79,14 @@ class PostNorm:
     @property
     def sites(self):
         return (self.site,)
+
+    @property
+    def norms(self):
+        """Names of the owner's norms, first the one at its entry if it has one there."""
+        return (self.norm,)
+
+    def adds(self):
+        return (AddOf(self.inner, self.site, False, self.dropout, 1),)
 
 
 @dataclass(frozen=True)
@@ -101,7 +132,8 @@ class Family:
 
     sites: site → path of the module whose output it is, or an Input, or a Part. `mlp`, `attn` and `block` must
         be there for a layer to be of the family; a layer may lack the others.
-    fused: recipes for the adds that can carry an edit, used where the proof (proof.py) allows.
+    fused: recipes for the adds that can carry an edit, used where the proof (proof.py) allows; of several for one
+        owner, the first that is proved.
     plain: site → why no recipe carries it.
     final: paths, from the module that holds the stack, of what ends it behind the last layer: the first that
         exists; without one the last layer ends the stack. None: not known.
