@@ -110,10 +110,10 @@ def residual_layer(recipe, base):
             x = x if step.behind is None else modules[step.behind](x)
             x = _dropped(self, step.dropout, x)
             x = x if step.multiplier is None else x * getattr(self, step.multiplier)
+            if recipe.flat and step is steps[-1]:
+                x, hidden = x.view(hidden_states.shape), hidden.view(hidden_states.shape)
             following = taken[number].before if number < len(taken) else None
             hidden, normed = _sum(state, step, x, hidden, following, step is steps[-1])
-        if recipe.flat:
-            hidden = hidden.view(hidden_states.shape)
         return (hidden, *rest) if recipe.more else hidden
 
     return forward

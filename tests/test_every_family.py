@@ -18,6 +18,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 ADDED = ("mlp", "attn", "block")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads gain nothing at this size, and where others compute too they cost up to forty times the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def identities(name, sites=None):
     return [fe.ScaleBias(site=site) for site in sites or zoo.sites(name)]
 

@@ -197,12 +197,12 @@ def inputs(name):
 
 
 def output(model, name):
-    """The logits."""
+    """The logits; of ViT, whose logits are two, the last hidden states."""
     given = inputs(name)
     dtype = next(model.parameters()).dtype
     given = {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
     with torch.no_grad():
-        return model(**given).logits
+        return model.vit(**given).last_hidden_state if name == "vit" else model(**given).logits
 
 
 def layers(model, name):
