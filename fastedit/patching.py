@@ -175,7 +175,7 @@ class Handle:
                 (reload such a model with dtype=torch.float32).
 
         Raises:
-            MergeError: `block` edits, quantised, adapted or tied weights, another handle's edits in front, or
+            MergeError: `block`, `embed` and `final` edits, quantised, adapted or tied weights, another handle's edits in front, or
                 too much rounding; the model is as it was.
         """
         self._alive()
@@ -191,7 +191,7 @@ class Handle:
         if not self.merged:
             raise MergeError("this handle is not merged")
         later = self._root.merged[self._root.merged.index(self) + 1 :]
-        if any(self._sites() & other._sites() for other in later):
+        if any(self._modules() & other._modules() for other in later):
             raise MergeError("another handle was merged behind this one; unmerge that first")
         self._restore()
         self._root.add_module(self.name, self._tree)
@@ -204,8 +204,9 @@ class Handle:
         for edit, layer, masters in self._each():  # they did not follow the model while they were out of it
             masters.to(device_at(layer, edit.site))
 
-    def _sites(self):
-        return {(layer.name, edit.site) for edit, layer, _ in self._each()}
+    def _modules(self):
+        """Those whose weights a merge changes: several sites may share one."""
+        return {layer.at(edit.site) for edit, layer, _ in self._each()}
 
     # --- undo -----------------------------------------------------------------------------------------------
 

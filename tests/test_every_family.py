@@ -230,3 +230,77 @@ def test_red_has_two_numbers_a_feature_and_layer_at_full_size():
             model = kind(config)
         handle = fe.patch(model, fe.RED())
         assert handle.num_parameters() == 2 * config.hidden_size * config.num_hidden_layers, kind
+
+
+@pytest.mark.parametrize("name, changes, expected", [
+    ("RobertaModel", {}, 92_160), ("GPT2LMHeadModel", {"n_embd": 1024, "n_layer": 24, "n_head": 16}, 245_760),
+])  # fmt: skip
+def test_red_plus_has_its_published_number_of_parameters(name, changes, expected):
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        model = kind(kind.config_class(**changes))
+    handle = tiny.quiet(fe.patch, model, fe.REDPlus(), freeze=True)
+    assert handle.num_parameters() == expected
+    assert {edit.site for edit in handle.edits} == {"q", "k", "v", "attn", "mlp"}
+    with pytest.raises(TypeError, match="for one site use RED"):
+        fe.REDPlus(site="mlp")
+
+
+# --- merging ------------------------------------------------------------------------------------------------
+
+MAPS = ("q", "k", "v", "attn", "ffn_in", "mlp")
+MERGED = ("mistral", "phi3", "gpt_neox", "falcon-40b", "gpt2", "opt", "deberta", "modernbert", "bart")
+
+
+@pytest.mark.filterwarnings("ignore:merging gave")
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merged_model_says_what_the_edited_one_says(name):
+    model = zoo.build(name)
+    before = tiny.state(model)
+    edits = []
+    for site in MAPS:
+        for index, _, width in zoo.spots(model, name, site)[:1]:
+            edits += scaled_then_low_rank(random_form(width=width), site, [index])
+    handle = fe.patch(model, edits, fused=False)
+    patched, edited, exact = tiny.state(model), zoo.output(model, name), zoo.output(zoo.exact(model), name)
+    handle.merge()
+    tiny.assert_promise(zoo.output(model, name), edited, exact)
+    handle.unmerge()
+    tiny.assert_same_state(model, patched)
+    handle.merge()
+    handle.remove()
+    tiny.assert_same_state(model, before)
+
+
+def test_handles_merged_into_one_projection_are_unmerged_from_the_last():
+    model = zoo.build("gpt2")
+    before = tiny.state(model)
+    handles = [scrambled(fe.patch(model, fe.ScaleBias(site=site))) for site in "qk"]
+    edited = zoo.output(model, "gpt2")
+    for handle in handles:
+        handle.merge()
+    torch.testing.assert_close(zoo.output(model, "gpt2"), edited, rtol=1e-4, atol=1e-5)
+    with pytest.raises(MergeError, match="unmerge that first"):
+        handles[0].unmerge()
+    for handle in reversed(handles):
+        handle.unmerge()
+        handle.remove()
+    tiny.assert_same_state(model, before)
+
+
+def test_the_merged_biases_of_a_fused_projection_are_saved_and_reloaded(tmp_path):
+    model = zoo.build("modernbert")
+    handle = scrambled(fe.patch(model, [fe.ScaleBias(site="v"), fe.ScaleBias(site="ffn_in")]))
+    tiny.quiet(handle.merge)
+    merged = zoo.output(model, "modernbert")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config.attention_bias and again.config.mlp_bias
+    assert torch.equal(zoo.output(again, "modernbert"), merged)
+
+
+@pytest.mark.parametrize("site", MODEL_SITES)
+def test_sites_of_the_model_are_not_merged(site):
+    model = zoo.build("llama")
+    with pytest.raises(MergeError, match="to run"):
+        fe.patch(model, fe.ScaleBias(site=site)).merge()

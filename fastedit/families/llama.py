@@ -2,8 +2,7 @@
 fused; Granite, which scales what it adds.
 """
 
-from .family import Family, Input, PreNormLayer, fused_qkv
-from .layouts import grouped_queries
+from .family import Family, Input, PreNormLayer
 
 LAYER = PreNormLayer(
     norms=("input_layernorm", "post_attention_layernorm"),
