@@ -175,8 +175,8 @@ class Handle:
                 (reload such a model with dtype=torch.float32).
 
         Raises:
-            MergeError: `block`, `embed` and `final` edits, quantised, adapted or tied weights, another handle's edits in front, or
-                too much rounding; the model is as it was.
+            MergeError: `block`, `embed` and `final` edits, quantised, adapted or tied weights, another handle's
+                edits in front, or too much rounding; the model is as it was.
         """
         self._alive()
         if self.merged:

@@ -186,21 +186,21 @@ def test_sites_of_the_model_take_no_layer(site, layers, says):
 def test_a_stack_may_be_named_for_its_embedding():
     model = zoo.build("t5")
     handle = fe.patch(model, fe.ScaleBias(site="embed", layers="decoder"))
-    assert handle.config()[0]["layers"] == [2] and list(handle.named_tensors())[0] == "0.decoder.0.embed.scale"
+    assert handle.config()[0]["layers"] == [2] and next(iter(handle.named_tensors())) == "0.decoder.0.embed.scale"
     assert fe.patch(model, fe.ScaleBias(site="embed")).config()[0]["layers"] == [0, 2]
     assert fe.patch(model, fe.ScaleBias(site="final", layers=-1)).config()[0]["layers"] == [3]
 
 
 def test_vectors_of_another_width_are_refused_with_the_site():
     model = zoo.build("mistral")
-    with pytest.raises(ValueError, match="scale has width 32, but site 'k' of layer layers.0 is 16 wide"):
+    with pytest.raises(ValueError, match=r"scale has width 32, but site 'k' of layer layers\.0 is 16 wide"):
         fe.patch(model, fe.ScaleBias(torch.ones(32), site="k"))
-    with pytest.raises(ValueError, match="bias has width 32, but site 'ffn_in' of layer layers.0 is 48 wide"):
+    with pytest.raises(ValueError, match=r"bias has width 32, but site 'ffn_in' of layer layers\.0 is 48 wide"):
         fe.patch(model, fe.Steer(torch.ones(32), site="ffn_in"))
 
 
 def test_a_mixture_has_no_ffn_in_and_says_so():
-    with pytest.raises(ValueError, match="'ffn_in' was not found in MixtralDecoderLayer.*no single last linear map"):
+    with pytest.raises(ValueError, match=r"'ffn_in' was not found in MixtralDecoderLayer.*no single last linear map"):
         fe.patch(zoo.build("mixtral"), fe.ScaleBias(site="ffn_in"))
 
 
@@ -210,7 +210,7 @@ def test_a_fused_projection_of_an_unknown_layout_is_refused():
     for layer in model.model.layers:
         layer.self_attn.config = copy.copy(model.config)
         layer.self_attn.config.num_key_value_heads = 3
-    with pytest.raises(ValueError, match="qkv_proj has 64 outputs, expected 1 × .*edit 'attn' instead"):
+    with pytest.raises(ValueError, match=r"qkv_proj has 64 outputs, expected 1 × .*edit 'attn' instead"):
         fe.patch(model, fe.ScaleBias(site="q"))
     assert before["classes"] == tiny.state(model)["classes"]
 

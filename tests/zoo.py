@@ -119,7 +119,10 @@ CASES = {
         "FalconForCausalLM", _FALCON | {"parallel_attn": False, "multi_query": False, "alibi": True, "bias": True},
         "transformer.h", _F, "transformer.ln_f", _heads(4, 1, 1, 1),
     ),
-    "opt": Case("OPTForCausalLM", {"ffn_dim": INNER, "word_embed_proj_dim": 32}, "model.decoder.layers", _O, "model.decoder.final_layer_norm"),
+    "opt": Case(
+        "OPTForCausalLM", {"ffn_dim": INNER, "word_embed_proj_dim": 32}, "model.decoder.layers", _O,
+        "model.decoder.final_layer_norm",
+    ),
     "opt-350m": Case(
         "OPTForCausalLM", {"ffn_dim": INNER, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
         "model.decoder.layers", _O, "model.decoder.project_out", fused=_POST,
@@ -175,7 +178,7 @@ def build(name, dtype=torch.float32, **changes):
     settings._experts_implementation = "eager"  # the grouped product is not there in float64
     model = getattr(transformers, CASES[name].kind)(settings).eval()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4.0 if name != "t5" else 1.0)
             else:
@@ -212,8 +215,8 @@ def layers(model, name):
 
 def sites(name):
     """The sites that a model of the family has."""
-    moe = CASES[name].places["mlp"] == "mlp"
-    return [site for site in ("embed", "q", "k", "v", "attn", "ffn_in", "mlp", "block", "final") if not (moe and site == "ffn_in")]
+    inside = () if CASES[name].places["mlp"] == "mlp" else ("ffn_in",)
+    return ["embed", "q", "k", "v", "attn", *inside, "mlp", "block", "final"]
 
 
 def module_at(layer, path):
