@@ -8,9 +8,10 @@ and all an edit does is write down those tensors for a layer. `fastedit.patch` c
 masters on the model; the edit object itself is never changed and may be used again.
 
 Arguments that all edits take:
-    site: "mlp", "attn" or "block" (fastedit/sites.py).
-    layers: None for every layer, or layer numbers: an int, a range, a list; negative ones count from the
-        end. A model with two stacks is numbered through, encoder first; "decoder" or "decoder.3" also work.
+    site: "mlp", "attn", "block", "q", "k", "v", "ffn_in", "embed" or "final" (fastedit/sites.py).
+    layers: None for every layer (the one choice for "embed" and "final", which are of the model), or layer
+        numbers: an int, a range, a list; negative ones count from the end. A model with two stacks is numbered
+        through, encoder first; "decoder" or "decoder.3" also work.
     positions: which tokens, as fastedit/positions.py lists: None or "all", "prompt", "generated", "first 4", "last 4", …
     strength: c, a number; `handle.strength` multiplies it at run time.
 

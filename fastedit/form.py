@@ -152,6 +152,23 @@ def merge(form, weight, bias=None):
     return merged, added
 
 
+def merge_input(form, weight, bias=None):
+    """(weight', bias') of the linear map x @ weightᵀ + bias with the form before it, on x.
+
+        W' = W diag(s) + (W writeᵀ) read       m' = m + W (b + writeᵀ offset)
+
+    weight is (out_features, width), bias (out_features,) or None; bias' is None only if it would be zero throughout.
+    """
+    if form.width is not None and weight.shape[1] != form.width:
+        raise ValueError(f"the edit is {form.width} wide, but the linear map has {weight.shape[1]} inputs")
+    merged = weight if form.scale is None else weight * form.scale
+    added = form.bias
+    if form.read is not None:
+        merged = merged + (weight @ form.write.T) @ form.read
+        added = _total(added, None if form.offset is None else form.offset @ form.write)
+    return merged, _total(bias, None if added is None else weight @ added)
+
+
 def _scaled(tensor, scale):
     """tensor ⊙ scale; a tensor None (0) stays None, a scale None is 1."""
     return tensor if tensor is None or scale is None else tensor * scale

@@ -2,6 +2,7 @@
 
     W' = diag(s) W + writeᵀ (read W)        m' = s ⊙ m + bias + (m @ readᵀ + offset) @ write
 
+(for q, k and v of a fused projection on their rows of it; for `ffn_in`, on the other side, form.merge_input),
 computed in float64 and rounded once to the weight's dtype. Exact in real numbers, not in bf16: with s = 1 ±
 1e-3 not one bf16 weight changes. So the rounding is measured, and a merge that would lose more than LIMIT of
 the edit is refused, or those layers are kept in fp32 where the caller asks for it.
@@ -12,11 +13,18 @@ import warnings
 import torch
 from torch import nn
 
-from .families import submodule
-from .form import Form, at_strength, fold_all, merge
+from .families import Input, Part, submodule
+from .form import Form, at_strength, fold_all, merge, merge_input
 from .swapping import base_of
 
 LIMIT = 0.02  # of the edit, as the change it makes to outputs for inputs of unit variance
+
+
+_NO_MAP = {
+    "block": "the residual stream is a sum of many maps, none of which the edit alone follows",
+    "embed": "what enters the first layer is a sum of embeddings, or behind a norm, and not one linear map's output",
+    "final": "it follows a norm, or a sum, and not a linear map",
+}
 
 
 class MergeError(ValueError):
@@ -88,10 +96,10 @@ def merge_handle(handle, fp32):
 
 def _check(handle, layer, site, masters):
     where = f"site {site!r} of layer {layer.name}"
-    if site == "block":
+    if site in _NO_MAP:
         raise MergeError(
-            f"{where}: the residual stream is a sum of many maps, none of which the edit alone follows; "
-            "merge edits on 'mlp' or 'attn', or leave this one to run"
+            f"{where}: {_NO_MAP[site]}; merge edits on 'mlp', 'attn', 'q', 'k', 'v' or 'ffn_in', or leave this one "
+            "to run"
         )
     placed = next((m.positions for m in masters if m.positions), None)
     if placed is not None:
@@ -104,8 +112,9 @@ def _check(handle, layer, site, masters):
     module = layer.at(site)
     base = base_of(module)
     if not _is_linear(base) and not _is_conv1d(module):
+        of = "input" if isinstance(layer.place(site), Input) else "output"
         raise MergeError(
-            f"{where} is the output of a {base.__name__}, expected a plain nn.Linear or Conv1D: quantised "
+            f"{where} is the {of} of a {base.__name__}, expected a plain nn.Linear or Conv1D: quantised "
             "weights and adapters are not approximated; dequantise, or merge the adapter into its base first"
         )
     weight = module._parameters.get("weight")
@@ -125,7 +134,8 @@ def _check(handle, layer, site, masters):
 
 
 def _is_linear(base):
-    return issubclass(base, nn.Linear) and base.forward is nn.Linear.forward
+    falcon = base.__name__ == "FalconLinear" and base.__module__.startswith("transformers.")  # x @ Wᵀ, then + bias
+    return issubclass(base, nn.Linear) and (base.forward is nn.Linear.forward or falcon)
 
 
 def _is_conv1d(module):
@@ -141,7 +151,7 @@ def _merge_one(merged, layer, site, masters, fp32):
     with torch.inference_mode(False), torch.no_grad():
         form = fold_all([at_strength(_wide(m.form()), m.strength) for m in masters])
         old, old_bias = weight.data.double(), None if bias is None else bias.data.double()
-        new, new_bias = merge(form, old.T if transposed else old, old_bias)
+        new, new_bias = _with_form(form, layer, site, old.T if transposed else old, old_bias)
         new = new.T if transposed else new
         if old_bias is None and new_bias is not None and not new_bias.any():
             new_bias = None
@@ -168,6 +178,21 @@ def _merge_one(merged, layer, site, masters, fp32):
         if new_bias is not None:
             merged.set(module, "bias", new_bias.to(dtype))
     return bias is None and new_bias is not None
+
+
+def _with_form(form, layer, site, weight, bias):
+    """(weight', bias') of a linear map with a form at its site: after it, on some of its outputs, or before it."""
+    place = layer.place(site)
+    if isinstance(place, Input):
+        return merge_input(form, weight, bias)
+    if not isinstance(place, Part):
+        return merge(form, weight, bias)
+    groups, start, stop = place.columns(layer.module, len(weight))
+    rows = torch.arange(len(weight), device=weight.device).view(groups, -1)[:, start:stop].flatten()
+    part, part_bias = merge(form, weight[rows], None if bias is None else bias[rows])
+    if part_bias is not None:
+        bias = (weight.new_zeros(len(weight)) if bias is None else bias).index_copy(0, rows, part_bias)
+    return weight.index_copy(0, rows, part), bias
 
 
 def _wide(form):

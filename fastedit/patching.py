@@ -15,7 +15,7 @@ from torch import nn
 
 from .edits import Edit
 from .merging import MergeError, merge_handle
-from .planning import plan, site_device
+from .planning import device_at, plan
 from .report import report
 from .root import Root, root_of
 from .row_plan import check_lengths, check_mask
@@ -195,8 +195,8 @@ class Handle:
                 (reload such a model with dtype=torch.float32).
 
         Raises:
-            MergeError: `block` edits, quantised, adapted or tied weights, another handle's edits in front, or
-                too much rounding; the model is as it was.
+            MergeError: `block`, `embed` and `final` edits, quantised, adapted or tied weights, another handle's
+                edits in front, or too much rounding; the model is as it was.
         """
         self._alive()
         if self.merged:
@@ -211,7 +211,7 @@ class Handle:
         if not self.merged:
             raise MergeError("this handle is not merged")
         later = self._root.merged[self._root.merged.index(self) + 1 :]
-        if any(self._sites() & other._sites() for other in later):
+        if any(self._modules() & other._modules() for other in later):
             raise MergeError("another handle was merged behind this one; unmerge that first")
         self._restore()
         self._root.add_module(self.name, self._tree)
@@ -222,10 +222,11 @@ class Handle:
         self._merged = None
         self._root.merged.remove(self)
         for edit, layer, masters in self._each():  # they did not follow the model while they were out of it
-            masters.to(site_device(layer.at(edit.site)))
+            masters.to(device_at(layer, edit.site))
 
-    def _sites(self):
-        return {(layer.name, edit.site) for edit, layer, _ in self._each()}
+    def _modules(self):
+        """Those whose weights a merge changes: several sites may share one."""
+        return {layer.at(edit.site) for edit, layer, _ in self._each()}
 
     # --- undo -----------------------------------------------------------------------------------------------
 

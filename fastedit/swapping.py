@@ -11,7 +11,8 @@ import types
 
 import torch
 
-from .fused import FORWARDS, STATE
+from .fused import STATE
+from .fused_steps import FORWARDS
 
 _BASE = "_fastedit_base"
 STACK = "_fastedit_stack"  # of a layer with edits at some positions: its row_plan.Stack
@@ -26,7 +27,7 @@ def base_of(module):
 
 @functools.cache
 def swapped_class(base, recipe):
-    """`base` with the recipe's fused forward; with recipe None, its own and then the site's edits.
+    """`base` with the recipe's fused forward; with recipe None, its own with the edits of the module's sites.
 
     PLANNED: its own under a row plan. CARRIED: its own, for a layer that hands its plan to checkpointing.
     """
@@ -49,9 +50,12 @@ def swapped_class(base, recipe):
 
 def _edited(base):
     def forward(self, *args, **kwargs):
-        output = base.forward(self, *args, **kwargs)
         site = self.__dict__.get(STATE)
-        return output if site is None else site.after(self, output)
+        if site is None:
+            return base.forward(self, *args, **kwargs)
+        if site.reads_input:
+            args, kwargs = site.before(self, args, kwargs)
+        return site.after(self, base.forward(self, *args, **kwargs))
 
     return forward
 

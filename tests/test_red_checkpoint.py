@@ -93,6 +93,17 @@ def test_values_reach_their_layers_in_every_family(tmp_path):
                     )
 
 
+def test_red_plus_reaches_the_projections_too(tmp_path):
+    paths = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+    saved = state([f"model.layers.{{}}.{path}" for path in paths.values()])
+    torch.save(saved, tmp_path / "delta_vector.pth")
+    handle = fe.load_red_checkpoint(llama(), tmp_path)
+    assert len(handle.named_tensors()) == len(saved)
+    for number, edit in enumerate(handle.edits):
+        theirs = saved[f"model.layers.1.{paths[edit.site]}.delta_vector.activation_scaling"].reshape(-1)
+        assert torch.equal(handle.named_tensors()[f"{number}.layers.1.{edit.site}.scale"], theirs)
+
+
 def test_the_model_computes_what_the_authors_wrapper_computes(tmp_path):
     saved = state(["model.layers.{}.mlp.down_proj"])
     torch.save(saved, tmp_path / "delta_vector.pth")
@@ -177,8 +188,8 @@ KEY = "model.layers.0.mlp.down_proj.delta_vector.activation_scaling"
             "layers.7.mlp.down_proj, which is not a site",
         ),
         (
-            {KEY.replace("mlp.down_proj", "self_attn.q_proj"): torch.ones(1, WIDTH)},
-            "RED\\+ on q, k and v is not served",
+            {KEY.replace("mlp.down_proj", "self_attn.c_attn"): torch.ones(1, WIDTH)},
+            "q, k and v of a fused projection have no vectors of their own",
         ),
     ],
 )

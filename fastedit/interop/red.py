@@ -114,8 +114,8 @@ def _sites(model):
     return {
         names[layer.at(site)]: (layer.index, site)
         for layer in find_layers(model)
-        for site in ("mlp", "attn")
-        if layer.at(site) is not None
+        for site in ("mlp", "attn", "q", "k", "v")
+        if isinstance(layer.place(site), str) and layer.at(site) is not None
     }
 
 
@@ -126,5 +126,5 @@ def _place(path, module, sites):
             return place
     raise EditFileError(
         f"{path} edits {module}, which is not a site of this model ({', '.join(list(sites)[:2])}, …); "
-        "load the base it was trained on, and note that RED+ on q, k and v is not served"
+        "load the base it was trained on, and note that q, k and v of a fused projection have no vectors of their own there"
     )
