@@ -5,7 +5,6 @@ object beside the module's attributes. Without a state it is the layer's own for
 """
 
 import inspect
-from typing import NamedTuple
 
 import torch
 
@@ -20,13 +19,14 @@ class State:
 
     adds: {name of the inner module: Add}. norms: {name: Norm, or None where the module must be called}.
     entry: the Norm that a predecessor may have computed already; successor: the State it may do so for.
-    apart: the dtype in which the sum is not what the successor reads.
+    apart: the dtype in which the sum is not what the successor reads. block: the `block` Site, where the module's
+    own forward may have to leave it to us.
     """
 
     def __init__(self, module, adds, norms, entry=None, apart=None):
         self.module, self.adds, self.norms = module, adds, norms
         self.entry, self.apart = entry, apart
-        self.successor = self.carried = None
+        self.successor = self.carried = self.block = None
 
 
 # --- across layers ------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def _may_carry(module):
     return not torch.is_inference_mode_enabled()  # inference tensors have no version to check
 
 
-def _entry_norm(state, hidden, norm):
+def entry_norm(state, hidden, norm):
     """norm(hidden), from the predecessor if this is the tensor it was computed from, unchanged."""
     carried = state.carried
     if carried is not None:
@@ -59,7 +59,7 @@ def _entry_norm(state, hidden, norm):
     return norm(hidden)
 
 
-def _leave(state, add, x, residual):
+def leave(state, add, x, residual):
     """The module's last add, with the successor's first norm where that can be carried over."""
     successor = state.successor
     if successor is None or not (_may_carry(state.module) and _may_carry(successor.module)):
@@ -97,7 +97,7 @@ def pre_norm_layer(recipe, base):
         for name in cross:
             kwargs.pop(name, None)
         modules = self._modules
-        normed = _entry_norm(state, hidden_states, modules[attn_norm])
+        normed = entry_norm(state, hidden_states, modules[attn_norm])
         if by_keyword:
             attended = modules[attn_name](hidden_states=normed, **kwargs)
         else:
@@ -110,7 +110,7 @@ def pre_norm_layer(recipe, base):
             hidden = add(attended, hidden_states)
             normed = modules[mlp_norm](hidden)
         x = modules[mlp_name](normed)
-        return _leave(state, state.adds[mlp_name], x if isinstance(x, torch.Tensor) else x[0], hidden)
+        return leave(state, state.adds[mlp_name], x if isinstance(x, torch.Tensor) else x[0], hidden)
 
     return forward
 
@@ -128,7 +128,7 @@ def pre_norm_sublayer(recipe, base):
             if name in kwargs:
                 kwargs[inner_name] = kwargs.pop(name)
         modules = self._modules
-        normed = _entry_norm(state, hidden_states, modules[recipe.norm])
+        normed = entry_norm(state, hidden_states, modules[recipe.norm])
         x = modules[recipe.inner](normed, **kwargs)
         rest = ()
         if recipe.outputs > 1:
@@ -136,7 +136,7 @@ def pre_norm_sublayer(recipe, base):
         dropout = modules[recipe.dropout]
         if dropout.training or dropout._forward_hooks:
             x = dropout(x)
-        hidden = _leave(state, state.adds[recipe.inner], x, hidden_states)
+        hidden = leave(state, state.adds[recipe.inner], x, hidden_states)
         return (hidden, *rest) if recipe.outputs > 1 else hidden
 
     return forward
@@ -166,46 +166,26 @@ FORWARDS = {PreNormLayer: pre_norm_layer, PreNormSublayer: pre_norm_sublayer, Po
 # --- what each recipe's owner holds -------------------------------------------------------------------------
 
 
-class AddOf(NamedTuple):
-    """One add of a recipe's owner."""
-
-    inner: str  # the submodule whose output is added
-    site: str
-    ends_block: bool  # its sum is the residual stream leaving the layer
-    dropout: str | None  # path of the dropout between site and add
-    outputs: int  # how many things the inner module returns
-
-
-def adds_of(recipe):
-    if isinstance(recipe, PreNormLayer):
-        (attn, mlp), (attn_dropout, mlp_dropout) = recipe.inners, recipe.dropouts
-        return AddOf(attn, "attn", False, attn_dropout, 2), AddOf(mlp, "mlp", True, mlp_dropout, 1)
-    if isinstance(recipe, PreNormSublayer):
-        return (AddOf(recipe.inner, recipe.site, recipe.block, recipe.dropout, recipe.outputs),)
-    return (AddOf(recipe.inner, recipe.site, False, recipe.dropout, 1),)
-
-
-def norms_of(recipe):
-    """The names of the owner's norms, first the one at its entry if it has one there."""
-    return recipe.norms if isinstance(recipe, PreNormLayer) else (recipe.norm,)
-
-
 def build_state(recipe, owner, sites, norms, ride, add=Add):
     """The State of `owner` for sites {name: Site}, norms {name: (kind, eps) or None}.
 
     ride(site, dropout, apart) says when an add of this owner carries a site.
     """
     adds, apart = {}, getattr(recipe, "apart", None)
-    for one in adds_of(recipe):
+    for one in recipe.adds():
         x, total = sites.get(one.site), sites.get("block") if one.ends_block else None
         if x is not None:
             x.ride = ride(one.site, None if one.dropout is None else submodule(owner, one.dropout), None)
         if total is not None:
             total.ride = ride("block", None, apart)
         adds[one.inner] = add(x, total)
-    served = {
-        name: None if norms[name] is None else Norm(owner._modules[name], *norms[name])
-        for name in norms_of(recipe)
-    }
-    entry = None if isinstance(recipe, PostNorm) else served[norms_of(recipe)[0]]
+    served = served_norms(recipe, owner, norms)
+    entry = None if isinstance(recipe, PostNorm) else served[recipe.norms[0]]
     return State(owner, adds, served, entry, apart)
+
+
+def served_norms(recipe, owner, norms):
+    """{name: Norm, or None where the module must be called}"""
+    return {
+        name: None if norms[name] is None else Norm(owner._modules[name], *norms[name]) for name in recipe.norms
+    }

@@ -2,10 +2,14 @@
 
 import itertools
 
-from .families import submodule
-from .fused import build_state
+from .families import alternatives, submodule
+from .fused_steps import build_state
 from .runtime import Ride
+from .site_kinds import Gathered
+from .sites import SITES
 from .swapping import swap, swap_back, swappable
+
+_ADDED = ("mlp", "attn", "block")  # the sites that an add may follow
 
 
 class Installation:
@@ -15,20 +19,30 @@ class Installation:
         """verdicts: {recipe: Verdict}, of those recipes that were tried."""
         self.layer, self.swapped, self.hooks = layer, [], []
         self.states = {}  # recipe → State
-        self.paths = {site: "fused=False was asked" if not fused else _no_add(layer) for site in sites}
+        self.paths = {site: "fused=False was asked" if not fused else _no_add(layer, site) for site in sites}
         for site in sites.values():
             site.ride = None
         try:
-            for recipe in layer.family.fused if fused else ():
-                mine = {name: site for name, site in sites.items() if name in recipe.sites}
-                if mine:
-                    self._fuse(recipe, mine, verdicts[recipe])
-            for name, site in sites.items():
-                if layer.at(name) not in self.swapped:
-                    self._put(layer.at(name), site)
+            for recipes in alternatives(layer.family) if fused else ():
+                self._fuse_one_of(recipes, sites, verdicts)
+            for module, here in self._by_module(sites).items():
+                self._put(module, here)
         except BaseException:
             self.undo()
             raise
+
+    def _fuse_one_of(self, recipes, sites, verdicts):
+        """Fuse by the recipe that was proved; sites that it does not carry say why."""
+        tried = [recipe for recipe in recipes if verdicts.get(recipe) is not None]
+        if not tried:
+            return  # no site that a recipe of this owner could carry
+        recipe = next((recipe for recipe in tried if verdicts[recipe].reason is None), tried[0])
+        reason = getattr(recipe, "why_plain", lambda site: None)
+        for site in sites:
+            self.paths[site] = (reason(site) if site in _ADDED else None) or self.paths[site]
+        mine = {name: site for name, site in sites.items() if name in recipe.sites}
+        if mine:
+            self._fuse(recipe, mine, verdicts[recipe])
 
     def _fuse(self, recipe, sites, verdict):
         owner = submodule(self.layer.module, recipe.owner)
@@ -42,15 +56,28 @@ class Installation:
                 return Ride(self.layer.between(recipe.owner, site), dropout, apart)
 
             self.states[recipe] = build_state(recipe, owner, sites, verdict.norms, ride)
+            for name, site in sites.items():
+                if site.ride is None:
+                    self.paths[name] = recipe.why_plain(name)
             swap(owner, recipe, self.states[recipe])
             self.swapped.append(owner)
 
-    def _put(self, module, site):
-        if swappable(module):
-            swap(module, None, site)
+    def _by_module(self, sites):
+        """{module: its sites that no fused forward of its own serves}, in the order of SITES."""
+        found = {}
+        for name in (name for name in SITES if name in sites):
+            module = self.layer.at(name)
+            if module not in self.swapped or sites[name].ride is None:
+                found.setdefault(module, []).append(sites[name])
+        return found
+
+    def _put(self, module, sites):
+        if module not in self.swapped and swappable(module):
+            swap(module, None, sites[0] if len(sites) == 1 else Gathered(sites))
             self.swapped.append(module)
         else:
-            self.hooks.append(module.register_forward_hook(site.hook, prepend=True))
+            for site in reversed(sites):  # the last hook put in front runs first
+                self.hooks.append(site.put_hook(module))
 
     @property
     def stack(self):
@@ -74,10 +101,12 @@ class Installation:
             hook.remove()
 
 
-def _no_add(layer):
+def _no_add(layer, site):
     if layer.family.name == "unknown":
         return "no family describes this layer"
-    return "the layer ends in a norm: there is no add for the edit to ride on"
+    if site in _ADDED:
+        return layer.family.plain.get(site, "no recipe describes the adds of this layer")
+    return "no add follows this site"
 
 
 def link(installations):

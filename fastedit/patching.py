@@ -15,7 +15,7 @@ from torch import nn
 
 from .edits import Edit
 from .merging import MergeError, merge_handle
-from .planning import plan, site_device
+from .planning import device_at, plan
 from .report import report
 from .root import Root, root_of
 
@@ -207,7 +207,7 @@ class Handle:
         self._merged = None
         self._root.merged.remove(self)
         for edit, layer, masters in self._each():  # they did not follow the model while they were out of it
-            masters.to(site_device(layer.at(edit.site)))
+            masters.to(device_at(layer, edit.site))
 
     def _sites(self):
         return {(layer.name, edit.site) for edit, layer, _ in self._each()}

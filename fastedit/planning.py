@@ -1,7 +1,9 @@
 """From declarative edits to masters for every layer: all that can fail, before the model is touched."""
 
+from .families import Input, Part
 from .masters import Masters
 from .per_layer import Spot
+from .sites import MODEL_SITES
 
 
 def plan(edit, layers):
@@ -13,14 +15,15 @@ def plan(edit, layers):
     chosen = choose(edit, layers)
     members = []
     for order, layer in enumerate(chosen):
-        module = layer.at(edit.site)
         spot = Spot(layer.name, layer.index, len(layers), order, len(chosen))
-        members.append((layer, Masters(edit, spot, site_width(module, layer), site_device(module))))
+        members.append((layer, Masters(edit, spot, width_at(layer, edit.site), device_at(layer, edit.site))))
     return members
 
 
 def choose(edit, layers):
     """The layers an edit acts on, in the order it names them."""
+    if edit.site in MODEL_SITES:
+        return _choose_of_model(edit, layers)
     if edit.layers is None:
         chosen = [layer for layer in layers if layer.at(edit.site) is not None]
         if not chosen:
@@ -42,13 +45,68 @@ def choose(edit, layers):
     return chosen
 
 
+def _choose_of_model(edit, layers):
+    """The layers that hold a site of the model: all of them, or those of the stacks or layers named."""
+    holders = [layer for layer in layers if layer.at(edit.site) is not None]
+    if not holders:
+        raise ValueError(_no_site(edit, layers[-1]))
+    if edit.layers is None:
+        return holders
+    there = {layer.index for layer in holders}
+    stacks = {layer.name.partition(".")[0] for layer in holders}
+    for wanted in edit.layers:
+        index = wanted + len(layers) if isinstance(wanted, int) and wanted < 0 else wanted
+        if index not in there and wanted not in stacks and wanted not in [layer.name for layer in holders]:
+            names = ", ".join(layer.name for layer in holders)
+            raise ValueError(
+                f"site {edit.site!r} is one of the model, not of layer {wanted!r}: leave layers= out (its tensors "
+                f"are kept with {names}; a vector for each layer does not go there either)"
+            )
+    return [
+        layer for layer in holders
+        if {layer.index, layer.index - len(layers), layer.name, layer.name.partition(".")[0]} & set(edit.layers)
+    ]  # fmt: skip
+
+
+_WHY = {
+    "attn": "no linear map there is unmistakably its last one",
+    "mlp": "no linear map there is unmistakably its last one",
+    "ffn_in": "its FFN has no single last linear map, or none that is unmistakably so",
+    "final": "what follows the last layer is not known",
+}
+
+
 def _no_site(edit, layer):
-    found = ", ".join(repr(site) for site in layer.family.sites)
+    found = ", ".join(repr(site) for site in layer.sites())
+    why = _WHY.get(edit.site, "no linear map there is known for it")
     return (
-        f"site {edit.site!r} was not found in {type(layer.module).__name__} (layer {layer.name}): no linear "
-        f"map there is unmistakably its last one; found {found}. A table entry in "
-        "fastedit/families says where it is"
+        f"site {edit.site!r} was not found in {type(layer.module).__name__} (layer {layer.name}): {why}; "
+        f"found {found}. A table entry in fastedit/families says where it is"
     )
+
+
+def width_at(layer, site):
+    """How wide the hidden states are at a site of a layer.
+
+    Raises:
+        ValueError: the width was not found, or a fused projection's layout is not known.
+    """
+    place, module = layer.place(site), layer.at(site)
+    if isinstance(place, Part):
+        groups, start, stop = place.columns(layer.module, site_width(module, layer))
+        return groups * (stop - start)
+    if isinstance(place, Input) and place.path:
+        return input_width(module, layer)
+    return site_width(module, layer)
+
+
+def input_width(module, layer):
+    """How many inputs a linear map takes."""
+    if isinstance(getattr(module, "in_features", None), int):
+        return module.in_features
+    if isinstance(getattr(module, "nf", None), int):  # GPT-2's Conv1D stores Wᵀ
+        return module.weight.shape[0]
+    raise ValueError(f"the input width of {type(module).__name__} in layer {layer.name} was not found")
 
 
 def site_width(module, layer):
@@ -66,7 +124,9 @@ def site_width(module, layer):
     return max(set(widths), key=widths.count)
 
 
-def site_device(module):
-    """Where the module's weights are; where accelerate offloads them, where it will run."""
+def device_at(layer, site):
+    """Where the weights at a site are; where accelerate offloads them, where it will run."""
+    module = layer.at(site)
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return device if device is not None else next(module.parameters()).device
+    held = next(module.parameters(), None)  # a norm may have none
+    return device or (next(layer.module.parameters()) if held is None else held).device

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from .adds import Add
-from .families import submodule
+from .families import ParallelLayer, submodule
 from .form import Form
-from .fused import STATE, adds_of, arguments_of, build_state, norms_of
+from .fused import STATE, arguments_of
+from .fused_steps import build_state
 from .kernels.reference.edit_add_norm import norm as norm_by_definition
 from .planning import site_width
 from .runtime import Ride
@@ -37,7 +38,8 @@ class Verdict:
 def prove(layer, recipe):
     """The Verdict on a recipe for a layer."""
     owner = submodule(layer.module, recipe.owner)
-    names = [*norms_of(recipe), *(one.inner for one in adds_of(recipe))]
+    inners = _inners(recipe, owner)
+    names = [*recipe.norms, *inners]
     missing = [name for name in names if name not in owner._modules]
     if missing:
         return Verdict(f"{type(owner).__name__} has no submodule {missing[0]!r}")
@@ -49,7 +51,7 @@ def prove(layer, recipe):
         return Verdict(f"{base.__name__}.forward takes {first} first, not hidden_states")
     with torch.inference_mode(False), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        norms = {name: norm_spec(owner._modules[name], generator) for name in norms_of(recipe)}
+        norms = {name: norm_spec(owner._modules[name], generator) for name in recipe.norms}
         try:
             reason = _compare(layer, recipe, owner, base, norms, generator)
         except (
@@ -205,13 +207,14 @@ def _compare(layer, recipe, owner, base, norms, generator):
         for site in recipe.sites
     }
     for dtype in (torch.float32, torch.bfloat16):
-        weights = {name: _norm_twin(owner._modules[name], dtype, generator) for name in norms_of(recipe)}
+        weights = {name: _norm_twin(owner._modules[name], dtype, generator) for name in recipe.norms}
         rows = _rows((2, 3, width), generator).to(dtype)
-        for by_keyword in (True, False):
-            arguments = _arguments(recipe, base, rows, by_keyword)
-            expected, expected_calls = _run(recipe, owner, base, weights, forms, None, arguments)
+        for without, left_out, by_keyword in _cases(recipe):
+            arguments = _arguments(recipe, base, rows, by_keyword, left_out)
+            edited = {site: form for site, form in forms.items() if site not in without}
+            expected, expected_calls = _run(recipe, owner, base, weights, edited, None, arguments)
             fused = swapped_class(base, recipe)
-            got, calls = _run(recipe, owner, fused, weights, forms, norms, arguments)
+            got, calls = _run(recipe, owner, fused, weights, edited, norms, arguments)
             difference = _difference(expected, got, dtype)
             if difference is None and calls != expected_calls:
                 difference = f"it calls its submodules with other arguments: {calls} and not {expected_calls}"
@@ -220,12 +223,33 @@ def _compare(layer, recipe, owner, base, norms, generator):
     return None
 
 
-def _arguments(recipe, base, rows, by_keyword):
+def _cases(recipe):
+    """(sites without an edit, arguments that are None, whether arguments go by keyword)"""
+    for by_keyword in (True, False):
+        yield (), (), by_keyword
+    if isinstance(recipe, ParallelLayer):
+        yield ("mlp",), (), True  # then the add carries `attn`
+    if getattr(recipe, "optional", ()):
+        yield (), recipe.optional, True
+
+
+def _inners(recipe, owner):
+    """{submodule that a stand-in takes the place of: (site of its output or None, how many outputs)}"""
+    found = {one.inner: (one.site, one.outputs) for one in recipe.adds()}
+    for step in getattr(recipe, "steps", ()):
+        for name in step.chain[:-1]:
+            module = owner._modules.get(name)
+            if module is not None and any(True for _ in module.parameters()):
+                found[name] = None, 1
+    return found
+
+
+def _arguments(recipe, base, rows, by_keyword, left_out=()):
     """Arguments for a forward: a marker for each, the rows where it takes rows, None for cross-attention."""
     values = {"hidden_states": rows}
     for name in arguments_of(base):
         values[name] = rows * 0.7 if name == "input_tensor" else f"given {name}"
-    values |= dict.fromkeys(getattr(recipe, "cross", ()))
+    values |= dict.fromkeys((*getattr(recipe, "cross", ()), *left_out))
     if not by_keyword:
         return tuple(values.values()), {}
     takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
@@ -236,11 +260,11 @@ def _arguments(recipe, base, rows, by_keyword):
 def _run(recipe, owner, cls, weights, forms, norms, arguments):
     """(outputs, calls of the stand-ins) of the owner's twin of class `cls`; with norms, as a fused one."""
     twin, calls, fused = _blank(owner, cls), [], norms is not None
-    known = {one.inner: one for one in adds_of(recipe)}
+    known = _inners(recipe, owner)
     for number, (name, child) in enumerate(owner._modules.items()):
         if name in known:
-            form = None if fused else forms[known[name].site]
-            twin._modules[name] = _StandIn(number, known[name].outputs, form, calls)
+            site, outputs = known[name]
+            twin._modules[name] = _StandIn(number, outputs, None if fused else forms.get(site), calls)
         elif name in weights:
             twin._modules[name] = weights[name]
         elif child is None or not any(True for _ in child.parameters()):
@@ -250,6 +274,9 @@ def _run(recipe, owner, cls, weights, forms, norms, arguments):
     if fused:
         sites = {site: _GivenSite(form) for site, form in forms.items()}
         twin.__dict__[STATE] = build_state(recipe, twin, sites, norms, lambda *_: Ride(()), _DefinedAdd)
+        for name, (site, _) in known.items():
+            if site in sites and sites[site].ride is None:  # no add carries it: its own module applies it
+                twin._modules[name].form = forms[site]
     positional, keywords = arguments
     out = twin(*positional, **keywords)
     rows, *rest = out if isinstance(out, tuple) else (out,)

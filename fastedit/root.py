@@ -4,10 +4,10 @@ import warnings
 
 from torch import nn
 
-from .families import find_layers
+from .families import alternatives, find_layers
 from .installation import Installation, link
 from .proof import fingerprint, prove
-from .runtime import Site
+from .site_kinds import site_at
 from .swapping import base_of
 
 
@@ -34,18 +34,27 @@ class Root(nn.Module):
         """Verdicts on the recipes that could carry the sites `wanted`, [(layer, site name)]."""
         known = {}
         for layer, site in wanted:
-            for recipe in layer.family.fused:
-                if site in recipe.sites:
-                    key = fingerprint(layer, recipe)
-                    if key not in known:
-                        known[key] = prove(layer, recipe)
-                        if known[key].reason is not None:
-                            warnings.warn(
-                                f"fastedit: plain path for {', '.join(recipe.sites)} of "
-                                f"{base_of(layer.module).__name__}: {known[key].reason}",
-                                stacklevel=3,
-                            )
-                    self.verdicts[layer.name, recipe] = known[key]
+            for recipes in alternatives(layer.family):
+                if any(site in recipe.sites for recipe in recipes):
+                    self._settle(layer, recipes, known)
+
+    def _settle(self, layer, recipes, known):
+        """Prove a layer's alternatives until one holds; a warning if none does."""
+        for recipe in recipes:
+            key = fingerprint(layer, recipe)
+            fresh = key not in known
+            if fresh:
+                known[key] = prove(layer, recipe)
+            verdict = self.verdicts[layer.name, recipe] = known[key]
+            if verdict.reason is None:
+                return
+        if fresh:
+            reasons = "; ".join(self.verdicts[layer.name, recipe].reason for recipe in recipes)
+            warnings.warn(
+                f"fastedit: plain path for {', '.join(recipes[0].sites)} of "
+                f"{base_of(layer.module).__name__}: {reasons}",
+                stacklevel=5,
+            )
 
     def change(self, stacks):
         """Put new stacks of masters at some sites, {(layer, site name): [Masters]}; [] empties a site."""
@@ -53,7 +62,7 @@ class Root(nn.Module):
         for (layer, name), masters in stacks.items():
             key, touched[layer.name] = (layer.name, name), layer
             if masters:
-                self.sites.setdefault(key, Site(layer, name)).set(masters)
+                self.sites.setdefault(key, site_at(layer, name)).set(masters)
             else:
                 self.sites.pop(key, None)
         for layer in touched.values():

@@ -82,7 +82,11 @@ class Ride:
 
 
 class Site:
-    """The edits at one site of one layer, in the order they were patched."""
+    """The edits at one site of one layer, in the order they were patched: on a module's output (site_kinds.py has
+    the other kinds).
+    """
+
+    reads_input = False
 
     def __init__(self, layer, site):
         self.layer, self.site = layer, site
@@ -126,3 +130,6 @@ class Site:
     def hook(self, module, args, output):
         """The same as a forward hook, for a module whose forward was replaced on the instance."""
         return self.after(module, output)
+
+    def put_hook(self, module):
+        return module.register_forward_hook(self.hook, prepend=True)

@@ -16,7 +16,7 @@ from .edit_file import JSON, EditFileError, read, write
 from .edits import from_config
 from .families import find_layers
 from .patching import patch
-from .planning import site_width
+from .planning import site_width, width_at
 
 __all__ = ["EditFileError", "describe_base", "fetch", "load", "read", "rebuild", "save"]
 
@@ -178,12 +178,11 @@ def _check_tensors(folder, edits, layers, tensors):
                     f"{folder / JSON}: layer {index!r}, but this model has layers 0 to {len(layers) - 1}"
                 )
             layer = layers[index]
-            site = layer.at(edit.site)
-            if site is None:
+            if layer.at(edit.site) is None:
                 raise EditFileError(
                     f"{folder / JSON}: layer {layer.name} of this model has no site {edit.site!r}"
                 )
-            width = site_width(site, layer)
+            width = width_at(layer, edit.site)
             for name in edit.names:
                 shape = {"scale": (width,), "bias": (width,), "offset": (edit.rank,)}.get(
                     name, (edit.rank, width)

@@ -10,7 +10,8 @@ import types
 
 import torch
 
-from .fused import FORWARDS, STATE
+from .fused import STATE
+from .fused_steps import FORWARDS
 
 _BASE = "_fastedit_base"
 
@@ -22,7 +23,7 @@ def base_of(module):
 
 @functools.cache
 def swapped_class(base, recipe):
-    """`base` with the recipe's fused forward; with recipe None, its own and then the site's edits."""
+    """`base` with the recipe's fused forward; with recipe None, its own with the edits of the module's sites."""
     forward = _edited(base) if recipe is None else FORWARDS[type(recipe)](recipe, base)
     functools.update_wrapper(forward, base.forward)
     members = {
@@ -38,9 +39,12 @@ def swapped_class(base, recipe):
 
 def _edited(base):
     def forward(self, *args, **kwargs):
-        output = base.forward(self, *args, **kwargs)
         site = self.__dict__.get(STATE)
-        return output if site is None else site.after(self, output)
+        if site is None:
+            return base.forward(self, *args, **kwargs)
+        if site.reads_input:
+            args, kwargs = site.before(self, args, kwargs)
+        return site.after(self, base.forward(self, *args, **kwargs))
 
     return forward
 

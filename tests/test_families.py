@@ -122,7 +122,7 @@ def test_a_site_that_cannot_be_found_is_refused_and_says_what_was():
     for block in model.stack:
         block.attention_again = nn.Linear(16, 16)
     before = tiny.state(model)
-    with pytest.raises(ValueError, match=r"site 'attn' was not found in Block.*found 'block', 'mlp'"):
+    with pytest.raises(ValueError, match=r"site 'attn' was not found in Block.*found 'embed', 'ffn_in', 'mlp', 'block'"):
         fe.patch(model, fe.ScaleBias(site="attn"))
     tiny.assert_same_state(model, before)
 

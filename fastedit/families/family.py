@@ -1,9 +1,23 @@
 """What a family's table entry says, and how modules are found from it. The recipes are read by fused.py."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from ..sites import SITES
+
+
+class AddOf(NamedTuple):
+    """One add of a recipe's owner."""
+
+    inner: str  # the submodule whose output is added
+    site: str | None  # None: no edit rides on its output
+    ends_block: bool  # its sum is the residual stream leaving the layer
+    dropout: str | None  # path of the dropout between site and add
+    outputs: int  # how many things the inner module returns
 
 
 @dataclass(frozen=True)
@@ -18,6 +32,10 @@ class PreNormLayer:
     without: str | None = None
     owner = ""
     sites = ("attn", "mlp", "block")
+
+    def adds(self):
+        (attn, mlp), (attn_dropout, mlp_dropout) = self.inners, self.dropouts
+        return AddOf(attn, "attn", False, attn_dropout, 2), AddOf(mlp, "mlp", True, mlp_dropout, 1)
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,14 @@ class PreNormSublayer:
     def sites(self):
         return (self.site, "block") if self.block else (self.site,)
 
+    @property
+    def norms(self):
+        """Names of the owner's norms, first the one at its entry if it has one there."""
+        return (self.norm,)
+
+    def adds(self):
+        return (AddOf(self.inner, self.site, self.block, self.dropout, self.outputs),)
+
 
 @dataclass(frozen=True)
 class PostNorm:
@@ -54,40 +80,118 @@ class PostNorm:
     def sites(self):
         return (self.site,)
 
+    @property
+    def norms(self):
+        """Names of the owner's norms, first the one at its entry if it has one there."""
+        return (self.norm,)
+
+    def adds(self):
+        return (AddOf(self.inner, self.site, False, self.dropout, 1),)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A site that is the first argument of a module, and not its output."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A site that is one of the outputs of a fused projection: number 0 of them is q, 1 is k, 2 is v.
+
+    layout(holder, columns): how the projection in module `holder` lays its `columns` out, as (groups, widths of
+    q, k and v in each group).
+    """
+
+    path: str
+    number: int
+    layout: Callable
+
+    def columns(self, layer, total):
+        """(groups, start, stop): in each of `groups` equal groups of columns, those of this site."""
+        holder = submodule(layer, self.path.rpartition(".")[0])
+        groups, widths = self.layout(holder, total)
+        if groups * sum(widths) != total or min(groups, *widths) < 1:
+            raise ValueError(
+                f"{type(holder).__name__}.{self.path.rpartition('.')[2]} has {total} outputs, expected {groups} × "
+                f"{widths} for q, k and v: this layout is not known; edit 'attn' instead"
+            )
+        start = sum(widths[: self.number])
+        return groups, start, start + widths[self.number]
+
+
+def fused_qkv(path, layout):
+    """The sites q, k and v of a fused projection."""
+    return {site: Part(path, number, layout) for number, site in enumerate("qkv")}
+
 
 @dataclass(frozen=True, eq=False)
 class Family:
     """Where things are in one layer of a family; paths are relative to the layer, "" is the layer itself.
 
-    sites: site → path of the module whose output is the site.
-    fused: recipes for the adds that can carry an edit, used where the proof (proof.py) allows.
+    sites: site → path of the module whose output it is, or an Input, or a Part. `mlp`, `attn` and `block` must
+        be there for a layer to be of the family; a layer may lack the others.
+    fused: recipes for the adds that can carry an edit, used where the proof (proof.py) allows; of several for one
+        owner, the first that is proved.
+    plain: site → why no recipe carries it.
+    final: paths, from the module that holds the stack, of what ends it behind the last layer: the first that
+        exists; without one the last layer ends the stack. None: not known.
     biases: site → (config flag, the linears that the flag gives a bias): how a merged bias is reloaded.
-    requires: further paths that must exist.
+    requires, lacks: further paths, or plain attributes, that must and must not exist.
     """
 
     name: str
     sites: dict
     fused: tuple = ()
+    plain: dict = field(default_factory=dict)
+    final: tuple | None = ()
     biases: dict = field(default_factory=dict)
     requires: tuple = ()
+    lacks: tuple = ()
 
     def matches(self, layer):
-        return all(submodule(layer, path) is not None for path in (*self.sites.values(), *self.requires))
+        needed = (*(self.sites[site] for site in ("mlp", "attn", "block")), *self.requires)
+        return all(_has(layer, path) for path in needed) and not any(_has(layer, path) for path in self.lacks)
+
+
+def _has(layer, path):
+    return path in layer.__dict__ or submodule(layer, path) is not None
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer of a model, found. name: "layers.3", "decoder.0"; index: over all stacks."""
+    """One layer of a model, found. name: "layers.3", "decoder.0"; index: over all stacks.
+
+    first: whether it is its stack's first, whose input is `embed`. final: the module whose output is `final`, of
+    the last layer of the last stack; None of others.
+    """
 
     name: str
     index: int
     module: nn.Module
     family: Family
+    first: bool = False
+    final: nn.Module | None = None
 
     def at(self, site):
-        """The module whose output is the site, or None where this layer has no such site."""
-        path = self.family.sites.get(site)
-        return None if path is None else submodule(self.module, path)
+        """The module that the site is the output of, or the input, or None where this layer has no such site."""
+        if site == "final":
+            return self.final
+        place = self.place(site)
+        if place is None:
+            return None
+        return submodule(self.module, place if isinstance(place, str) else place.path)
+
+    def place(self, site):
+        """A path, an Input or a Part: how the site lies at the module `at(site)`; None without such a site."""
+        if site == "embed":
+            return Input("") if self.first else None
+        return self.family.sites.get(site)
+
+    def sites(self):
+        """The names of the sites that are there."""
+        return [site for site in SITES if self.at(site) is not None]
 
     def between(self, owner, site):
         """The modules whose outputs lie between the site and an add in `owner`'s forward.

@@ -1,10 +1,15 @@
 """GPT-2."""
 
-from .family import Family, PreNormLayer
+from .family import Family, Input, PreNormLayer, fused_qkv
+from .layouts import thirds
 
 FAMILY = Family(
     name="gpt2",
-    sites={"mlp": "mlp.c_proj", "attn": "attn.c_proj", "block": ""},
+    sites={
+        "mlp": "mlp.c_proj", "ffn_in": Input("mlp.c_proj"), "attn": "attn.c_proj", "block": "",
+        **fused_qkv("attn.c_attn", thirds),
+    },
+    final=("ln_f",),
     fused=(
         PreNormLayer(
             norms=("ln_1", "ln_2"),
@@ -15,4 +20,4 @@ FAMILY = Family(
             without="crossattention",
         ),
     ),
-)
+)  # fmt: skip

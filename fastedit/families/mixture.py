@@ -1,11 +1,16 @@
-"""Mixtures of experts in Llama's layer (Mixtral, Qwen-MoE …): `mlp` is the whole expert block's output."""
+"""Mixtures of experts in Llama's layer (Mixtral, Qwen-MoE …): `mlp` is the whole expert block's output, and `ffn_in`
+is not there.
+"""
 
 from .family import Family
-from .llama import LAYER
+from .llama import BIASES, LAYER, OTHERS, QKV
 
 FAMILY = Family(
     name="mixture",
-    sites={"mlp": "mlp", "attn": "self_attn.o_proj", "block": ""},
+    sites={"mlp": "mlp", "attn": "self_attn.o_proj", "block": "", **QKV},
     requires=("mlp.experts",),
+    lacks=OTHERS,
     fused=(LAYER,),
+    final=("norm",),
+    biases={site: BIASES[site] for site in ("q", "k", "v", "attn")},
 )

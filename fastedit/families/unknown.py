@@ -2,11 +2,11 @@
 
 from torch import nn
 
-from .family import Family
+from .family import Family, Input
 
 
 def family_of_unknown(layer):
-    """`block`, and `attn` and `mlp` where one linear map is unmistakably the last of each."""
+    """`block`, and `attn`, `mlp` and `ffn_in` where one linear map is unmistakably the last of each part."""
     sites = {"block": ""}
     width = _width(layer)
     attention = [
@@ -22,7 +22,9 @@ def family_of_unknown(layer):
         last = paths[-1] if paths else None
         if last is not None and _outputs(layer.get_submodule(last)) == width:
             sites[site] = last
-    return Family(name="unknown", sites=sites)
+    if "mlp" in sites:
+        sites["ffn_in"] = Input(sites["mlp"])
+    return Family(name="unknown", sites=sites, final=None)
 
 
 def _linears(module):
