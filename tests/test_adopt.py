@@ -19,10 +19,13 @@ TARGETS = {
 }  # fmt: skip
 
 
-def with_ia3(family, dtype=torch.float32, targets=None, feedforward=(), **changes):
+def with_ia3(family, dtype=torch.float32, targets=None, feedforward=()):
     """A PeftModel with random (IA)³ vectors."""
     peft = pytest.importorskip("peft", reason="needs PEFT")
-    config = peft.IA3Config(target_modules=targets or TARGETS[family], feedforward_modules=list(feedforward), **changes)
+    feedforward = feedforward if isinstance(feedforward, str) else list(feedforward)
+    config = peft.IA3Config(
+        target_modules=targets or TARGETS[family], feedforward_modules=feedforward, fan_in_fan_out=family == "gpt2"
+    )
     model = peft.get_peft_model(tiny.build(family, dtype), config)
     randomise(model, "ia3_l")
     return model.eval()
@@ -194,21 +197,28 @@ def test_places_that_are_no_sites_stay_in_force_beside_adopted_ones():
     torch.testing.assert_close(said_by(model, "llama"), eager, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("targets, feedforward, site", [
-    (["k_proj", "v_proj"], (), "k"), (["down_proj"], ["down_proj"], "ffn_in"),
-])  # fmt: skip
-def test_the_papers_places_are_adopted_where_fastedit_has_the_sites(targets, feedforward, site):
-    from fastedit.sites import SITES
+PAPER = {  # (IA)³ as its paper puts it: on keys, values and the input of the FFN's last linear map
+    "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"], {"k", "v", "ffn_in"}),
+    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"], {"q", "k", "v", "ffn_in"}),  # PEFT's own choice for GPT-2
+    "bert": (["key", "value", "layer.1.output.dense"], ["layer.1.output.dense"], {"k", "v", "ffn_in"}),
+    "t5": (r".*SelfAttention\.[kv]|.*wo", r".*wo", {"k", "v", "ffn_in"}),
+}  # fmt: skip
 
-    model = with_ia3("llama", targets=targets, feedforward=feedforward)
-    eager, reference = said_by(model, "llama"), said_by(tiny.exact(model), "llama")
-    if site not in SITES:
-        with pytest.raises(ValueError, match="is not a site of this model"):
-            fe.adopt(model)
-        return
-    with fe.adopt(model) as handle:
-        assert not handle.left
-        tiny.assert_promise(said_by(model, "llama"), eager, reference)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", PAPER)
+def test_ia3_at_the_papers_places(family, dtype):
+    targets, feedforward, sites = PAPER[family]
+    model = with_ia3(family, dtype, targets=targets, feedforward=feedforward)
+    before, eager = tiny.state(model), said_by(model, family)
+    reference = said_by(tiny.exact(model), family)
+    with tiny.quiet(fe.adopt, model) as handle:
+        assert {edit.site for edit in handle.edits} == sites
+        tiny.assert_promise(said_by(model, family), eager, reference)
+        handle.strength = 0.0
+        assert not torch.allclose(said_by(model, family), eager)
+    tiny.assert_same_state(model, before)
+    assert torch.equal(said_by(model, family), eager)
 
 
 def test_a_wrapper_that_does_more_than_red_is_left():

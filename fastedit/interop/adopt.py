@@ -9,18 +9,16 @@ import contextlib
 import functools
 import warnings
 
-from ..checks import MAX_RANK
 from ..edits import LowRank, ScaleBias, Steer
-from ..families import PreNormLayer, find_layers, submodule
+from ..families import find_layers
 from ..patching import Handle, patch_as
-from ..planning import site_width
 from ..root import root_of
 from . import ia3, pyreft, red_wrappers, repeng, steering_vectors
 from .found import AROUND_LAYER, IN_HOOK, IN_LATE_HOOK, IN_MODULE, Refusal
+from .places import Places
 
 __all__ = ["AdoptedHandle", "adopt"]
 
-_INPUT_SITES = ("ffn_in",)  # whose module's input is the site
 _LOOKED_FOR = (
     "PEFT (IA)3 layers, interventions of an IntervenableModel or ReftModel (pass that, not the model in it), repeng's "
     "ControlModules, steering-vectors hooks, and RED wrapper modules (a child delta_vector with activation_scaling "
@@ -133,20 +131,20 @@ def _listed(left):
     return "\n".join(f"  {name}: {reason}" for name, reason in left)
 
 
-# --- which of them, where, in which order -----------------------------------------------------------------------
+# --- which of them, in which order ------------------------------------------------------------------------------
 
 
 def _decide(target, found):
     """Those that are adopted, in the order in which they run; the others get their reason."""
-    places = Places(find_layers(target))
+    sites = Places(find_layers(target))
     for one in found:
-        _attempt(one, lambda one=one: places.put(one))
-    ordered = sorted((one for one in found if one.place), key=lambda one: (places.depth(one), one.when))
+        _attempt(one, lambda one=one: sites.put(one))
+    ordered = sorted((one for one in found if one.places), key=lambda one: (_around(one), one.when))
     while True:  # one that stays may keep others
         taken = [one for one in ordered if one.reason is None]
         for one in taken:
             _attempt(one, lambda one=one: _check_group(one, found))
-            _attempt(one, lambda one=one: places.check_order(one, taken, found))
+            _attempt(one, lambda one=one: _check_order(one, taken, found))
         if all(one.reason is None for one in taken):
             return taken
 
@@ -165,73 +163,38 @@ def _check_group(one, found):
         raise Refusal(f"its model's interventions are adopted together, and {missing[0].name} cannot be")
 
 
-class Places:
-    """Which site of which layer a module's output or input is."""
+def _around(one):
+    """Whether it is on a module around the site's own."""
+    layer, site, _ = one.places[0]
+    return layer.at(site) is not one.module
 
-    def __init__(self, layers):
-        self.at = {}  # (side, module) → (layer, site)
-        for layer in layers:
-            self._add_inners(layer)
-            for site in layer.family.sites:
-                module = layer.at(site)
-                if module is not None:
-                    self.at["input" if site in _INPUT_SITES else "output", module] = layer, site
-        self.known = list(layers[0].family.sites)
 
-    def _add_inners(self, layer):
-        """The attention and FFN of a layer give out what their last linear map does, but for a dropout."""
-        for recipe in layer.family.fused:
-            if isinstance(recipe, PreNormLayer):
-                for inner, dropout, site in zip(recipe.inners, recipe.dropouts, ("attn", "mlp"), strict=True):
-                    off = None if dropout is None else submodule(layer.module, dropout)
-                    module = submodule(layer.module, inner)
-                    if module is not None and (off is None or not (off.p and off.training)):
-                        self.at["output", module] = layer, site
-
-    def put(self, one):
-        """Give `one` its place, where its forms fit."""
-        if (one.side, one.module) not in self.at:
-            raise Refusal(f"its {one.side} is not a site of this model, which are {', '.join(map(repr, self.known))}")
-        layer, site = self.at[one.side, one.module]
-        width = site_width(layer.at(site), layer) if site not in _INPUT_SITES else layer.at(site).in_features
-        for form in one.forms:
-            if form.width != width:
-                raise Refusal(f"it is {form.width} wide, but site {site!r} of layer {layer.name} is {width} wide")
-            if form.rank > MAX_RANK:
-                raise Refusal(f"it has rank {form.rank}, but the kernels take up to {MAX_RANK}")
-        one.place = layer, site
-
-    def depth(self, one):
-        """0 for the site's own module, 1 for one around it."""
-        layer, site = one.place
-        return 0 if layer.at(site) is one.module else 1
-
-    def check_order(self, one, taken, found):
-        """Nothing that stays may run between the site and this edit, which moves to the site."""
-        layer, site = one.place
-        gone = {other.hook for other in taken if other.when == IN_HOOK}
-        between = [layer.at(site)] if self.depth(one) else []
-        before = [key for module in between for key in module._forward_hooks]
-        if one.when == IN_HOOK:
-            own = list(one.module._forward_hooks)
-            before += own[: own.index(one.hook)]
-        elif one.when in (IN_LATE_HOOK, AROUND_LAYER):
-            before += one.module._forward_hooks
-        if any(other.reason and other.module is one.module and IN_MODULE < other.when < one.when for other in found):
-            raise Refusal("an edit that cannot be adopted runs before it")
-        if not gone.issuperset(before):
-            raise Refusal("a hook that stays on the model runs before it, and would see the edited output")
+def _check_order(one, taken, found):
+    """Nothing that stays may run between the site and this edit, which moves to the site."""
+    if one.side == "input":
+        return  # hooks before a module run before the edit of its input, adopted or not
+    layer, site, _ = one.places[0]
+    before = list(layer.at(site)._forward_hooks) if _around(one) else []
+    if one.when == IN_HOOK:
+        own = list(one.module._forward_hooks)
+        before += own[: own.index(one.hook)]
+    elif one.when in (IN_LATE_HOOK, AROUND_LAYER):
+        before += one.module._forward_hooks
+    if any(other.reason and other.module is one.module and IN_MODULE < other.when < one.when for other in found):
+        raise Refusal("an edit that cannot be adopted runs before it")
+    if not {other.hook for other in taken if other.when == IN_HOOK}.issuperset(before):
+        raise Refusal("a hook that stays on the model runs before it, and would see the edited output")
 
 
 def _edits(taken):
     """A stack of frozen edits; those alike at one depth of the stack are one edit over layers."""
     depth, alike = {}, {}
     for one in taken:
-        layer, site = one.place
-        for form in one.forms:
-            at = depth[layer, site] = depth.get((layer, site), -1) + 1
-            given = tuple(t is not None for t in form.tensors())
-            alike.setdefault((at, site, given, form.rank, one.positions), {})[layer.index] = form
+        for layer, site, forms in one.places:
+            for form in forms:
+                at = depth[layer, site] = depth.get((layer, site), -1) + 1
+                given = tuple(t is not None for t in form.tensors())
+                alike.setdefault((at, site, given, form.rank, one.positions), {})[layer.index] = form
     ordered = sorted(alike.items(), key=lambda item: item[0][0])
     return [_edit(site, forms, positions) for (_, site, _, _, positions), forms in ordered]
 

@@ -6,7 +6,7 @@ neighbour's classes in sys.modules and never imports them.
 
 import copy
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ class Found:
     group: object = None
     hides_layer: bool = False
     positions: object = None
-    place: object = field(default=None, repr=False)  # (layer, site), once known
+    places: tuple = ()  # (layer, site, forms), once known; several where a fused projection holds q, k and v
 
     def read(self, function):
         """Take the forms that `function` reads off the neighbour, or its reason; returns self."""
