@@ -266,14 +266,15 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(number, monkeypatch):
     assert torch.equal(said_by(model, "llama"), said)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("first", ["adopted", "patched"])
-def test_an_edit_patched_afterwards_acts_behind_and_handles_leave_in_any_order(first):
+def test_an_edit_patched_afterwards_acts_behind_and_handles_leave_in_any_order(first, fused):
     model = with_ia3("llama")
     said = said_by(model, "llama")
     before = tiny.state(model)
     slow = copy.deepcopy(model)
     own = {"adopted": fe.adopt(model)}
-    own["patched"] = scrambled(fe.patch(model, fe.ScaleBias(site="mlp")))
+    own["patched"] = scrambled(fe.patch(model, fe.ScaleBias(site="mlp"), fused=fused))
     scrambled(fe.patch(slow, fe.ScaleBias(site="mlp")))
     expected = said_by(slow, "llama")  # (IA)³ in the wrapper, then the patch
     torch.testing.assert_close(said_by(model, "llama"), expected, rtol=1e-5, atol=1e-5)
@@ -320,6 +321,27 @@ def test_hooks_of_others_stay_in_force_and_see_the_edited_output():
     assert not torch.allclose(seen["inside"], seen["around"]) and seen["later"] is seen["around"]
     handle.remove()
     assert len(wrapper._forward_hooks) == 2 and before[0].id in wrapper._forward_hooks
+
+
+def test_layers_that_accelerate_has_hooked():
+    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate")
+    model, calls = with_ia3("llama", targets=["down_proj"]), []
+
+    class Counting(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    wrappers = [layer.mlp.down_proj for layer in model.base_model.model.model.layers]
+    for wrapper in wrappers:
+        hooks.add_hook_to_module(wrapper, Counting())
+    eager = said_by(model, "llama")
+    handle = fe.adopt(model)
+    torch.testing.assert_close(said_by(model, "llama"), eager, rtol=1e-5, atol=1e-5)
+    handle.strength = 0.0
+    assert not torch.allclose(said_by(model, "llama"), eager)
+    handle.remove()
+    assert torch.equal(said_by(model, "llama"), eager) and calls == wrappers * 4
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])

@@ -282,7 +282,7 @@ def test_control_models_generate_the_same_behind_padding():
     assert not torch.equal(model.generate(**given, max_new_tokens=6, do_sample=False), story)
 
 
-def test_controls_that_are_not_an_addition_are_named_and_left():
+def test_controls_that_are_not_an_addition_are_named_and_left(tmp_path):
     for options, reason in (
         ({"normalize": True}, "keeps the norm"), ({"operator": lambda h, v: h - v}, "operator of its own"),
     ):  # fmt: skip
@@ -297,6 +297,7 @@ def test_controls_that_are_not_an_addition_are_named_and_left():
     with pytest.warns(UserWarning, match="layers.2: normalize=True"):
         handle = fe.adopt(model)
     torch.testing.assert_close(control_output(model), eager, rtol=1e-5, atol=1e-5)
+    handle.save(tmp_path)
     handle.remove()
     tiny.assert_same_state(model, before)
     model.reset()
