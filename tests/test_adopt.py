@@ -221,6 +221,14 @@ def test_ia3_at_the_papers_places(family, dtype):
     assert torch.equal(said_by(model, family), eager)
 
 
+def test_a_warning_that_is_made_an_error_comes_before_anything_changes():
+    model = with_ia3("llama", targets=["lm_head", "down_proj"])
+    before = tiny.state(model)
+    with pytest.raises(UserWarning, match="left as they were"):
+        tiny.quiet(fe.adopt, model)
+    tiny.assert_same_state(model, before)
+
+
 def test_a_wrapper_that_does_more_than_red_is_left():
     class Scaled(RedWrapper):
         def forward(self, x):

@@ -138,6 +138,14 @@ def test_the_calls_of_an_adopted_reft_model_are_pyvenes():
     assert not torch.allclose(said(model, unit_locations={"base": 0}), expected[0])
 
 
+def test_positions_without_a_counterpart_are_refused():
+    model = reft()
+    with pytest.raises(ValueError, match="positions='every other' has no counterpart among pyvene's unit_locations"):
+        fe.adopt(model, positions="every other")
+    with fe.adopt(model, positions="all") as handle:
+        assert len(handle.adopted) == tiny.LAYERS
+
+
 def test_hooks_that_pyvene_would_wipe_survive():
     model, seen = reft(), []
     model.model.lm_head.register_forward_hook(lambda m, a, o: seen.append(1))

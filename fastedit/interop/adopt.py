@@ -31,14 +31,14 @@ def adopt(model, *, positions=None, fused=True):
 
     Served are PEFT's (IA)³, pyvene's and pyreft's interventions, repeng's control vectors, steering-vectors'
     hooks and the wrapper modules of RED's authors. The edits start with the values of now and are frozen: to
-    train, `handle.remove()`, or save the edits and load them. What changes the neighbour's own state meanwhile
-    has no effect on the outputs, or raises where that can be told.
+    train, `handle.remove()` and train there. What changes the neighbour's own state meanwhile has no effect on
+    the outputs, or raises where that can be told.
 
     Args:
         model: the object that one calls: the PeftModel, ReftModel, ControlModel or plain model. `handle.model`
             is the one that carries the edits: for a ReftModel and a ControlModel the model inside.
-        positions: of pyvene's interventions, whose positions come with each call: None for every position.
-            A call of the IntervenableModel that asks for others raises.
+        positions: of pyvene's interventions, whose positions come with each call: None or "all" for every
+            position, which is what is served. A call of the IntervenableModel that asks for others raises.
         fused: as for `fastedit.patch`.
 
     Raises:
@@ -61,18 +61,18 @@ def adopt(model, *, positions=None, fused=True):
         if not any(one.forms for one in taken):
             left += [(one.name, "nothing is set on it") for one in taken]
             raise ValueError("nothing can be adopted:\n" + _listed(left))
+        edits = _edits(taken)
+        if left:
+            warnings.warn("fastedit: left as they were:\n" + _listed(left), stacklevel=2)
         switches = list(dict.fromkeys(one.switch for one in taken))
         kind = functools.partial(AdoptedHandle, switches, [one.name for one in taken], left)
         try:
             for switch in switches:
                 switch.off()
-            handle = patch_as(kind, target, _edits(taken), fused=fused)
+            return patch_as(kind, target, edits, fused=fused)
         except BaseException:
             _put_back(switches)
             raise
-    if left:
-        warnings.warn("fastedit: left as they were:\n" + _listed(left), stacklevel=2)
-    return handle
 
 
 class AdoptedHandle(Handle):

@@ -37,18 +37,19 @@ def inner_model(model):
 
 def _interventions(owner, positions):
     paths = {module: path for path, module in owner.model.named_modules()}
-    switch = ClassSwitch(owner, adopted)
+    switch = ClassSwitch(owner, adopted, positions)
     for key in owner.sorted_keys:
         intervention, hook = owner.interventions[key], owner.intervention_hooks[key]
         module = getattr(hook, "__self__", None)
         side = _SIDES.get(getattr(hook, "__name__", None), "output")
         name = f"{type(intervention).__name__} at {paths.get(module, key)}"
         found = Found(name, module, IN_LATE_HOOK, switch, side, group=owner, positions=positions)
-        yield found.read(lambda: _read(owner, key, intervention, switch))
+        yield found.read(lambda: _read(owner, key, intervention, switch, positions))
 
 
-def _read(owner, key, intervention, switch):
+def _read(owner, key, intervention, switch, positions):
     _check_owner(owner)
+    locations(positions, 1, 1)
     switch.check()
     if key in owner._intervention_reverse_link:
         raise Refusal("it is linked to another intervention, whose output it takes")
@@ -150,7 +151,7 @@ def _form(intervention):
 # --- the IntervenableModel's calls while it is adopted ------------------------------------------------------------
 
 
-def adopted(own):
+def adopted(own, positions):
     """Members of the IntervenableModel's class: calls of its edited model, in its own words."""
 
     def forward(
@@ -162,7 +163,7 @@ def adopted(own):
             output_original_output=output_original_output,
             intervention_additional_kwargs=intervention_additional_kwargs,
         )  # fmt: skip
-        _check_locations(unit_locations, base)
+        _check_locations(unit_locations, base, positions)
         more = {} if labels is None else {"labels": labels}
         if use_cache is not None and "use_cache" in self.model.config.to_dict():
             more["use_cache"] = use_cache
@@ -196,15 +197,21 @@ def _refuse_others(**given):
             _refuse(f"{name} was given")
 
 
-def _check_locations(locations, base):
-    """Every position of each row, in the words of pyvene: None, or a list a row in each intervention."""
-    if locations is None:
-        return
+def locations(positions, rows, length):
+    """fastedit's `positions` in pyvene's words, for one intervention: a list of positions a row."""
+    if positions in (None, "all"):
+        return [list(range(length))] * rows
+    raise Refusal(f"positions={positions!r} has no counterpart among pyvene's unit_locations; served is 'all' (or None)")
+
+
+def _check_locations(given, base, positions):
+    """None means every position; otherwise each intervention names its positions in each row."""
     inputs = next(iter(base.values()))
-    whole = [list(range(inputs.shape[1]))] * len(inputs)
-    found = locations.get("base", locations.get("sources->base"))
+    rows, length = inputs.shape[:2]
+    expected, every = locations(positions, rows, length), locations(None, rows, length)
+    found = [every] if given is None else given.get("base", given.get("sources->base"))
     found = found[1] if isinstance(found, tuple) else found
-    if not (isinstance(found, list) and all(rows == whole for rows in found)):
+    if not (isinstance(found, list) and all(one == expected for one in found)):
         _refuse("unit_locations names some positions and not others")
 
 
