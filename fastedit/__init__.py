@@ -18,6 +18,7 @@ _HOME = {
     "patch": ("Handle", "patch"),
     "red_plus": ("REDPlus",),
     "store": ("load", "EditFileError"),
+    "interop.adopt": ("adopt",),
     "interop.red": ("load_red_checkpoint",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

@@ -44,6 +44,9 @@ class Installation:
         for site in sites:
             self.paths[site] = (reason(site) if site in _ADDED else None) or self.paths[site]
         mine = {name: site for name, site in sites.items() if name in recipe.sites}
+        for name in [name for name, site in mine.items() if site.module is not self.layer.at(name)]:
+            del mine[name]
+            self.paths[name] = "another library has wrapped its module since it was patched"
         if mine:
             self._fuse(recipe, mine, verdicts[recipe])
 
@@ -56,7 +59,8 @@ class Installation:
         if reason is None:
 
             def ride(site, dropout, apart):
-                return Ride(self.layer.between(recipe.owner, site), dropout, apart)
+                between, links = (find(recipe.owner, site) for find in (self.layer.between, self.layer.links))
+                return Ride(between, dropout, apart, links)
 
             self.states[recipe] = build_state(recipe, owner, sites, verdict.norms, ride)
             for name, site in sites.items():
@@ -69,7 +73,7 @@ class Installation:
         """{module: its sites that no fused forward of its own serves}, in the order of SITES."""
         found = {}
         for name in (name for name in SITES if name in sites):
-            module = self.layer.at(name)
+            module = sites[name].module
             if module not in self.swapped or sites[name].ride is None:
                 found.setdefault(module, []).append(sites[name])
         return found

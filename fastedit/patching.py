@@ -40,6 +40,11 @@ def patch(model, edits, *, freeze=False, fused=True):
     Raises:
         TypeError, ValueError: what cannot be patched, before anything on the model has changed.
     """
+    return patch_as(Handle, model, edits, freeze, fused)
+
+
+def patch_as(kind, model, edits, freeze=False, fused=True):
+    """`patch`, with a Handle of another kind."""
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     for edit in edits:
         if not isinstance(edit, Edit):
@@ -51,7 +56,7 @@ def patch(model, edits, *, freeze=False, fused=True):
         members = [plan(edit, root.layers) for edit in edits]
     if fused:
         root.prove([(layer, e.site) for e, chosen in zip(edits, members, strict=True) for layer, _ in chosen])
-    return Handle(model, root, edits, members, freeze, fused)
+    return kind(model, root, edits, members, freeze, fused)
 
 
 def handles(model):

@@ -111,14 +111,14 @@ def input_width(module, layer):
 
 def site_width(module, layer):
     """How wide the hidden states at a site are."""
-    for name in ("out_features", "nf"):
-        if isinstance(getattr(module, name, None), int):
-            return getattr(module, name)
-    for site in ("attn", "mlp"):
-        inner = layer.at(site)
-        if inner is not None and inner is not module:
-            return site_width(inner, layer)
-    widths = [p.shape[0] for p in module.parameters() if p.dim() == 1]
+    for linear in (module, layer.at("attn"), layer.at("mlp")):
+        for name in ("out_features", "nf"):
+            if isinstance(getattr(linear, name, None), int):
+                return getattr(linear, name)
+    for within in (module, layer.module):
+        widths = [p.shape[0] for p in within.parameters() if p.dim() == 1]
+        if widths:
+            break
     if not widths:
         raise ValueError(f"the width of layer {layer.name} was not found: it has no linear map and no norm")
     return max(set(widths), key=widths.count)

@@ -84,15 +84,19 @@ class Ride:
     """Whether an add carries a site's edits in this call; if not, the site's own module applies them.
 
     Both sides ask, and nothing that they look at changes within a forward: a hook on a module between site
-    and add (it must see the edit), an active dropout there, a dtype that the layer treats apart.
+    and add (it must see the edit), an active dropout there, a dtype that the layer treats apart, a module that
+    took another's place since (PEFT wraps the linear map: what it adds comes behind the edit).
     """
 
-    def __init__(self, between, dropout=None, apart=None):
-        self.between, self.dropout, self.apart = between, dropout, apart
+    def __init__(self, between, dropout=None, apart=None, links=()):
+        self.between, self.dropout, self.apart, self.links = between, dropout, apart, links
 
     def now(self, dtype):
         for module in self.between:
             if module._forward_hooks:
+                return False
+        for holder, name, module in self.links:
+            if holder._modules[name] is not module:
                 return False
         dropout = self.dropout
         if dropout is not None and (dropout._forward_hooks or (dropout.training and dropout.p)):
@@ -109,6 +113,7 @@ class Site:
 
     def __init__(self, layer, site):
         self.layer, self.site = layer, site
+        self.module = layer.at(site)  # the edits stay on it, even if another library wraps it later
         self.masters, self.stages = [], []
         self.ride = None
 

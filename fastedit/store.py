@@ -17,6 +17,7 @@ from .edits import from_config
 from .families import find_layers
 from .patching import patch
 from .planning import site_width, width_at
+from .root import root_of
 
 __all__ = ["EditFileError", "describe_base", "fetch", "load", "read", "rebuild", "save"]
 
@@ -90,7 +91,8 @@ def load(model, folder, *, freeze=False, revision=None):
 
 def describe_base(model, base_model=None):
     """What edit.json says of a model: id, type, width, depth and a digest of its shape; no weights."""
-    layers = find_layers(model)
+    root = root_of(model)  # which knows the layers even where another library has wrapped some of them since
+    layers = find_layers(model) if root is None else root.layers
     config = getattr(model, "config", None)
     name = (
         base_model or getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None) or None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -199,12 +200,18 @@ class Layer:
         For a site inside `owner` these are the site's module and those that hold it; for one that holds
         `owner`, `owner` and those that hold it.
         """
+        found = [module for _, _, module in self.links(owner, site)]
+        return tuple(m for m in found if not isinstance(m, nn.ModuleList))
+
+    def links(self, owner, site):
+        """((holder, name, module), …) of the modules on the way between a site and `owner`, from outside."""
         path = self.family.sites[site]
         inner, outer = (owner, path) if _inside(owner, path) else (path, owner)
         parts = inner.split(".") if inner else []
         start = len(outer.split(".")) if outer else 0
-        found = [submodule(self.module, ".".join(parts[: n + 1])) for n in range(start, len(parts))]
-        return tuple(m for m in found if not isinstance(m, nn.ModuleList))
+        way = [submodule(self.module, ".".join(parts[:n])) for n in range(start, len(parts) + 1)]
+        names = [next((k for k, m in holder._modules.items() if m is inner), None) for holder, inner in pairwise(way)]
+        return tuple(zip(way, names, way[1:], strict=False))
 
 
 def _inside(inner, outer):
