@@ -16,6 +16,7 @@ _HOME = {
         "Ablate", "Amplify", "Clamp", "DiReFT", "Edit", "LowRank", "NoReFT", "RED", "Rotate", "ScaleBias", "Steer",
     ),
     "patch": ("Handle", "patch"),
+    "reft": ("LoReFT",),
     "store": ("load", "EditFileError"),
     "interop.red": ("load_red_checkpoint",),
 }  # fmt: skip

@@ -42,6 +42,9 @@ class Edit:
     trainable = False
     allowed_names = TENSORS
     options = ()  # attributes that config() records besides the tensors
+    derive = None  # where the masters are not the normal form's own tensors: {name: tensor} → those five
+    pull_back = None  # … and its transpose: (masters, gradients of the five) → {name: gradient}
+    constrained = None  # the master whose rows are kept orthonormal (orthonormal.py)
 
     def __init__(self, names, rank=0, *, site=None, layers=None, positions=None, strength=1.0):
         self.site = check_site(self.default_site if site is None else site)
@@ -60,7 +63,7 @@ class Edit:
     def tensors(self, spot, width):
         """`values`, checked; for an edit rebuilt from its config, tensors that change nothing."""
         if self.neutral:
-            return {name: _neutral(name, self.rank, width) for name in self.names}
+            return {name: self.neutral_tensor(name, width) for name in self.names}
         found = self.values(spot, width)
         for name, tensor in found.items():
             if name != "offset" and tensor.shape[-1] != width:
@@ -74,6 +77,15 @@ class Edit:
     def form(masters):
         """The normal form from an edit's masters {name: tensor}, differentiably."""
         return Form(**masters)
+
+    def neutral_tensor(self, name, width):
+        """What a tensor is where the edit changes nothing."""
+        return _neutral(name, self.rank, width)
+
+    def shape(self, name, width):
+        """Of one of its tensors."""
+        vectors = {"scale": (width,), "bias": (width,), "offset": (self.rank,), "angle": (1,)}
+        return vectors.get(name, (self.rank, width))
 
     def config(self):
         """A JSON-able description; with the tensors of `Handle.named_tensors` it is the whole edit."""
@@ -279,10 +291,18 @@ class NoReFT(Edit):
         return {"source": start, "offset": torch.zeros(self.rank), "write": start.clone()}
 
     @staticmethod
-    def form(masters):
-        return Form(
-            read=masters["source"] - masters["write"], offset=masters["offset"], write=masters["write"]
-        )
+    def derive(masters):
+        return None, None, masters["source"] - masters["write"], masters["offset"], masters["write"]
+
+    @staticmethod
+    def pull_back(masters, grads):
+        _, _, d_read, d_offset, d_write = grads
+        both = d_write if d_read is None else -d_read if d_write is None else d_write - d_read
+        return {"source": d_read, "offset": d_offset, "write": both}
+
+    @classmethod
+    def form(cls, masters):
+        return Form(*cls.derive(masters))
 
 
 def from_config(configs):
@@ -295,6 +315,8 @@ def from_config(configs):
 
 
 def _rebuild(config):
+    from . import reft  # noqa: F401, whose kinds are edits too
+
     kinds = {kind.__name__: kind for kind in _kinds(Edit)}
     kind = kinds.get(config.get("kind"))
     if kind is None:
@@ -317,7 +339,7 @@ def _rebuild(config):
         isinstance(rank, bool)
         or not isinstance(rank, int)
         or rank < 0
-        or (rank == 0) != ("write" not in names)
+        or (rank == 0) != ({"write", "plane"}.isdisjoint(names))
     ):
         raise ValueError(f"{kind.__name__}: rank is {rank!r} with tensors {names}")
     edit = object.__new__(kind)

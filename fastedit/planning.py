@@ -1,10 +1,10 @@
 """From declarative edits to masters for every layer: all that can fail, before the model is touched."""
 
-from .masters import Masters
+from .masters import join, masters_of
 from .per_layer import Spot
 
 
-def plan(edit, layers):
+def plan(edit, layers, tenancy=None):
     """[(layer, Masters)] of one edit.
 
     Raises:
@@ -15,7 +15,8 @@ def plan(edit, layers):
     for order, layer in enumerate(chosen):
         module = layer.at(edit.site)
         spot = Spot(layer.name, layer.index, len(layers), order, len(chosen))
-        members.append((layer, Masters(edit, spot, site_width(module, layer), site_device(module))))
+        members.append((layer, masters_of(edit, spot, site_width(module, layer), site_device(module), tenancy)))
+    join(masters for _, masters in members)
     return members
 
 

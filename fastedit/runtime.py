@@ -12,7 +12,7 @@ class Stage:
 
     def __init__(self, masters):
         self.masters = masters
-        self.only = masters[0] if len(masters) == 1 and masters[0].direct else None
+        self.only = masters[0] if len(masters) == 1 and masters[0].direct else None  # tenants' never fold
         self.trainable = any(m.trainable for m in masters)
         self.folded, self.watched = None, []
 
@@ -93,7 +93,7 @@ class Site:
         """Neighbours fold while their ranks fit one kernel."""
         groups, rank = [], 0
         for m in masters:
-            if groups and rank + m.rank <= MAX_RANK:
+            if groups and rank + m.rank <= MAX_RANK and m.tenancy is groups[-1][-1].tenancy is None:
                 groups[-1].append(m)
                 rank += m.rank
             else:

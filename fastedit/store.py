@@ -185,10 +185,7 @@ def _check_tensors(folder, edits, layers, tensors):
                 )
             width = site_width(site, layer)
             for name in edit.names:
-                shape = {"scale": (width,), "bias": (width,), "offset": (edit.rank,)}.get(
-                    name, (edit.rank, width)
-                )
-                expected[f"{number}.{layer.name}.{edit.site}.{name}"] = shape
+                expected[f"{number}.{layer.name}.{edit.site}.{name}"] = edit.shape(name, width)
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise EditFileError(
