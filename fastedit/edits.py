@@ -19,6 +19,7 @@ many as the model has layers, or as the edit names), or a mapping from layer num
 with one, as `directions` or `vectors`).
 """
 
+import copy
 import math
 from collections.abc import Iterable
 
@@ -44,6 +45,7 @@ class Edit:
     options = ()  # attributes that config() records besides the tensors
     derive = None  # where the masters are not the normal form's own tensors: {name: tensor} → those five
     pull_back = None  # … and its transpose: (masters, gradients of the five) → {name: gradient}
+    held = None  # {layer number: {name: tensor}} in place of `values`
     constrained = None  # the master whose rows are kept orthonormal (orthonormal.py)
 
     def __init__(self, names, rank=0, *, site=None, layers=None, positions=None, strength=1.0):
@@ -64,9 +66,9 @@ class Edit:
         """`values`, checked; for an edit rebuilt from its config, tensors that change nothing."""
         if self.neutral:
             return {name: self.neutral_tensor(name, width) for name in self.names}
-        found = self.values(spot, width)
+        found = self.values(spot, width) if self.held is None else self.held[spot.index]
         for name, tensor in found.items():
-            if name != "offset" and tensor.shape[-1] != width:
+            if name not in ("offset", "angle") and tensor.shape[-1] != width:
                 raise ValueError(
                     f"{type(self).__name__}: {name} has width {tensor.shape[-1]}, but site {self.site!r} of "
                     f"layer {spot.name} is {width} wide"
@@ -86,6 +88,12 @@ class Edit:
         """Of one of its tensors."""
         vectors = {"scale": (width,), "bias": (width,), "offset": (self.rank,), "angle": (1,)}
         return vectors.get(name, (self.rank, width))
+
+    def holding(self, values):
+        """The same edit with other tensors: {layer number: {name: tensor}}, for those layers."""
+        held = copy.copy(self)
+        held.layers, held.neutral, held.held = tuple(values), False, values
+        return held
 
     def config(self):
         """A JSON-able description; with the tensors of `Handle.named_tensors` it is the whole edit."""

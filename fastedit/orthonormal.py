@@ -26,11 +26,10 @@ TOLERANCE = 2**-22
 
 def tangent(basis, grad):
     """The part of a gradient (…, rank, width) along the manifold at `basis`."""
-    mixed = grad @ basis.mT
-    mixed = mixed + mixed.mT
-    if grad.dim() == 2:
-        return torch.addmm(grad, mixed, basis, alpha=-0.5)
-    return grad - 0.5 * mixed @ basis
+    shape = grad.shape  # batched products for one matrix too: a tenant's bits are then those it has alone
+    grad, basis = grad.reshape(-1, *shape[-2:]), basis.reshape(-1, *shape[-2:])
+    mixed = torch.bmm(grad, basis.mT)
+    return torch.baddbmm(grad, mixed + mixed.mT, basis, alpha=-0.5).view(shape)
 
 
 def retracted(bases):
