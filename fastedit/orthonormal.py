@@ -22,6 +22,8 @@ from . import torch_library
 # R Rᵀ of exactly orthonormal rows rounded to fp32 is off by at most 2⁻²³. What is no further off than twice that is left
 # alone, bit for bit: a retracted basis, saved and loaded, is the same basis.
 TOLERANCE = 2**-22
+# The share of a row's square that the rows before it leave, below which float64 could no longer give 2⁻²².
+DEPENDENT = 1e-9
 
 
 def tangent(basis, grad):
@@ -43,12 +45,14 @@ def retracted(bases):
     gram = wide @ wide.mT
     off = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax((-2, -1), keepdim=True)
     triangle, failed = torch.linalg.cholesky_ex(gram)
-    if bases.is_cpu and bool((failed > 0).any()) and bool(bases.isfinite().all()):
+    left = triangle.diagonal(dim1=-2, dim2=-1).square() / gram.diagonal(dim1=-2, dim2=-1)
+    failed = (failed > 0) | (left < DEPENDENT).any(-1)
+    if bases.is_cpu and bool(failed.any()) and bool(bases.isfinite().all()):
         raise ValueError(
             "an orthonormal basis has linearly dependent rows, so it spans less than its rank: load or set rows that "
             "are independent"
         )
-    moved = (off > TOLERANCE) & (failed == 0)[..., None, None]
+    moved = (off > TOLERANCE) & ~failed[..., None, None]
     return torch.where(moved, torch.linalg.solve_triangular(triangle, wide, upper=False).float(), bases)
 
 
