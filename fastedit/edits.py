@@ -29,6 +29,7 @@ from .checks import MAX_RANK
 from .form import Form
 from .per_layer import PerLayer
 from .sites import check_site
+from .turning import turn, turned, turned_back, turned_form
 
 TENSORS = ("scale", "bias", "read", "offset", "write")
 
@@ -218,24 +219,49 @@ class Rotate(Edit):
 
     plane: values (2, width); V is its Gram–Schmidt basis. The turn is from the first row towards the second.
     angle: radians.
+    trainable: plane and angle then train, the plane's basis kept orthonormal as LoReFT's (orthonormal.py).
     """
 
     options = ("angle",)
+    allowed_names = (*TENSORS, "plane", "angle")
 
-    def __init__(self, plane, angle, **where):
+    def __init__(self, plane, angle, *, trainable=False, **where):
         planes = PerLayer("plane", plane, (2,))
         if any(len(p) != 2 for p in planes.all()):
             raise ValueError(f"plane has {len(planes.all()[0])} rows, expected the 2 directions that span it")
         self.planes, self.angle = planes.map(orthonormal_rows), _number("angle", angle)
         if any(len(p) != 2 for p in self.planes.all()):
             raise ValueError("the plane's two directions are parallel: they span a line, not a plane")
-        super().__init__(("read", "write"), rank=2, **_layers_of(where, self.planes))
+        names = ("plane", "angle") if trainable else ("read", "write")
+        super().__init__(names, rank=2, **_layers_of(where, self.planes))
+        self.trainable = bool(trainable)
+
+    @property
+    def derive(self):
+        return turned if "plane" in self.names else None
+
+    @property
+    def pull_back(self):
+        return turned_back if "plane" in self.names else None
+
+    @property
+    def constrained(self):
+        return "plane" if "plane" in self.names else None
+
+    @property
+    def form(self):
+        return turned_form if "plane" in self.names else Edit.form
 
     def values(self, spot, width):
-        basis, angle = self.planes.at(spot), torch.tensor(self.angle, dtype=torch.float64)
-        cos, sin = angle.cos(), angle.sin()
-        turn = torch.stack([torch.stack([cos - 1, sin]), torch.stack([-sin, cos - 1])])  # (Rot − I)ᵀ
-        return {"read": basis, "write": (turn @ basis.double()).float()}
+        basis, angle = self.planes.at(spot), torch.tensor([self.angle], dtype=torch.float64)
+        if "plane" in self.names:
+            return {"plane": basis, "angle": angle.float()}
+        return {"read": basis, "write": (turn(angle) @ basis.double()).float()}
+
+    def neutral_tensor(self, name, width):
+        if "plane" not in self.names:
+            return super().neutral_tensor(name, width)
+        return torch.zeros(1) if name == "angle" else torch.eye(2, width)
 
 
 class LowRank(Edit):
