@@ -426,7 +426,7 @@ def test_the_gradient_of_read_keeps_the_promise_without_the_edit_s_input(op, dty
 
 def kept_bytes(edit):
     """What a step's graph holds, parameters and model weights apart."""
-    model, handle = patched(edit)
+    model, _ = patched(edit)
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held = {}
 

@@ -121,6 +121,17 @@ def test_the_slots_are_spread_and_sorted_once_a_batch(monkeypatch):
     assert len(sorted_) == 2
 
 
+@pytest.mark.skipif(why_not("cpu") is not None, reason="the native module is not built")
+def test_slots_changed_in_place_are_sorted_again():
+    h, scale = torch.randn(6, 8), torch.ones(2, 8, requires_grad=True)
+    slot = torch.zeros(6, dtype=torch.int32)
+    for owner in (0, 1):
+        slot.fill_(owner)
+        fe.ops.edit(h, scale, slot=slot).sum().backward()
+        assert (scale.grad[owner] != 0).all() and not scale.grad[1 - owner].any()
+        scale.grad = None
+
+
 def test_beams_belong_to_their_sequence_s_tenant():
     model, handle = patched(EDITS["RED"], tenants=2)
     scrambled(handle)
