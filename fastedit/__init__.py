@@ -17,6 +17,7 @@ _HOME = {
     ),
     "patch": ("Handle", "patch"),
     "red_plus": ("REDPlus",),
+    "reft": ("LoReFT",),
     "store": ("load", "EditFileError"),
     "interop.adopt": ("adopt",),
     "interop.red": ("load_red_checkpoint",),

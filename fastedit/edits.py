@@ -20,6 +20,7 @@ many as the model has layers, or as the edit names), or a mapping from layer num
 with one, as `directions` or `vectors`).
 """
 
+import copy
 import math
 from collections.abc import Iterable
 
@@ -30,6 +31,7 @@ from .form import Form
 from .per_layer import PerLayer
 from .positions import positions as as_positions
 from .sites import check_site
+from .turning import turn, turned, turned_back, turned_form
 
 TENSORS = ("scale", "bias", "read", "offset", "write")
 
@@ -44,6 +46,10 @@ class Edit:
     trainable = False
     allowed_names = TENSORS
     options = ()  # attributes that config() records besides the tensors
+    derive = None  # where the masters are not the normal form's own tensors: {name: tensor} → those five
+    pull_back = None  # … and its transpose: (masters, gradients of the five) → {name: gradient}
+    held = None  # {layer number: {name: tensor}} in place of `values`
+    constrained = None  # the master whose rows are kept orthonormal (orthonormal.py)
 
     def __init__(self, names, rank=0, *, site=None, layers=None, positions=None, strength=1.0):
         self.site = check_site(self.default_site if site is None else site)
@@ -61,10 +67,10 @@ class Edit:
     def tensors(self, spot, width):
         """`values`, checked; for an edit rebuilt from its config, tensors that change nothing."""
         if self.neutral:
-            return {name: _neutral(name, self.rank, width) for name in self.names}
-        found = self.values(spot, width)
+            return {name: self.neutral_tensor(name, width) for name in self.names}
+        found = self.values(spot, width) if self.held is None else self.held[spot.index]
         for name, tensor in found.items():
-            if name != "offset" and tensor.shape[-1] != width:
+            if name not in ("offset", "angle") and tensor.shape[-1] != width:
                 raise ValueError(
                     f"{type(self).__name__}: {name} has width {tensor.shape[-1]}, but site {self.site!r} of "
                     f"layer {spot.name} is {width} wide"
@@ -75,6 +81,21 @@ class Edit:
     def form(masters):
         """The normal form from an edit's masters {name: tensor}, differentiably."""
         return Form(**masters)
+
+    def neutral_tensor(self, name, width):
+        """What a tensor is where the edit changes nothing."""
+        return _neutral(name, self.rank, width)
+
+    def shape(self, name, width):
+        """Of one of its tensors."""
+        vectors = {"scale": (width,), "bias": (width,), "offset": (self.rank,), "angle": (1,)}
+        return vectors.get(name, (self.rank, width))
+
+    def holding(self, values):
+        """The same edit with other tensors: {layer number: {name: tensor}}, for those layers."""
+        held = copy.copy(self)
+        held.layers, held.neutral, held.held = tuple(values), False, values
+        return held
 
     def config(self):
         """A JSON-able description; with the tensors of `Handle.named_tensors` it is the whole edit."""
@@ -200,24 +221,49 @@ class Rotate(Edit):
 
     plane: values (2, width); V is its Gram–Schmidt basis. The turn is from the first row towards the second.
     angle: radians.
+    trainable: plane and angle then train, the plane's basis kept orthonormal as LoReFT's (orthonormal.py).
     """
 
     options = ("angle",)
+    allowed_names = (*TENSORS, "plane", "angle")
 
-    def __init__(self, plane, angle, **where):
+    def __init__(self, plane, angle, *, trainable=False, **where):
         planes = PerLayer("plane", plane, (2,))
         if any(len(p) != 2 for p in planes.all()):
             raise ValueError(f"plane has {len(planes.all()[0])} rows, expected the 2 directions that span it")
         self.planes, self.angle = planes.map(orthonormal_rows), _number("angle", angle)
         if any(len(p) != 2 for p in self.planes.all()):
             raise ValueError("the plane's two directions are parallel: they span a line, not a plane")
-        super().__init__(("read", "write"), rank=2, **_layers_of(where, self.planes))
+        names = ("plane", "angle") if trainable else ("read", "write")
+        super().__init__(names, rank=2, **_layers_of(where, self.planes))
+        self.trainable = bool(trainable)
+
+    @property
+    def derive(self):
+        return turned if "plane" in self.names else None
+
+    @property
+    def pull_back(self):
+        return turned_back if "plane" in self.names else None
+
+    @property
+    def constrained(self):
+        return "plane" if "plane" in self.names else None
+
+    @property
+    def form(self):
+        return turned_form if "plane" in self.names else Edit.form
 
     def values(self, spot, width):
-        basis, angle = self.planes.at(spot), torch.tensor(self.angle, dtype=torch.float64)
-        cos, sin = angle.cos(), angle.sin()
-        turn = torch.stack([torch.stack([cos - 1, sin]), torch.stack([-sin, cos - 1])])  # (Rot − I)ᵀ
-        return {"read": basis, "write": (turn @ basis.double()).float()}
+        basis, angle = self.planes.at(spot), torch.tensor([self.angle], dtype=torch.float64)
+        if "plane" in self.names:
+            return {"plane": basis, "angle": angle.float()}
+        return {"read": basis, "write": (turn(angle) @ basis.double()).float()}
+
+    def neutral_tensor(self, name, width):
+        if "plane" not in self.names:
+            return super().neutral_tensor(name, width)
+        return torch.zeros(1) if name == "angle" else torch.eye(2, width)
 
 
 class LowRank(Edit):
@@ -281,10 +327,18 @@ class NoReFT(Edit):
         return {"source": start, "offset": torch.zeros(self.rank), "write": start.clone()}
 
     @staticmethod
-    def form(masters):
-        return Form(
-            read=masters["source"] - masters["write"], offset=masters["offset"], write=masters["write"]
-        )
+    def derive(masters):
+        return None, None, masters["source"] - masters["write"], masters["offset"], masters["write"]
+
+    @staticmethod
+    def pull_back(masters, grads):
+        _, _, d_read, d_offset, d_write = grads
+        both = d_write if d_read is None else -d_read if d_write is None else d_write - d_read
+        return {"source": d_read, "offset": d_offset, "write": both}
+
+    @classmethod
+    def form(cls, masters):
+        return Form(*cls.derive(masters))
 
 
 def from_config(configs):
@@ -297,6 +351,8 @@ def from_config(configs):
 
 
 def _rebuild(config):
+    from . import reft  # noqa: F401, whose kinds are edits too
+
     kinds = {kind.__name__: kind for kind in _kinds(Edit)}
     kind = kinds.get(config.get("kind"))
     if kind is None:
@@ -319,7 +375,7 @@ def _rebuild(config):
         isinstance(rank, bool)
         or not isinstance(rank, int)
         or rank < 0
-        or (rank == 0) != ("write" not in names)
+        or (rank == 0) != ({"write", "plane"}.isdisjoint(names))
     ):
         raise ValueError(f"{kind.__name__}: rank is {rank!r} with tensors {names}")
     edit = object.__new__(kind)

@@ -24,6 +24,7 @@ from .implementation import (
 )
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_EXACT = (torch.float32, torch.float64)
 
 
 def _traced(*tensors):
@@ -36,6 +37,26 @@ def _form_needs(needs, scale, read):
     reads_hidden = d_scale or d_read or (d_k and scale is not None)
     reads_z = read is not None and (d_write or d_k)
     return (*needs[:5], d_k), reads_hidden, reads_z
+
+
+def _recovers(needs, scale, bias, slot, coefficient):
+    """Whether the gradient of `read` may be had from the edit's output h' = h + k (z @ write) in place of its input.
+
+    The output is there anyway: the norm that comes next saves it. So a low-rank edit that trains on the sum keeps no rows
+    of its own, where autograd of the plain expression keeps h.
+    """
+    one = coefficient is None or coefficient.numel() == 1
+    return needs[2] and needs[4] and scale is None and bias is None and slot is None and one
+
+
+def _at_input(d_read, d_write, form, grad_z, z):
+    """d_read = qᵀ h from qᵀ h', q = k (G @ writeᵀ) + dz: less k (qᵀ z) write, where qᵀ z = write d_writeᵀ + dzᵀ z."""
+    write, coefficient = form[4], form[6]
+    mixed = write @ d_write.mT
+    if grad_z is not None:
+        mixed = mixed + (grad_z.flatten(0, -2).mT @ z.flatten(0, -2)).to(mixed.dtype)
+    mixed = mixed if coefficient is None else mixed * coefficient
+    return torch.addmm(d_read, mixed, write, alpha=-1)
 
 
 def _given(tensor):
@@ -51,8 +72,11 @@ def setup_edit(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.form_needs, reads_hidden, reads_z = _form_needs(ctx.needs_input_grad[1:8], scale, read)
     ctx.dtype, ctx.shape = hidden.dtype, hidden.shape
+    # in bf16 the output's rounding would be the gradient's: eager's own reads the exact input here
+    ctx.recovers = hidden.dtype in _EXACT and _recovers(ctx.form_needs, scale, bias, slot, coefficient)
+    rows = output[0] if ctx.recovers else hidden
     ctx.save_for_backward(
-        hidden if reads_hidden else None, scale, bias, read, offset, write, slot, coefficient,
+        rows if reads_hidden else None, scale, bias, read, offset, write, slot, coefficient,
         output[1] if reads_z else None,
     )  # fmt: skip
 
@@ -65,6 +89,8 @@ def backward_edit(ctx, grad, grad_z):
         grad, hidden, None, *form, grad_z if form[2] is not None else None, z,
         (ctx.needs_input_grad[0], *ctx.form_needs), ctx.dtype, ctx.shape,
     )  # fmt: skip
+    if ctx.recovers:
+        d_form[2] = _at_input(d_form[2], d_form[4], form, grad_z, z)
     return d_hidden, *d_form, None, d_k
 
 
@@ -118,8 +144,10 @@ def setup_edit_add(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.form_needs, reads_hidden, reads_z = _form_needs(ctx.needs_input_grad[2:9], scale, read)
     ctx.x_dtype, ctx.residual_dtype, ctx.shape, ctx.on_sum = x.dtype, residual.dtype, x.shape, on_sum
+    ctx.recovers = on_sum and x.dtype is residual.dtype and _recovers(ctx.form_needs, scale, bias, slot, coefficient)
+    rows = output[0] if ctx.recovers else x
     ctx.save_for_backward(
-        x if reads_hidden else None, residual if reads_hidden and on_sum else None,
+        rows if reads_hidden else None, residual if reads_hidden and on_sum and not ctx.recovers else None,
         scale, bias, read, offset, write, slot, coefficient, output[1] if reads_z else None,
     )  # fmt: skip
 
@@ -137,6 +165,8 @@ def backward_edit_add(ctx, grad, grad_z):
         d_rows, *d_form, d_k = edit_gradients(
             grad, x, residual, *form, grad_z if form[2] is not None else None, z, needs, dtype, ctx.shape
         )
+        if ctx.recovers:
+            d_form[2] = _at_input(d_form[2], d_form[4], form, grad_z, z)
     d_residual = None
     if need_residual:
         d_residual = d_rows if ctx.on_sum else grad
@@ -165,8 +195,10 @@ def setup_edit_add_norm(ctx, inputs, output):
     ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
     ctx.form_needs, reads_hidden, reads_z = _form_needs(ctx.needs_input_grad[4:11], scale, read)
     ctx.x_dtype, ctx.residual_dtype, ctx.on_sum, ctx.kind = x.dtype, residual.dtype, on_sum, kind
+    ctx.recovers = on_sum and x.dtype is residual.dtype and _recovers(ctx.form_needs, scale, bias, slot, coefficient)
+    keeps = reads_hidden and not ctx.recovers
     ctx.save_for_backward(
-        out, x if reads_hidden else None, residual if reads_hidden and on_sum else None, weight, mean, rstd,
+        out, x if keeps else None, residual if keeps and on_sum else None, weight, mean, rstd,
         scale, bias, read, offset, write, slot, coefficient, z if reads_z else None,
     )  # fmt: skip
 
@@ -178,6 +210,7 @@ def backward_edit_add_norm(ctx, grad_residual, grad_normed, grad_z, _mean, _rstd
     need_x, need_residual, need_weight, need_norm_bias = ctx.needs_input_grad[:4]
     needs = (need_x, *ctx.form_needs, need_residual)
     needs_norm = (need_weight and grad_normed is not None, need_norm_bias and grad_normed is not None)
+    x = out if ctx.recovers else x
     args = (
         grad_residual, grad_normed, out, x, residual, weight, _given(mean), rstd, *form,
         grad_z if form[2] is not None else None, z, ctx.on_sum, ctx.kind,
@@ -198,6 +231,8 @@ def backward_edit_add_norm(ctx, grad_residual, grad_normed, grad_z, _mean, _rstd
     else:
         grads = list(run_edit_add_norm_backward(*args, needs, needs_norm, *dtypes))
     d_x, d_residual, *d_form, d_k, d_weight, d_norm_bias = grads
+    if ctx.recovers:
+        d_form[2] = _at_input(d_form[2], d_form[4], form, grad_z, z)
     d_x = d_x.view(out.shape) if need_x else None
     d_residual = d_residual.view(out.shape) if need_residual else None
     return d_x, d_residual, *_norm_dtypes(d_weight, d_norm_bias, weight, out), *d_form, None, d_k, None, None, None

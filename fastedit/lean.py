@@ -15,6 +15,7 @@ from . import ops
 from .dispatch import select
 from .kernels import reference
 from .native import DTYPE
+from .tenants import Slotted, slot_of
 
 _Tensor, _fp32 = torch.Tensor, torch.float32
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
@@ -69,8 +70,8 @@ def edit(hidden, tensors, strength):
     """E(hidden) in an op of its own; tensors and strength as `add` has them."""
     if _compiling():
         return _expressed(reference.edit, (hidden,), tensors, strength)
-    if _grad_enabled() or type(hidden) is not _Tensor:
-        return ops.edit(hidden, *tensors, strength=strength)
+    if _grad_enabled() or type(hidden) is not _Tensor or type(tensors) is Slotted:
+        return ops.edit(hidden, *tensors, slot=slot_of(tensors, hidden), strength=strength)
     device, cuda = hidden.device, hidden.is_cuda
     native = _native_ops.get((cuda, hidden.dtype), False)
     if native is False:
@@ -100,7 +101,9 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
     if _compiling():
         out = _expressed(reference.edit_add, (x, residual), tensors, strength, on_sum)
         return out if norm is None else (out, norm.module(out))
-    if _grad_enabled() or type(x) is not _Tensor or type(residual) is not _Tensor:
+    if (
+        _grad_enabled() or type(x) is not _Tensor or type(residual) is not _Tensor or type(tensors) is Slotted
+    ):  # fmt: skip
         return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
     dtype, device, shape, cuda = x.dtype, x.device, x.shape, x.is_cuda
     native = _native_ops.get((cuda, dtype), False)
@@ -141,16 +144,19 @@ def _expressed(op, streams, tensors, strength, *more):
     """The reference's own operations, for a compiler to see; fp32 also under autocast."""
     strength = None if strength is None else strength.reshape(-1)
     with torch.autocast(streams[0].device.type, enabled=False):
-        out, _ = op(*(s.reshape(-1, s.shape[-1]) for s in streams), *tensors, None, strength, *more)
+        slot = slot_of(tensors, streams[0])
+        slot = None if slot is None else slot.reshape(-1)
+        out, _ = op(*(s.reshape(-1, s.shape[-1]) for s in streams), *tensors, slot, strength, *more)
     return out.view(streams[0].shape)
 
 
 def _checked(x, residual, tensors, strength, on_sum, norm, want_residual):
     on = "sum" if on_sum else "x"
+    slot = slot_of(tensors, x)
     if norm is None:
-        return ops.edit_add(x, residual, *tensors, on=on, strength=strength)
+        return ops.edit_add(x, residual, *tensors, on=on, slot=slot, strength=strength)
     weight, norm_bias = norm.parameters()
     return ops.edit_add_norm(
         x, residual, weight, *tensors, norm_bias=norm_bias, kind=norm.kind, eps=norm.eps, on=on,
-        strength=strength, return_residual=want_residual,
+        slot=slot, strength=strength, return_residual=want_residual,
     )  # fmt: skip

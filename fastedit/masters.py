@@ -2,23 +2,30 @@
 
 import torch
 from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from .edits import Edit
+from .form import Form
+from .orthonormal import Tangent, retract_, retracted, tangent
+from .tenants import Slotted
 
 
 class Masters(nn.Module):
     """An edit's tensors, parameters if it is trainable, else buffers; fp32 whatever the model becomes.
 
     `dial` (1,) is the edit's strength now, fp32 and not saved; `strength` is the same number for Python.
+    With a Tenancy the tensors have a leading tenant dimension, all tenants alike at the start.
     """
 
-    def __init__(self, edit, spot, width, device):
+    def __init__(self, edit, spot, width, device, tenancy=None):
         super().__init__()
-        self.form_of, self.trainable, self.rank = edit.form, edit.trainable, edit.rank
+        self.form_of, self.trainable, self.rank, self.tenancy = edit.form, edit.trainable, edit.rank, tenancy
         self.positions = edit.positions
         self.direct = edit.form is Edit.form  # the masters are the normal form's own tensors
         for name, tensor in edit.tensors(spot, width).items():
-            tensor = tensor.to(device, torch.float32, copy=True)
+            tensor = tensor if tenancy is None else tensor.expand(tenancy.count, *tensor.shape)
+            tensor = tensor.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
             if self.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -42,9 +49,10 @@ class Masters(nn.Module):
         return self.form_of(self.masters())
 
     def tensors(self):
-        """(scale, bias, read, offset, write), where the masters are the normal form's own (`direct`)."""
+        """(scale, bias, read, offset, write), where they need no folding (`direct`); Slotted for tenants."""
         get = (self._parameters if self.trainable else self._buffers).get
-        return get("scale"), get("bias"), get("read"), get("offset"), get("write")
+        own = get("scale"), get("bias"), get("read"), get("offset"), get("write")
+        return own if self.tenancy is None else Slotted(own, self.tenancy)
 
     def set_strength(self, strength):
         self.strength = strength
@@ -63,3 +71,143 @@ class Masters(nn.Module):
 
     def extra_repr(self):
         return ", ".join(f"{n} {tuple(t.shape)}" for n, t in self.masters().items())
+
+
+class DerivedMasters(Masters):
+    """Masters from which the normal form's tensors follow: LoReFT's W and R give read = W − R and write = R.
+
+    What follows is computed once after each change, for all layers of the edit (`group`) in one batch, and kept at
+    fixed addresses; a change is seen by the masters' version counters, so any optimiser, wrapper or loader may make it.
+    A constrained master is retracted in that same moment, before anything reads it.
+    """
+
+    def __init__(self, edit, spot, width, device, tenancy=None):
+        super().__init__(edit, spot, width, device, tenancy)
+        self.derive, self.pull_back, self.constrained = edit.derive, edit.pull_back, edit.constrained
+        self.direct = True
+        self.group, self.seen, self.kept = [self], (), None
+
+    def settle(self):
+        """Retract and derive, if a master has changed since."""
+        held = self._parameters if self.trainable else self._buffers
+        for name, tensor, version in self.seen:
+            if held[name] is not tensor or tensor._version != version:
+                break
+        else:
+            if self.seen:
+                return
+        settle(self.group)
+
+    def masters(self):
+        if not torch.compiler.is_compiling():
+            self.settle()
+        return super().masters()
+
+    def form(self):
+        return Form(*self._form_tensors())
+
+    def tensors(self):
+        own = self._form_tensors()
+        return own if self.tenancy is None else Slotted(own, self.tenancy)
+
+    def _form_tensors(self):
+        if torch.compiler.is_compiling():
+            return self._in_graph()
+        self.settle()
+        if self.trainable and torch.is_grad_enabled():
+            return Derived.apply(self, *self._parameters.values())
+        return self.kept
+
+    def _in_graph(self):
+        masters = super().masters()
+        if self.constrained is not None:
+            basis = masters[self.constrained]
+            with torch.no_grad():
+                retract_(basis)
+            masters[self.constrained] = Tangent.apply(basis)
+        return self.derive(masters)
+
+    def _save_to_state_dict(self, *args):
+        self.settle()
+        super()._save_to_state_dict(*args)
+
+    def _apply(self, fn, recurse=True):
+        self.seen, self.kept = (), None
+        return super()._apply(fn, recurse)
+
+
+class Derived(Function):
+    """From the masters to the tensors kept for them; backward by the edit's `pull_back`, on the manifold if it has one."""
+
+    @staticmethod
+    def forward(ctx, owner, *masters):
+        ctx.set_materialize_grads(False)
+        ctx.owner, ctx.names = owner, tuple(owner._parameters)
+        ctx.save_for_backward(*masters)
+        return tuple(None if t is None else t.detach() for t in owner.kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        masters = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        found = ctx.owner.pull_back(masters, grads)
+        constrained = ctx.owner.constrained
+        if found.get(constrained) is not None:
+            found[constrained] = tangent(masters[constrained], found[constrained])
+        return None, *(found.get(name) for name in ctx.names)
+
+
+def masters_of(edit, spot, width, device, tenancy=None):
+    """The Masters that an edit needs."""
+    kind = Masters if edit.derive is None else DerivedMasters
+    return kind(edit, spot, width, device, tenancy)
+
+
+def join(members):
+    """Let all layers of one edit settle together."""
+    group = [m for m in members if isinstance(m, DerivedMasters)]
+    for m in group:
+        m.group = group
+
+
+def settle(group):
+    """Retract the constrained masters of a group, and derive what follows from its masters."""
+    alike = {}
+    for m in group:
+        held = Masters.masters(m)
+        alike.setdefault(tuple((t.shape, t.device) for t in held.values()), []).append((m, held))
+    with torch.inference_mode(False), torch.no_grad():
+        for members in alike.values():
+            _settle(members)
+
+
+def _settle(members):
+    first, held = members[0]
+    constrained = first.constrained
+    with torch.autocast(first.dial.device.type, enabled=False):
+        stacked = {name: torch.stack([h[name].detach() for _, h in members]) for name in held}
+        if constrained is not None and not first.dial.is_meta:
+            stacked[constrained] = retracted(stacked[constrained])
+            torch._foreach_copy_([h[constrained] for _, h in members], list(stacked[constrained].unbind()))
+        derived = first.derive(stacked)
+    own = {id(t): name for name, t in stacked.items()}
+    rows = [_kept(place, t, own.get(id(t)), members) for place, t in enumerate(derived)]
+    for (m, held), kept in zip(members, zip(*rows, strict=True), strict=True):
+        m.kept = kept
+        m.seen = tuple((name, t, t._version) for name, t in held.items())
+
+
+def _kept(place, derived, own, members):
+    """One of the five tensors for each member: None, the member's master itself, or its slice of `derived`.
+
+    Copied into the slices of the last time if they are there, whose addresses a CUDA graph may hold.
+    """
+    if derived is None:
+        return [None] * len(members)
+    if own is not None:
+        return [held[own] for _, held in members]
+    before = [None if m.kept is None else m.kept[place] for m, _ in members]
+    if any(t is None or t.shape != derived.shape[1:] or t.device != derived.device for t in before):
+        return list(derived.unbind())
+    torch._foreach_copy_(before, list(derived.unbind()))
+    return before

@@ -79,6 +79,11 @@ class _CastOut:
 
 def merge_handle(handle, fp32):
     """Merge every edit of a handle; the Merged to undo it. Raises MergeError with the model unchanged."""
+    if handle.tenancy is not None:
+        raise MergeError(
+            f"this handle holds {handle.tenancy.count} tenants, and weights can hold one edit: patch a model with "
+            "handle.tenant(0), say, and merge that"
+        )
     stacks = {}
     for edit, layer, masters in handle._each():
         stacks.setdefault((layer, edit.site), []).append(masters)

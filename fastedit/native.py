@@ -67,11 +67,22 @@ def _form(scale, bias, read, offset, write, slot, coefficient):
     )  # fmt: skip
 
 
+_last_order = ()  # (what it was computed from, the slots themselves, order): a batch's layers all ask for the same
+
+
 def _slot_order(slot, slots):
     """(tensors to keep alive, their pointers)."""
+    global _last_order
     if slot is None:
         return None, (0, 0, 0)
-    kept = slot_order(slot, slots)
+    stream = torch.cuda.current_stream(slot.device) if slot.is_cuda else None
+    if stream is not None and torch.cuda.is_current_stream_capturing():  # the graph's own memory, kept by the graph
+        kept = slot_order(slot, slots)
+        return kept, tuple(t.data_ptr() for t in kept)
+    key = slot.data_ptr(), slot.numel(), slot.device, slots, stream, slot._version
+    if not _last_order or _last_order[0] != key:
+        _last_order = key, slot, slot_order(slot, slots)  # holding `slot`, its address cannot come to mean other slots
+    kept = _last_order[2]
     return kept, tuple(t.data_ptr() for t in kept)
 
 

@@ -19,6 +19,7 @@ from .planning import device_at, plan
 from .report import report
 from .root import Root, root_of
 from .row_plan import check_lengths, check_mask
+from .tenants import Assignment, Tenancy, check_count, check_tenant
 
 HEADS = (
     "classifier",
@@ -28,7 +29,7 @@ HEADS = (
 )  # task heads that freeze=True leaves trainable
 
 
-def patch(model, edits, *, freeze=False, fused=True):
+def patch(model, edits, *, freeze=False, fused=True, tenants=None):
     """Put edits on a model, in place; returns the Handle that dials, saves, merges and removes them.
 
     Args:
@@ -36,14 +37,16 @@ def patch(model, edits, *, freeze=False, fused=True):
         edits: an Edit or a list of them: a stack, applied in order, after those of earlier handles.
         freeze: let only the edits train, and a task head (classifier, score, qa_outputs).
         fused: False keeps to the plain path, where an edit is an op of its own.
+        tenants: a number of tenants to train in one batch: every tensor gets a leading tenant dimension, and forwards
+            run inside `handle.assign` (fastedit/tenants.py).
 
     Raises:
         TypeError, ValueError: what cannot be patched, before anything on the model has changed.
     """
-    return patch_as(Handle, model, edits, freeze, fused)
+    return patch_as(Handle, model, edits, freeze, fused, tenants)
 
 
-def patch_as(kind, model, edits, freeze=False, fused=True):
+def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
     """`patch`, with a Handle of another kind."""
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     for edit in edits:
@@ -51,12 +54,13 @@ def patch_as(kind, model, edits, freeze=False, fused=True):
             raise TypeError(f"edits holds a {type(edit).__name__}, expected an Edit such as fastedit.RED()")
     if not edits:
         raise ValueError("edits is empty: there is nothing to patch")
+    tenancy = None if check_count(tenants) is None else Tenancy(tenants)
     root = root_of(model) or Root(model)
     with torch.inference_mode(False):
-        members = [plan(edit, root.layers) for edit in edits]
+        members = [plan(edit, root.layers, tenancy) for edit in edits]
     if fused:
         root.prove([(layer, e.site) for e, chosen in zip(edits, members, strict=True) for layer, _ in chosen])
-    return kind(model, root, edits, members, freeze, fused)
+    return kind(model, root, edits, members, freeze, fused, tenancy)
 
 
 def handles(model):
@@ -68,7 +72,8 @@ def handles(model):
 class Handle:
     """The edits of one `patch` call on a model. Also a context manager: leaving it removes them."""
 
-    def __init__(self, model, root, edits, members, freeze, fused):
+    def __init__(self, model, root, edits, members, freeze, fused, tenancy=None):
+        self.tenancy = tenancy
         self.model, self.edits, self.freeze = model, edits, freeze
         self.removed, self._merged = False, None
         self.name = root.new_name()
@@ -96,9 +101,16 @@ class Handle:
             for edit, members in zip(self.edits, self._members, strict=True)
         ]
 
-    def named_tensors(self):
-        """{"0.layers.3.mlp.scale": tensor}: edit number, layer, site, name. The fp32 masters, detached."""
-        return {name: tensor.detach() for name, tensor in self._named()}
+    def named_tensors(self, *, tenant=None):
+        """{"0.layers.3.mlp.scale": tensor}: edit number, layer, site, name. The fp32 masters, detached.
+
+        Of a handle with tenants all of them, (tenants, …), or one tenant's.
+        """
+        found = {name: tensor.detach() for name, tensor in self._named()}
+        if tenant is None:
+            return found
+        check_tenant(tenant, self._tenants().count)
+        return {name: tensor[tenant] for name, tensor in found.items()}
 
     def load_tensors(self, tensors):
         """Copy tensors into the masters, in place. `tensors` has exactly the names of `named_tensors`.
@@ -169,11 +181,40 @@ class Handle:
         mask = check_mask(mask)
         self._root.rows.mask = mask if mask is None else mask.to(next(self._each())[2].dial.device)
 
-    def save(self, folder):
-        """Write the edits to a folder (fastedit.store)."""
+    def save(self, folder, *, tenant=None):
+        """Write the edits to a folder (fastedit.store); of a handle with tenants one tenant's, as an ordinary edit."""
         from . import store
 
-        return store.save(self, folder)
+        return store.save(self, folder, tenant=tenant)
+
+    # --- tenants --------------------------------------------------------------------------------------------
+
+    def assign(self, tenants):
+        """A context inside which sequence i of a batch is edited by, and trains, tenants[i]; None or -1: by none.
+
+        Args:
+            tenants: one tenant a sequence, numbers from 0. Backward may follow outside the context, but that of a
+                checkpointed model, which runs forwards again, belongs inside.
+
+        Raises:
+            ValueError: the handle has no tenants, or not that one.
+        """
+        return Assignment(self._tenants(), tenants)
+
+    def tenant(self, tenant):
+        """One tenant's edits as they are now: ordinary edits, to patch onto any model of this shape."""
+        mine = self.named_tensors(tenant=check_tenant(tenant, self._tenants().count))
+        held = [{} for _ in self.edits]
+        for number, (edit, members) in enumerate(zip(self.edits, self._members, strict=True)):
+            for layer, masters in members:
+                prefix = f"{number}.{layer.name}.{edit.site}."
+                held[number][layer.index] = {name: mine[prefix + name].cpu() for name in masters.masters()}
+        return [edit.holding(layers) for edit, layers in zip(self.edits, held, strict=True)]
+
+    def _tenants(self):
+        if self.tenancy is None:
+            raise ValueError("this handle holds one edit for everyone: patch with tenants= to train several in a batch")
+        return self.tenancy
 
     def report(self):
         """Each edit's site, path (fused, or plain and why), backend, parameters and bytes; print it."""

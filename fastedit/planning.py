@@ -1,12 +1,12 @@
 """From declarative edits to masters for every layer: all that can fail, before the model is touched."""
 
 from .families import Input, Part
-from .masters import Masters
+from .masters import join, masters_of
 from .per_layer import Spot
 from .sites import MODEL_SITES
 
 
-def plan(edit, layers):
+def plan(edit, layers, tenancy=None):
     """[(layer, Masters)] of one edit.
 
     Raises:
@@ -16,7 +16,8 @@ def plan(edit, layers):
     members = []
     for order, layer in enumerate(chosen):
         spot = Spot(layer.name, layer.index, len(layers), order, len(chosen))
-        members.append((layer, Masters(edit, spot, width_at(layer, edit.site), device_at(layer, edit.site))))
+        members.append((layer, masters_of(edit, spot, width_at(layer, edit.site), device_at(layer, edit.site), tenancy)))
+    join(masters for _, masters in members)
     return members
 
 

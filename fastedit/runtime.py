@@ -14,7 +14,7 @@ class Stage:
     def __init__(self, masters, stack=None):
         self.masters, self.positions = masters, masters[0].positions
         self.stack = None if self.positions is None else stack
-        self.only = masters[0] if len(masters) == 1 and masters[0].direct else None
+        self.only = masters[0] if len(masters) == 1 and masters[0].direct else None  # tenants' never fold
         self.trainable = any(m.trainable for m in masters)
         self.folded, self.watched = None, []
 
@@ -42,7 +42,7 @@ class Stage:
         compiling = torch.compiler.is_compiling()
         if only is not None and (compiling or not only.dialled):
             return only.tensors(), only.dial if compiling else None
-        if only is not None and self.positions is None:
+        if only is not None and (self.positions is None or only.tenancy is not None):
             return only.tensors(), only.dial
         if compiling or (self.trainable and torch.is_grad_enabled()):
             return self.fold(), None
@@ -121,7 +121,8 @@ class Site:
         """Neighbours at the same positions fold while their ranks fit one kernel."""
         groups, rank = [], 0
         for m in masters:
-            if groups and rank + m.rank <= MAX_RANK and m.positions == groups[-1][0].positions:
+            alike = groups and m.positions == groups[-1][0].positions and m.tenancy is groups[-1][0].tenancy is None
+            if alike and rank + m.rank <= MAX_RANK:
                 groups[-1].append(m)
                 rank += m.rank
             else:

@@ -29,18 +29,23 @@ _SHAPE = (
 )  # fmt: skip
 
 
-def save(handle, folder, *, base_model=None, training=None):
+def save(handle, folder, *, base_model=None, training=None, tenant=None):
     """Write a handle's edits to a folder; a crash leaves the old edit there or the new. Returns the Path.
 
     Args:
         base_model: id of the base, for edit.json; by default the name the model was loaded under.
         training: a JSON-able summary of how the edits were trained, for edit.json.
+        tenant: of a handle with tenants, whose edit to save: an ordinary one.
 
     Raises:
         OSError: it could not be written (full disk, no permission); an edit saved there before is intact.
-        ValueError: `training` is not JSON-able, or a tensor holds NaN or infinities.
+        ValueError: `training` is not JSON-able, a tensor holds NaN or infinities, or it is not said which tenant's.
     """
-    tensors = {name: tensor.detach().cpu() for name, tensor in handle.named_tensors().items()}
+    if tenant is None and handle.tenancy is not None:
+        raise ValueError(
+            f"this handle holds {handle.tenancy.count} tenants, and a saved edit is one tenant's: save(folder, tenant=0), …"
+        )
+    tensors = {name: tensor.detach().cpu() for name, tensor in handle.named_tensors(tenant=tenant).items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(
@@ -186,10 +191,7 @@ def _check_tensors(folder, edits, layers, tensors):
                 )
             width = width_at(layer, edit.site)
             for name in edit.names:
-                shape = {"scale": (width,), "bias": (width,), "offset": (edit.rank,)}.get(
-                    name, (edit.rank, width)
-                )
-                expected[f"{number}.{layer.name}.{edit.site}.{name}"] = shape
+                expected[f"{number}.{layer.name}.{edit.site}.{name}"] = edit.shape(name, width)
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise EditFileError(

@@ -32,11 +32,12 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.bytes = self.allocations = 0
+        self.bytes = self.allocations = self.operations = 0
         for owner, name in ((Add, "run"), (lean, "edit"), (fe.ops, "edit"), (fe.ops, "edit_add"), (fe.ops, "edit_add_norm")):
             self._watch(monkeypatch, owner, name)
 
     def count(self, given, made):
+        self.operations += 1
         made = [t for t in made if t is not None]
         self.allocations += len(made)
         self.bytes += sum(t.numel() * t.element_size() for t in (*given, *made))
@@ -101,3 +102,33 @@ def test_an_op_allocates_its_outputs_and_nothing_else(op, outputs, monkeypatch):
     result = call()
     assert len(made) == outputs
     assert {t.data_ptr() for t in made} == {t.data_ptr() for t in tensors_in(result if outputs > 1 else [result])}
+
+
+def operations(model, family, monkeypatch):
+    """Calls that compute something, fastedit's own among them."""
+    with torch.no_grad(), monkeypatch.context() as patches, Traffic(patches) as counted:
+        tiny.output(model, family)
+    return counted.operations
+
+
+@pytest.mark.parametrize("site", ["mlp", "attn", "block"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_stack_of_edits_costs_one_edit(family, site, monkeypatch):
+    direction = torch.randn(tiny.WIDTH)
+
+    def stack():
+        return [
+            fe.LoReFT(4, site=site), fe.ScaleBias(1 + direction, direction, site=site),
+            fe.Steer(direction, site=site, strength=0.5), fe.Ablate(direction, site=site),
+        ]  # fmt: skip
+
+    counted = []
+    for edits in (stack()[:1], stack()):
+        model = tiny.build(family)
+        fe.patch(model, edits)
+        tiny.output(model, family)  # folds
+        counted.append((operations(model, family, monkeypatch), traffic(model, family, monkeypatch).allocations))
+    assert counted[0] == counted[1]
+    fe.patch(model, [fe.DiReFT(64, site=site), fe.Ablate(direction, site=site)])  # more ranks than a kernel takes
+    tiny.output(model, family)
+    assert operations(model, family, monkeypatch) > counted[0][0]

@@ -2,12 +2,12 @@
 
 import torch
 
-from ..registry import INFERENCE, KINDS, WORKS, variant
+from ..registry import INFERENCE, KINDS, TRAINING, WORKS, variant
 from ..sizes import blocks
 from .compiling import compiled
 
 
-def edits(values):
+def edits(values, kind="NoReFT"):
     import fastedit as fe
 
     if values.kind == "red":
@@ -17,15 +17,15 @@ def edits(values):
     if values.kind == "ablate":
         return fe.Ablate(values.stacked("read"))
     if values.trainable:
-        return fe.NoReFT(values.forms[0].rank, site=values.site)
+        return getattr(fe, kind)(values.forms[0].rank, site=values.site)
     return fe.LowRank(values.stacked("read"), values.stacked("offset"), values.stacked("write"))
 
 
-def patched(model, values, fused):
-    """(model, handle) with the study's values on it."""
+def patched(model, values, fused, kind="NoReFT"):
+    """(model, handle) with the study's values on it; what trains under `lowrank4` is an edit of that kind."""
     import fastedit as fe
 
-    handle = fe.patch(model, edits(values), fused=fused)
+    handle = fe.patch(model, edits(values, kind), fused=fused)
     if values.kind == "lowrank4" and values.trainable:
         tensors = {"source": values.sources(), "offset": values.stacked("offset"), "write": values.stacked("write")}
         handle.load_tensors({
@@ -53,6 +53,12 @@ def plain(model, values):
 @variant("fastedit", kinds=KINDS, works=WORKS)
 def fused(model, values):
     model, handle = patched(model, values, fused=True)
+    return model, _why_plain(handle)
+
+
+@variant("fastedit LoReFT", kinds=("lowrank4",), works=TRAINING, note="R kept orthonormal")
+def loreft(model, values):
+    model, handle = patched(model, values, fused=True, kind="LoReFT")
     return model, _why_plain(handle)
 
 
