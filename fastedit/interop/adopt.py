@@ -90,7 +90,7 @@ class AdoptedHandle(Handle):
         if self.removed:
             return
         super().remove()
-        with _out_of_force(self._root):
+        with _out_of_force(self.model, self._root):
             _put_back(self._switches)
 
 
@@ -100,14 +100,14 @@ def _put_back(switches):
 
 
 @contextlib.contextmanager
-def _out_of_force(root):
+def _out_of_force(model, root):
     """Other handles' edits off while classes are swapped beneath them."""
     stacks = {(site.layer, site.site): site.masters for site in root.sites.values()}
-    root.change({key: [] for key in stacks})
+    root.change(model, {key: [] for key in stacks})
     try:
         yield
     finally:
-        root.change(stacks)
+        root.change(model, stacks)
 
 
 @contextlib.contextmanager
