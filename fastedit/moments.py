@@ -100,7 +100,7 @@ class Moments:
     def _add(self, count, mean, m2):
         """Chan's formula; a group without rows on one side takes the other's numbers as they are."""
         total = self._count + count
-        share = (count / total.clamp_min(1))[:, None]
+        share = (count.double() / total.clamp_min(1))[:, None]  # integers alone would divide in fp32
         delta = mean - self._mean
         self._mean = torch.where(self._count[:, None] == 0, mean, self._mean + delta * share)
         self._m2 = self._m2 + m2 + delta.square() * (self._count[:, None] * share)

@@ -280,7 +280,8 @@ def value_ascent(hidden, value_net, steps, step_size):
     gram = value_net.gram(torch.float64 if hidden.dtype is torch.float64 else torch.float32)
     arguments = (hidden, *value_net.tensors(), gram)
     if traced:
-        return torch_library.value_ascent(*arguments, value_net.gram_version, steps, float(step_size))
+        version = -1 if torch.compiler.is_exporting() else value_net.gram_version  # an exported weight has no history
+        return torch_library.value_ascent(*arguments, version, steps, float(step_size))
     return run_value_ascent(*arguments, steps, float(step_size))
 
 

@@ -70,7 +70,7 @@ def _moments(hidden, group, groups):
 
 
 def _value_ascent(hidden, weight, bias, weight2, bias2, head, gram, version, steps, step_size):
-    if version != version_of(weight):
+    if version not in (-1, version_of(weight)):
         raise RuntimeError(
             "the value net's first weight has changed since its Gram matrix was made, which a compiled function cannot "
             "make anew: call value_net.gram() after each change"
