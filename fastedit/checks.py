@@ -1,10 +1,8 @@
 """Argument checks of the ops: metadata only, cheap enough for every call, all before anything runs."""
 
-import math
-
 import torch
 
-from .arguments import check_norm_kind
+from .arguments import check_norm_kind, check_steps
 from .value_net import ValueNet
 
 MAX_RANK = 64
@@ -169,7 +167,4 @@ def check_ascent(hidden, value_net, steps, step_size):
         raise ValueError(
             f"hidden is on {hidden.device} and the value net on {value_net.weight.device}; move one with .to()"
         )
-    if isinstance(steps, bool) or not isinstance(steps, (int, torch.SymInt)) or not 0 <= steps < 2**31:
-        raise ValueError(f"steps is {steps!r}, expected a number of steps from 0 on")
-    if not isinstance(step_size, (int, float, torch.SymFloat)) or not math.isfinite(step_size):
-        raise ValueError(f"step_size is {step_size!r}, expected a finite number")
+    check_steps(steps, step_size)

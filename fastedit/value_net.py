@@ -48,7 +48,9 @@ class ValueNet(nn.Module):
         kinds = [type(layer) for layer in layers]
         if kinds not in ([nn.Linear, nn.ReLU, nn.Linear], [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]):
             found = ", ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"the layers are {found or 'none'}; expected Linear, ReLU, Linear or Linear, ReLU, Linear, ReLU, Linear")
+            raise ValueError(
+                f"the layers are {found or 'none'}; expected Linear, ReLU, Linear or Linear, ReLU, Linear, ReLU, Linear"
+            )
         linear = layers[::2]
         if linear[-1].out_features != 1:
             raise ValueError(f"the last layer has {linear[-1].out_features} outputs, expected 1: a value")
@@ -121,8 +123,10 @@ def _fp32_copy(layer):
     return copy
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _gram(weight, dtype):
+    """Outside inference mode, so that the matrix serves beyond it."""
     wide, out = weight.double(), torch.empty((len(weight), len(weight)), dtype=dtype, device=weight.device)
     for first in range(0, len(weight), GRAM_ROWS):
         out[first : first + GRAM_ROWS] = wide[first : first + GRAM_ROWS] @ wide.T
