@@ -1,5 +1,7 @@
 """Checks of arguments that are no arrays, for every face: they import neither torch nor jax."""
 
+import math
+
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
 
 
@@ -20,3 +22,11 @@ def check_norm_kind(weight, norm_bias, kind):
 def check_projection(wanted, read):
     if wanted and read is None:
         raise ValueError("return_projection=True needs `read`, the directions to project on; found read=None")
+
+
+def check_steps(steps, step_size):
+    """steps below 2^24, where fp32 still counts."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps < 1 << 24:
+        raise ValueError(f"steps is {steps!r}, expected a number of steps from 0 to {(1 << 24) - 1}")
+    if not isinstance(step_size, (int, float)) or not math.isfinite(step_size):
+        raise ValueError(f"step_size is {step_size!r}, expected a finite number")

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from .arguments import NORM_KINDS, check_norm_kind, check_on, check_projection
+from .arguments import NORM_KINDS, check_norm_kind, check_on, check_projection, check_steps
 
 try:
     from . import _native
@@ -24,6 +24,7 @@ except ImportError as error:
 
 _CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _FP32 = np.dtype(np.float32)
+_BLOCK_ROWS = 256  # kBlockRows of kernels/abi.h
 
 
 def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, slot=None, strength=None,
@@ -75,6 +76,53 @@ def project(hidden, read, offset=None):
     z = call.empty_projection(read, True)
     call("project", *call.extent, rank, call.code, call.pointer, call.stride, reads, offsets, _pointer(z))
     return z
+
+
+def moments(hidden, group=None, groups=None):
+    """(count (groups,) int64, mean, m2 (groups, width) float64) of each group's rows, as `fastedit.ops.moments`.
+
+    group int32, one a row; a number outside 0 to groups − 1 leaves the row out. groups: None for the largest + 1.
+    """
+    call = _Call(hidden, "hidden")
+    library, order, count = call.library, (0, 0, 0), np.full(1, call.extent[0], np.int64)
+    if group is not None:
+        call.parameter("group", group, call.shape[:-1], np.dtype(np.int32))
+        group = library.asarray(group).reshape(-1)
+        groups = groups or max(int(group.max(initial=0)) + 1, 1)
+        group = library.where((group < 0) | (group >= groups), -1, group)
+        first = library.searchsorted(library.sort(group), library.arange(groups + 1)).astype(np.int32)
+        count = library.diff(first).astype(np.int64)
+        blocks = library.concatenate([library.zeros(1, np.int64), -(-count // _BLOCK_ROWS)]).cumsum()
+        sorted_rows = library.argsort(group, kind="stable")
+        order = (call.keep(a.astype(np.int32)) for a in (sorted_rows, first, blocks))
+    mean, m2 = (library.empty((2, groups or 1, call.width), np.float32) for _ in range(2))
+    args = (*call.extent, len(count), call.code, call.pointer, call.stride, *order, _pointer(mean), _pointer(m2))
+    call.backward("moments", args)
+    return library.asarray(count), *(pair.astype(np.float64).sum(0) for pair in (mean, m2))
+
+
+def value_ascent(hidden, weight, bias, head, *, steps, step_size, weight2=None, bias2=None, gram=None):
+    """h + u after u ← u + a ∇V(h + u), `steps` times, as `fastedit.ops.value_ascent`; on the host alone.
+
+    V(h) = head · relu(weight h + bias), or with a second hidden layer (weight2 (units2, units), bias2). gram: weight
+    weightᵀ, to be kept for further calls; made here where it is None.
+    """
+    check_steps(steps, step_size)
+    call = _Call(hidden, "hidden")
+    if call.backend != "cpu":
+        raise ValueError("arrays.value_ascent takes arrays on the host; fastedit.ops.value_ascent serves a GPU")
+    units, units2 = len(weight), 0 if weight2 is None else len(weight2)
+    if gram is None:
+        wide = np.asarray(weight, np.float64)
+        gram = (wide @ wide.T).astype(np.float32)
+    shapes = ((units, call.width), (units,), (units2, units), (units2,), (units2 or units,), (units, units))
+    names = ("weight", "bias", "weight2", "bias2", "head", "gram")
+    given = (weight, bias, weight2, bias2, head, gram)
+    net = [call.parameter(*one) for one in zip(names, given, shapes, strict=True)]
+    out = call.empty_rows()
+    sizes = (*call.extent, units, units2, steps, step_size, call.code)
+    call("value_ascent", *sizes, call.pointer, call.stride, *net, _pointer(out), 0, 0, 0)
+    return out
 
 
 def edit_backward(grad, hidden, scale=None, bias=None):
@@ -145,6 +193,10 @@ class _Call:
             raise ValueError(f"{name} is {array.dtype.name} {array.shape}, expected {dtype.name} {shape}")
         if _library(array)[1] != self.backend:
             raise ValueError(f"{name} is not on the same device as the rows")
+        return self.keep(array)
+
+    def keep(self, array):
+        """Pointer to an array that lives as long as the call."""
         self.kept.append(self.library.ascontiguousarray(array))
         return _pointer(self.kept[-1])
 

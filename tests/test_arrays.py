@@ -7,6 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from ascent_support import make_net
+from fastedit.kernels import reference
+from moments_support import assert_exact
 from oracle import make_form
 
 from fastedit import arrays, ops
@@ -61,6 +64,30 @@ def test_backward_equals_autograd():
     expected = torch.autograd.grad(ops.edit(*leaves), leaves, gt)
     for array, tensor in zip(arrays.edit_backward(g, h, scale, bias), expected, strict=True):
         assert equal(array, tensor)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_moments(name):
+    (h, ht), group = both((5, 70, 33), DTYPES[name]), np.random.default_rng(1).integers(-1, 3, (5, 70)).astype(np.int32)
+    for found, wanted in (
+        (arrays.moments(h, group), ops.moments(ht, torch.from_numpy(group))),
+        (arrays.moments(h, group, 2), reference.moments(ht.view(-1, 33), torch.from_numpy(group).view(-1), 2)),
+        (arrays.moments(h), ops.moments(ht)),
+    ):
+        assert_exact([torch.from_numpy(a) for a in found], wanted)
+
+
+@pytest.mark.parametrize("units", [40, (40, 12)])
+@pytest.mark.parametrize("name", DTYPES)
+def test_value_ascent(name, units):
+    (h, ht), net = both((2, 3, 20), DTYPES[name]), make_net(20, units)
+    weight, bias, weight2, bias2, head = (None if t is None else t.numpy() for t in net.tensors())
+    call = {"steps": 6, "step_size": 0.5, "weight2": weight2, "bias2": bias2}
+    expected = ops.value_ascent(ht, net, 6, 0.5)
+    assert equal(arrays.value_ascent(h, weight, bias, head, **call, gram=net.gram().numpy()), expected)
+    assert equal(arrays.value_ascent(h, weight, bias, head, **call), expected)
+    with pytest.raises(ValueError, match=r"head is float32 \(1,\)"):
+        arrays.value_ascent(h, weight, bias, head[:1], **call)
 
 
 def test_slots_and_views():
