@@ -9,6 +9,7 @@ the wrappers see them. Each (layer, site) has one `Site` holding the edits of al
 """
 
 import math
+import sys
 
 import torch
 from torch import nn
@@ -91,8 +92,16 @@ class Handle:
         ]
 
     def named_tensors(self):
-        """{"0.layers.3.mlp.scale": tensor}: edit number, layer, site, name. The fp32 masters, detached."""
-        return {name: tensor.detach() for name, tensor in self._named()}
+        """{"0.layers.3.mlp.scale": tensor}: edit number, layer, site, name. The fp32 masters, detached.
+
+        Masters laid out over several processes are gathered: all of these call this together.
+        """
+        tensors = {name: tensor.detach() for name, tensor in self._named()}
+        if all(type(tensor) is torch.Tensor for tensor in tensors.values()):
+            return tensors
+        from . import distributed
+
+        return distributed.gathered(tensors)
 
     def load_tensors(self, tensors):
         """Copy tensors into the masters, in place. `tensors` has exactly the names of `named_tensors`.
@@ -118,7 +127,12 @@ class Handle:
                 raise ValueError(f"{name} holds values that are NaN or infinite")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                if type(own[name]) in (torch.Tensor, nn.Parameter):
+                    own[name].copy_(tensor)
+                else:
+                    from . import distributed
+
+                    distributed.copy_into(own[name], tensor)
 
     def parameters(self):
         """The trainable masters."""
@@ -145,7 +159,8 @@ class Handle:
         self._strength = value
 
     def save(self, folder):
-        """Write the edits to a folder (fastedit.store)."""
+        """Write the edits to a folder (fastedit.store); over several processes (fastedit.distributed) all call this,
+        and the first writes."""
         from . import store
 
         return store.save(self, folder)
@@ -258,6 +273,9 @@ class Handle:
                 yield edit, layer, masters
 
     def _named(self):
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is not None and isinstance(self.model, fsdp.FSDPModule):
+            self.model.reshard()  # what the last forward has gathered is a copy, and not what trains
         for number, (edit, members) in enumerate(zip(self.edits, self._members, strict=True)):
             for layer, masters in members:
                 for name, tensor in masters.masters().items():

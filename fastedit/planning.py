@@ -68,5 +68,9 @@ def site_width(module, layer):
 
 def site_device(module):
     """Where the module's weights are; where accelerate offloads them, where it will run."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return device if device is not None else next(module.parameters()).device
+    found = next(module.parameters()).device
+    if found.type != "meta" and "_hf_hook" not in module.__dict__:
+        return found
+    hooks = (m.__dict__.get("_hf_hook") for m in module.modules())
+    running = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in running if device is not None), found)
