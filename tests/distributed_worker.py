@@ -4,11 +4,13 @@ A program: `python -m torch.distributed.run --nproc-per-node 2 tests/distributed
 are the functions below; the figures are compared in test_distributed.py.
 """
 
+import itertools
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import tiny_models as tiny
 import torch
@@ -16,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,6 +96,9 @@ def sharded(model, handle, policy, dtype=None):
 def wrapped(model, handle, how):
     if how == "ddp":
         return DistributedDataParallel(model)
+    if how.startswith("edits_"):
+        fe.distributed.shard(handle, init_device_mesh("cpu", (dist.get_world_size(),)), how.partition("_")[2])
+        return model
     return sharded(model, handle, {"rest": None}.get(how, how))
 
 
@@ -152,7 +157,7 @@ def trained(folder, how, freeze=True):
 
 
 def reference(folder):
-    losses, tensors = alone(1)
+    losses, _ = alone(1)
     parts, part_tensors = alone(2)
     whole_parts, _ = alone(2, freeze=False)
     sums = {n: t.double().sum().item() for n, t in part_tensors.items()}
@@ -161,6 +166,15 @@ def reference(folder):
 
 def ddp(folder):
     return trained(folder, "ddp")
+
+
+def edits_replicate(folder):
+    """The edits laid out, the base whole on each process."""
+    return trained(folder, "edits_replicate")
+
+
+def edits_shard(folder):
+    return trained(folder, "edits_shard")
 
 
 def replicate(folder):
@@ -215,6 +229,39 @@ def patched_after(folder):
     return found
 
 
+def accelerate_fsdp2(folder):
+    """What accelerate's FSDP2 plugin does to a model; its Accelerator has no FSDP on the CPU."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    found = {}
+    for precision in ("no", "bf16"):
+        model, handle = model_and_handle()
+        fe.distributed.shard(handle, init_device_mesh("cpu", (dist.get_world_size(),)))
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"], ignored_modules="fastedit",
+        )  # fmt: skip
+        plugin.set_mixed_precision(precision)
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        accelerator = SimpleNamespace(
+            state=state, mixed_precision=precision, device=torch.device("cpu"), is_main_process=True
+        )
+        model = fsdp2_prepare_model(accelerator, model)
+        losses = train(model, optimizer_of(model), range(STEPS))
+        found[precision] = finish(folder, f"accelerate-{precision}", handle, losses)
+        found[precision]["layers"] = all(isinstance(layer, FSDPModule) for layer in model.model.layers)
+    return found
+
+
+def refusal(call):
+    try:
+        call()
+    except MergeError as error:
+        return str(error)
+    return None
+
+
 def tensor_parallel(folder):
     """The family's own plan from transformers: column-wise in, row-wise out, sums reduced by its forwards."""
     from transformers import LlamaForCausalLM
@@ -229,23 +276,18 @@ def tensor_parallel(folder):
     split = LlamaForCausalLM.from_pretrained(place, distributed_config=DistributedConfig(tp_plan="auto")).eval()
     wide = tiny.exact(one)
     found = {"sharded": isinstance(split.model.layers[0].mlp.down_proj.weight, DTensor)}
-    for site in ("mlp", "attn", "block"):
+    for site, fused in itertools.product(("mlp", "attn", "block"), (True, False)):
         change = [fe.ScaleBias(torch.linspace(0.5, 1.5, tiny.WIDTH), torch.linspace(-1, 1, tiny.WIDTH), site=site)]
         says = []
         for model in (one, split, wide):
-            handle = fe.patch(model, change)
+            handle = fe.patch(model, change, fused=fused)
             with torch.no_grad():
                 says.append(model(ids).logits)
             if model is split:
-                found[f"{site} paths"] = sorted({row["path"] for row in handle.report().rows})
-                try:
-                    handle.merge()
-                    found[f"{site} merge"] = "merged"
-                except MergeError as error:
-                    found[f"{site} merge"] = str(error)
+                found["merge"] = [*found.get("merge", []), refusal(handle.merge)]
             handle.remove()
         eager, got, exact = says
-        found[site] = [float((got.double() - exact).abs().max()), float((eager.double() - exact).abs().max()),
+        found[f"{site}, fused {fused}"] = [float((got.double() - exact).abs().max()), float((eager.double() - exact).abs().max()),
                        float(exact.abs().max())]  # fmt: skip
     return found
 
