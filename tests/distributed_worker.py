@@ -242,7 +242,8 @@ def accelerate_fsdp2(folder):
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"], ignored_modules="fastedit",
         )  # fmt: skip
-        plugin.set_mixed_precision(precision)
+        if precision != "no":
+            plugin.set_mixed_precision(precision)
         state = SimpleNamespace(fsdp_plugin=plugin)
         accelerator = SimpleNamespace(
             state=state, mixed_precision=precision, device=torch.device("cpu"), is_main_process=True

@@ -9,6 +9,7 @@ base's weights at other addresses, where matrix products take other paths: some 
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -35,6 +36,12 @@ def launched(arguments, folder, **environment):
     return folder, done
 
 
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return str(one.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """One dict a process: {mode: what it found}."""
@@ -50,8 +57,10 @@ def of(results, mode, *keys):
     """The mode's findings of both processes."""
     found = []
     for result in results:
-        for key in (mode, *keys):
-            assert "error" not in result, result.get("error")
+        assert mode in result, f"an earlier mode failed: {result}"
+        result = result[mode]
+        assert "error" not in result, result["error"]
+        for key in keys:
             result = result[key]
         found.append(result)
     return found
@@ -142,7 +151,7 @@ def test_merging_into_parts_of_weights_is_refused(results):
 
 def test_accelerate_launch(results, tmp_path):
     launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]  # fmt: skip
     program = [str(HERE / "accelerate_worker.py"), str(tmp_path)]
     _, done = launched([*launcher, *program], tmp_path, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -118,7 +118,7 @@ def test_the_dial_turns_under_a_cuda_graph():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 def test_every_family_compiles_whole_with_every_kind(family):
-    """fullgraph: a graph break is an error. As many frames as the bare model needs for these lengths."""
+    """fullgraph: a graph break is an error; and the other lengths run what the first one compiled."""
     fewer = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}, "bert": {"num_hidden_layers": 1}}
     model = tiny.build(family, **fewer.get(family, {"num_layers": 1, "num_decoder_layers": 1}))
     layers = [0, 1] if family == "t5" else [0]
@@ -135,7 +135,7 @@ def test_every_family_compiles_whole_with_every_kind(family):
                 fast(**given)[0], tiny.output(slow, family, length=length), tiny.output(exact, family, length=length)
             )
         frames.append(counter.frame_count)
-    assert frames[0] == 1 and frames[1] == frames[2], f"{frames} frames: each length was traced again"
+    assert len(set(frames)) == 1, f"{frames} frames: a length was traced again"
 
 
 @pytest.mark.slow

@@ -165,6 +165,23 @@ def test_loss_scaling_skips_a_bad_step_and_leaves_exact_gradients():
     assert all(torch.equal(ends[0][n], t) for n, t in ends[1].items())
 
 
+@pytest.mark.parametrize("kind", ["red", "noreft", "direft"])
+@pytest.mark.parametrize("site", ["mlp", "attn", "block"])
+def test_gradients_under_autocast_are_those_of_the_plain_path(site, kind):
+    """Under autocast a fused add has bf16 and fp32 rows. Exact: the plain path, whose edit has one dtype, in fp32."""
+    grads = []
+    for fused, cast in ((True, True), (False, True), (False, False)):
+        model = fresh().train()
+        handle = scrambled(fe.patch(model, KINDS[kind](site=site), fused=fused, freeze=True))
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            loss = model(**tiny.inputs("llama")).logits.float().square().mean()
+        loss.backward()
+        grads.append([p.grad for p in handle.parameters()])
+    for got, eager, exact in zip(*grads, strict=True):
+        error, allowed = (got - exact).abs().max(), (eager - exact).abs().max()
+        assert error <= 2 * allowed + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
 # --- gradient checkpointing -----------------------------------------------------------------------------------
 
 
