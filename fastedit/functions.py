@@ -160,6 +160,8 @@ def backward_edit_add(ctx, grad, grad_z):
     need_rows = need_x or (ctx.on_sum and need_residual)
     dtype = torch.promote_types(ctx.x_dtype, ctx.residual_dtype) if ctx.on_sum else ctx.x_dtype
     needs = (need_rows, *ctx.form_needs)
+    if ctx.on_sum and x is not None and ctx.x_dtype is not ctx.residual_dtype:
+        x, residual = x.to(dtype), residual.to(dtype)  # one dtype for both: exact, as their sum is in the wider
     d_rows, *d_form, d_k = (None,) * 7  # the residual's gradient alone is grad itself
     if any(needs):
         d_rows, *d_form, d_k = edit_gradients(

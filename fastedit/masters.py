@@ -5,7 +5,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .edits import Edit
+from .edits import TENSORS, Edit
 from .form import Form
 from .orthonormal import Tangent, retract_, retracted, tangent
 from .tenants import Slotted
@@ -33,6 +33,7 @@ class Masters(nn.Module):
         self.register_buffer("dial", torch.full((1,), edit.strength, device=device), persistent=False)
         self.strength = edit.strength
         self.dialled = not self.trainable
+        self.whole = None  # fastedit.distributed.whole, for masters laid out over several processes
 
     def masters(self):
         """{name: tensor}"""
@@ -46,12 +47,17 @@ class Masters(nn.Module):
 
     def form(self):
         """The normal form at strength 1, differentiable."""
-        return self.form_of(self.masters())
+        masters = self.masters()
+        if self.whole is not None:
+            masters = {name: self.whole(tensor) for name, tensor in masters.items()}
+        return self.form_of(masters)
 
     def tensors(self):
         """(scale, bias, read, offset, write), where they need no folding (`direct`); Slotted for tenants."""
         get = (self._parameters if self.trainable else self._buffers).get
-        own = get("scale"), get("bias"), get("read"), get("offset"), get("write")
+        own = tuple(get(name) for name in TENSORS)
+        if self.whole is not None:
+            own = tuple(None if tensor is None else self.whole(tensor) for tensor in own)
         return own if self.tenancy is None else Slotted(own, self.tenancy)
 
     def set_strength(self, strength):
@@ -66,8 +72,26 @@ class Masters(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype is torch.float32 else tensor.to(moved.device)
 
+        was_meta = self.dial.is_meta
         with torch.inference_mode(False):  # inference tensors could neither be dialled nor trained
-            return super()._apply(move, recurse)
+            applied = super()._apply(move, recurse)
+            if was_meta and not self.dial.is_meta:  # to_empty: nothing will load what no state dict holds
+                self.dial.fill_(self.strength)
+        return applied
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        device = next(iter(self.masters().values())).device
+        if self.dial.is_meta and device.type != "meta":  # assign=True onto a model made on meta
+            self.dial = torch.full((1,), self.strength, device=device)
+
+    def __setattr__(self, name, value):
+        """Stay where accelerate would offload: its hooks bring weights back for a forward, and masters have none."""
+        if name == "_hf_hook":
+            value.detach_hook(self)
+            self.to(getattr(value, "execution_device", None))
+        elif name not in ("forward", "_old_forward"):
+            super().__setattr__(name, value)
 
     def extra_repr(self):
         return ", ".join(f"{n} {tuple(t.shape)}" for n, t in self.masters().items())

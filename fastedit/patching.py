@@ -9,6 +9,7 @@ the wrappers see them. Each (layer, site) has one `Site` holding the edits of al
 """
 
 import math
+import sys
 
 import torch
 from torch import nn
@@ -104,9 +105,14 @@ class Handle:
     def named_tensors(self, *, tenant=None):
         """{"0.layers.3.mlp.scale": tensor}: edit number, layer, site, name. The fp32 masters, detached.
 
-        Of a handle with tenants all of them, (tenants, …), or one tenant's.
+        Of a handle with tenants all of them, (tenants, …), or one tenant's. Masters laid out over several processes are
+        gathered: all of these call this together.
         """
         found = {name: tensor.detach() for name, tensor in self._named()}
+        if any(type(tensor) is not torch.Tensor for tensor in found.values()):
+            from . import distributed
+
+            found = distributed.gathered(found)
         if tenant is None:
             return found
         check_tenant(tenant, self._tenants().count)
@@ -136,7 +142,12 @@ class Handle:
                 raise ValueError(f"{name} holds values that are NaN or infinite")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                if type(own[name]) in (torch.Tensor, nn.Parameter):
+                    own[name].copy_(tensor)
+                else:
+                    from . import distributed
+
+                    distributed.copy_into(own[name], tensor)
 
     def parameters(self):
         """The trainable masters."""
@@ -182,7 +193,10 @@ class Handle:
         self._root.rows.mask = mask if mask is None else mask.to(next(self._each())[2].dial.device)
 
     def save(self, folder, *, tenant=None):
-        """Write the edits to a folder (fastedit.store); of a handle with tenants one tenant's, as an ordinary edit."""
+        """Write the edits to a folder (fastedit.store); of a handle with tenants one tenant's, as an ordinary edit.
+
+        Over several processes (fastedit.distributed) all call this, and the first writes.
+        """
         from . import store
 
         return store.save(self, folder, tenant=tenant)
@@ -325,6 +339,9 @@ class Handle:
                 yield edit, layer, masters
 
     def _named(self):
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is not None and isinstance(self.model, fsdp.FSDPModule):
+            self.model.reshard()  # what the last forward has gathered is a copy, and not what trains
         for number, (edit, members) in enumerate(zip(self.edits, self._members, strict=True)):
             for layer, masters in members:
                 for name, tensor in masters.masters().items():

@@ -128,6 +128,10 @@ def site_width(module, layer):
 def device_at(layer, site):
     """Where the weights at a site are; where accelerate offloads them, where it will run."""
     module = layer.at(site)
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     held = next(module.parameters(), None)  # a norm may have none
-    return device or (next(layer.module.parameters()) if held is None else held).device
+    found = (next(layer.module.parameters()) if held is None else held).device
+    if found.type != "meta" and "_hf_hook" not in module.__dict__:
+        return found
+    hooks = (m.__dict__.get("_hf_hook") for m in module.modules())
+    running = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in running if device is not None), found)

@@ -11,6 +11,8 @@ import logging
 import re
 from pathlib import Path
 
+import torch
+
 from . import __version__
 from .edit_file import JSON, EditFileError, read, write
 from .edits import from_config
@@ -61,8 +63,19 @@ def save(handle, folder, *, base_model=None, training=None, tenant=None):
         "fastedit": __version__, "edits": handle.config(), "strength": handle.strength,
         "base": describe_base(handle.model, base_model), "training": training,
     }  # fmt: skip
-    write(folder, header, tensors)
+    if _writes(handle):
+        write(folder, header, tensors)
     return Path(folder)
+
+
+def _writes(handle):
+    """Whether this process writes: of several that hold parts of the edits, only the first."""
+    own = dict(handle._named())
+    if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in own.values()):
+        return True
+    from . import distributed
+
+    return distributed.writes(own)
 
 
 def load(model, folder, *, freeze=False, revision=None):

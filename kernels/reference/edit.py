@@ -4,7 +4,9 @@ The definition that every other backend is measured against. Rows are (rows, wid
 arithmetic is fp32 (fp64 for fp64 rows) and rounds once, on the store.
 """
 
-from .form import apply_form, compute_dtype, form_backward
+import torch
+
+from .form import apply_form, compute_dtype, form_backward, row_coefficient
 
 
 def edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z=False):
@@ -12,6 +14,9 @@ def edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z=Fal
     h = hidden.to(compute_dtype(hidden))
     out, z = apply_form(h, scale, bias, read, offset, write, slot, coefficient)
     out = out.to(hidden.dtype)
+    k = row_coefficient(slot, coefficient, h.shape[0], h.dtype, h.device)
+    if k is not None and h.dtype is not hidden.dtype:  # there and back, a NaN comes with other bits
+        out = torch.where(k == 0, hidden, out)
     return (out.clone() if out is hidden else out), (z if want_z else None)
 
 
