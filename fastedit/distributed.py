@@ -15,8 +15,6 @@ With accelerate: `FullyShardedDataParallelPlugin(fsdp_version=2, ignored_modules
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from .masters import DerivedMasters
-
 POLICIES = ("replicate", "shard")
 
 
@@ -36,7 +34,7 @@ def shard(handle, mesh, policy="replicate"):
         The set of new parameters, for fully_shard's `ignored_params`.
 
     Raises:
-        ValueError: an unknown policy, masters that are laid out already, or of LoReFT, NoReFT or a trainable rotation;
+        ValueError: an unknown policy, masters that are laid out already, or of LoReFT or a trainable rotation;
             nothing has changed.
         RuntimeError: the handle was removed.
     """
@@ -44,11 +42,11 @@ def shard(handle, mesh, policy="replicate"):
         raise ValueError(f"policy is {policy!r}, expected one of {', '.join(POLICIES)}")
     handle._changeable()
     masters = [masters for _, _, masters in handle._each() if masters.trainable]
-    derived = next((edit for edit, _, own in handle._each() if isinstance(own, DerivedMasters)), None)
-    if derived is not None:
+    bound = next((edit for edit, _, own in handle._each() if own in masters and edit.constrained), None)
+    if bound is not None:
         raise ValueError(
-            f"{type(derived).__name__} keeps what follows from its masters, which are not laid out here; train it under "
-            "DDP, or with FSDP's ignored modules and the gradients averaged by hand"
+            f"{type(bound).__name__} brings its basis back to orthonormal rows after a step, which needs whole masters on "
+            "each process; train it under DDP"
         )
     for own in masters:
         for name, parameter in own._parameters.items():

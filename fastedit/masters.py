@@ -114,6 +114,8 @@ class DerivedMasters(Masters):
     def settle(self):
         """Retract and derive, if a master has changed since."""
         held = self._parameters if self.trainable else self._buffers
+        if laid_out(held):
+            return  # derived from whole tensors when it is used
         for name, tensor, version in self.seen:
             if held[name] is not tensor or tensor._version != version:
                 break
@@ -137,6 +139,8 @@ class DerivedMasters(Masters):
     def _form_tensors(self):
         if torch.compiler.is_compiling():
             return self._in_graph()
+        if self.whole is not None:
+            return self.derive({name: self.whole(tensor) for name, tensor in self._parameters.items()})
         self.settle()
         if self.trainable and torch.is_grad_enabled():
             return Derived.apply(self, *self._parameters.values())
@@ -158,6 +162,17 @@ class DerivedMasters(Masters):
     def _apply(self, fn, recurse=True):
         self.seen, self.kept = (), None
         return super()._apply(fn, recurse)
+
+    def __setattr__(self, name, value):
+        """Forget what followed from a master that is replaced: fully_shard gathers into one tensor, at one version."""
+        if isinstance(value, torch.Tensor) and name in self._parameters:
+            if self.constrained is not None and laid_out({name: value}):
+                raise ValueError(
+                    "An edit that brings its basis back to orthonormal rows after each step needs whole masters on each "
+                    "process, and fully_shard lays them out over several; train it under DDP"
+                )
+            self.seen = ()
+        super().__setattr__(name, value)
 
 
 class Derived(Function):
@@ -194,11 +209,18 @@ def join(members):
         m.group = group
 
 
+def laid_out(held):
+    """Whether any of {name: tensor} is part of a tensor over several processes (a DTensor)."""
+    return any(getattr(tensor, "device_mesh", None) is not None for tensor in held.values())
+
+
 def settle(group):
     """Retract the constrained masters of a group, and derive what follows from its masters."""
     alike = {}
     for m in group:
         held = Masters.masters(m)
+        if laid_out(held):
+            continue
         alike.setdefault(tuple((t.shape, t.device) for t in held.values()), []).append((m, held))
     with torch.inference_mode(False), torch.no_grad():
         for members in alike.values():

@@ -337,7 +337,7 @@ def test_a_copy_trains_on_its_own(how):
 def test_all_layers_are_retracted_at_once(monkeypatch):
     from fastedit import masters
 
-    model, _handle = stepped()
+    model, _ = stepped()
     calls = []
     real = masters.retracted
     monkeypatch.setattr(masters, "retracted", lambda bases: calls.append(bases.shape) or real(bases))
