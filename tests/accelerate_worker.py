@@ -6,6 +6,7 @@ The first process writes what came out as JSON into FOLDER; the figures are comp
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def main():
         found = {"mode": accelerator.distributed_type.value, "losses": losses, "resumed": resumed}
         found["dtypes"] = sorted({str(t.dtype) for t in handle.named_tensors().values()})
         (folder / "results.json").write_text(json.dumps(found))
-    accelerator.end_training()
+    sys.stdout.flush()
+    accelerator.wait_for_everyone()
+    os._exit(0)  # leaving a gloo group of accelerate's may wait forever
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def launched(arguments, folder, **environment):
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     done = subprocess.run(
-        [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True, timeout=200
     )
     return folder, done
 
@@ -130,7 +130,7 @@ def test_accelerates_fsdp2_leaves_the_edits_apart(results):
     (alone, _), found = of(results, "reference"), of(results, "accelerate_fsdp2")
     for process in found:
         assert close(process["no"]["losses"], alone["whole"]) and process["no"]["layers"]
-        assert close(process["bf16"]["losses"], alone["parts"], 2**-8 / ULP)
+        assert close(process["bf16"]["losses"], alone["parts"], 2**-7 / ULP)  # the logits and the loss, too, are bf16
         assert process["bf16"]["dtypes"] == ["torch.float32"] and process["bf16"]["finite"]
 
 
