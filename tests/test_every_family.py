@@ -377,6 +377,14 @@ def test_sites_of_one_module_are_edited_beside_each_other():
                 torch.testing.assert_close(zoo.output(model, "gpt2"), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_last_layers_block_is_edited_before_what_the_head_reads():
+    model, block, final = zoo.build("bert"), random_form(seed=1), random_form(seed=2)
+    slow = zoo.hook_reference(zoo.hook_reference(model, "bert", "block", {1: block}), "bert", "final", {1: final})
+    edits = scaled_then_low_rank(final, "final", None) + scaled_then_low_rank(block, "block", [1])
+    fe.patch(model, edits)
+    torch.testing.assert_close(zoo.output(model, "bert"), zoo.output(slow, "bert"), rtol=1e-4, atol=1e-5)
+
+
 def test_a_forward_of_the_instance_means_hooks_for_every_kind_of_site():
     model = zoo.build("gpt2")
     edits = identities("gpt2", ("q", "v", "ffn_in", "embed", "block", "final"))
