@@ -7,9 +7,6 @@ import torch
 from .families import Input, Part
 from .planning import site_width
 from .runtime import Site
-from .sites import SITES
-
-_ORDER = list(SITES)
 
 
 def site_at(layer, name):
@@ -70,10 +67,9 @@ def edit_parts(hidden, parts):
 
 
 class Gathered:
-    """Several sites of one module, edited in the order in which a forward pass comes to them."""
+    """Several sites of one module, in the order in which a forward pass comes to them (that of sites.SITES)."""
 
     def __init__(self, sites):
-        sites = sorted(sites, key=lambda site: _ORDER.index(site.site))
         self.inputs = [site for site in sites if site.reads_input]
         self.parts = [site for site in sites if isinstance(site, PartSite)]
         self.outputs = [site for site in sites if site not in self.inputs and site not in self.parts]

@@ -304,3 +304,101 @@ def test_sites_of_the_model_are_not_merged(site):
     model = zoo.build("llama")
     with pytest.raises(MergeError, match="to run"):
         fe.patch(model, fe.ScaleBias(site=site)).merge()
+
+
+# --- how models are run -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["phi3", "gemma2", "gpt_neox", "falcon", "falcon-rw", "opt", "bart"])
+def test_generation_with_a_cache_is_that_of_the_plain_path_without(name):
+    model = zoo.build(name)
+    scrambled(fe.patch(model, identities(name)))
+    given = {"input_ids": zoo.inputs(name)["input_ids"], "max_new_tokens": 5, "do_sample": False}
+    told = model.generate(**given)
+    assert torch.equal(told, tiny_plain(model).generate(**given, use_cache=False))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "opt", "gpt2", "bart"])
+def test_checkpointing_recomputes_the_same_gradients(name):
+    model = zoo.build(name).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for layer in zoo.layers(model, name):
+        for key in ("dropout", "activation_dropout"):
+            if isinstance(getattr(layer, key, None), float):
+                setattr(layer, key, 0.0)
+    scrambled(fe.patch(model, identities(name), freeze=True))
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(0)
+        model(**zoo.inputs(name)).logits.square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    for once, twice in zip(*grads, strict=True):
+        torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-5)
+
+
+def test_an_overflow_of_whispers_encoder_is_clamped_before_the_edit():
+    model = zoo.build("whisper", torch.float16)
+    layer = model.model.encoder.layers[1]
+    with torch.no_grad():
+        layer.fc2.bias.fill_(3e4)
+    handle = fe.patch(model, fe.ScaleBias(torch.full((zoo.WIDTH,), 0.5), site="block"))
+    assert {row["path"] for row in handle.report().rows} == {"fused"}
+    hidden = torch.full((1, 3, zoo.WIDTH), 6e4, dtype=torch.float16)
+    with torch.no_grad():
+        fused, plain = layer(hidden, None), tiny_plain(model).model.encoder.layers[1](hidden, None)
+    assert torch.equal(fused, plain) and fused.max() == (65504 - 1000) / 2
+
+
+def test_a_compiled_model_says_what_the_eager_one_says():
+    model = zoo.build("gpt_neox")
+    scrambled(fe.patch(model, identities("gpt_neox")))
+    said = zoo.output(model, "gpt_neox")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(zoo.output(compiled, "gpt_neox"), said, rtol=1e-4, atol=1e-5)
+
+
+def test_sites_of_one_module_are_edited_beside_each_other():
+    """`q`, `k` and `v` of one projection, the input and the output of one linear map, in any order of patching."""
+    model = zoo.build("gpt2")
+    forms = {site: random_form(width=zoo.width_of("gpt2", site), seed=n) for n, site in enumerate(("q", "v", "ffn_in", "mlp"))}
+    slow = model
+    for site, form in forms.items():
+        slow = zoo.hook_reference(slow, "gpt2", site, {0: form, 1: form})
+    expected = zoo.output(slow, "gpt2")
+    for order in (list(forms), list(reversed(forms))):
+        edits = [e for site in order for e in scaled_then_low_rank(forms[site], site, None)]
+        for fused in (True, False):
+            with fe.patch(model, edits, fused=fused):
+                torch.testing.assert_close(zoo.output(model, "gpt2"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_layers_block_is_edited_before_what_the_head_reads():
+    model, block, final = zoo.build("bert"), random_form(seed=1), random_form(seed=2)
+    slow = zoo.hook_reference(zoo.hook_reference(model, "bert", "block", {1: block}), "bert", "final", {1: final})
+    edits = scaled_then_low_rank(final, "final", None) + scaled_then_low_rank(block, "block", [1])
+    fe.patch(model, edits)
+    torch.testing.assert_close(zoo.output(model, "bert"), zoo.output(slow, "bert"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_of_the_instance_means_hooks_for_every_kind_of_site():
+    model = zoo.build("gpt2")
+    edits = identities("gpt2", ("q", "v", "ffn_in", "embed", "block", "final"))
+    handle = scrambled(fe.patch(model, edits))
+    edited, tensors = zoo.output(model, "gpt2"), handle.named_tensors()
+    handle.remove()
+    replaced = [model.transformer.ln_f]
+    for layer in model.transformer.h:
+        replaced += [layer, layer.attn.c_attn, layer.mlp.c_proj]
+    for module in replaced:
+        module.forward = lambda *a, forward=module.forward, **k: forward(*a, **k)
+    before = tiny.state(model)
+    handle = fe.patch(model, edits)
+    handle.load_tensors(tensors)
+    torch.testing.assert_close(zoo.output(model, "gpt2"), edited, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    tiny.assert_same_state(model, before)

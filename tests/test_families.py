@@ -117,6 +117,20 @@ def test_an_unknown_model_is_searched_and_served_plainly(site, path):
     tiny.assert_same_state(model, before)
 
 
+def test_an_unknown_model_has_its_inputs_too_but_no_final():
+    model, hidden, scale = Unknown(), torch.randn(2, 5, 16), torch.rand(32) + 0.5
+    expected = Unknown()
+    expected.load_state_dict(model.state_dict())
+    expected.stack[0].register_forward_pre_hook(lambda m, a: (a[0] * scale[:16],))
+    for block in expected.stack:
+        block.feed[2].register_forward_pre_hook(lambda m, a: (a[0] * scale,))
+    fe.patch(model, [fe.ScaleBias(scale, site="ffn_in"), fe.ScaleBias(scale[:16], site="embed")])
+    torch.testing.assert_close(model(hidden), expected(hidden))
+    for site, says in (("final", "what follows the last layer is not known"), ("q", "no linear map there is known")):
+        with pytest.raises(ValueError, match=says):
+            fe.patch(model, fe.ScaleBias(site=site))
+
+
 def test_a_site_that_cannot_be_found_is_refused_and_says_what_was():
     model = Unknown()
     for block in model.stack:

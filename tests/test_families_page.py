@@ -3,6 +3,8 @@
 import pathlib
 import warnings
 
+import pytest
+import torch
 import zoo
 
 import fastedit as fe
@@ -42,8 +44,16 @@ def page(text):
     return f"{head}<!-- table -->\n{table()}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def test_the_page_says_what_patching_says():
     assert set(NAMES) == set(zoo.CASES)
+    torch.set_num_threads(1)  # as in test_every_family.py
     text = PAGE.read_text(encoding="utf-8")
     assert page(text) == text, "docs/families.md is out of date: python tests/test_families_page.py writes it anew"
 
