@@ -15,6 +15,8 @@ _HOME = {
     "edits": (
         "Ablate", "Amplify", "Clamp", "DiReFT", "Edit", "LowRank", "NoReFT", "RED", "Rotate", "ScaleBias", "Steer",
     ),
+    "gates": ("Gate",),
+    "probes": ("Probe",),
     "patch": ("Handle", "patch"),
     "store": ("load", "EditFileError"),
     "interop.red": ("load_red_checkpoint",),

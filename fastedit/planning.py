@@ -1,7 +1,13 @@
 """From declarative edits to masters for every layer: all that can fail, before the model is touched."""
 
+import itertools
+
+from .gating import Gating, Sensor
 from .masters import Masters
 from .per_layer import Spot
+
+_IN_ORDER = ("attn", "mlp", "block")  # as a layer passes its sites
+_numbers = itertools.count()  # what a gate decided must never be taken for another's
 
 
 def plan(edit, layers):
@@ -16,7 +22,56 @@ def plan(edit, layers):
         module = layer.at(edit.site)
         spot = Spot(layer.name, layer.index, len(layers), order, len(chosen))
         members.append((layer, Masters(edit, spot, site_width(module, layer), site_device(module))))
+    if edit.gate is not None:
+        _gate(edit, members, layers)
     return members
+
+
+def _gate(edit, members, layers):
+    """Give an edit's masters their Gating."""
+    gates, key = edit.gate.leaves(), f"gate{next(_numbers)}"
+    shared = {}
+    for number, gate in enumerate(gates):
+        if gate.layer is not None:
+            shared[number] = _sensor_elsewhere(gate, f"{key}.{number}", edit, members, layers)
+    for order, (layer, masters) in enumerate(members):
+        module, sensors = layer.at(edit.site), []
+        for number, gate in enumerate(gates):
+            sensor = shared.get(number)
+            if sensor is None:
+                spot = Spot(layer.name, layer.index, len(layers), order, len(members))
+                name = f"{key}.{number}.{layer.name}"
+                sensor = Sensor(gate, name, spot, site_width(module, layer), site_device(module))
+                masters.add_module(f"gate{number}", sensor)
+            sensors.append(sensor)
+        masters.gating = Gating(edit.gate, key, sensors)
+
+
+def _sensor_elsewhere(gate, key, edit, members, layers):
+    site, found = gate.site or edit.site, _find(gate.layer, layers)
+    if len(found) > 1:
+        raise ValueError(f"a gate measures at one layer, but {gate.layer!r} names {len(found)}")
+    layer = found[0]
+    module = layer.at(site)
+    if module is None:
+        raise ValueError(f"a gate measures at site {site!r} of layer {layer.name}, which has no such site")
+    for other, _ in members:
+        if layer.name.partition(".")[0] != other.name.partition(".")[0]:
+            raise ValueError(f"a gate at layer {layer.name} cannot decide for layer {other.name}: another stack's tokens")
+        if not _precedes(layer, site, other, edit.site):
+            raise ValueError(
+                f"a gate measures at site {site!r} of layer {layer.name}, which comes after site {edit.site!r} of layer "
+                f"{other.name}, where its edit acts: measure at an earlier layer, or leave {other.name} out of layers="
+            )
+    spot = Spot(layer.name, layer.index, len(layers))
+    return Sensor(gate, key, spot, site_width(module, layer), site_device(module), layer, site)
+
+
+def _precedes(layer, site, other, other_site):
+    """Whether one place is passed before another, or is the same; not known of sites beside attn, mlp and block."""
+    if layer.index != other.index or site == other_site:
+        return layer.index <= other.index
+    return {site, other_site} <= set(_IN_ORDER) and _IN_ORDER.index(site) < _IN_ORDER.index(other_site)
 
 
 def choose(edit, layers):
@@ -28,18 +83,23 @@ def choose(edit, layers):
         return chosen
     chosen = []
     for wanted in edit.layers:
-        if isinstance(wanted, str):
-            found = [layer for layer in layers if wanted in (layer.name, layer.name.partition(".")[0])]
-        else:
-            found = [layers[wanted]] if -len(layers) <= wanted < len(layers) else []
-        if not found:
-            names = f"{layers[0].name} to {layers[-1].name}"
-            raise ValueError(f"there is no layer {wanted!r}: the model has {len(layers)} layers, {names}")
-        chosen += [layer for layer in found if layer not in chosen]
+        chosen += [layer for layer in _find(wanted, layers) if layer not in chosen]
     for layer in chosen:
         if layer.at(edit.site) is None:
             raise ValueError(_no_site(edit, layer))
     return chosen
+
+
+def _find(wanted, layers):
+    """The layers that a number or a name means."""
+    if isinstance(wanted, str):
+        found = [layer for layer in layers if wanted in (layer.name, layer.name.partition(".")[0])]
+    else:
+        found = [layers[wanted]] if -len(layers) <= wanted < len(layers) else []
+    if not found:
+        names = f"{layers[0].name} to {layers[-1].name}"
+        raise ValueError(f"there is no layer {wanted!r}: the model has {len(layers)} layers, {names}")
+    return found
 
 
 def _no_site(edit, layer):

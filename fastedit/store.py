@@ -189,6 +189,9 @@ def _check_tensors(folder, edits, layers, tensors):
                     name, (edit.rank, width)
                 )
                 expected[f"{number}.{layer.name}.{edit.site}.{name}"] = shape
+            for leaf, gate in enumerate(edit.gate.leaves() if edit.gate is not None else ()):
+                key = f"{number}.{layer.name}.{edit.site}" if gate.layer is None else f"{number}"
+                expected |= {f"{key}.gate{leaf}.condition": (width,), f"{key}.gate{leaf}.threshold": (1,)}
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise EditFileError(
