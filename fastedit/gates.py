@@ -186,7 +186,7 @@ def _thresholds(threshold):
     """What PerLayer takes: (1,), (layers, 1), or a mapping from layer numbers to (1,)."""
     if isinstance(threshold, Mapping):
         return {layer: _threshold(value) for layer, value in threshold.items()}
-    if isinstance(threshold, Iterable) and not (isinstance(threshold, torch.Tensor) and threshold.dim() == 0):
+    if isinstance(threshold, Iterable) and not isinstance(threshold, str) and not (isinstance(threshold, torch.Tensor) and threshold.dim() == 0):
         found = [_threshold(value) for value in threshold]
         if not found:
             raise ValueError("threshold is empty, expected a number, one a layer, or a mapping from layer numbers")

@@ -53,7 +53,7 @@ class Sensor(InFp32):
             if self.kind == "cosine":
                 return z / _length(rows)
             squashed = torch.tanh(z[..., None] * self.condition)
-            return (rows.to(z.dtype) * squashed).sum(-1) / (_length(rows) * _length(squashed))
+            return (rows.to(z.dtype) * squashed).sum(-1) / _length(rows) / _length(squashed)
 
     def _of_prompt(self, hidden, plan):
         """(sequences,): g of the prompt's last token in this forward, or of the mean of its tokens."""
