@@ -11,41 +11,36 @@ import torch
 
 
 class Decisions:
-    """Of one stack of layers. kept: {gate: (sequences,)}, the last ones; by_cache: those of forwards by hand."""
+    """Of one stack of layers, by cache, for forwards by hand: {cache: {key of the sensor: (sequences,)}}."""
 
     def __init__(self):
-        self.kept, self.by_cache = {}, weakref.WeakKeyDictionary()
+        self.by_cache = weakref.WeakKeyDictionary()
 
     def __reduce__(self):
         return Decisions, ()
 
-    def keep(self, gate, value):
-        """The tensor that holds a decision: the one before, if it fits."""
-        return _hold(self.kept, gate, value)
-
     def remember(self, plan, output):
         """After a forward by hand: what it decided belongs to the cache that it filled."""
-        if plan.decided and not torch.compiler.is_compiling():
-            cache = plan.cache if plan.cache is not None else _cache_of(output)
-            if cache is not None:
-                held = self.by_cache.setdefault(cache, {})
-                for gate, value in plan.decided.items():
-                    _hold(held, gate, value)
+        cache = plan.cache if plan.cache is not None else _cache_of(output)
+        if cache is not None:
+            held = self.by_cache.setdefault(cache, {})
+            for key, value in plan.decided.items():
+                held[key] = _into(held.get(key), value)
 
 
-def _hold(held, gate, value):
-    value, tensor = value.detach(), held.get(gate)
-    if tensor is value:
-        return tensor
-    if tensor is None or tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
-        if torch.compiler.is_compiling():
-            tensor = torch.empty_like(value)
-        else:
-            with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
-                tensor = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-        held[gate] = tensor
-    tensor.copy_(value)
-    return tensor
+def _keep(sensor, value):
+    """The sensor's last decision; while tracing by assignment alone, since to look would guard on what was there."""
+    sensor.kept = value.detach() if torch.compiler.is_compiling() else _into(sensor.kept, value)
+    return sensor.kept
+
+
+def _into(held, value):
+    """The tensor that holds a decision: the one before, if it fits."""
+    value = value.detach()
+    if held is None or held.shape != value.shape or held.dtype != value.dtype or held.device != value.device:
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+            held = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return held if held is value else held.copy_(value)
 
 
 def _cache_of(output):
@@ -53,54 +48,57 @@ def _cache_of(output):
     return next((v for v in values if callable(getattr(v, "get_seq_length", None))), None)
 
 
-def decide(plan, gate, fresh):
-    """(sequences,): what a gate said of the prompt; fresh() computes it from this forward.
+def decide(plan, sensor, fresh):
+    """(sequences,): what a sensor's gate said of the prompt; fresh() computes it from this forward.
 
     Raises:
         RuntimeError: this forward neither holds the end of the prompt nor follows one that did.
     """
-    decisions = plan.decisions
     if plan.generation is not None:
-        return _in_generate(plan, decisions, gate, fresh)
+        return _in_generate(plan, sensor, fresh)
     if isinstance(plan.offset, torch.Tensor):
-        return _on_static_cache(plan, decisions, gate, fresh)
+        return _on_static_cache(plan, sensor, fresh)
     if plan.offset == 0:  # also when a checkpoint computes this forward again: then with the gradient
-        value = plan.decided[gate] = fresh()
-        decisions.keep(gate, value)
+        value = plan.decided[sensor.key] = fresh()
+        _keep(sensor, value)
         return value
-    compiling = torch.compiler.is_compiling()
-    known = decisions.kept if compiling else decisions.by_cache.get(plan.cache, {})
-    if gate not in known:
+    held = _held(plan, sensor)
+    if held is None:
         raise _undecided()
-    plan.decided[gate] = known[gate]
-    return known[gate]
+    return held
 
 
-def _in_generate(plan, decisions, gate, fresh):
+def _held(plan, sensor):
+    """What was decided for the cache of this forward, or None."""
+    if torch.compiler.is_compiling():
+        return sensor.kept
+    return plan.decisions.by_cache.get(plan.cache, {}).get(sensor.key)
+
+
+def _in_generate(plan, sensor, fresh):
     held = plan.generation.decided
-    if gate in held:
-        return held[gate]
+    if sensor.key in held:
+        return held[sensor.key]
     missing = plan.generation.columns - (0 if plan.shape is None else plan.shape[1])
-    if missing > 0 and (_number(plan.offset) < missing):
+    if missing > 0 and _number(plan.offset) < missing:
         raise RuntimeError(
             "a gate decides on the prompt's last token or its mean, but this forward ends before the prompt does "
             "(prefill_chunk_size?): its first tokens would be edited before the decision; prefill in one forward"
         )
-    value = plan.decided[gate] = fresh()
-    held[gate] = decisions.keep(gate, value)
+    value = fresh()
+    held[sensor.key] = _keep(sensor, value)
     return value
 
 
-def _on_static_cache(plan, decisions, gate, fresh):
+def _on_static_cache(plan, sensor, fresh):
     """Whose length is a tensor: the choice between a new prompt's decision and the one kept is made on the device."""
-    value = fresh()
-    held = decisions.kept if torch.compiler.is_compiling() else decisions.by_cache.get(plan.cache, {})
-    if gate in held:
-        value = torch.where(plan.offset == 0, value, held[gate])
+    value, held = fresh(), _held(plan, sensor)
+    if held is not None:
+        value = torch.where(plan.offset == 0, value, held)
     elif not torch.compiler.is_compiling() and _number(plan.offset):
         raise _undecided()
-    plan.decided[gate] = value
-    decisions.keep(gate, value)
+    plan.decided[sensor.key] = value
+    _keep(sensor, value)
     return value
 
 

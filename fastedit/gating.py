@@ -25,6 +25,7 @@ class Sensor(InFp32):
         super().__init__()
         self.kind, self.decide, self.sharpness = gate.kind, gate.decide, gate.sharpness
         self.key, self.layer, self.site = key, layer, site
+        self.kept = None  # the last decision on a prompt: decisions.py
         for name, tensor in gate.values(spot, width).items():
             self.register_buffer(name, tensor.to(device, torch.float32, copy=True))
 
@@ -35,7 +36,7 @@ class Sensor(InFp32):
         """g for hidden states (…, width): (…,), or (sequences, 1) where it is decided on the prompt."""
         if self.decide == "token":
             return self.say(hidden)
-        return decide(plan, self.key, lambda: self._of_prompt(hidden, plan))[:, None]
+        return decide(plan, self, lambda: self._of_prompt(hidden, plan))[:, None]
 
     def say(self, rows):
         """g of rows (…, width), (…,); a hard one has no gradient."""
@@ -77,9 +78,9 @@ def _project(rows, condition):
 
 
 def _length(rows):
-    """‖row‖ in fp32 (fp64 for fp64 rows), never 0: a row of zeros is at right angles to everything."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).clamp(min=torch.finfo(torch.float32).tiny)
+    """‖row‖ in fp32 (fp64 for fp64 rows), 1 for a row of zeros, which is at right angles to everything."""
+    length = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return torch.where(length > 0, length, torch.ones_like(length))
 
 
 class Gating:

@@ -115,7 +115,7 @@ class Stack:
         generation = None if self.encodes else self.rows.generation
         plan = RowPlan(self.rows, generation, given, self.decisions)
         output = self.during(function, plan, *args, **kwargs)
-        if plan.decided and generation is None:
+        if plan.decided and not torch.compiler.is_compiling():
             self.decisions.remember(plan, output)
         return output
 

@@ -100,7 +100,7 @@ def _with_norm_of(hidden, edited):
     """The edited rows at the length they had; a row that was not edited keeps its bits."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     before, after = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype) for rows in (hidden, edited))
-    share = before / after.clamp(min=torch.finfo(dtype).tiny)
+    share = before / torch.where(after > 0, after, torch.ones_like(after))
     same = (edited == hidden).all(-1, keepdim=True)
     return torch.where(same, edited, (edited.to(dtype) * share).to(edited.dtype))
 

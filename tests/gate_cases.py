@@ -8,6 +8,7 @@ import torch
 import fastedit as fe
 
 PAD = 0
+ATOL = 1e-6  # the masters, unit conditions among them, are fp32: 6e-8 of them, in sums of some tens
 
 
 def vector(seed, width=tiny.WIDTH):
@@ -16,7 +17,7 @@ def vector(seed, width=tiny.WIDTH):
 
 LEAVES = {  # of each rule: what its gates are given
     "dot": [{"condition": vector(1), "threshold": 0.2}],
-    "soft dot": [{"condition": vector(1), "threshold": 0.2, "sharpness": 0.7}],
+    "soft dot": [{"condition": vector(1), "threshold": 0.2, "sharpness": 3.0}],
     "cosine": [{"condition": vector(2), "threshold": 0.05, "kind": "cosine"}],
     "soft cosine, prompt": [
         {"condition": vector(2), "threshold": 0.05, "kind": "cosine", "sharpness": 9.0, "decide": "prompt"}
@@ -26,17 +27,17 @@ LEAVES = {  # of each rule: what its gates are given
     "cosine, prompt mean": [
         {"condition": vector(4), "threshold": 0.02, "kind": "cosine", "decide": "prompt mean", "sharpness": 5.0}
     ],
-    "cast, prompt mean": [{"condition": vector(5), "threshold": 0.3, "kind": "cast", "decide": "prompt mean"}],
+    "cast, prompt mean": [{"condition": vector(5), "threshold": 0.1, "kind": "cast", "decide": "prompt mean"}],
     "cast": [{"condition": vector(5), "threshold": 0.3, "kind": "cast", "sharpness": 4.0}],
     "elsewhere": [{"condition": vector(1), "threshold": 0.1, "layer": 0}],
-    "elsewhere, prompt": [{"condition": vector(1), "threshold": 0.1, "layer": 0, "decide": "prompt", "sharpness": 3.0}],
+    "elsewhere, prompt": [{"condition": vector(1), "threshold": 0.1, "layer": 0, "decide": "prompt", "sharpness": 40.0}],
     "elsewhere, other site": [{"condition": vector(3), "threshold": 0.1, "layer": 1, "site": "attn", "decide": "prompt"}],
     "prompt and token": [
-        {"condition": vector(1), "threshold": -0.5, "decide": "prompt", "sharpness": 0.3}, {"condition": vector(2)},
+        {"condition": vector(1), "threshold": -0.5, "decide": "prompt", "sharpness": 2.0}, {"condition": vector(2)},
     ],
     "elsewhere or not here": [
-        {"condition": vector(1), "layer": 0, "decide": "prompt", "sharpness": 0.4},
-        {"condition": vector(2), "threshold": 0.1, "kind": "cosine"},
+        {"condition": vector(1), "layer": 0, "decide": "prompt", "sharpness": 4.0},
+        {"condition": vector(2), "threshold": -0.1, "kind": "cosine"},
     ],
     "two elsewhere": [{"condition": vector(1), "layer": 0, "decide": "prompt"}, {"condition": vector(2), "layer": 1}],
 }  # fmt: skip
@@ -115,7 +116,8 @@ class Slow:
                 cast = type(form)(*(None if t is None else t.to(hidden) for t in form.tensors()))
                 edited = hidden + k[..., None] * (cast(hidden) - hidden)
                 if self.keep_norm:
-                    edited = edited * hidden.norm(dim=-1, keepdim=True) / edited.norm(dim=-1, keepdim=True)
+                    length = edited.norm(dim=-1, keepdim=True)  # 0 for padding that no edit reaches
+                    edited = edited * hidden.norm(dim=-1, keepdim=True) / torch.where(length > 0, length, 1.0)
                 hidden = edited
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -160,4 +162,4 @@ def check_steps(slow, sequences, logits, mask, prompt_columns, repeats=1, rows=N
         k = 1.0 if rows is None else rows(full)
         with torch.no_grad():
             expected = slow.logits(sequences[:, :width], full, prompt_columns, k)[:, -1]
-        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=ATOL)

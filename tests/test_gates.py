@@ -5,14 +5,16 @@ import copy
 import pytest
 import tiny_models as tiny
 import torch
-from gate_cases import LEAVES, PAD, Slow, check_steps, gate, generated, prompts, said, vector
+from gate_cases import ATOL, LEAVES, PAD, Slow, check_steps, gate, generated, prompts, said, vector
 from patch_cases import random_form, scaled_then_low_rank
 from transformers import CompileConfig
 
 import fastedit as fe
 from fastedit.gates import rule_of
+from fastedit.gating import Sensor
 from fastedit.merging import MergeError
 from fastedit.patching import handles
+from fastedit.per_layer import Spot
 
 LAYERS = [1, 2]
 
@@ -118,7 +120,7 @@ def test_a_bare_forward_is_all_prompt_and_each_decides_anew(name, left):
         with torch.no_grad():
             got, expected = model(**given).logits, slow.logits(ids[order], mask[order], 8)
         real = mask[order].bool()
-        torch.testing.assert_close(got[real], expected[real], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(got[real], expected[real], rtol=1e-6, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", ["cosine", "dot, prompt", "cosine, prompt mean", "elsewhere, prompt"])
@@ -127,7 +129,7 @@ def test_an_encoder(name):
     ids, mask = prompts(left=False)
     with torch.no_grad():
         got, expected = model(input_ids=ids, attention_mask=mask).logits, slow.logits(ids, mask, 8)
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=ATOL)
 
 
 def test_a_decoder_behind_an_encoder_decides_on_its_own_prompt():
@@ -143,7 +145,7 @@ def test_a_decoder_behind_an_encoder_decides_on_its_own_prompt():
         slow.mask, slow.prompt_columns, slow.rows = torch.ones_like(seen), 3, 1.0
         with torch.no_grad():
             expected = slow.model(input_ids=ids, attention_mask=mask, decoder_input_ids=seen, use_cache=False).logits
-        torch.testing.assert_close(got.double(), expected[:, -1], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(got.double(), expected[:, -1], rtol=1e-6, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", ["dot", "dot, prompt", "elsewhere, prompt"])
@@ -170,7 +172,7 @@ def test_a_loop_by_hand_keeps_each_caches_decision(name):
                 got = model(
                     input_ids=more[:, t : t + 1], attention_mask=full[chosen, : 9 + t], past_key_values=cache
                 ).logits  # fmt: skip
-                torch.testing.assert_close(got[:, 0], expected[:, t], rtol=1e-6, atol=1e-8)
+                torch.testing.assert_close(got[:, 0], expected[:, t], rtol=1e-6, atol=ATOL)
         with pytest.raises(RuntimeError, match="has not seen this cache's prompt"):
             model(input_ids=more, attention_mask=full, past_key_values=copy.deepcopy(first))
 
@@ -189,7 +191,7 @@ def test_a_static_cache_by_hand():
             for start, end, tokens in ((0, 8, ids[chosen]), (8, 9, more[:, :1]), (9, 11, more[:, 1:])):
                 got = model(input_ids=tokens, attention_mask=full[:, :end], past_key_values=cache).logits
                 real = full[:, start:end].bool()
-                torch.testing.assert_close(got[real], expected[:, start:end][real], rtol=1e-6, atol=1e-8)
+                torch.testing.assert_close(got[real], expected[:, start:end][real], rtol=1e-6, atol=ATOL)
 
 
 def test_chunked_prefill_comes_too_late_for_a_decision():
@@ -366,12 +368,11 @@ def test_decisions_stay_where_they_are_for_a_captured_graph():
     fe.patch(model, fe.Steer(vector(8)).when(gate("soft cosine, prompt")))
     ids, mask = prompts()
     generated(model, ids, mask)
-    stack = next(iter(model.fastedit.stacks.values()))
-    before = {gate: (t.data_ptr(), t.clone()) for gate, t in stack.decisions.kept.items()}
+    sensors = [module for module in model.fastedit.modules() if isinstance(module, Sensor)]
+    before = [(sensor.kept.data_ptr(), sensor.kept.clone()) for sensor in sensors]
     generated(model, ids.flip(0), mask.flip(0))
-    for name, (address, value) in before.items():
-        assert stack.decisions.kept[name].data_ptr() == address
-        assert not torch.equal(stack.decisions.kept[name], value)
+    for sensor, (address, value) in zip(sensors, before, strict=True):
+        assert sensor.kept.data_ptr() == address and not torch.equal(sensor.kept, value)
 
 
 @pytest.mark.parametrize("name", LEAVES)
@@ -439,7 +440,7 @@ def test_inferaligners_gate():
     fe.patch(model, fe.Steer(vector(8), strength=0.5).when(gate))
     with torch.no_grad():
         given = {"input_ids": ids, "attention_mask": mask}
-        torch.testing.assert_close(model(**given).logits, slow(**given).logits, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(model(**given).logits, slow(**given).logits, rtol=1e-6, atol=ATOL)
     assert 0 < sum(float(g.sum()) for g in decided) < 12
 
 
@@ -515,7 +516,7 @@ def test_a_later_site_of_the_same_layer_and_another_stack_are_refused():
 
 
 def test_what_a_gate_says_is_bounded_where_rows_are_zero():
-    sensor = fe.planning.Sensor(fe.Gate(vector(1), kind="cosine"), "g", fe.planning.Spot("layers.0", 0, 1), 32, "cpu")
+    sensor = Sensor(fe.Gate(vector(1), kind="cosine"), "g", Spot("layers.0", 0, 1), 32, "cpu")
     for kind in ("cosine", "cast"):
         sensor.kind = kind
         rows = torch.zeros(2, 32, requires_grad=True)
