@@ -1,0 +1,1 @@
+"""Published methods that are more than one edit, one file each."""
