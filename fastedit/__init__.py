@@ -15,7 +15,9 @@ _HOME = {
     "edits": (
         "Ablate", "Amplify", "Clamp", "DiReFT", "Edit", "LowRank", "NoReFT", "RED", "Rotate", "ScaleBias", "Steer",
     ),
+    "gates": ("Gate",),
     "moments": ("Moments",),
+    "probes": ("Probe",),
     "patch": ("Handle", "patch"),
     "red_plus": ("REDPlus",),
     "reft": ("LoReFT",),

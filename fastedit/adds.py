@@ -82,17 +82,21 @@ class Add:
         site = self.x
         if site is not None and not site.ride.now(x.dtype):
             site = None  # its own module has applied it
-        last = self.sum
+        last, after = self.sum, ()
         if last is not None and last.ride.now(_sum_dtype(x, residual)):
-            x = x if site is None else site.apply(x)
-            return x, *(last.stages[0].arguments(x.shape) or _NONE), True, last.stages[1:]
+            if last.stages[0].on_sum:
+                x = x if site is None else site.apply(x)
+                return x, *(last.stages[0].arguments(x) or _NONE), True, last.stages[1:]
+            after = last.stages
         if site is None:
-            return x, _NOTHING, None, False, ()
+            return x, _NOTHING, None, False, after
         stages = site.stages
+        if not stages[-1].on_x:
+            return site.apply(x), _NOTHING, None, False, after
         if len(stages) > 1:
             for stage in stages[:-1]:
                 x = stage.apply(x)
-        return x, *(stages[-1].arguments(x.shape) or _NONE), False, ()
+        return x, *(stages[-1].arguments(x) or _NONE), False, after
 
 
 def _sum_dtype(x, residual):

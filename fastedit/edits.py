@@ -14,6 +14,9 @@ Arguments that all edits take:
         through, encoder first; "decoder" or "decoder.3" also work.
     positions: which tokens, as fastedit/positions.py lists: None or "all", "prompt", "generated", "first 4", "last 4", …
     strength: c, a number; `handle.strength` multiplies it at run time.
+    keep_norm: scale each edited row back to the length it had: h'·‖h‖/‖h'‖. Such an edit rides on no add.
+
+`edit.when(gate)` is the same edit behind a gate (gates.py).
 
 A value that may differ by layer is one tensor for all layers, a tensor with a leading layer dimension (as
 many as the model has layers, or as the edit names), or a mapping from layer number to tensor (or an object
@@ -28,6 +31,7 @@ import torch
 
 from .checks import MAX_RANK
 from .form import Form
+from .gates import check_rule, rule_of
 from .per_layer import PerLayer
 from .positions import positions as as_positions
 from .sites import check_site
@@ -50,15 +54,28 @@ class Edit:
     pull_back = None  # … and its transpose: (masters, gradients of the five) → {name: gradient}
     held = None  # {layer number: {name: tensor}} in place of `values`
     constrained = None  # the master whose rows are kept orthonormal (orthonormal.py)
+    is_probe = False
+    gate = None  # a gates.Rule
 
-    def __init__(self, names, rank=0, *, site=None, layers=None, positions=None, strength=1.0):
+    def __init__(self, names, rank=0, *, site=None, layers=None, positions=None, strength=1.0, keep_norm=False):
         self.site = check_site(self.default_site if site is None else site)
         self.layers = _check_layers(layers)
         self.positions = as_positions(positions)
         if rank > MAX_RANK:
             raise ValueError(f"{type(self).__name__} has rank {rank}, but the kernels take up to {MAX_RANK}")
         self.strength, self.names, self.rank = _number("strength", strength), tuple(names), rank
-        self.neutral = False
+        if not isinstance(keep_norm, bool):
+            raise TypeError(f"keep_norm is {keep_norm!r}, expected True or False")
+        self.neutral, self.keep_norm = False, keep_norm
+
+    def when(self, gate):
+        """The same edit where a gate says so: a fastedit.Gate, or several combined by &, | and ~.
+
+        Behind a gate already, it is behind both. h' = h + c · g · (…), g one number a row.
+        """
+        gated = copy.copy(self)
+        gated.gate = check_rule(gate) if self.gate is None else self.gate & gate
+        return gated
 
     def values(self, spot, width):
         """{name: fp32 tensor on the CPU} for a layer."""
@@ -105,12 +122,16 @@ class Edit:
             "positions": "all" if self.positions is None else self.positions.spec(),
             "strength": self.strength, "rank": self.rank, "tensors": list(self.names), "trainable": self.trainable,
         }  # fmt: skip
+        described |= {"keep_norm": True} if self.keep_norm else {}
+        described |= {} if self.gate is None else {"gate": self.gate.spec()}
         return described | {name: getattr(self, name) for name in self.options}
 
     def __repr__(self):
         shown = {"site": self.site, "layers": self.layers, "strength": self.strength}
         shown |= {} if self.positions is None else {"positions": str(self.positions)}
         shown |= {"rank": self.rank} if self.rank else {}
+        shown |= {"keep_norm": True} if self.keep_norm else {}
+        shown |= {} if self.gate is None else {"gate": str(self.gate)}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
 
@@ -359,8 +380,8 @@ def _rebuild(config):
         raise ValueError(
             f"unknown kind of edit {config.get('kind')!r}; the kinds are {', '.join(sorted(kinds))}"
         )
-    where = ("site", "layers", "positions", "strength")
-    known = {"kind", "rank", "tensors", "trainable", *where, *kind.options}
+    where = ("site", "layers", "positions", "strength", "keep_norm")
+    known = {"kind", "rank", "tensors", "trainable", "gate", *where, *kind.options}
     unknown = sorted(set(config) - known)
     if unknown:
         raise ValueError(
@@ -375,7 +396,7 @@ def _rebuild(config):
         isinstance(rank, bool)
         or not isinstance(rank, int)
         or rank < 0
-        or (rank == 0) != ({"write", "plane"}.isdisjoint(names))
+        or (rank == 0) != {"read", "write", "plane"}.isdisjoint(names)
     ):
         raise ValueError(f"{kind.__name__}: rank is {rank!r} with tensors {names}")
     edit = object.__new__(kind)
@@ -383,6 +404,7 @@ def _rebuild(config):
         setattr(edit, name, config.get(name))
     Edit.__init__(edit, names, rank, **{key: config[key] for key in where if key in config})
     edit.trainable, edit.neutral = bool(config.get("trainable", kind.trainable)), True
+    edit.gate = rule_of(config["gate"]) if config.get("gate") is not None else None
     return edit
 
 

@@ -11,17 +11,41 @@ from .orthonormal import Tangent, retract_, retracted, tangent
 from .tenants import Slotted
 
 
-class Masters(nn.Module):
+class InFp32(nn.Module):
+    """A module whose tensors follow the model to its device, never to its dtype: in bf16, 1 ± 1e-3 rounds back to 1."""
+
+    def _apply(self, fn, recurse=True):
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype is torch.float32 else tensor.to(moved.device)
+
+        with torch.inference_mode(False):  # inference tensors could neither be dialled nor trained
+            return super()._apply(move, recurse)
+
+    def __setattr__(self, name, value):
+        """Stay where accelerate would offload: its hooks bring weights back for a forward, and masters have none."""
+        if name == "_hf_hook":
+            value.detach_hook(self)
+            self.to(getattr(value, "execution_device", None))
+        elif name not in ("forward", "_old_forward"):
+            super().__setattr__(name, value)
+
+
+class Masters(InFp32):
     """An edit's tensors, parameters if it is trainable, else buffers; fp32 whatever the model becomes.
 
     `dial` (1,) is the edit's strength now, fp32 and not saved; `strength` is the same number for Python.
     With a Tenancy the tensors have a leading tenant dimension, all tenants alike at the start.
     """
 
+    is_sensor = False
+
     def __init__(self, edit, spot, width, device, tenancy=None):
         super().__init__()
+        self.is_probe = edit.is_probe
         self.form_of, self.trainable, self.rank, self.tenancy = edit.form, edit.trainable, edit.rank, tenancy
-        self.positions = edit.positions
+        self.positions, self.keep_norm = edit.positions, edit.keep_norm
+        self.gating = None  # its gating.Gating, if planning gives it one
         self.direct = edit.form is Edit.form  # the masters are the normal form's own tensors
         for name, tensor in edit.tensors(spot, width).items():
             tensor = tensor if tenancy is None else tensor.expand(tenancy.count, *tensor.shape)
@@ -34,6 +58,16 @@ class Masters(nn.Module):
         self.strength = edit.strength
         self.dialled = not self.trainable
         self.whole = None  # fastedit.distributed.whole, for masters laid out over several processes
+
+    @property
+    def needs_plan(self):
+        """Whether it must know a forward's tokens."""
+        return self.positions is not None or self.is_probe or (self.gating is not None and self.gating.needs_plan)
+
+    @property
+    def alone(self):
+        """Whether it is a stage of its own."""
+        return self.gating is not None or self.keep_norm or self.is_probe
 
     def masters(self):
         """{name: tensor}"""
@@ -66,16 +100,10 @@ class Masters(nn.Module):
         self.dial.fill_(strength)
 
     def _apply(self, fn, recurse=True):
-        """Follow the model to its device, never to its dtype: in bf16, 1 ± 1e-3 rounds back to 1."""
-
-        def move(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype is torch.float32 else tensor.to(moved.device)
-
         was_meta = self.dial.is_meta
-        with torch.inference_mode(False):  # inference tensors could neither be dialled nor trained
-            applied = super()._apply(move, recurse)
-            if was_meta and not self.dial.is_meta:  # to_empty: nothing will load what no state dict holds
+        applied = super()._apply(fn, recurse)
+        if was_meta and not self.dial.is_meta:  # to_empty: nothing will load what no state dict holds
+            with torch.inference_mode(False):
                 self.dial.fill_(self.strength)
         return applied
 
@@ -84,14 +112,6 @@ class Masters(nn.Module):
         device = next(iter(self.masters().values())).device
         if self.dial.is_meta and device.type != "meta":  # assign=True onto a model made on meta
             self.dial = torch.full((1,), self.strength, device=device)
-
-    def __setattr__(self, name, value):
-        """Stay where accelerate would offload: its hooks bring weights back for a forward, and masters have none."""
-        if name == "_hf_hook":
-            value.detach_hook(self)
-            self.to(getattr(value, "execution_device", None))
-        elif name not in ("forward", "_old_forward"):
-            super().__setattr__(name, value)
 
     def extra_repr(self):
         return ", ".join(f"{n} {tuple(t.shape)}" for n, t in self.masters().items())

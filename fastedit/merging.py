@@ -109,10 +109,16 @@ def _check(handle, layer, site, masters):
     placed = next((m.positions for m in masters if m.positions), None)
     if placed is not None:
         raise MergeError(f"{where}: weights act on every token, this edit on {str(placed)!r}; leave it to run")
+    if any(m.gating is not None for m in masters):
+        raise MergeError(f"{where}: weights act on every row, a gated edit on some; leave it to run")
+    if any(m.keep_norm for m in masters):
+        raise MergeError(f"{where}: keep_norm divides by the norm of each row, which no weights do; leave it to run")
+    if any(m.is_probe for m in masters):
+        raise MergeError(f"{where}: a probe reads and changes nothing, so there is nothing to merge; patch it apart")
     first = handle._root.stack(layer, site)[: len(masters)]
     if any(a is not b for a, b in zip(first, masters, strict=True)):
         raise MergeError(
-            f"{where}: another handle's edits come first; merge or remove that handle before this one"
+            f"{where}: another handle's edits, probes or gates come first; merge or remove that handle before this one"
         )
     module = layer.at(site)
     base = base_of(module)

@@ -17,6 +17,7 @@ from torch import nn
 from .edits import Edit
 from .merging import MergeError, merge_handle
 from .planning import device_at, plan
+from .probes import readings
 from .report import report
 from .root import Root, root_of
 from .row_plan import check_lengths, check_mask
@@ -56,11 +57,17 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
     if not edits:
         raise ValueError("edits is empty: there is nothing to patch")
     tenancy = None if check_count(tenants) is None else Tenancy(tenants)
+    for edit in edits:
+        if tenancy is not None and (edit.gate is not None or edit.is_probe):
+            what = "a Probe" if edit.is_probe else "an edit behind a gate"
+            raise ValueError(f"tenants have tensors of their own, and {what} has none: patch it apart, without tenants=")
     root = root_of(model) or Root(model)
     with torch.inference_mode(False):
         members = [plan(edit, root.layers, tenancy) for edit in edits]
     if fused:
-        root.prove([(layer, e.site) for e, chosen in zip(edits, members, strict=True) for layer, _ in chosen])
+        places = [(layer, e.site) for e, chosen in zip(edits, members, strict=True) for layer, _ in chosen]
+        sensors = [s for chosen in members for s in _shared(chosen).values()]
+        root.prove(places + [(sensor.layer, sensor.site) for sensor in sensors])
     return kind(model, root, edits, members, freeze, fused, tenancy)
 
 
@@ -79,7 +86,7 @@ class Handle:
         self.removed, self._merged = False, None
         self.name = root.new_name()
         self._root, self._members, self._strength = root, members, 1.0
-        for _, _, masters in self._each():
+        for masters in [*(m for _, _, m in self._each()), *self._sensors()]:
             masters.fused = fused
         model._modules["fastedit"] = root
         root.handles[self.name] = self
@@ -191,6 +198,15 @@ class Handle:
         self._alive()
         mask = check_mask(mask)
         self._root.rows.mask = mask if mask is None else mask.to(next(self._each())[2].dial.device)
+
+    @property
+    def readings(self):
+        """What the probes among the edits read in the last forward: a list of fp32 tensors, one a Probe.
+
+        Each is (layers, batch, tokens, probes). Within a call of `generate` the forwards are joined by token, except
+        under torch.compile. [] before the first forward; no gradient flows through them.
+        """
+        return readings(self._members)
 
     def save(self, folder, *, tenant=None):
         """Write the edits to a folder (fastedit.store); of a handle with tenants one tenant's, as an ordinary edit.
@@ -344,8 +360,13 @@ class Handle:
             self.model.reshard()  # what the last forward has gathered is a copy, and not what trains
         for number, (edit, members) in enumerate(zip(self.edits, self._members, strict=True)):
             for layer, masters in members:
-                for name, tensor in masters.masters().items():
-                    yield f"{number}.{layer.name}.{edit.site}.{name}", tensor
+                yield from _under(f"{number}.{layer.name}.{edit.site}", masters)
+            for name, sensor in _shared(members).items():
+                yield from _under(f"{number}.{name}", sensor)
+
+    def _sensors(self):
+        """The gates that measure elsewhere than their edits act."""
+        return [sensor for members in self._members for sensor in _shared(members).values()]
 
     def _build_tree(self):
         """Nested containers, so that the names in state_dict() are those of `named_tensors`."""
@@ -358,19 +379,23 @@ class Handle:
                         at.add_module(part, nn.Module())
                     at = at._modules[part]
                 at.add_module(edit.site, masters)
+            for name, sensor in _shared(members).items():
+                tree._modules[str(number)].add_module(name, sensor)
         return tree
 
     def _activate(self, in_front=False):
         """Put the masters behind those that are at their sites already, or in front of them."""
         own = {}
+        for sensor in self._sensors():
+            own.setdefault((sensor.layer, sensor.site), []).append(sensor)
         for edit, layer, masters in self._each():
             own.setdefault((layer, edit.site), []).append(masters)
         there = {key: self._root.stack(*key) for key in own}
         self._root.change(self.model, {k: own[k] + there[k] if in_front else there[k] + own[k] for k in own})
 
     def _deactivate(self):
-        own = {id(masters) for _, _, masters in self._each()}
-        keys = {(layer, edit.site) for edit, layer, _ in self._each()}
+        own = {id(masters) for masters in [*(m for _, _, m in self._each()), *self._sensors()]}
+        keys = {(layer, edit.site) for edit, layer, _ in self._each()} | {(s.layer, s.site) for s in self._sensors()}
         self._root.change(self.model, {key: [m for m in self._root.stack(*key) if id(m) not in own] for key in keys})
 
     def _freeze(self):
@@ -384,3 +409,19 @@ class Handle:
             if parameter.requires_grad and id(parameter) not in kept:
                 parameter.requires_grad_(False)
                 self._root.frozen.append(parameter)
+
+
+def _under(prefix, masters):
+    """(name, tensor) of masters, and of the gates at their own site."""
+    for name, tensor in masters.masters().items():
+        yield f"{prefix}.{name}", tensor
+    for name, sensor in masters.named_children():
+        yield from _under(f"{prefix}.{name}", sensor)
+
+
+def _shared(members):
+    """{name: sensor} of an edit's gates at other sites."""
+    gating = members[0][1].gating
+    if gating is None:
+        return {}
+    return {f"gate{n}": sensor for n, sensor in enumerate(gating.sensors) if sensor.layer is not None}

@@ -1,9 +1,15 @@
 """From declarative edits to masters for every layer: all that can fail, before the model is touched."""
 
+import itertools
+
 from .families import Input, Part
+from .gating import Gating, Sensor
 from .masters import join, masters_of
 from .per_layer import Spot
 from .sites import MODEL_SITES
+
+_PASSED = {"embed": 0, "q": 1, "k": 1, "v": 1, "attn": 2, "ffn_in": 3, "mlp": 4, "block": 5, "final": 6}  # in a layer
+_numbers = itertools.count()  # what a gate decided must never be taken for another's
 
 
 def plan(edit, layers, tenancy=None):
@@ -18,7 +24,55 @@ def plan(edit, layers, tenancy=None):
         spot = Spot(layer.name, layer.index, len(layers), order, len(chosen))
         members.append((layer, masters_of(edit, spot, width_at(layer, edit.site), device_at(layer, edit.site), tenancy)))
     join(masters for _, masters in members)
+    if edit.gate is not None:
+        _gate(edit, members, layers)
     return members
+
+
+def _gate(edit, members, layers):
+    """Give an edit's masters their Gating."""
+    gates, key = edit.gate.leaves(), f"gate{next(_numbers)}"
+    shared = {}
+    for number, gate in enumerate(gates):
+        if gate.layer is not None:
+            shared[number] = _sensor_elsewhere(gate, f"{key}.{number}", edit, members, layers)
+    for order, (layer, masters) in enumerate(members):
+        sensors = []
+        for number, gate in enumerate(gates):
+            sensor = shared.get(number)
+            if sensor is None:
+                spot = Spot(layer.name, layer.index, len(layers), order, len(members))
+                name = f"{key}.{number}.{layer.name}"
+                sensor = Sensor(gate, name, spot, width_at(layer, edit.site), device_at(layer, edit.site))
+                masters.add_module(f"gate{number}", sensor)
+            sensors.append(sensor)
+        masters.gating = Gating(edit.gate, key, sensors)
+
+
+def _sensor_elsewhere(gate, key, edit, members, layers):
+    site, found = gate.site or edit.site, find(gate.layer, layers)
+    if len(found) > 1:
+        raise ValueError(f"a gate measures at one layer, but {gate.layer!r} names {len(found)}")
+    layer = found[0]
+    if layer.at(site) is None:
+        raise ValueError(f"a gate measures at site {site!r} of layer {layer.name}, which has no such site")
+    for other, _ in members:
+        if layer.name.partition(".")[0] != other.name.partition(".")[0]:
+            raise ValueError(f"a gate at layer {layer.name} cannot decide for layer {other.name}: another stack's tokens")
+        if not _precedes(layer, site, other, edit.site):
+            raise ValueError(
+                f"a gate measures at site {site!r} of layer {layer.name}, which comes after site {edit.site!r} of layer "
+                f"{other.name}, where its edit acts: measure at an earlier layer, or leave {other.name} out of layers="
+            )
+    spot = Spot(layer.name, layer.index, len(layers))
+    return Sensor(gate, key, spot, width_at(layer, site), device_at(layer, site), layer, site)
+
+
+def _precedes(layer, site, other, other_site):
+    """Whether one place is passed before another, or is the same."""
+    if layer.index != other.index or site == other_site:
+        return layer.index <= other.index
+    return _PASSED[site] < _PASSED[other_site]
 
 
 def choose(edit, layers):
@@ -32,14 +86,7 @@ def choose(edit, layers):
         return chosen
     chosen = []
     for wanted in edit.layers:
-        if isinstance(wanted, str):
-            found = [layer for layer in layers if wanted in (layer.name, layer.name.partition(".")[0])]
-        else:
-            found = [layers[wanted]] if -len(layers) <= wanted < len(layers) else []
-        if not found:
-            names = f"{layers[0].name} to {layers[-1].name}"
-            raise ValueError(f"there is no layer {wanted!r}: the model has {len(layers)} layers, {names}")
-        chosen += [layer for layer in found if layer not in chosen]
+        chosen += [layer for layer in find(wanted, layers) if layer not in chosen]
     for layer in chosen:
         if layer.at(edit.site) is None:
             raise ValueError(_no_site(edit, layer))
@@ -75,6 +122,18 @@ _WHY = {
     "ffn_in": "its FFN has no single last linear map, or none that is unmistakably so",
     "final": "what follows the last layer is not known",
 }
+
+
+def find(wanted, layers):
+    """The layers that a number or a name means."""
+    if isinstance(wanted, str):
+        found = [layer for layer in layers if wanted in (layer.name, layer.name.partition(".")[0])]
+    else:
+        found = [layers[wanted]] if -len(layers) <= wanted < len(layers) else []
+    if not found:
+        names = f"{layers[0].name} to {layers[-1].name}"
+        raise ValueError(f"there is no layer {wanted!r}: the model has {len(layers)} layers, {names}")
+    return found
 
 
 def _no_site(edit, layer):

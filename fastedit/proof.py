@@ -174,10 +174,12 @@ class _Unexpected(nn.Module):
 class _GivenSite:
     """A site whose one stage is a given form."""
 
+    on_x = on_sum = True
+
     def __init__(self, form):
         self.stages, self.form, self.ride = (self,), form, None
 
-    def arguments(self, shape):
+    def arguments(self, hidden):
         return self.form.tensors(), None
 
     def apply(self, hidden):

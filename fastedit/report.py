@@ -37,22 +37,29 @@ def report(handle):
     for number, (edit, members) in enumerate(zip(handle.edits, handle._members, strict=True)):
         for layer, masters in members:
             stack, _, position = layer.name.rpartition(".")
-            tensors = list(masters.masters().values())
+            tensors = [*masters.masters().values(), *(t for child in masters.children() for t in child.buffers())]
             rows.append({
                 "number": number, "stack": stack, "layer": int(position), "site": edit.site,
-                "edit": type(edit).__name__, "path": _path(handle, layer, edit.site),
+                "edit": type(edit).__name__ + ("" if edit.gate is None else f" when {edit.gate}"),
+                "path": _path(handle, layer, edit.site, masters),
                 "backend": _backend(layer, edit.site, masters),
                 "parameters": sum(t.numel() for t in tensors), "bytes": sum(t.nbytes for t in tensors),
             })  # fmt: skip
     return Report(rows)
 
 
-def _path(handle, layer, site):
+def _path(handle, layer, site, masters):
     if handle.removed:
         return "removed"
     if handle.merged:
         return "merged into the weights"
     reason = handle._root.installed[layer.name].paths[site]
+    if reason is None and masters.keep_norm:
+        reason = "keep_norm rescales each row after the edit"
+    if reason is None and site == "block" and masters.gating is not None and masters.gating.looks:
+        reason = "its gate looks at the sum before it is edited"
+    if reason is None and masters.is_probe:
+        return "reads only"
     return "fused" if reason is None else f"plain: {reason}"
 
 

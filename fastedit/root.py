@@ -76,7 +76,7 @@ class Root(nn.Module):
             if sites:
                 verdicts = {r: self.verdicts.get((layer.name, r)) for r in layer.family.fused}
                 fused = all(m.fused for site in sites.values() for m in site.masters)
-                placed = any(m.positions for site in sites.values() for m in site.masters)
+                placed = any(m.needs_plan for site in sites.values() for m in site.masters)
                 stack = self._stack_of(layer) if placed else None
                 self.installed[layer.name] = Installation(layer, sites, verdicts, fused, stack)
         link([self.installed[layer.name] for layer in self.layers if layer.name in self.installed])
@@ -85,10 +85,10 @@ class Root(nn.Module):
         return self.stacks.get(layer.name.partition(".")[0])
 
     def _plan(self, model, stacks):
-        """Row plans for the stacks of layers that will have an edit with positions, and for no others."""
+        """Row plans for the stacks of layers where an edit, a gate or a probe needs them, and for no others."""
         masters = {key: site.masters for key, site in self.sites.items()}
         masters |= {(layer.name, name): found for (layer, name), found in stacks.items()}
-        wanted = {key[0].partition(".")[0] for key, found in masters.items() if any(m.positions for m in found)}
+        wanted = {key[0].partition(".")[0] for key, found in masters.items() if any(m.needs_plan for m in found)}
         if wanted == set(self.stacks):
             return
         owners = {}

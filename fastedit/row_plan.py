@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from .decisions import Decisions
 from .positions import Positions
 from .swapping import PLANNED, base_of, swap, swap_back, swappable
 
@@ -32,6 +33,7 @@ class Generation:
     def __init__(self, columns, mask):
         self.columns, self.mask, self.behind_encoder = columns, mask, columns is None
         self.thread = threading.get_ident()
+        self.decided = {}  # what gates said of the prompt: {gate: (sequences,)}
 
 
 class Rows:
@@ -85,6 +87,7 @@ class Stack:
     def __init__(self, name, owner, rows):
         self.encodes, self.owner, self.rows = name == "encoder", owner, rows
         self.plans, self.traced = {}, None  # by thread; and under torch.compile, which has no threads
+        self.decisions = Decisions()
 
     def __getstate__(self):
         return self.__dict__ | {"plans": {}, "traced": None}
@@ -110,7 +113,11 @@ class Stack:
     def forward(self, function, given, *args, **kwargs):
         """The owner's forward, under a plan of what it was given {name: value}."""
         generation = None if self.encodes else self.rows.generation
-        return self.during(function, RowPlan(self.rows, generation, given), *args, **kwargs)
+        plan = RowPlan(self.rows, generation, given, self.decisions)
+        output = self.during(function, plan, *args, **kwargs)
+        if plan.decided and not torch.compiler.is_compiling():
+            self.decisions.remember(plan, output)
+        return output
 
     def checkpointed(self, checkpoint):
         """A checkpointing function whose recomputation has its own forward's plan."""
@@ -125,33 +132,46 @@ class Stack:
 
     def coefficient(self, positions, shape, device):
         """(…,) fp32 for hidden states of `shape` (…, width); None for 1 throughout, NOWHERE for 0."""
+        return self.known_plan(f"an edit with positions {str(positions)!r}").coefficient(positions, shape, device)
+
+    def known_plan(self, what):
+        """The plan in force; `what` needs it."""
         plan = self.plan()
         if plan is None:
             raise RuntimeError(
-                f"an edit with positions {str(positions)!r} ran outside of {type(self.owner).__name__}.forward, which "
+                f"{what} ran outside of {type(self.owner).__name__}.forward, which "
                 "knows the tokens; call that, and checkpoint with model.gradient_checkpointing_enable()"
             )
-        return plan.coefficient(positions, shape, device)
+        return plan
 
 
 class RowPlan:
     """One forward's tokens: `offset` columns are in the cache already (an int, or a tensor of a static cache)."""
 
-    def __init__(self, rows, generation, given):
-        self.rows, self.generation = rows, generation
+    def __init__(self, rows, generation, given, decisions):
+        self.rows, self.generation, self.decisions = rows, generation, decisions
         self.ids, embeds = (given.get(name) for name in _INPUTS)
         mask = given.get("attention_mask")
         self.unread = mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)
         self.attention_mask = None if self.unread else mask
         shaped = self.ids if self.ids is not None else embeds
         self.shape = None if shaped is None else shaped.shape[:2]
-        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
-        length = 0 if cache is None else cache.get_seq_length()
+        self.cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        length = 0 if self.cache is None else self.cache.get_seq_length()
         self.offset = length.clone() if isinstance(length, torch.Tensor) else length  # a static cache counts in place
         empty = not isinstance(self.offset, torch.Tensor) and self.offset == 0
         if generation is not None and generation.behind_encoder and (empty or generation.columns is None):
             generation.columns = 1 if self.shape is None else self.shape[1]
         self.made = {}
+        self.measured, self.decided = {}, {}  # by gates in this forward: of each token, of each sequence
+
+    def of_prompt(self, batch, tokens, device):
+        """(batch, tokens) bool: the prompt's tokens in this forward, padding left out; outside of `generate` the cache is
+        taken to be empty."""
+        columns = torch.arange(tokens, device=device) + (0 if self.generation is None else self.offset)
+        index, real, length = self._in_prompt(None, columns, batch, tokens, device)
+        here = index < length
+        return (here if real is None else here & real).expand(batch, tokens)
 
     def coefficient(self, positions, shape, device):
         if positions not in self.made:
@@ -209,18 +229,23 @@ class RowPlan:
         return False
 
     def _in_prompt(self, positions, columns, batch, tokens, device):
-        """(index among the real tokens, real or None for all, the prompt's real tokens), each for (batch, tokens)."""
+        """(index among the real tokens, real or None for all, the prompt's real tokens), each for (batch, tokens).
+
+        positions: what for; None for a gate on the prompt.
+        """
         if self.generation is not None:
             width, mask, lengths = self.generation.columns, self.generation.mask, None
-        elif self.unread and (positions.first or positions.last):
+        elif self.unread and (positions is None or positions.first or positions.last):
+            what = "a gate on the prompt" if positions is None else f"positions {str(positions)!r}"
             raise ValueError(
-                f"positions {str(positions)!r} count real tokens, but attention_mask is not a (batch, tokens) tensor; "
+                f"{what} must tell real tokens from padding, but attention_mask is not a (batch, tokens) tensor; "
                 "give the model that one, or say what is meant with positions='mask' and handle.mask"
             )
         else:
             width, mask, lengths = None, self.attention_mask, self.rows.lengths
             if lengths is None:
-                self._check_empty(positions)
+                if positions is not None:
+                    self._check_empty(positions)
                 width = tokens
         if mask is None:
             real, index, length = None, columns[None], width

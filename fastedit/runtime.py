@@ -5,32 +5,45 @@ import torch
 from . import lean
 from .checks import MAX_RANK
 from .form import at_strength, fold_all
+from .gating import Tap
+from .probes import Reading
 from .row_plan import NOWHERE
 
 
 class Stage:
-    """Consecutive edits of a site, at the same positions, that run as one form. stack: where their rows are known."""
+    """Consecutive edits of a site, at the same positions, that run as one form. stack: where their rows are known.
+
+    on_x, on_sum: whether an add can carry it, of what is added or of the sum, which is not there before the add.
+    """
 
     def __init__(self, masters, stack=None):
-        self.masters, self.positions = masters, masters[0].positions
-        self.stack = None if self.positions is None else stack
+        first = masters[0]
+        self.masters, self.positions, self.gating, self.keep_norm = masters, first.positions, first.gating, first.keep_norm
+        self.stack = stack if first.needs_plan else None
+        self.on_x = not self.keep_norm
+        self.on_sum = self.on_x and (self.gating is None or not self.gating.looks)
         self.only = masters[0] if len(masters) == 1 and masters[0].direct else None  # tenants' never fold
         self.trainable = any(m.trainable for m in masters)
         self.folded, self.watched = None, []
 
-    def arguments(self, shape):
-        """((scale, bias, read, offset, write), strength) for the ops on hidden states of a shape; None where no row is
-        meant.
+    def arguments(self, hidden):
+        """((scale, bias, read, offset, write), strength) for the ops on hidden states; None where no row is meant. Of
+        hidden states, only a gate that looks at them needs more than the shape.
 
         One edit passes its own tensors, and its dial once that may differ from 1. Several are folded,
         strengths first, into tensors that do not move; under grad or torch.compile they are folded in the
-        graph. At some positions, strength is a number for each row.
+        graph. At some positions, or behind a gate, strength is a number for each row.
         """
-        if self.positions is None:
+        if self.positions is None and self.gating is None:
             return self.form_and_dial()
-        coefficient = self.stack.coefficient(self.positions, shape, self.masters[0].dial.device)
-        if coefficient is NOWHERE:
-            return None
+        gate = None if self.gating is None else self.gating.coefficient(hidden, self.stack)  # the prompt's, too
+        coefficient = None
+        if self.positions is not None:
+            coefficient = self.stack.coefficient(self.positions, hidden.shape, self.masters[0].dial.device)
+            if coefficient is NOWHERE:
+                return None
+        if gate is not None:
+            coefficient = gate if coefficient is None else gate * coefficient
         tensors, dial = self.form_and_dial()
         if coefficient is None or dial is None:
             return tensors, dial if coefficient is None else coefficient
@@ -58,8 +71,11 @@ class Stage:
         return self.folded, None
 
     def apply(self, hidden):
-        given = self.arguments(hidden.shape)
-        return hidden if given is None else lean.edit(hidden, *given)
+        given = self.arguments(hidden)
+        if given is None:
+            return hidden
+        edited = lean.edit(hidden, *given)
+        return _with_norm_of(hidden, edited) if self.keep_norm else edited
 
     def fold(self):
         with torch.autocast(self.masters[0].dial.device.type, enabled=False):  # whose products would be bf16
@@ -78,6 +94,15 @@ class Stage:
         for old, new in zip(kept, folded, strict=True):
             if new is not None:
                 old.copy_(new)
+
+
+def _with_norm_of(hidden, edited):
+    """The edited rows at the length they had; a row that was not edited keeps its bits."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    before, after = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype) for rows in (hidden, edited))
+    share = before / torch.where(after > 0, after, torch.ones_like(after))
+    same = (edited == hidden).all(-1, keepdim=True)
+    return torch.where(same, edited, (edited.to(dtype) * share).to(edited.dtype))
 
 
 class Ride:
@@ -118,17 +143,17 @@ class Site:
         self.ride = None
 
     def set(self, masters, stack=None):
-        """Neighbours at the same positions fold while their ranks fit one kernel."""
+        """Neighbours at the same positions fold while their ranks fit one kernel. Gates of other sites look first."""
+        masters = sorted(masters, key=lambda m: not m.is_sensor)
         groups, rank = [], 0
         for m in masters:
-            alike = groups and m.positions == groups[-1][0].positions and m.tenancy is groups[-1][0].tenancy is None
-            if alike and rank + m.rank <= MAX_RANK:
+            if groups and rank + m.rank <= MAX_RANK and _fold(groups[-1][0], m):
                 groups[-1].append(m)
                 rank += m.rank
             else:
                 groups.append([m])
                 rank = m.rank
-        self.masters, self.stages = masters, [Stage(group, stack) for group in groups]
+        self.masters, self.stages = masters, [_stage(group, stack) for group in groups]
 
     def apply(self, hidden):
         """Every edit, on hidden states (…, width)."""
@@ -158,3 +183,17 @@ class Site:
 
     def put_hook(self, module):
         return module.register_forward_hook(self.hook, prepend=True)
+
+def _fold(first, second):
+    """Whether two edits may run as one form."""
+    if first.is_sensor or second.is_sensor or first.alone or second.alone:
+        return False
+    return first.positions == second.positions and first.tenancy is second.tenancy is None
+
+
+def _stage(masters, stack):
+    if masters[0].is_sensor:
+        return Tap(masters[0], stack)
+    if masters[0].is_probe:
+        return Reading(masters[0], stack)
+    return Stage(masters, stack)

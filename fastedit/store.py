@@ -18,7 +18,7 @@ from .edit_file import JSON, EditFileError, read, write
 from .edits import from_config
 from .families import find_layers
 from .patching import patch
-from .planning import site_width, width_at
+from .planning import find, site_width, width_at
 from .root import root_of
 
 __all__ = ["EditFileError", "describe_base", "fetch", "load", "read", "rebuild", "save"]
@@ -205,6 +205,10 @@ def _check_tensors(folder, edits, layers, tensors):
             width = width_at(layer, edit.site)
             for name in edit.names:
                 expected[f"{number}.{layer.name}.{edit.site}.{name}"] = edit.shape(name, width)
+            for leaf, gate in enumerate(edit.gate.leaves() if edit.gate is not None else ()):
+                key = f"{number}.{layer.name}.{edit.site}" if gate.layer is None else f"{number}"
+                measured = width if gate.layer is None else width_at(find(gate.layer, layers)[0], gate.site or edit.site)
+                expected |= {f"{key}.gate{leaf}.condition": (measured,), f"{key}.gate{leaf}.threshold": (1,)}
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise EditFileError(

@@ -228,3 +228,12 @@ def test_the_reference_knows_slots():
     slot = torch.tensor([0, -1, 1, 1], dtype=torch.int32)
     out, _ = reference.edit(h, scale, None, None, None, None, slot, None)
     torch.testing.assert_close(out, torch.stack([h[0] * scale[0], h[1], h[2] * scale[1], h[3] * scale[1]]))
+
+
+def test_gates_and_probes_are_refused():
+    condition = torch.ones(tiny.WIDTH)
+    for edit in (fe.Steer(condition).when(fe.Gate(condition)), fe.Probe(condition)):
+        model = tiny.build("llama")
+        with pytest.raises(ValueError, match="without tenants="):
+            fe.patch(model, edit, tenants=2)
+        assert not fe.patching.handles(model)

@@ -1,1 +1,1 @@
-"""Published methods that are more than an edit, one file a method."""
+"""Published methods that are more than one edit, one file each."""

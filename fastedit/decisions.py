@@ -1,0 +1,115 @@
+"""What gates measured in one forward, and what they decided on a prompt for the forwards after it.
+
+A decision is one number a sequence. It belongs to the call of `generate` it was taken in; outside of one, to the cache
+that the forward filled. `torch.compile` cannot tell caches apart: there the last decision holds, one cache at a time.
+Decisions lie in tensors that do not move, so that a captured graph reads those of the next prompt too.
+"""
+
+import weakref
+
+import torch
+
+
+class Decisions:
+    """Of one stack of layers, by cache, for forwards by hand: {cache: {key of the sensor: (sequences,)}}."""
+
+    def __init__(self):
+        self.by_cache = weakref.WeakKeyDictionary()
+
+    def __reduce__(self):
+        return Decisions, ()
+
+    def remember(self, plan, output):
+        """After a forward by hand: what it decided belongs to the cache that it filled."""
+        cache = plan.cache if plan.cache is not None else _cache_of(output)
+        if cache is not None:
+            held = self.by_cache.setdefault(cache, {})
+            for key, value in plan.decided.items():
+                held[key] = _into(held.get(key), value)
+
+
+def _keep(sensor, value):
+    """The sensor's last decision; while tracing by assignment alone, since to look would guard on what was there."""
+    sensor.kept = value.detach() if torch.compiler.is_compiling() else _into(sensor.kept, value)
+    return sensor.kept
+
+
+def _into(held, value):
+    """The tensor that holds a decision: the one before, if it fits."""
+    value = value.detach()
+    if held is None or held.shape != value.shape or held.dtype != value.dtype or held.device != value.device:
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+            held = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return held if held is value else held.copy_(value)
+
+
+def _cache_of(output):
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    return next((v for v in values if callable(getattr(v, "get_seq_length", None))), None)
+
+
+def decide(plan, sensor, fresh):
+    """(sequences,): what a sensor's gate said of the prompt; fresh() computes it from this forward.
+
+    Raises:
+        RuntimeError: this forward neither holds the end of the prompt nor follows one that did.
+    """
+    if plan.generation is not None:
+        return _in_generate(plan, sensor, fresh)
+    if isinstance(plan.offset, torch.Tensor):
+        return _on_static_cache(plan, sensor, fresh)
+    if plan.offset == 0:  # also when a checkpoint computes this forward again: then with the gradient
+        value = plan.decided[sensor.key] = fresh()
+        _keep(sensor, value)
+        return value
+    held = _held(plan, sensor)
+    if held is None:
+        raise _undecided()
+    return held
+
+
+def _held(plan, sensor):
+    """What was decided for the cache of this forward, or None."""
+    if torch.compiler.is_compiling():
+        return sensor.kept
+    return plan.decisions.by_cache.get(plan.cache, {}).get(sensor.key)
+
+
+def _in_generate(plan, sensor, fresh):
+    held = plan.generation.decided
+    if sensor.key in held:
+        return held[sensor.key]
+    missing = plan.generation.columns - (0 if plan.shape is None else plan.shape[1])
+    if missing > 0 and _number(plan.offset) < missing:
+        raise RuntimeError(
+            "a gate decides on the prompt's last token or its mean, but this forward ends before the prompt does "
+            "(prefill_chunk_size?): its first tokens would be edited before the decision; prefill in one forward"
+        )
+    value = fresh()
+    held[sensor.key] = _keep(sensor, value)
+    return value
+
+
+def _on_static_cache(plan, sensor, fresh):
+    """Whose length is a tensor: the choice between a new prompt's decision and the one kept is made on the device."""
+    value, held = fresh(), _held(plan, sensor)
+    if held is not None:
+        value = torch.where(plan.offset == 0, value, held)
+    elif not torch.compiler.is_compiling() and _number(plan.offset):
+        raise _undecided()
+    plan.decided[sensor.key] = value
+    _keep(sensor, value)
+    return value
+
+
+def _number(offset):
+    if isinstance(offset, torch.Tensor) and torch.compiler.is_compiling():
+        raise RuntimeError("a gate decides on the prompt: run the prompt's forward in one piece before compiling")
+    return int(offset)
+
+
+def _undecided():
+    return RuntimeError(
+        "a gate decided once on the prompt has not seen this cache's prompt: run the prompt through this patched model, "
+        "on this cache, before the forwards behind it; or use decide='token'"
+    )
