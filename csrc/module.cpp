@@ -191,12 +191,35 @@ void read(Reader& in, ProjectBackwardArgs& a) {
   a.d_offset = in.pointer<float>();
 }
 
+void read(Reader& in, MomentsArgs& a) {
+  a.rows = in.integer();
+  a.width = in.integer();
+  a.groups = in.integer();
+  a.dtype = in.code();
+  read(in, a.hidden, a.hidden_stride);
+  read(in, a.group_order);
+  a.mean = in.pointer<float>();
+  a.m2 = in.pointer<float>();
+}
+
+void read(Reader& in, ValueAscentArgs& a) {
+  for (int64_t* to : {&a.rows, &a.width, &a.units, &a.units2, &a.steps}) *to = in.integer();
+  a.step_size = in.real();
+  a.dtype = in.code();
+  read(in, a.hidden, a.hidden_stride);
+  for (const float** to : {&a.weight, &a.bias, &a.weight2, &a.bias2, &a.head, &a.gram}) *to = in.pointer<const float>();
+  a.out = in.pointer<void>();
+  for (const float** to : {&a.z, &a.slope}) *to = in.pointer<const float>();
+  a.total = in.pointer<float>();
+}
+
 template <class Args>
 void check_host(const Args& a) {
   if (const SlotFault fault = slot_fault(a)) raise(PyExc_IndexError, "%s", fault.text);
 }
 
 int64_t work(const EditAddNormArgs& a) { return a.add.rows * a.add.width; }
+int64_t work(const ValueAscentArgs& a) { return a.rows * a.units * (a.width + a.steps); }
 template <class Args>
 int64_t work(const Args& a) { return a.rows * a.width; }
 

@@ -28,5 +28,7 @@ SlotFault slot_fault(const Args& a) { return {a.form, a.rows}; }
 inline SlotFault slot_fault(const EditAddNormArgs& a) { return {a.add.form, a.add.rows}; }
 inline SlotFault slot_fault(const ProjectArgs&) { return {Form{}, 0}; }
 inline SlotFault slot_fault(const ProjectBackwardArgs&) { return {Form{}, 0}; }
+inline SlotFault slot_fault(const MomentsArgs&) { return {Form{}, 0}; }
+inline SlotFault slot_fault(const ValueAscentArgs&) { return {Form{}, 0}; }
 
 }  // namespace fastedit

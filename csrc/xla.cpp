@@ -399,9 +399,9 @@ xla::Error* backward(xla::CallFrame* frame) {
   {platform, #op, backward<Args, space::op, space::op##_workspace, host>},
 
 const XlaHandler kXlaHandlers[] = {
-    FASTEDIT_EACH_OP(FASTEDIT_FORWARD, FASTEDIT_BACKWARD, cpu, "cpu", true)
+    FASTEDIT_EACH_EDIT_OP(FASTEDIT_FORWARD, FASTEDIT_BACKWARD, cpu, "cpu", true)
 #ifdef FASTEDIT_CUDA
-    FASTEDIT_EACH_OP(FASTEDIT_FORWARD, FASTEDIT_BACKWARD, cuda, "CUDA", false)
+    FASTEDIT_EACH_EDIT_OP(FASTEDIT_FORWARD, FASTEDIT_BACKWARD, cuda, "CUDA", false)
 #endif
 };
 const int kXlaHandlerCount = sizeof kXlaHandlers / sizeof kXlaHandlers[0];

@@ -15,9 +15,11 @@ _HOME = {
     "edits": (
         "Ablate", "Amplify", "Clamp", "DiReFT", "Edit", "LowRank", "NoReFT", "RED", "Rotate", "ScaleBias", "Steer",
     ),
+    "moments": ("Moments",),
     "patch": ("Handle", "patch"),
     "store": ("load", "EditFileError"),
     "interop.red": ("load_red_checkpoint",),
+    "value_net": ("ValueNet",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = ("arrays", "dispatch", "families", "interop", "ops", "recipes")

@@ -1,8 +1,11 @@
 """Argument checks of the ops: metadata only, cheap enough for every call, all before anything runs."""
 
+import math
+
 import torch
 
 from .arguments import check_norm_kind
+from .value_net import ValueNet
 
 MAX_RANK = 64
 _ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -131,3 +134,42 @@ def check_norm(x, weight, norm_bias, kind):
         if parameter is not None and parameter.shape != width:
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected ({width[0]},) as the rows' width")
     check_norm_kind(weight, norm_bias, kind)
+
+
+def check_group(hidden, group, mask, groups, traced):
+    """The number of groups, once group and mask are found to be one a row of hidden."""
+    if mask is not None:
+        _check_per_row("mask", mask, hidden, torch.bool)
+    if groups is not None and (not isinstance(groups, (int, torch.SymInt)) or groups < 1):
+        raise ValueError(f"groups is {groups!r}, expected a number of groups from 1 on")
+    if group is None:
+        return 1 if groups is None else groups
+    _check_per_row("group", group, hidden, torch.int32)
+    if traced:
+        if groups is None:
+            raise ValueError("groups is None: under torch.compile and export the number of groups must be given")
+        return groups
+    if groups is not None and not group.is_cpu:
+        return groups
+    largest = int(group.max()) if group.numel() else -1
+    if groups is not None and largest >= groups:
+        raise IndexError(f"group has the number {largest}, expected −1 (left out) or 0 to {groups - 1}")
+    return groups or max(largest + 1, 1)
+
+
+def check_ascent(hidden, value_net, steps, step_size):
+    if not isinstance(value_net, ValueNet):
+        raise TypeError(
+            f"value_net is {type(value_net).__name__}, expected a fastedit.ValueNet; ValueNet.from_sequential takes an "
+            "nn.Sequential of Linear and ReLU"
+        )
+    if hidden.shape[-1] != value_net.width:
+        raise ValueError(f"hidden is {hidden.shape[-1]} wide, and the value net reads {value_net.width}")
+    if hidden.device != value_net.weight.device:
+        raise ValueError(
+            f"hidden is on {hidden.device} and the value net on {value_net.weight.device}; move one with .to()"
+        )
+    if isinstance(steps, bool) or not isinstance(steps, (int, torch.SymInt)) or not 0 <= steps < 2**31:
+        raise ValueError(f"steps is {steps!r}, expected a number of steps from 0 on")
+    if not isinstance(step_size, (int, float, torch.SymFloat)) or not math.isfinite(step_size):
+        raise ValueError(f"step_size is {step_size!r}, expected a finite number")

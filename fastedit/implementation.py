@@ -120,6 +120,20 @@ def run_project(hidden, read, offset):
     return z.view(*hidden.shape[:-1], read.shape[0])
 
 
+def run_moments(hidden, group, groups):
+    """(count (groups,) int64, mean (groups, width) float64, m2 likewise)."""
+    backend = _backend(hidden.numel(), _device_type(hidden), hidden.dtype)  # no rows: nothing for a kernel
+    return backend.moments(flat(hidden), per_row(group), groups)
+
+
+def run_value_ascent(hidden, weight, bias, weight2, bias2, head, gram, steps, step_size):
+    if steps == 0 or hidden.numel() == 0:
+        return hidden.clone(memory_format=torch.contiguous_format)
+    backend = select(_device_type(hidden), hidden.dtype)
+    net = (_contiguous(t) for t in (weight, bias, weight2, bias2, head, gram))
+    return backend.value_ascent(flat(hidden), *net, steps, step_size).view(hidden.shape)
+
+
 def run_edit_backward(
     grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype
 ):

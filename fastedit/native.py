@@ -13,12 +13,14 @@ import torch
 
 from .dispatch import BackendError
 from .kernels.reference.slot_order import slot_order
+from .kernels.reference.value_ascent import ascend
 
 try:
     from . import _native
 except ImportError as error:  # a pure-Python install
     _native, _missing = None, error
 
+MAX_UNITS = 6144  # of a value net on a GPU: 16 bytes each in the 99 KB of a block on sm_86 and later
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -314,8 +316,47 @@ def _make(name):
         call["project_backward"](*args, _ptr(space), stream_of())
         return d_hidden, d_read, d_offset
 
+    def moments(hidden, group, groups):
+        (rows, width), device = hidden.shape, hidden.device
+        count = torch.full((1,), rows, dtype=torch.int64, device=device)
+        kept, order = _slot_order(group, groups)
+        if kept is not None:
+            count = kept[1].diff().to(torch.int64)
+        pairs = torch.empty((2, 2, groups, width), dtype=torch.float32, device=device)  # mean, m2: high parts, low parts
+        args = (
+            rows, width, groups, DTYPE[hidden.dtype], hidden.data_ptr(), hidden.stride(0), *order,
+            pairs[0].data_ptr(), pairs[1].data_ptr(),
+        )  # fmt: skip
+        space = workspace("moments", args, device)
+        call["moments"](*args, _ptr(space), stream_of())
+        wide = pairs.double()
+        return count, wide[0, 0] + wide[0, 1], wide[1, 0] + wide[1, 1]
+
+    def value_ascent(hidden, weight, bias, weight2, bias2, head, gram, steps, step_size):
+        rows, width = hidden.shape
+        if name == "cuda":  # where the dense products are cuBLAS's
+            flips = total_gradient if weight.shape[0] <= MAX_UNITS else None
+            return ascend(hidden, weight, bias, weight2, bias2, head, gram, steps, step_size, flips)
+        units2 = 0 if weight2 is None else weight2.shape[0]
+        sizes = (rows, width, weight.shape[0], units2, steps, step_size, DTYPE[hidden.dtype])
+        out = torch.empty((rows, width), dtype=hidden.dtype, device=hidden.device)
+        call["value_ascent"](
+            *sizes, hidden.data_ptr(), hidden.stride(0), *map(_ptr, (weight, bias, weight2, bias2, head, gram, out)),
+            0, 0, 0, stream_of(),
+        )  # fmt: skip
+        return out
+
+    def total_gradient(z, slope, head, gram, steps, step_size):
+        """reference.value_ascent.ascend's `flips`."""
+        total = torch.empty_like(z)
+        call["value_ascent"](
+            len(z), 0, z.shape[1], 0, steps, step_size, 0, *[0] * 6, *map(_ptr, (head, gram)), 0,
+            *map(_ptr, (z, slope, total)), stream_of(),
+        )  # fmt: skip
+        return total
+
     names = (plain_edit, plain_edit_add, plain_edit_add_norm, plain_edit_backward, edit, edit_add, edit_add_norm, project)
-    names += (plain_edit_add_norm_backward, edit_backward, edit_add_norm_backward, project_backward)
+    names += (plain_edit_add_norm_backward, edit_backward, edit_add_norm_backward, project_backward, moments, value_ascent)
     served = {function.__name__: guard(function) for function in names}
     return types.SimpleNamespace(
         __name__=name, any_shape=True, **served, edit_add_backward=served["edit_backward"]

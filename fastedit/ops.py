@@ -1,4 +1,4 @@
-"""The kernels as torch functions: `edit`, `edit_add`, `edit_add_norm`, `project`.
+"""The kernels as torch functions: `edit`, `edit_add`, `edit_add_norm`, `project`, `moments`, `value_ascent`.
 
 Each checks its arguments, flattens batch and time into rows, and calls the backend that serves the device
 (dispatch.py). In plain eager mode the call goes straight to the kernel, through an autograd.Function only
@@ -10,10 +10,25 @@ import torch
 
 from . import torch_library
 from .arguments import NORM_KINDS, check_on, check_projection
-from .checks import check_form, check_norm, check_rows, check_same_rows, plainly_right
+from .checks import (
+    check_ascent,
+    check_form,
+    check_group,
+    check_norm,
+    check_rows,
+    check_same_rows,
+    plainly_right,
+)
 from .dispatch import select
 from .functions import EditAddFunction, EditAddNormFunction, EditFunction, ProjectFunction
-from .implementation import run_edit, run_edit_add, run_edit_add_norm, run_project
+from .implementation import (
+    run_edit,
+    run_edit_add,
+    run_edit_add_norm,
+    run_moments,
+    run_project,
+    run_value_ascent,
+)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -204,6 +219,69 @@ def project(hidden, read, offset=None):
     if _needs_grad(hidden, read, offset):
         return ProjectFunction.apply(hidden, read, offset)
     return run_project(hidden, read, offset)
+
+
+@torch.no_grad()
+def moments(hidden, group=None, mask=None, groups=None):
+    """Count, mean and M2 = Σ (h − mean)² of each group's rows, in one pass (Welford, merged by Chan's formula).
+
+    What a direction is made of without storing activations: differences of means, variances for a probe or for
+    RoleRef's feature mask. As accurate as two passes in float64, whatever the rows' dtype and however large the mean is
+    beside the deviations. Has no gradient: hidden states that require one are read as if they did not.
+
+    Args:
+        hidden: (…, width), fp32, bf16 or fp16 (fp64 is served by the reference).
+        group: int32, one a row (hidden.shape[:-1]), 0 to groups − 1; −1 leaves a row out. None: all rows are group 0.
+        mask: bool, one a row; False leaves a row out.
+        groups: how many groups there are; None: the largest number in `group` + 1, which waits for a GPU, and which
+            torch.compile cannot know.
+
+    Returns:
+        count (groups,) int64, mean (groups, width) float64, m2 (groups, width) float64; zeros for a group without rows.
+        To be merged with others: fastedit.Moments.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device. IndexError: a group beyond groups, on the CPU; on a GPU,
+        where looking would stall the stream, such a row is left out.
+    """
+    check_rows(hidden, "hidden")
+    traced = _traced(hidden)
+    groups = check_group(hidden, group, mask, groups, traced)
+    if mask is not None:
+        group = torch.where(mask, 0 if group is None else group, -1).to(torch.int32)
+    if traced:
+        return torch_library.moments(hidden, group, groups)
+    return run_moments(hidden, group, groups)
+
+
+@torch.no_grad()
+def value_ascent(hidden, value_net, steps, step_size):
+    """Gradient ascent on a value net, from each row on its own: u ← u + a ∇V(h + u), `steps` times; h' = h + u.
+
+    RE-Control's control at test time (arXiv 2406.05954), without autograd: the steps stay in the first hidden layer's
+    z = W h + b, which moves by a · (W Wᵀ) m, and only units that change sign cost anything after the first. Has no
+    gradient: neither hidden states nor the value net are trained through it.
+
+    Args:
+        hidden: (…, width), fp32, bf16 or fp16 (fp64 is served by the reference).
+        value_net: a fastedit.ValueNet of that width, on the same device. Its Gram matrix is made at the first call, and
+            anew when its first weight has changed; under torch.compile that is the caller's: value_net.gram().
+        steps, step_size: n and a of the paper.
+
+    Returns:
+        h' in hidden's shape and dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, width, device or number, before anything runs.
+    """
+    check_rows(hidden, "hidden")
+    check_ascent(hidden, value_net, steps, step_size)
+    traced = _traced(hidden)
+    gram = value_net.gram(torch.float64 if hidden.dtype is torch.float64 else torch.float32)
+    arguments = (hidden, *value_net.tensors(), gram)
+    if traced:
+        return torch_library.value_ascent(*arguments, value_net.gram_version, steps, float(step_size))
+    return run_value_ascent(*arguments, steps, float(step_size))
 
 
 def _check_add(x, residual, form, return_projection):

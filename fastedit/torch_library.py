@@ -19,6 +19,9 @@ _SCHEMAS = {
     "edit_add_norm": f"(Tensor x, Tensor residual, Tensor? weight, Tensor? norm_bias, {_FORM}, bool on_sum, int kind, "
     "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "project": "(Tensor hidden, Tensor read, Tensor? offset) -> Tensor",
+    "moments": "(Tensor hidden, Tensor? group, int groups) -> (Tensor, Tensor, Tensor)",
+    "value_ascent": "(Tensor hidden, Tensor weight, Tensor bias, Tensor? weight2, Tensor? bias2, Tensor head, Tensor gram, "
+    "int version, int steps, float step_size) -> Tensor",
     "edit_backward": f"(Tensor? grad, Tensor? hidden, Tensor? residual, {_FORM}, Tensor? grad_z, Tensor? z, "
     f"bool[] needs, ScalarType dtype) -> {_SEVEN}",
     "edit_add_norm_backward": "(Tensor? grad_residual, Tensor? grad_normed, Tensor residual_out, Tensor? x, "
@@ -60,6 +63,24 @@ def _edit_add_norm(
 
 def _project(hidden, read, offset):
     return implementation.run_project(hidden, read, offset)
+
+
+def _moments(hidden, group, groups):
+    return implementation.run_moments(hidden, group, groups)
+
+
+def _value_ascent(hidden, weight, bias, weight2, bias2, head, gram, version, steps, step_size):
+    if version != version_of(weight):
+        raise RuntimeError(
+            "the value net's first weight has changed since its Gram matrix was made, which a compiled function cannot "
+            "make anew: call value_net.gram() after each change"
+        )
+    return implementation.run_value_ascent(hidden, weight, bias, weight2, bias2, head, gram, steps, step_size)
+
+
+def version_of(tensor):
+    """Goes up with every change in place; 0 for inference tensors, which have no count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _edit_backward(*args):
@@ -120,6 +141,15 @@ def _fake_project(hidden, read, offset):
     return hidden.new_empty((*hidden.shape[:-1], read.shape[0]), dtype=torch.float32)
 
 
+def _fake_moments(hidden, group, groups):
+    mean = hidden.new_empty((groups, hidden.shape[-1]), dtype=torch.float64)
+    return hidden.new_empty(groups, dtype=torch.int64), mean, torch.empty_like(mean)
+
+
+def _fake_value_ascent(hidden, *_):
+    return hidden.new_empty(hidden.shape)
+
+
 def _fake_parameters(parameters, needs, like):
     return tuple(
         torch.empty_like(p, memory_format=torch.contiguous_format) if n else _absent(like)
@@ -171,6 +201,8 @@ edit = _register("edit", _edit, _fake_edit)
 edit_add = _register("edit_add", _edit_add, _fake_edit_add)
 edit_add_norm = _register("edit_add_norm", _edit_add_norm, _fake_edit_add_norm)
 project = _register("project", _project, _fake_project)
+moments = _register("moments", _moments, _fake_moments)
+value_ascent = _register("value_ascent", _value_ascent, _fake_value_ascent)
 edit_backward = _register("edit_backward", _edit_backward, _fake_edit_backward)
 edit_add_norm_backward = _register("edit_add_norm_backward", _edit_add_norm_backward, _fake_edit_add_norm_backward)
 project_backward = _register("project_backward", _project_backward, _fake_project_backward)

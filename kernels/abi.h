@@ -157,6 +157,39 @@ struct ProjectBackwardArgs {
   float* d_offset;
 };
 
+// Count, mean and sum of squared deviations of each group's rows. Results are unevaluated sums of two floats, the high
+// ones first; a group without rows has zeros.
+struct MomentsArgs {
+  int64_t rows, width, groups;
+  int dtype;
+  const void* hidden;
+  int64_t hidden_stride;
+  SlotOrder group_order;  // rows sorted by group; all null: every row is in group 0
+  float* mean;            // (2, groups, width)
+  float* m2;              // (2, groups, width)
+};
+
+// h' = h + step_size Σ_t dV/dh(h_t) over h_0 = h, h_1, …, h_{steps − 1}, V an MLP of one or two hidden layers with ReLU.
+// On the CPU the kernel goes from hidden to out. On a GPU, where the caller's dense products are the vendor's, it goes
+// from z and slope to total, one hidden layer alone; the fields of the other way are null.
+struct ValueAscentArgs {
+  int64_t rows, width, units, units2, steps;  // units2: 0 without a second hidden layer
+  float step_size;
+  int dtype;
+  const void* hidden;
+  int64_t hidden_stride;
+  const float* weight;   // (units, width)
+  const float* bias;     // (units,)
+  const float* weight2;  // (units2, units)
+  const float* bias2;    // (units2,)
+  const float* head;     // (units2 or units,)
+  const float* gram;     // (units, units): weight weightᵀ
+  void* out;
+  const float* z;        // (rows, units): weight h + bias
+  const float* slope;    // (rows, units): gram (1[z > 0] ⊙ head)
+  float* total;          // (rows, units): Σ_t 1[z_t > 0] ⊙ head
+};
+
 // Declares the ops in one backend's namespace. Each returns 0, or the runtime's error code.
 // `workspace` holds the fp32 partials of a backward's column sums: op_workspace(args) bytes (a pure
 // function of the arguments), 0 and null for forwards. `stream` is a cudaStream_t, unused on the CPU.
@@ -168,12 +201,20 @@ struct ProjectBackwardArgs {
   int edit_backward(const EditBackwardArgs&, void* workspace, void* stream);              \
   int edit_add_norm_backward(const EditAddNormBackwardArgs&, void* workspace, void* stream); \
   int project_backward(const ProjectBackwardArgs&, void* workspace, void* stream);        \
+  int value_ascent(const ValueAscentArgs&, void* stream);                                 \
+  int moments(const MomentsArgs&, void* workspace, void* stream);                         \
+  int64_t moments_workspace(const MomentsArgs&);                                          \
   int64_t edit_backward_workspace(const EditBackwardArgs&);                               \
   int64_t edit_add_norm_backward_workspace(const EditAddNormBackwardArgs&);               \
   int64_t project_backward_workspace(const ProjectBackwardArgs&);
 
 // FORWARD(…, op, Args) and BACKWARD(…, op, Args) for every op, behind the arguments given: for tables of them.
-#define FASTEDIT_EACH_OP(FORWARD, BACKWARD, ...)                      \
+// BACKWARD is any op that takes a workspace. The edits are what XLA calls know, too (csrc/xla.cpp).
+#define FASTEDIT_EACH_OP(FORWARD, BACKWARD, ...)            \
+  FASTEDIT_EACH_EDIT_OP(FORWARD, BACKWARD, __VA_ARGS__)     \
+  FORWARD(__VA_ARGS__, value_ascent, ValueAscentArgs)       \
+  BACKWARD(__VA_ARGS__, moments, MomentsArgs)
+#define FASTEDIT_EACH_EDIT_OP(FORWARD, BACKWARD, ...)                      \
   FORWARD(__VA_ARGS__, edit, EditArgs)                                \
   FORWARD(__VA_ARGS__, edit_add, EditAddArgs)                         \
   FORWARD(__VA_ARGS__, edit_add_norm, EditAddNormArgs)                \

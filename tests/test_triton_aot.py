@@ -224,6 +224,10 @@ def call_forwards(dtype, residual_dtype):
         x, residual, weight, None, *make_form(17, coefficient=True), False, norm.RMS, 1e-6, True
     )
     backend.project(x, empty(4, WIDTH), empty(4))
+    backend.moments(x, torch.zeros(ROWS, dtype=torch.int32), 3)
+    backend.moments(x, None, 1)
+    units = torch.zeros(4096)
+    backend.value_ascent(x[:2, :64], units[:, None].expand(-1, 64), units, None, None, units, units.expand(4096, -1), 9, 0.5)
     wide = empty(8, 20480, dtype=dtype)
     backend.edit_add_norm(wide, wide, wide[0], None, *make_form(width=20480), False, norm.RMS, 1e-6, True)
 

@@ -172,7 +172,8 @@ def xla(major, minor, size=None):
 )
 def test_the_handlers_answer_for_their_version(api, frame_size, expected):
     handlers = _native.xla_handlers()
-    assert [op for platform, op, _ in handlers if platform == "cpu"] == list(_native.OPS)
+    served = [op for platform, op, _ in handlers if platform == "cpu"]
+    assert served == [op for op in _native.OPS if op not in ("moments", "value_ascent")]
     for platform, _, handler in handlers:
         version, traits = answer(handler, api, frame_size)
         assert version == expected

@@ -27,15 +27,19 @@ struct Kernels {
   int (*edit_backward)(const EditBackwardArgs&, void*, void*);
   int (*edit_add_norm_backward)(const EditAddNormBackwardArgs&, void*, void*);
   int (*project_backward)(const ProjectBackwardArgs&, void*, void*);
+  int (*value_ascent)(const ValueAscentArgs&, void*);
+  int (*moments)(const MomentsArgs&, void*, void*);
   int64_t (*edit_backward_workspace)(const EditBackwardArgs&);
   int64_t (*edit_add_norm_backward_workspace)(const EditAddNormBackwardArgs&);
   int64_t (*project_backward_workspace)(const ProjectBackwardArgs&);
+  int64_t (*moments_workspace)(const MomentsArgs&);
 };
 
 #define FASTEDIT_TABLE(isa)                                                                                  \
   {#isa, isa::edit, isa::edit_add, isa::edit_add_norm, isa::project, isa::edit_backward,                     \
-   isa::edit_add_norm_backward, isa::project_backward, isa::edit_backward_workspace,                         \
-   isa::edit_add_norm_backward_workspace, isa::project_backward_workspace}
+   isa::edit_add_norm_backward, isa::project_backward, isa::value_ascent, isa::moments,                       \
+   isa::edit_backward_workspace, isa::edit_add_norm_backward_workspace, isa::project_backward_workspace,     \
+   isa::moments_workspace}
 
 const Kernels kTables[] = {
 #ifdef FASTEDIT_X86
@@ -97,11 +101,14 @@ int edit_add_norm_backward(const EditAddNormBackwardArgs& a, void* w, void* s) {
   return current->edit_add_norm_backward(a, w, s);
 }
 int project_backward(const ProjectBackwardArgs& a, void* w, void* s) { return current->project_backward(a, w, s); }
+int value_ascent(const ValueAscentArgs& a, void* s) { return current->value_ascent(a, s); }
+int moments(const MomentsArgs& a, void* w, void* s) { return current->moments(a, w, s); }
 int64_t edit_backward_workspace(const EditBackwardArgs& a) { return current->edit_backward_workspace(a); }
 int64_t edit_add_norm_backward_workspace(const EditAddNormBackwardArgs& a) {
   return current->edit_add_norm_backward_workspace(a);
 }
 int64_t project_backward_workspace(const ProjectBackwardArgs& a) { return current->project_backward_workspace(a); }
+int64_t moments_workspace(const MomentsArgs& a) { return current->moments_workspace(a); }
 
 }  // namespace cpu
 }  // namespace fastedit

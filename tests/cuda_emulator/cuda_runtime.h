@@ -119,6 +119,17 @@ inline float f16_value(uint32_t bits) {
 #define __shfl_xor_sync(mask, value, lane_mask) \
   ::emulator::exchange(value, (threadIdx.x % 32) ^ (lane_mask), __FILE__, __LINE__)
 
+inline unsigned ballot(bool vote, const char* file, int line) {
+  uint32_t bits = uint32_t{vote} << threadIdx.x % 32;
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const float theirs = emulator::exchange(emulator::float_of(bits), (threadIdx.x % 32) ^ mask, file, line);
+    bits |= emulator::bits_of(theirs);
+  }
+  return bits;
+}
+#define __ballot_sync(mask, vote) ballot(vote, __FILE__, __LINE__)
+#define __popc(bits) __builtin_popcount(bits)
+
 template <class T>
 T __ldg(const T* at) {
   emulator::check_aligned(at);

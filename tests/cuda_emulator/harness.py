@@ -46,9 +46,10 @@ Form, FormGrad, SlotOrder = ABI["Form"], ABI["FormGrad"], ABI["SlotOrder"]
 EditArgs, EditAddArgs, EditAddNormArgs = ABI["EditArgs"], ABI["EditAddArgs"], ABI["EditAddNormArgs"]
 EditBackwardArgs, EditAddNormBackwardArgs = ABI["EditBackwardArgs"], ABI["EditAddNormBackwardArgs"]
 ProjectArgs, ProjectBackwardArgs = ABI["ProjectArgs"], ABI["ProjectBackwardArgs"]
+MomentsArgs, ValueAscentArgs = ABI["MomentsArgs"], ABI["ValueAscentArgs"]
 EXPORTED = [
     EditArgs, EditAddArgs, EditAddNormArgs, ProjectArgs, EditBackwardArgs, EditAddNormBackwardArgs,
-    ProjectBackwardArgs,
+    ProjectBackwardArgs, MomentsArgs, ValueAscentArgs,
 ]  # fmt: skip
 
 
@@ -163,7 +164,7 @@ class Emulated:
         library.emulator_message.restype = ctypes.c_char_p
         for counter in ("struct_bytes", "emulator_loaded", "emulator_stored", "emulator_launches", "emulator_launch"):
             getattr(library, counter).restype = I64
-        for op in ("edit_backward", "edit_add_norm_backward", "project_backward"):
+        for op in ("edit_backward", "edit_add_norm_backward", "project_backward", "moments"):
             getattr(library, f"{op}_workspace").restype = I64
         for index, cls in enumerate(EXPORTED):
             assert library.struct_bytes(index) == ctypes.sizeof(cls), f"{cls.__name__} is not abi.h's"
@@ -336,6 +337,31 @@ class Emulated:
         )  # fmt: skip
         self.call("edit_add_norm_backward", args, outputs, backward=True)
         return d_x, d_residual, *d_form, d_weight, d_norm_bias
+
+    def moments(self, hidden, group, groups):
+        """(mean, m2), float64: the sums of the two floats that each is."""
+        outputs, order = Outputs(self.shift), ()
+        if group is not None:
+            sort = importlib.import_module(f"{reference().__name__}.slot_order").slot_order
+            order = sort(group, groups)
+        mean, m2 = (outputs.new(True, (2, groups, hidden.shape[1])) for _ in range(2))
+        args = MomentsArgs(
+            *hidden.shape, groups, CODES[hidden.dtype], pointer(hidden), stride(hidden), SlotOrder(*map(pointer, order)),
+            pointer(mean), pointer(m2),
+        )  # fmt: skip
+        self.call("moments", args, outputs, backward=True)
+        return mean.double().sum(0), m2.double().sum(0)
+
+    def total_gradient(self, z, slope, head, gram, steps, step_size):
+        """reference.value_ascent.ascend's `flips`."""
+        outputs = Outputs(self.shift)
+        total = outputs.new(True, z.shape)
+        args = ValueAscentArgs(
+            rows=len(z), units=z.shape[1], steps=steps, step_size=step_size, head=pointer(head), gram=pointer(gram),
+            z=pointer(z), slope=pointer(slope), total=pointer(total),
+        )  # fmt: skip
+        self.call("value_ascent", args, outputs)
+        return total
 
     def project_backward(self, grad_z, hidden, read, needs, out_dtype, width):
         rows, rank = grad_z.shape

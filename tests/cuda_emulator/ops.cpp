@@ -18,6 +18,8 @@ EXPORT_FORWARD(edit, EditArgs)
 EXPORT_FORWARD(edit_add, EditAddArgs)
 EXPORT_FORWARD(edit_add_norm, EditAddNormArgs)
 EXPORT_FORWARD(project, ProjectArgs)
+EXPORT_FORWARD(value_ascent, ValueAscentArgs)
+EXPORT_BACKWARD(moments, MomentsArgs)
 EXPORT_BACKWARD(edit_backward, EditBackwardArgs)
 EXPORT_BACKWARD(edit_add_norm_backward, EditAddNormBackwardArgs)
 EXPORT_BACKWARD(project_backward, ProjectBackwardArgs)
@@ -26,7 +28,8 @@ extern "C" int64_t struct_bytes(int index) {
   const int64_t bytes[] = {sizeof(fe::EditArgs),           sizeof(fe::EditAddArgs),
                            sizeof(fe::EditAddNormArgs),    sizeof(fe::ProjectArgs),
                            sizeof(fe::EditBackwardArgs),   sizeof(fe::EditAddNormBackwardArgs),
-                           sizeof(fe::ProjectBackwardArgs)};
+                           sizeof(fe::ProjectBackwardArgs),  sizeof(fe::MomentsArgs),
+                           sizeof(fe::ValueAscentArgs)};
   return bytes[index];
 }
 
