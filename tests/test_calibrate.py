@@ -29,7 +29,7 @@ def push(layers=1, seed=0, **where):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("target", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("target", [1e-3, 0.1])
 def test_the_strength_found_gives_the_kl_asked_for(family, target):
     model = build(family)
     dose = fe.calibrate(model, push(), PROMPTS, target_kl=target)

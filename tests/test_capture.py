@@ -304,7 +304,8 @@ def test_rows_of_an_interrupted_pass_are_whole(tmp_path):
     with pytest.raises(Killed):
         fe.capture(model, None, interrupted(data, WINDOW * 5), **how)
     fe.capture(model, None, data, **how)
-    assert all(torch.equal(a, b) for a, b in zip(Rows(tmp_path / "again").layer(1), Rows(tmp_path / "whole").layer(1)))
+    again, whole = (Rows(tmp_path / name).layer(1) for name in ("again", "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

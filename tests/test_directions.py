@@ -17,13 +17,13 @@ DIRECTIONS = {1: torch.tensor([3.0, 0.0, 4.0]), 4: torch.tensor([0.0, 2.0, 0.0])
 
 
 def sets(count=24, seed=0):
-    """Token ids in pairs that differ in their last three tokens: 40 and above for positive, below 20 for negative."""
+    """Token ids in pairs that differ in their last token: 40 to 42 for positive, 10 to 12 for negative."""
     generator = torch.Generator().manual_seed(seed)
     positive, negative = [], []
     for _ in range(count):
         start = torch.randint(20, 40, (4,), generator=generator).tolist()
-        positive.append(start + torch.randint(40, 60, (3,), generator=generator).tolist())
-        negative.append(start + torch.randint(3, 20, (3,), generator=generator).tolist())
+        positive.append(start + torch.randint(40, 43, (1,), generator=generator).tolist())
+        negative.append(start + torch.randint(10, 13, (1,), generator=generator).tolist())
     return positive, negative
 
 
