@@ -87,7 +87,7 @@ class Windows:
             raise TypeError("the data holds texts beside token ids, expected one or the other throughout")
         if texts and self.tokenizer is None:
             raise ValueError("tokenizer is None, but the data is texts: pass the model's tokenizer, or token ids")
-        ids = self.tokenizer(texts)["input_ids"] if texts else [list(map(int, item)) for item in items]
+        ids = self.tokenizer(texts, verbose=False)["input_ids"] if texts else [list(map(int, item)) for item in items]
         longest = self.limit if self.max_length is None else self.max_length
         for number, sequence in enumerate(ids, first):
             if not sequence:

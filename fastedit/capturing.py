@@ -218,7 +218,8 @@ class _Pick:
         if self.at != "mean":
             return hidden[self.index]
         tokens = self.tokens.to(hidden.device)  # one sequence after another: no second copy of the batch
-        return torch.stack([h[real].mean(0, dtype=torch.float64) for h, real in zip(hidden, tokens, strict=True)])
+        means = [h[real].mean(0, dtype=torch.float64) for h, real in zip(hidden, tokens, strict=True)]
+        return torch.stack(means).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 class _State:

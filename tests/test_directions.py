@@ -84,17 +84,17 @@ def test_the_first_component_of_paired_differences(model, centre):
 def test_probes_are_judged_on_what_they_were_not_fitted_to(model):
     positive, negative = sets(40)
     for probe in ("logistic", "mass-mean"):
-        found = fe.contrast(model, None, positive, negative, method="probe", probe=probe, layers=2, held_out=0.25)
-        noted = found.statistics[2]
-        assert noted["held_out"] == 20 and noted["accuracy"] >= 0.9 and found.best() == 2
-        high, low = last_tokens(model, 2, positive), last_tokens(model, 2, negative)
+        found = fe.contrast(model, None, positive, negative, method="probe", probe=probe, layers=0, held_out=0.25)
+        noted = found.statistics[0]
+        assert noted["held_out"] == 20 and noted["accuracy"] >= 0.9 and found.best() == 0
+        high, low = last_tokens(model, 0, positive), last_tokens(model, 0, negative)
         order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-        score = lambda rows: rows @ found[2].double() + noted["offset"]  # noqa: E731
+        score = lambda rows: rows @ found[0].double() + noted["offset"]  # noqa: E731
         right = [(score(rows[order[:10]]) > 0).double().mean().item() for rows in (high, low)]
         assert noted["accuracy"] == pytest.approx((right[0] + 1 - right[1]) / 2)
         if probe == "mass-mean":
             expected = high[order[10:]].mean(0) - low[order[10:]].mean(0)
-            assert torch.allclose(found[2].double(), expected, rtol=0, atol=1e-5)
+            assert torch.allclose(found[0].double(), expected, rtol=0, atol=1e-5)
     assert found.about["method"] == "mass-mean probe"
 
 
