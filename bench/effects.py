@@ -24,7 +24,7 @@ from fastedit.cli.texts import read_texts
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 RESULTS = Path(__file__).resolve().parent / "results" / "effects.csv"
-DOSES = (0.05, 0.15, 0.4)
+DOSES = (0.05, 0.1, 0.2)
 COLUMNS = ("theme", "direction", "dose", "strength", "kl", "stories", "share", "share_low", "share_high", "known_words",
            "bits_per_character", "seed")  # fmt: skip
 
@@ -128,8 +128,8 @@ def measure(theme, count, tokens, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--themes", nargs="+", default=["bird", "tree"])
-    parser.add_argument("--stories", type=int, default=96)
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--stories", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     rows = [row for theme in given.themes for row in measure(theme, given.stories, given.tokens, given.seed)]

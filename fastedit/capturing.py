@@ -110,7 +110,7 @@ def capture(
             if writer is not None:
                 writer.flush(windows.position)
             if state is not None:
-                state.save(moments, windows)
+                state.save(moments, windows, now=writer is not None)  # no shard without the sums that go with it
             advance(windows.position)
     if not windows.position:
         raise ValueError("the data is empty: there is nothing to capture")

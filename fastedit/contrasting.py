@@ -1,6 +1,7 @@
 """Directions from two sets of texts: contrast of means, PCA of paired differences, linear probes."""
 
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,7 @@ POSITIVE, NEGATIVE = "positive", "negative"
 
 def contrast(
     model, tokenizer, positive, negative, *, method="mean", layers=None, site="block", at="last token",
-    probe="logistic", centre=False, held_out=0.25, seed=0, batch_size=16, max_length=None, progress=None,
+    probe="logistic", centre=False, held_out=0.25, seed=0, batch_size=16, max_length=None, resume=None, progress=None,
 ):  # fmt: skip
     """Directions that lead from the negative texts to the positive ones, one for each layer.
 
@@ -31,8 +32,9 @@ def contrast(
     the offset half-way between (arXiv 2310.06824).
 
     Args:
-        model, tokenizer, layers, site, at, batch_size, max_length, progress: as of `fastedit.capture`; `at` is one row
-            a text, so not "all tokens".
+        model, tokenizer, layers, site, at, batch_size, max_length, resume, progress: as of `fastedit.capture`; `at` is
+            one row a text, so not "all tokens". The folder `resume` also keeps the rows that PCA and probes need, which
+            else are in a temporary one.
         positive, negative: lists of texts (or of lists of token ids).
         held_out: the share of texts (of pairs, where there are as many of both) a probe is judged on. seed: which.
 
@@ -50,9 +52,11 @@ def contrast(
     data = [*positive, *negative]
     groups = [POSITIVE] * len(positive) + [NEGATIVE] * len(negative)
     with tempfile.TemporaryDirectory(prefix="fastedit-rows-") as folder:
+        folder = folder if resume is None else Path(resume) / "rows"
         captured = capture(
             model, tokenizer, data, layers=layers, site=site, at=at, groups=groups, group_names=[POSITIVE, NEGATIVE],
-            batch_size=batch_size, max_length=max_length, progress=progress, rows=None if method == "mean" else folder,
+            batch_size=batch_size, max_length=max_length, progress=progress, resume=resume,
+            rows=None if method == "mean" else folder,
         )  # fmt: skip
         vectors, statistics = {}, {}
         rows = None if method == "mean" else Rows(folder)

@@ -10,7 +10,7 @@ from tiny_models import build, exact, site_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastedit as fe
-from fastedit import contrasting
+from fastedit import capturing, contrasting
 from fastedit.interop import control_vectors
 
 DIRECTIONS = {1: torch.tensor([3.0, 0.0, 4.0]), 4: torch.tensor([0.0, 2.0, 0.0])}
@@ -96,6 +96,34 @@ def test_probes_are_judged_on_what_they_were_not_fitted_to(model):
             expected = high[order[10:]].mean(0) - low[order[10:]].mean(0)
             assert torch.allclose(found[0].double(), expected, rtol=0, atol=1e-5)
     assert found.about["method"] == "mass-mean probe"
+
+
+SAVE = capturing._State.save
+
+
+def _save_now(self, moments, windows, now=True):
+    SAVE(self, moments, windows, now=True)
+
+
+@pytest.mark.parametrize("method", ["mean", "pca"])
+def test_a_contrast_goes_on_where_it_was_interrupted(model, tmp_path, monkeypatch, method):
+    positive, negative = sets(40)
+    expected = fe.contrast(model, None, positive, negative, method=method, batch_size=1)
+    forward, forwards = type(model.model).forward, []
+
+    def dies(self, *args, **kwargs):
+        forwards.append(1)
+        if len(forwards) == 70:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", dies)
+    monkeypatch.setattr(capturing._State, "save", _save_now)
+    with pytest.raises(KeyboardInterrupt):
+        fe.contrast(model, None, positive, negative, method=method, batch_size=1, resume=tmp_path)
+    found = fe.contrast(model, None, positive, negative, method=method, batch_size=1, resume=tmp_path)
+    assert found == expected and found.statistics == expected.statistics
+    assert len(forwards) == 70 + 80 - 64  # windows of 32 batches: two were done
 
 
 def test_labels_that_mean_nothing_are_guessed_held_out_and_learnt_by_heart(model):

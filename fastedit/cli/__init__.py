@@ -100,6 +100,7 @@ def run_contrast(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts to so many tokens.")] = None,
     gguf: Annotated[Path | None, typer.Option(help="Also write a control vector for llama.cpp here.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Keep what is done here, and go on from it.")] = None,
     seed: int = 0,
 ):
     """Find the direction from one set of texts to another; save it, the edit that steers along it, and a picture.
@@ -111,7 +112,7 @@ def run_contrast(
     """
     from .contrast import run
 
-    run(model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, seed)
+    run(model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, resume, seed)
 
 
 @app.command("generate")

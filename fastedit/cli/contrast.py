@@ -7,7 +7,7 @@ from rich.table import Table
 from .texts import layer_numbers, load_model, read_texts
 
 
-def run(model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, seed):
+def run(model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, resume, seed):
     console = Console()
     positive, negative, numbers = read_texts(positive), read_texts(negative), layer_numbers(layers)
     loaded, tokenizer = load_model(model)
@@ -16,7 +16,7 @@ def run(model, positive, negative, out, method, probe, layers, site, at, batch_s
     try:
         directions = fastedit.contrast(
             loaded, tokenizer, positive, negative, method=method, probe=probe, layers=numbers, site=site, at=at,
-            batch_size=batch_size, max_length=max_length, seed=seed,
+            batch_size=batch_size, max_length=max_length, resume=resume, seed=seed,
         )  # fmt: skip
         directions.save(out)
         with fastedit.patch(loaded, fastedit.Steer(directions, site=site)) as handle:
