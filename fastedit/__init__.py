@@ -11,6 +11,10 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
+    "calibration": ("Dose", "calibrate"),
+    "capturing": ("Captured", "capture"),
+    "contrasting": ("contrast",),
+    "directions": ("Directions", "DirectionsFileError"),
     "form": ("Form", "fold", "merge"),
     "edits": (
         "Ablate", "Amplify", "Clamp", "DiReFT", "Edit", "LowRank", "NoReFT", "RED", "Rotate", "ScaleBias", "Steer",

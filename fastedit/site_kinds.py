@@ -16,6 +16,32 @@ def site_at(layer, name):
     return kinds.get(type(place), Site)(layer, name)
 
 
+def watch(layer, name, take):
+    """Let take(hidden) see what passes a site, edits there included; a handle to remove.
+
+    Hidden states that are a module's input are seen before edits at that very site.
+    """
+    place, module = layer.place(name), layer.at(name)
+    if isinstance(place, Input):
+
+        def before(module, args, kwargs):
+            take(args[0] if args else kwargs["hidden_states"])
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    pick = None
+    if isinstance(place, Part):
+        groups, start, stop = place.columns(layer.module, site_width(module, layer))
+
+        def pick(output):
+            return output.unflatten(-1, (groups, -1))[..., start:stop].flatten(-2)
+
+    def after(module, args, output):
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        take(output if pick is None else pick(output))
+
+    return module.register_forward_hook(after)
+
+
 class InputSite(Site):
     """The first argument of a module."""
 

@@ -1,12 +1,35 @@
-"""A forward that stops behind the deepest layer whose hidden states are wanted: no later layer, no LM head."""
-
-import torch
+"""A forward that stops behind the deepest place whose hidden states are wanted: no later layer, no LM head."""
 
 from .families import find_layers
+from .site_kinds import watch
 
 
 class _Reached(Exception):
-    """The deepest wanted layer has run. Never leaves this file."""
+    """The deepest wanted place has been passed. Never leaves this file."""
+
+
+def forward_until(model, places, inputs):
+    """Call model(**inputs) as far as the last of some places.
+
+    Args:
+        places: [(layer, site, take)] in the order in which they are passed; take(hidden) sees each one's hidden states.
+    """
+
+    def reached(hidden, take):
+        take(hidden)
+        raise _Reached
+
+    hooks, last = [], len(places) - 1
+    try:
+        for number, (layer, site, take) in enumerate(places):
+            ends = number == last
+            hooks.append(watch(layer, site, (lambda hidden, take=take: reached(hidden, take)) if ends else take))
+        model(**inputs)
+    except _Reached:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def residual_stream(model, after, inputs, last=None):
@@ -22,25 +45,16 @@ def residual_stream(model, after, inputs, last=None):
     """
     layers = find_layers(model)
     check_depths(after, len(layers))
-    found, deepest = {}, max(after)
+    found = {}
 
-    def note(depth):
-        def hook(module, args, output):
-            hidden = output if isinstance(output, torch.Tensor) else output[0]
+    def keeper(depth):
+        def keep(hidden):
             found[depth] = hidden if last is None else hidden[:, -last:]
-            if depth == deepest:
-                raise _Reached
 
-        return hook
+        return keep
 
-    hooks = [layers[depth - 1].module.register_forward_hook(note(depth)) for depth in set(after)]
-    try:
-        model(**inputs, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    places = [(layers[depth - 1], "block", keeper(depth)) for depth in sorted(set(after))]
+    forward_until(model, places, {**inputs, "use_cache": False})
     return [found[depth] for depth in after]
 
 

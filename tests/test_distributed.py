@@ -7,39 +7,18 @@ base's weights at other addresses, where matrix products take other paths: some 
 """
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import pytest
 import tiny_models as tiny
 import torch
+from processes import HERE, accelerated, launched
 
 import fastedit as fe
 
-HERE = pathlib.Path(__file__).parent
 ULP = torch.finfo(torch.float32).eps
 EXACT = ("ddp", "edits_replicate", "edits_shard")  # the base is whole on each process
 LAYOUTS = (*EXACT, "replicate", "shard", "rest")
 MODES = ("reference", *LAYOUTS, "base_too", "bf16", "patched_after", "accelerate_fsdp2", "tensor_parallel")
-
-
-def launched(arguments, folder, **environment):
-    """The folder, after a program has ended well in two processes."""
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True, timeout=200
-    )
-    return folder, done
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return str(one.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +26,7 @@ def results(tmp_path_factory):
     """One dict a process: {mode: what it found}."""
     folder = tmp_path_factory.mktemp("two")
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    _, done = launched([*launcher, str(HERE / "distributed_worker.py"), str(folder), *MODES], folder)
+    done = launched([*launcher, str(HERE / "distributed_worker.py"), str(folder), *MODES])
     files = [folder / f"results-{rank}.json" for rank in (0, 1)]
     assert all(file.is_file() for file in files), done.stderr[-3000:]
     return [json.loads(file.read_text()) for file in files]
@@ -150,10 +129,7 @@ def test_merging_into_parts_of_weights_is_refused(results):
 
 
 def test_accelerate_launch(results, tmp_path):
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]  # fmt: skip
-    program = [str(HERE / "accelerate_worker.py"), str(tmp_path)]
-    _, done = launched([*launcher, *program], tmp_path, ACCELERATE_USE_CPU="true")
+    done = accelerated(HERE / "accelerate_worker.py", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found, (alone, _) = json.loads((tmp_path / "results.json").read_text()), of(results, "reference")
     assert found["mode"] == "MULTI_CPU" and found["dtypes"] == ["torch.float32"]

@@ -1,4 +1,4 @@
-"""The command line: `fastedit demo | doctor | show | train`. A command's imports happen when it runs."""
+"""The command line: `fastedit demo | doctor | show | train | contrast | generate`. A command's imports happen when it runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -84,3 +84,55 @@ def run_train(
     from .train import run
 
     run(model, data, out, method, rank, (text, label), evaluate, lr, epochs, batch_size, rows, seed)
+
+
+@app.command("contrast")
+def run_contrast(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    positive: Annotated[Path, typer.Option(help="Texts of what to steer towards: .txt, .json or .jsonl.")],
+    negative: Annotated[Path, typer.Option(help="Texts of what to steer away from.")],
+    out: Out = Path("my-direction"),
+    method: Annotated[str, typer.Option(help="mean, pca (pairs: line k with line k) or probe.")] = "mean",
+    probe: Annotated[str, typer.Option(help="logistic or mass-mean.")] = "logistic",
+    layers: Annotated[str | None, typer.Option(help="Such as 3, 8-15 or 0,4,-1; by default all.")] = None,
+    site: Annotated[str, typer.Option(help="block, mlp or attn.")] = "block",
+    at: Annotated[str, typer.Option(help="last token, first token or mean.")] = "last token",
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts to so many tokens.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="Also write a control vector for llama.cpp here.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Keep what is done here, and go on from it.")] = None,
+    seed: int = 0,
+):
+    """Find the direction from one set of texts to another; save it, the edit that steers along it, and a picture.
+
+    Files hold one text a line (.txt), a JSON list (.json) or objects with "text" (.jsonl).
+
+    **Examples:** `fastedit contrast ./model --positive happy.txt --negative sad.txt --out happy` and
+    `fastedit contrast ./model --positive happy.txt --negative sad.txt --method probe --layers 8-15 --at mean`
+    """
+    from .contrast import run
+
+    run(model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, resume, seed)
+
+
+@app.command("generate")
+def run_generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts: .txt, .json or .jsonl.")] = None,
+    edit: Annotated[str | None, typer.Option(help="What `handle.save` or `fastedit contrast` wrote.")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="The dial; several times for several.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Texts a prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token, one text a prompt.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: int = 0,
+):
+    """Generate with an edit on the model, at one strength or several.
+
+    **Examples:** `fastedit generate ./model --edit happy --strength 2 --prompt "Once upon a time"` and
+    `fastedit generate ./model --edit happy --strength 0 --strength 1 --strength 4 --prompts prompts.txt`
+    """
+    from .generate import run
+
+    run(model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed)

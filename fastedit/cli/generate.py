@@ -1,0 +1,45 @@
+"""`fastedit generate`: text from a model with an edit on it, at one strength or several."""
+
+import typer
+from rich.console import Console
+
+from .texts import load_model, read_texts
+
+
+def run(model, prompts, prompt_file, edit, strengths, count, max_new_tokens, temperature, top_p, seed):
+    console = Console()
+    prompts = [*(prompts or ()), *(read_texts(prompt_file) if prompt_file else ())]
+    if not prompts:
+        raise typer.BadParameter("there is no prompt: give --prompt or --prompts")
+    loaded, tokenizer = load_model(model)
+    import fastedit
+
+    try:
+        handle = None if edit is None else fastedit.load(loaded, edit)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    for strength in (strengths or [1.0]) if handle is not None else [None]:
+        if handle is not None:
+            handle.strength = strength
+            console.rule(f"strength {strength:g}")
+        for prompt in prompts:
+            for text in sample(loaded, tokenizer, prompt, count, max_new_tokens, temperature, top_p, seed):
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def sample(model, tokenizer, prompt, count, max_new_tokens, temperature, top_p, seed):
+    """`count` texts, prompt included; the same at every call and, number for number, at every strength."""
+    import torch
+
+    given = tokenizer(prompt, return_tensors="pt")
+    options = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_return_sequences": count}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        found = model.generate(
+            input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=max_new_tokens,
+            pad_token_id=pad, **options,
+        )  # fmt: skip
+    return tokenizer.batch_decode(found, skip_special_tokens=True)

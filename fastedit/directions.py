@@ -1,0 +1,235 @@
+"""Directions: a vector for each layer, with arithmetic, files, and what is known of how well they tell classes apart.
+
+    directions = fastedit.contrast(model, tokenizer, positive, negative)
+    fastedit.patch(model, fastedit.Steer(directions, layers=range(8, 16), strength=2.0))
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+
+from .edit_file import replace
+from .edits import orthonormal_rows
+from .per_layer import as_values
+
+JSON, VERSION = "directions.json", 1
+
+
+class DirectionsFileError(ValueError):
+    """Directions on disk are not what they should be: says what was expected, what was found and what to do."""
+
+
+class Directions(Mapping):
+    """{layer number: fp32 vector (width,)}, which `Steer`, `Ablate` and the other edits take as it is.
+
+    Arithmetic gives new Directions, without the statistics: a + b, a − b (a layer that one side lacks counts as zero
+    there), −a, 2 * a, a / 2, `normalised`, `project_out`.
+
+    Attributes:
+        statistics: {layer: {name: number}}, as `fastedit.contrast` describes them.
+        about: what they are and of which model, JSON-able.
+
+    Raises:
+        TypeError, ValueError: no layers, layers that are not numbers from 0 on, or vectors that are not finite, floating
+        and of one width.
+    """
+
+    def __init__(self, vectors, statistics=None, about=None):
+        if not isinstance(vectors, Mapping) or not vectors:
+            raise ValueError(f"vectors is {vectors!r:.60}, expected a mapping from layer number to vector")
+        for layer in vectors:
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise TypeError(f"vectors has the key {layer!r}, expected layer numbers from 0 on")
+        self._vectors = {layer: as_values(f"layer {layer}", vectors[layer]) for layer in sorted(vectors)}
+        shapes = sorted({tuple(vector.shape) for vector in self._vectors.values()})
+        if len(shapes) > 1 or len(shapes[0]) != 1:
+            raise ValueError(f"vectors have shapes {shapes}, expected one shape (width,) throughout")
+        self.statistics, self.about = dict(statistics or {}), dict(about or {})
+
+    @property
+    def width(self):
+        return next(iter(self._vectors.values())).shape[0]
+
+    @property
+    def layers(self):
+        return tuple(self._vectors)
+
+    def __getitem__(self, layer):
+        return self._vectors[layer]
+
+    def __iter__(self):
+        return iter(self._vectors)
+
+    def __len__(self):
+        return len(self._vectors)
+
+    def __eq__(self, other):
+        if not isinstance(other, Directions):
+            return NotImplemented
+        return self.layers == other.layers and all(torch.equal(self[layer], other[layer]) for layer in self)
+
+    __hash__ = None
+
+    # --- arithmetic -----------------------------------------------------------------------------------------
+
+    def __add__(self, other):
+        if not isinstance(other, Directions):
+            return NotImplemented
+        self._same_width(other)
+        zero = torch.zeros(self.width)
+        layers = {*self, *other}
+        return self._derived({layer: self.get(layer, zero) + other.get(layer, zero) for layer in layers})
+
+    def __sub__(self, other):
+        return self + -other if isinstance(other, Directions) else NotImplemented
+
+    def __neg__(self):
+        return self._map(torch.neg)
+
+    def __mul__(self, factor):
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"the factor is {factor}, expected a finite number")
+        return self._map(lambda vector: vector * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor):
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            return NotImplemented
+        return self * (1 / factor)
+
+    def normalised(self):
+        """Every vector at length 1; ValueError for one that is zero."""
+        for layer, vector in self.items():
+            if not vector.any():
+                raise ValueError(f"the vector of layer {layer} is zero: it has no direction; leave the layer out")
+        return self._map(lambda vector: (vector.double() / vector.double().norm()).float())
+
+    def project_out(self, *others):
+        """What is left of each vector beside the span of the others' at its layer, in float64.
+
+        Raises:
+            ValueError: another lacks a layer, or has another width.
+        """
+        for other in others:
+            self._same_width(other)
+            missing = [layer for layer in self if layer not in other]
+            if missing:
+                raise ValueError(f"there is nothing to project out at layers {missing}: the other has {other.layers}")
+        left = {}
+        for layer, vector in self.items():
+            basis = orthonormal_rows(torch.stack([other[layer] for other in others])).double()
+            left[layer] = (vector.double() - (vector.double() @ basis.T) @ basis).float()
+        return self._derived(left)
+
+    def at(self, *layers):
+        """These layers alone, with their statistics; KeyError for one that is not there."""
+        kept = {layer: self[layer] for layer in layers}
+        return Directions(kept, {k: v for k, v in self.statistics.items() if k in kept}, self.about)
+
+    def best(self, by="accuracy"):
+        """The layer where a statistic is largest; KeyError where no layer has it."""
+        return max((layer for layer in self.statistics if self.statistics[layer][by] is not None),
+                   key=lambda layer: self.statistics[layer][by])  # fmt: skip
+
+    def _map(self, function):
+        return self._derived({layer: function(vector) for layer, vector in self.items()})
+
+    def _derived(self, vectors):
+        return Directions(vectors, about={k: v for k, v in self.about.items() if k not in ("method", "statistics")})
+
+    def _same_width(self, other):
+        if not isinstance(other, Directions):
+            raise TypeError(f"expected Directions, found {type(other).__name__}")
+        if other.width != self.width:
+            raise ValueError(f"directions of width {self.width} and of width {other.width} do not go together")
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    def save(self, folder):
+        """Write directions.json and the tensors it names; a crash leaves the old ones or the new. Returns the Path.
+
+        Raises:
+            OSError: it could not be written. ValueError: statistics or `about` are not JSON-able.
+        """
+        folder = Path(folder)
+        payload = to_bytes({f"layers.{layer}": vector.contiguous() for layer, vector in self.items()})
+        digest = hashlib.sha256(payload).hexdigest()
+        name = f"directions-{digest[:16]}.safetensors"
+        note = {
+            "format": "fastedit directions", "version": VERSION, "about": self.about,
+            "statistics": {str(layer): found for layer, found in self.statistics.items()},
+            "tensors": {"file": name, "sha256": digest},
+        }  # fmt: skip
+        try:
+            text = json.dumps(note, indent=2, allow_nan=False).encode() + b"\n"
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"statistics or about are not JSON-able: {error}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        replace(folder / name, payload)
+        replace(folder / JSON, text)
+        for old in folder.glob("directions-*.safetensors"):
+            if old.name != name:
+                with contextlib.suppress(OSError):
+                    old.unlink()
+        return folder
+
+    @classmethod
+    def load(cls, folder):
+        """What `save` wrote, checked; DirectionsFileError says what is wrong with it."""
+        path = Path(folder) / JSON
+        if not path.is_file():
+            raise DirectionsFileError(f"{folder} has no {JSON}; expected a folder written by Directions.save")
+        try:
+            note = json.loads(path.read_bytes())
+            if note["format"] != "fastedit directions" or note["version"] != VERSION:
+                raise DirectionsFileError(
+                    f"{path} is {note['format']!r} version {note['version']!r}, expected 'fastedit directions' {VERSION}"
+                )
+            name, digest = note["tensors"]["file"], note["tensors"]["sha256"]
+            statistics = {int(layer): dict(found) for layer, found in note["statistics"].items()}
+            about = dict(note["about"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            if isinstance(error, DirectionsFileError):
+                raise
+            raise DirectionsFileError(f"{path} is not what Directions.save writes: {error!r}") from None
+        return cls(_read_tensors(Path(folder) / Path(name).name, digest), statistics, about)
+
+    def save_gguf(self, path, *, model=None):
+        """Write a control vector for llama.cpp; fastedit.interop.control_vectors."""
+        from .interop import control_vectors
+
+        return control_vectors.save_gguf(self, path, model=model)
+
+    @classmethod
+    def load_gguf(cls, path):
+        """Read a control vector of llama.cpp or repeng; fastedit.interop.control_vectors."""
+        from .interop import control_vectors
+
+        return control_vectors.load_gguf(path)
+
+    def __repr__(self):
+        method = f" by {self.about['method']}" if "method" in self.about else ""
+        return f"<directions{method}: layers {', '.join(map(str, self))}, width {self.width}>"
+
+
+def _read_tensors(path, digest):
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise DirectionsFileError(f"{path}, which {JSON} names, could not be read: {error.strerror}") from None
+    if hashlib.sha256(payload).hexdigest() != digest:
+        raise DirectionsFileError(f"{path} does not have the checksum in {JSON}: changed or damaged; save it again")
+    try:
+        return {int(name.removeprefix("layers.")): tensor for name, tensor in from_bytes(payload).items()}
+    except Exception as error:  # safetensors' own errors have no common base besides this
+        raise DirectionsFileError(f"{path} is not a file of directions: {error}") from None
