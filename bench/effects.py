@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastedit as fe
 from bench.effects_table import write_table
 from fastedit.cli.texts import read_texts
+from fastedit.methods.replies import wilson
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 RESULTS = Path(__file__).resolve().parent / "results" / "effects.csv"
@@ -87,13 +88,6 @@ def known_words(texts, lexicon):
     return sum(word in lexicon for word in words) / len(words)
 
 
-def wilson(share, count, z=1.96):
-    """The share's 95 % interval."""
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def measure(theme, count, tokens, seed):
     """The CSV's rows."""
     stories = read_texts(SHARED / "data" / "tinystories" / "tinystories_1000.json")
@@ -105,8 +99,8 @@ def measure(theme, count, tokens, seed):
 
     def row(direction, dose, strength, kl):
         texts = continuations(model, tokenizer, prompts, tokens, seed)
-        share = sum(has(theme, text) for text in texts) / len(texts)
-        low, high = wilson(share, len(texts))
+        hits = sum(has(theme, text) for text in texts)
+        share, (low, high) = hits / len(texts), wilson(hits, len(texts))
         figures = (share, low, high, known_words(texts, lexicon), bits_per_character(judge, letters, texts))
         print(f"{direction:>10} {dose:>5} strength {strength:6.2f}: {100 * share:5.1f} %  {figures[-1]:.2f} bits", texts[0][:90])
         return dict(zip(COLUMNS, (theme, direction, dose, strength, kl, len(texts), *figures, seed), strict=True))

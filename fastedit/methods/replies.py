@@ -1,0 +1,43 @@
+"""What a model replies, greedily and in batches, and how sure a share of the replies is."""
+
+import math
+
+import torch
+
+
+@torch.no_grad()
+def replies(model, tokenizer, prompts, *, max_new_tokens=64, batch_size=8):
+    """The greedy continuation of each prompt, without the prompt and without special tokens.
+
+    Prompts of like lengths share a batch, padded on the left; the model answers in eval mode and is left as it was.
+    """
+    given = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    order, said = sorted(range(len(given)), key=lambda k: len(given[k])), [None] * len(given)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            longest = len(given[batch[-1]])
+            ids = torch.full((len(batch), longest), pad)
+            for row, k in enumerate(batch):
+                ids[row, longest - len(given[k]) :] = torch.tensor(given[k])
+            mask = torch.tensor([[0] * (longest - len(given[k])) + [1] * len(given[k]) for k in batch])
+            made = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
+                max_new_tokens=max_new_tokens, pad_token_id=pad,
+            )  # fmt: skip
+            for k, reply in zip(batch, made[:, longest:], strict=True):
+                said[k] = tokenizer.decode(reply, skip_special_tokens=True)
+    finally:
+        for module in training:
+            module.training = True
+    return said
+
+
+def wilson(hits, of, z=1.96):
+    """The 95 % interval of a share, Wilson's."""
+    share, square = hits / of, z * z / of
+    centre, half = share + square / 2, z * math.sqrt(share * (1 - share) / of + square / (4 * of))
+    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
