@@ -1,5 +1,7 @@
 """The tensors of one edit at one site of one layer: fp32 masters, a submodule of the model."""
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.autograd import Function
@@ -222,6 +224,11 @@ def masters_of(edit, spot, width, device, tenancy=None):
     return kind(edit, spot, width, device, tenancy)
 
 
+def as_written(tensor):
+    """A context without autocast, whose products would be bf16; on meta there is none."""
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def join(members):
     """Let all layers of one edit settle together."""
     group = [m for m in members if isinstance(m, DerivedMasters)]
@@ -250,7 +257,7 @@ def settle(group):
 def _settle(members):
     first, held = members[0]
     constrained = first.constrained
-    with torch.autocast(first.dial.device.type, enabled=False):
+    with as_written(first.dial):
         stacked = {name: torch.stack([h[name].detach() for _, h in members]) for name in held}
         if constrained is not None and not first.dial.is_meta:
             stacked[constrained] = retracted(stacked[constrained])

@@ -6,6 +6,7 @@ from . import lean
 from .checks import MAX_RANK
 from .form import at_strength, fold_all
 from .gating import Tap
+from .masters import as_written
 from .probes import Reading
 from .row_plan import NOWHERE
 
@@ -78,7 +79,7 @@ class Stage:
         return _with_norm_of(hidden, edited) if self.keep_norm else edited
 
     def fold(self):
-        with torch.autocast(self.masters[0].dial.device.type, enabled=False):  # whose products would be bf16
+        with as_written(self.masters[0].dial):
             return fold_all([at_strength(m.form(), m.dial) for m in self.masters]).tensors()
 
     def keep(self, folded):

@@ -128,7 +128,7 @@ def test_the_calls_of_an_adopted_reft_model_are_pyvenes():
         {"unit_locations": {"base": 0}}, {"unit_locations": {"sources->base": (None, [[[0], [0]]] * 3)}},
         {"sources": [given]}, {"output_original_output": True}, {"subspaces": [[[0]] * 2] * 3},
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="adopted by fastedit as edits at every position, but"):
+        with pytest.raises(ValueError, match="adopted by fastedit, but"):
             said(model, **call)
     for call in ({}, {"intervene_on_prompt": True, "unit_locations": {"base": 0}}):
         with pytest.raises(ValueError, match="alone"):
@@ -136,6 +136,29 @@ def test_the_calls_of_an_adopted_reft_model_are_pyvenes():
     handle.remove()
     assert torch.equal(said(model), expected[0])
     assert not torch.allclose(said(model, unit_locations={"base": 0}), expected[0])
+
+
+def test_each_calls_positions_are_followed():
+    model, given = reft(), tiny.inputs("llama")
+    rows = [[0, 1, 6], [2, 2, 3]]
+    some = {"sources->base": (None, [rows] * tiny.LAYERS)}
+    story = {"base": given, "unit_locations": some, "intervene_on_prompt": True, "max_new_tokens": 6, "do_sample": False}
+    calls = [
+        lambda: said(model, unit_locations=some), lambda: said(model), lambda: model.generate(**story)[1],
+    ]  # fmt: skip
+    expected = [call() for call in calls]
+    assert not torch.allclose(expected[0], expected[1])
+    with fe.adopt(model, positions="call"):
+        for call, before in zip(calls, expected, strict=True):
+            torch.testing.assert_close(call(), before, rtol=1e-4, atol=1e-4)
+        for wrong in (
+            {"sources->base": (None, [rows, rows, [[0], [0]]])}, {"base": [[[0]]]}, {"base": [[[7], [0]]] * 3},
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match="unit_locations"):
+                said(model, unit_locations=wrong)
+        with pytest.raises(ValueError, match="generate was given none"):
+            model.generate(base=given, intervene_on_prompt=True)
+    assert torch.equal(said(model, unit_locations=some), expected[0])
 
 
 def test_positions_without_a_counterpart_are_refused():

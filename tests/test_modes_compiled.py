@@ -159,23 +159,23 @@ def test_patching_and_unpatching_a_compiled_model_is_seen():
     assert torch.equal(logits(fast, ids()), bare)
 
 
-def test_a_hook_put_on_after_compiling_is_pytorchs_to_see(monkeypatch):
+def test_a_hook_put_on_after_compiling_is_pytorchs_to_see():
     """By default PyTorch guards no hooks, on any module; told to, it sees the edited output through them."""
     model = tiny.build("llama", num_hidden_layers=1)
     scrambled(fe.patch(model, fe.RED()))
     for skipped in (True, False):
         torch._dynamo.reset()
-        monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", skipped)
-        fast = torch.compile(model, backend="aot_eager")
-        before = logits(fast, ids())
-        hook = model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
-        after, eager = logits(fast, ids()), logits(model, ids())
-        hook.remove()
-        assert not torch.allclose(eager, before, atol=1e-2)
-        if skipped:
-            assert torch.equal(after, before), "PyTorch guards hooks now: say so in docs/run-modes.md"
-        else:
-            torch.testing.assert_close(after, eager, rtol=1e-4, atol=1e-4)
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=skipped):  # as monkeypatch undoes it, it is gone
+            fast = torch.compile(model, backend="aot_eager")
+            before = logits(fast, ids())
+            hook = model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
+            after, eager = logits(fast, ids()), logits(model, ids())
+            hook.remove()
+            assert not torch.allclose(eager, before, atol=1e-2)
+            if skipped:
+                assert torch.equal(after, before), "PyTorch guards hooks now: say so in docs/run-modes.md"
+            else:
+                torch.testing.assert_close(after, eager, rtol=1e-4, atol=1e-4)
 
 
 # --- generation and export ------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ def site_module(model, family, site, layer):
     path = SITES[family][site]
     if family != "t5":
         return model.get_submodule(LAYER[family].format(layer) + path)
-    side, number = ("encoder", layer) if layer < 2 else ("decoder", layer - 2)
+    encoder = len(model.encoder.block)
+    side, number = ("encoder", layer) if layer < encoder else ("decoder", layer - encoder)
     return model.get_submodule(path.format(f"{side}.block.{number}", last=1 if side == "encoder" else 2))
 
 

@@ -37,8 +37,9 @@ def adopt(model, *, positions=None, fused=True):
     Args:
         model: the object that one calls: the PeftModel, ReftModel, ControlModel or plain model. `handle.model`
             is the one that carries the edits: for a ReftModel and a ControlModel the model inside.
-        positions: of pyvene's interventions, whose positions come with each call: None or "all" for every
-            position, which is what is served. A call of the IntervenableModel that asks for others raises.
+        positions: of pyvene's interventions, whose positions come with each call. None or "all": every position, and a
+            call of the IntervenableModel that asks for others raises. "call": where each such call says, the same for
+            all interventions (a call of the model inside acts nowhere: `handle.mask` says where).
         fused: as for `fastedit.patch`.
 
     Raises:

@@ -4,15 +4,21 @@ They have no place in the model: each call of the IntervenableModel registers it
 other hooks on the model with them) when it is done. While adopted, such a call is one of the model that it holds,
 on which the edits are; a call that asks for other things than every position of the base raises.
 
-Where an intervention acts comes with each call, too (`unit_locations`), so `positions` must say it beforehand.
+Where an intervention acts comes with each call, too (`unit_locations`). positions="call" follows it: the edits have
+positions="mask", and each call sets the mask. Without that, every position is edited, and other calls raise.
 """
 
+import contextlib
 import sys
 
+import torch
+
 from ..form import Form
+from ..root import root_of
 from .found import IN_LATE_HOOK, Found, Refusal, bare, classes, try_call, values
 from .switches import ClassSwitch
 
+CALL = "call"
 _SIDES = {"register_forward_hook": "output", "register_forward_pre_hook": "input"}
 
 
@@ -43,13 +49,18 @@ def _interventions(owner, positions):
         module = getattr(hook, "__self__", None)
         side = _SIDES.get(getattr(hook, "__name__", None), "output")
         name = f"{type(intervention).__name__} at {paths.get(module, key)}"
-        found = Found(name, module, IN_LATE_HOOK, switch, side, group=owner, positions=positions)
+        acts = "mask" if positions == CALL else positions
+        found = Found(name, module, IN_LATE_HOOK, switch, side, group=owner, positions=acts)
         yield found.read(lambda: _read(owner, key, intervention, switch, positions))
 
 
 def _read(owner, key, intervention, switch, positions):
     _check_owner(owner)
-    locations(positions, 1, 1)
+    if positions not in (None, "all", CALL):
+        raise Refusal(
+            f"positions={positions!r} has no counterpart among pyvene's unit_locations; served are 'all' (or None) and "
+            f"{CALL!r}, what each call says"
+        )
     switch.check()
     if key in owner._intervention_reverse_link:
         raise Refusal("it is linked to another intervention, whose output it takes")
@@ -163,11 +174,11 @@ def adopted(own, positions):
             output_original_output=output_original_output,
             intervention_additional_kwargs=intervention_additional_kwargs,
         )  # fmt: skip
-        _check_locations(unit_locations, base, positions)
         more = {} if labels is None else {"labels": labels}
         if use_cache is not None and "use_cache" in self.model.config.to_dict():
             more["use_cache"] = use_cache
-        said = self.model(**base, **more)
+        with _acting(self.model, unit_locations, base, positions):
+            said = self.model(**base, **more)
         if not return_dict:
             return None, said
         output = own.forward.__globals__["IntervenableModelOutput"]
@@ -184,9 +195,12 @@ def adopted(own, positions):
         )  # fmt: skip
         if not intervene_on_prompt:
             _refuse("intervene_on_prompt=False acts on what is generated alone")
-        if unit_locations is not None:
+        if unit_locations is None and positions == CALL:
+            _refuse("generate was given none; positions='all' acts on the prompt and on what is generated")
+        if unit_locations is not None and positions != CALL:
             _refuse("unit_locations with intervene_on_prompt=True acts on the prompt alone")
-        return None, self.model.generate(**base, **kwargs)
+        with _acting(self.model, unit_locations, base, positions):
+            return None, self.model.generate(**base, **kwargs)
 
     return {"forward": forward, "generate": generate}
 
@@ -197,26 +211,47 @@ def _refuse_others(**given):
             _refuse(f"{name} was given")
 
 
-def locations(positions, rows, length):
-    """fastedit's `positions` in pyvene's words, for one intervention: a list of positions a row."""
-    if positions in (None, "all"):
-        return [list(range(length))] * rows
-    raise Refusal(f"positions={positions!r} has no counterpart among pyvene's unit_locations; served is 'all' (or None)")
+@contextlib.contextmanager
+def _acting(model, given, base, positions):
+    """Let the edits act where a call says, for its while; a call that cannot be followed raises."""
+    rows, length = next(iter(base.values())).shape[:2]
+    named = None if given is None else _rows(given, rows, length)
+    if positions != CALL:
+        if named is not None and not bool(named.all()):
+            _refuse("unit_locations names some positions and not others; adopt with positions='call' to follow each call")
+        yield
+        return
+    plan = root_of(model).rows
+    before, plan.mask = plan.mask, torch.ones(rows, length, dtype=torch.bool) if named is None else named
+    try:
+        yield
+    finally:
+        plan.mask = before
 
 
-def _check_locations(given, base, positions):
-    """None means every position; otherwise each intervention names its positions in each row."""
-    inputs = next(iter(base.values()))
-    rows, length = inputs.shape[:2]
-    expected, every = locations(positions, rows, length), locations(None, rows, length)
-    found = [every] if given is None else given.get("base", given.get("sources->base"))
+def _rows(given, rows, length):
+    """unit_locations as a bool (rows, columns), the same for all interventions: a list of positions a row for each."""
+    found = given.get("base", given.get("sources->base"))
     found = found[1] if isinstance(found, tuple) else found
-    if not (isinstance(found, list) and all(one == expected for one in found)):
-        _refuse("unit_locations names some positions and not others")
+    if isinstance(found, int):
+        found = [[[found]] * rows]
+    if not (isinstance(found, list) and found and all(isinstance(one, list) and len(one) == rows for one in found)):
+        _refuse("unit_locations is not a list of positions for each row and intervention")
+    masks = []
+    for one in found:
+        mask = torch.zeros(rows, length, dtype=torch.bool)
+        for row, columns in enumerate(one):
+            if not (isinstance(columns, list) and all(isinstance(c, int) and 0 <= c < length for c in columns)):
+                _refuse(f"unit_locations has {columns!r} for a row of {length} tokens")
+            mask[row, columns] = True
+        masks.append(mask)
+    if any(not torch.equal(masks[0], other) for other in masks):
+        _refuse("unit_locations differs from one intervention to the next")
+    return masks[0]
 
 
 def _refuse(what):
     raise ValueError(
-        f"this model's interventions are adopted by fastedit as edits at every position, but {what}; "
+        f"this model's interventions are adopted by fastedit, but {what}; "
         "handle.remove() gives pyvene's own calls back"
     )
