@@ -11,6 +11,7 @@ STAMPS := $(VENV)/.stamps
 PEERS := .venv-peers
 OUT ?= bench/results
 PYTEST_ARGS ?=
+JOBS ?= 2  # test files at a time
 
 # The first python3 that is 3.11 to 3.13 and can make a virtual environment. Override: make test PYTHON=...
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -40,7 +41,7 @@ demo: $(STAMPS)/fastedit
 
 test: $(STAMPS)/fastedit $(STAMPS)/older
 	$(BIN)/fastedit doctor
-	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
 
 lint: $(STAMPS)/fastedit

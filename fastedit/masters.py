@@ -7,6 +7,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .changes import optimizer_steps
 from .edits import TENSORS, Edit
 from .form import Form
 from .orthonormal import Tangent, retract_, retracted, tangent
@@ -123,7 +124,8 @@ class DerivedMasters(Masters):
     """Masters from which the normal form's tensors follow: LoReFT's W and R give read = W − R and write = R.
 
     What follows is computed once after each change, for all layers of the edit (`group`) in one batch, and kept at
-    fixed addresses; a change is seen by the masters' version counters, so any optimiser, wrapper or loader may make it.
+    fixed addresses; a change is seen by the masters' version counters and by optimisers' steps (changes.py), so any
+    optimiser, wrapper or loader may make it.
     A constrained master is retracted in that same moment, before anything reads it.
     """
 
@@ -132,6 +134,7 @@ class DerivedMasters(Masters):
         self.derive, self.pull_back, self.constrained = edit.derive, edit.pull_back, edit.constrained
         self.direct = True
         self.group, self.seen, self.kept = [self], (), None
+        self.steps, self.settled = None, None  # of optimisers, when last settled; the masters then, of a whole batch
 
     def settle(self):
         """Retract and derive, if a master has changed since."""
@@ -142,7 +145,7 @@ class DerivedMasters(Masters):
             if held[name] is not tensor or tensor._version != version:
                 break
         else:
-            if self.seen:
+            if self.seen and (not self.trainable or self.steps == optimizer_steps()):
                 return
         settle(self.group)
 
@@ -182,7 +185,7 @@ class DerivedMasters(Masters):
         super()._save_to_state_dict(*args)
 
     def _apply(self, fn, recurse=True):
-        self.seen, self.kept = (), None
+        self.seen, self.kept, self.settled = (), None, None
         return super()._apply(fn, recurse)
 
     def __setattr__(self, name, value):
@@ -259,6 +262,8 @@ def _settle(members):
     constrained = first.constrained
     with as_written(first.dial):
         stacked = {name: torch.stack([h[name].detach() for _, h in members]) for name in held}
+        if _as_settled(members, stacked):
+            return
         if constrained is not None and not first.dial.is_meta:
             stacked[constrained] = retracted(stacked[constrained])
             torch._foreach_copy_([h[constrained] for _, h in members], list(stacked[constrained].unbind()))
@@ -266,8 +271,25 @@ def _settle(members):
     own = {id(t): name for name, t in stacked.items()}
     rows = [_kept(place, t, own.get(id(t)), members) for place, t in enumerate(derived)]
     for (m, held), kept in zip(members, zip(*rows, strict=True), strict=True):
-        m.kept = kept
+        m.kept, m.steps, m.settled = kept, optimizer_steps(), None
         m.seen = tuple((name, t, t._version) for name, t in held.items())
+    first.settled = stacked
+
+
+def _as_settled(members, stacked):
+    """Whether all that called for this was a step of an optimiser that moved none of them.
+
+    What a backward has saved must not be written anew then.
+    """
+    before = members[0][0].settled
+    if before is None or stacked.keys() != before.keys() or any(m.kept is None for m, _ in members):
+        return False
+    for name, tensor in stacked.items():
+        if tensor.is_meta or tensor.shape != before[name].shape or not torch.equal(tensor, before[name]):
+            return False
+    for m, held in members:
+        m.steps, m.seen = optimizer_steps(), tuple((name, t, t._version) for name, t in held.items())
+    return True
 
 
 def _kept(place, derived, own, members):

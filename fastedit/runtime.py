@@ -3,6 +3,7 @@
 import torch
 
 from . import lean
+from .changes import optimizer_steps
 from .checks import MAX_RANK
 from .form import at_strength, fold_all
 from .gating import Tap
@@ -25,7 +26,7 @@ class Stage:
         self.on_sum = self.on_x and (self.gating is None or not self.gating.looks)
         self.only = masters[0] if len(masters) == 1 and masters[0].direct else None  # tenants' never fold
         self.trainable = any(m.trainable for m in masters)
-        self.folded, self.watched = None, []
+        self.folded, self.watched, self.steps = None, [], None
 
     def arguments(self, hidden):
         """((scale, bias, read, offset, write), strength) for the ops on hidden states; None where no row is meant. Of
@@ -64,11 +65,12 @@ class Stage:
             if held.get(name) is not tensor or tensor._version != version:
                 break
         else:
-            if self.watched:
+            if self.watched and (not self.trainable or self.steps == optimizer_steps()):
                 return self.folded, None
         with torch.inference_mode(False), torch.no_grad():
             self.keep(self.fold())
         self.watched = [(held, name, t, t._version) for m in self.masters for held, name, t in m.sources()]
+        self.steps = optimizer_steps()
         return self.folded, None
 
     def apply(self, hidden):

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .changes import optimizer_steps
+
 GRAM_ROWS = 1024  # of the Gram matrix at a time: its fp64 sums take 8 bytes where the result takes 4
 
 
@@ -87,7 +89,8 @@ class ValueNet(nn.Module):
             if kept is None:
                 raise RuntimeError("the value net has no Gram matrix yet: call value_net.gram() before compiling")
             return kept[1]
-        key = (id(self.weight), self.weight.data_ptr(), self.weight.device, _version(self.weight))
+        steps = optimizer_steps() if self.weight.requires_grad else None
+        key = (id(self.weight), self.weight.data_ptr(), self.weight.device, steps, _version(self.weight))
         if kept is None or kept[0] != key:
             self._grams[dtype] = (key, _gram(self.weight.detach(), dtype))
             self.gram_version = key[-1]

@@ -34,9 +34,14 @@ def edits():
     return [fe.RED(), fe.DiReFT(2, layers=[1]), fe.NoReFT(2, site="attn"), fe.Steer(vector, strength=0.5)]
 
 
-def model_and_handle(freeze=True):
+def constrained():
+    """What is brought back onto its manifold after each step."""
+    return [fe.LoReFT(2), fe.Rotate(torch.eye(2, tiny.WIDTH), 0.3, site="mlp", trainable=True)]
+
+
+def model_and_handle(freeze=True, made=edits):
     model = tiny.build("llama", num_hidden_layers=2).train()
-    return model, fe.patch(model, edits(), freeze=freeze)
+    return model, fe.patch(model, made(), freeze=freeze)
 
 
 def batch(step):
@@ -52,9 +57,9 @@ def loss_of(model, ids):
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def alone(parts, freeze=True):
+def alone(parts, freeze=True, made=edits):
     """The losses of one process at the same global batch, in `parts` accumulated parts; its handle's tensors."""
-    model, handle = model_and_handle(freeze)
+    model, handle = model_and_handle(freeze, made)
     optimizer, losses = optimizer_of(model), []
     for step in range(STEPS):
         shares = []
@@ -166,6 +171,27 @@ def reference(folder):
 
 def ddp(folder):
     return trained(folder, "ddp")
+
+
+def on_a_manifold(folder):
+    """LoReFT and a rotation that trains: under DDP as one process; laid out over several, refused."""
+    losses, tensors = alone(2, made=constrained)
+    model, handle = model_and_handle(made=constrained)
+    model = DistributedDataParallel(model)
+    found = {"alone": losses, "losses": train(model, optimizer_of(model), range(STEPS))}
+    mine = handle.named_tensors()
+    found["same"] = all(torch.equal(mine[name], tensor) for name, tensor in tensors.items())
+    basis = mine["0.layers.1.block.write"].double()
+    found["apart"] = float((basis @ basis.T - torch.eye(2)).abs().max())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model, handle = model_and_handle(made=constrained)
+    found["refused"] = []
+    for lay_out in (lambda: fe.distributed.shard(handle, mesh), lambda: fully_shard(model, mesh=mesh)):
+        try:
+            lay_out()
+        except ValueError as error:
+            found["refused"].append(str(error))
+    return found
 
 
 def edits_replicate(folder):

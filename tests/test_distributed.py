@@ -18,7 +18,7 @@ import fastedit as fe
 ULP = torch.finfo(torch.float32).eps
 EXACT = ("ddp", "edits_replicate", "edits_shard")  # the base is whole on each process
 LAYOUTS = (*EXACT, "replicate", "shard", "rest")
-MODES = ("reference", *LAYOUTS, "base_too", "bf16", "patched_after", "accelerate_fsdp2", "tensor_parallel")
+MODES = ("reference", *LAYOUTS, "on_a_manifold", "base_too", "bf16", "patched_after", "accelerate_fsdp2", "tensor_parallel")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,13 @@ def test_two_processes_train_as_one(results, how):
         if how in EXACT:
             assert process["losses"] == alone["parts"] and process["tensors"] == alone["tensors"]
         assert process["dtypes"] == ["torch.float32"] and process["finite"]
+
+
+def test_a_basis_stays_orthonormal_under_ddp_and_is_not_laid_out(results):
+    for process in of(results, "on_a_manifold"):
+        assert process["losses"] == process["alone"] and len(set(process["losses"])) == 5 and process["same"]
+        assert process["apart"] <= 2**-22
+        assert len(process["refused"]) == 2 and all("train it under DDP" in message for message in process["refused"])
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
