@@ -316,7 +316,7 @@ def test_steps_that_raise_no_version_are_seen():
             losses += train(model, handle, 1, optimizer)
             with torch.no_grad():
                 losses.append(loss_of(model).item())
-        assert len(set(losses)) > 6
+        assert len(set(losses)) == 5, "a step was not seen"  # what eval says is what the next step starts from
         found.append(losses)
         assert max(off(t) for n, t in handle.named_tensors().items() if n.startswith("0.") and n.endswith("write")) <= TOLERANCE
     assert found[0] == pytest.approx(found[1], rel=1e-4)
