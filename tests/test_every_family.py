@@ -86,6 +86,33 @@ def test_an_edit_at_any_site_equals_plain_hooks(name, dtype):
                 tiny.assert_promise(zoo.output(model, name), eager, reference)
 
 
+@pytest.mark.parametrize("name", [name for name in zoo.CASES if name not in ("vit", "whisper")])
+def test_positions_at_every_site(name):
+    """Nowhere: the bits of the model. Everywhere: the edit without positions, at the tokens that are not padding."""
+    model, given = zoo.build(name), zoo.inputs(name)
+    said, real = zoo.output(model, name), given["attention_mask"].bool()
+    if zoo.CASES[name].decoder:
+        real = torch.ones_like(given["decoder_input_ids"], dtype=torch.bool)
+    real = real if said.dim() == 3 else slice(None)
+    nowhere, everywhere = torch.zeros(2, 7, dtype=torch.bool), torch.ones(2, 7, dtype=torch.bool)
+    for site in zoo.sites(name):
+        found = []
+        for positions, fused in (("mask", False), ("mask", True), (None, True)):
+            edit = fe.ScaleBias(site=site, positions=positions)
+            with tiny.quiet(fe.patch, model, edit, fused=fused) as handle:
+                scrambled(handle)
+                if positions == "mask":
+                    handle.mask(nowhere)
+                    apart = float((zoo.output(model, name) - said).abs().max())
+                    assert apart <= (1e-5 if fused else 0.0), site  # a fused norm rounds as it will
+                    handle.mask(everywhere)
+                found.append(zoo.output(model, name)[real])
+                handle.mask(None)
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4, msg=lambda m, site=site: f"{site}: {m}")
+        torch.testing.assert_close(*found[1:], rtol=1e-4, atol=1e-4, msg=lambda m, site=site: f"{site}: {m}")
+        assert not torch.equal(found[0], said[real]), site
+
+
 @pytest.mark.parametrize("name", zoo.CASES)
 def test_removal_gives_every_bit_back_and_files_keep_every_site(name, tmp_path):
     model = zoo.build(name)

@@ -19,6 +19,8 @@ EDITS = {
     "LoReFT": lambda: fe.LoReFT(3),
     "DiReFT on mlp": lambda: fe.DiReFT(2, site="mlp"),
     "a stack": lambda: [fe.RED(), fe.NoReFT(2)],
+    "LoReFT at both ends": lambda: fe.LoReFT(3, positions="first 2 + last 3"),
+    "RED on the FFN input": lambda: fe.ScaleBias(site="ffn_in", positions="last 4"),
 }
 
 
