@@ -48,20 +48,15 @@ class Ascending:
         return moved if rows == hidden.shape[1] else torch.cat([hidden[:, :-rows], moved], 1)
 
     def _net(self):
-        """A ValueNet on the masters' own memory; a new one, with a new Gram matrix, once they have changed."""
+        """A ValueNet on the masters' own memory: what is copied into them it sees. A new one where they were replaced."""
         held = self.control._buffers
         if torch.compiler.is_compiling():
             if self.net is None:
                 raise RuntimeError("a Control prepares its value net in the first forward: run one before compiling")
             return self.net
-        for tensor, version in self.seen:
-            if held.get(tensor[0]) is not tensor[1] or tensor[1]._version != version:
-                break
-        else:
-            if self.seen:
-                return self.net
-        self.net = ValueNet.from_tensors(*(held.get(name) for name in NAMES))
-        self.seen = [((name, held[name]), held[name]._version) for name in self.control.masters()]
+        now = [held.get(name) for name in NAMES]
+        if self.net is None or any(a is not b for a, b in zip(now, self.seen, strict=True)):
+            self.net, self.seen = ValueNet.from_tensors(*now), now
         return self.net
 
 
