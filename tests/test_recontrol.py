@@ -141,7 +141,7 @@ def test_what_fit_refuses_leaves_the_net():
         recontrol.fit(fresh(5), data)
     with pytest.raises(TypeError, match="expected a fastedit"):
         recontrol.fit(torch.nn.Linear(6, 1), data)
-    for wrong in ({"lam": 1.5}, {"held_out": 1.0}, {"epochs": 0}):
+    for wrong in ({"lam": 1.5}, {"held_out": 1.0}, {"epochs": 0}, {"epochs": 2.5}):
         with pytest.raises(ValueError, match="expected"):
             recontrol.fit(net, data, **wrong)
     with pytest.raises(ValueError, match="too few to hold some out"):

@@ -184,7 +184,7 @@ def _check(net, trajectories, lam, epochs, batch_size, held_out):
         raise ValueError(f"the value net reads states of width {net.width}, and these are {trajectories.width} wide")
     if not 0 <= lam <= 1 or not 0 <= held_out < 1:
         raise ValueError(f"lam is {lam!r} and held_out {held_out!r}, expected 0 ≤ lam ≤ 1 and 0 ≤ held_out < 1")
-    if epochs < 1 or batch_size < 1:
+    if not isinstance(epochs, int) or not isinstance(batch_size, int) or epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs is {epochs!r} and batch_size {batch_size!r}, expected whole numbers from 1 on")
     if held_out and len(trajectories) < 2:
         raise ValueError("there is one trajectory, too few to hold some out: collect more, or held_out=0")
