@@ -55,6 +55,7 @@ class Edit:
     held = None  # {layer number: {name: tensor}} in place of `values`
     constrained = None  # the master whose rows are kept orthonormal (orthonormal.py)
     is_probe = False
+    stage = None  # the class of what runs it (runtime.py), for an edit that is no normal form
     gate = None  # a gates.Rule
 
     def __init__(self, names, rank=0, *, site=None, layers=None, positions=None, strength=1.0, keep_norm=False):
@@ -113,6 +114,9 @@ class Edit:
         held = copy.copy(self)
         held.layers, held.neutral, held.held = tuple(values), False, values
         return held
+
+    def check(self):
+        """Raise ValueError for options, read from a file, that make no sense."""
 
     def config(self):
         """A JSON-able description; with the tensors of `Handle.named_tensors` it is the whole edit."""
@@ -372,7 +376,7 @@ def from_config(configs):
 
 
 def _rebuild(config):
-    from . import reft  # noqa: F401, whose kinds are edits too
+    from . import control, reft  # noqa: F401, whose kinds are edits too
 
     kinds = {kind.__name__: kind for kind in _kinds(Edit)}
     kind = kinds.get(config.get("kind"))
@@ -405,6 +409,7 @@ def _rebuild(config):
     Edit.__init__(edit, names, rank, **{key: config[key] for key in where if key in config})
     edit.trainable, edit.neutral = bool(config.get("trainable", kind.trainable)), True
     edit.gate = rule_of(config["gate"]) if config.get("gate") is not None else None
+    edit.check()
     return edit
 
 

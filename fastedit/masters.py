@@ -45,7 +45,8 @@ class Masters(InFp32):
 
     def __init__(self, edit, spot, width, device, tenancy=None):
         super().__init__()
-        self.is_probe = edit.is_probe
+        self.is_probe, self.stage = edit.is_probe, edit.stage
+        self.options = {name: getattr(edit, name) for name in edit.options}
         self.form_of, self.trainable, self.rank, self.tenancy = edit.form, edit.trainable, edit.rank, tenancy
         self.positions, self.keep_norm = edit.positions, edit.keep_norm
         self.gating = None  # its gating.Gating, if planning gives it one
@@ -65,12 +66,14 @@ class Masters(InFp32):
     @property
     def needs_plan(self):
         """Whether it must know a forward's tokens."""
-        return self.positions is not None or self.is_probe or (self.gating is not None and self.gating.needs_plan)
+        if self.is_probe or self.stage is not None:
+            return True
+        return self.positions is not None or (self.gating is not None and self.gating.needs_plan)
 
     @property
     def alone(self):
         """Whether it is a stage of its own."""
-        return self.gating is not None or self.keep_norm or self.is_probe
+        return self.gating is not None or self.keep_norm or self.is_probe or self.stage is not None
 
     def masters(self):
         """{name: tensor}"""

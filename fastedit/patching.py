@@ -58,8 +58,8 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
         raise ValueError("edits is empty: there is nothing to patch")
     tenancy = None if check_count(tenants) is None else Tenancy(tenants)
     for edit in edits:
-        if tenancy is not None and (edit.gate is not None or edit.is_probe):
-            what = "a Probe" if edit.is_probe else "an edit behind a gate"
+        if tenancy is not None and (edit.gate is not None or edit.is_probe or edit.stage is not None):
+            what = "an edit behind a gate" if edit.gate is not None else f"a {type(edit).__name__}"
             raise ValueError(f"tenants have tensors of their own, and {what} has none: patch it apart, without tenants=")
     root = root_of(model) or Root(model)
     with torch.inference_mode(False):

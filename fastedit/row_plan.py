@@ -34,6 +34,7 @@ class Generation:
         self.columns, self.mask, self.behind_encoder = columns, mask, columns is None
         self.thread = threading.get_ident()
         self.decided = {}  # what gates said of the prompt: {gate: (sequences,)}
+        self.beams = 1
 
 
 class Rows:
@@ -65,6 +66,7 @@ class Rows:
                 )
             return base.generate(module, *args, **kwargs)
         self.generation = self.given(module, args, kwargs)
+        self.generation.beams = _beams(module, args, kwargs)
         try:
             return base.generate(module, *args, **kwargs)
         finally:
@@ -79,6 +81,12 @@ def _mask_of_padding(module, ids, kwargs):
         return None
     mask = ids != pad
     return None if bool(mask.all()) else mask
+
+
+def _beams(module, args, kwargs):
+    """How many beams a call of `generate` searches with."""
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None) or module.generation_config
+    return kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
 
 
 class Stack:

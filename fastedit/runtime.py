@@ -199,4 +199,6 @@ def _stage(masters, stack):
         return Tap(masters[0], stack)
     if masters[0].is_probe:
         return Reading(masters[0], stack)
+    if masters[0].stage is not None:
+        return masters[0].stage(masters[0], stack)
     return Stage(masters, stack)

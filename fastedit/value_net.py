@@ -61,6 +61,17 @@ class ValueNet(nn.Module):
         net._take([_fp32_copy(layer) for layer in linear])
         return net
 
+    @classmethod
+    def from_tensors(cls, weight, bias, weight2, bias2, head, offset):
+        """The frozen net on these fp32 tensors themselves, no copies; weight2 and bias2 None for one hidden layer."""
+        net = cls.__new__(cls)
+        nn.Module.__init__(net)
+        net._grams, net.gram_version = {}, -1
+        given = {"weight": weight, "bias": bias, "weight2": weight2, "bias2": bias2, "head": head, "offset": offset}
+        for name, tensor in given.items():
+            net.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        return net
+
     @property
     def width(self):
         return self.weight.shape[1]

@@ -134,7 +134,7 @@ def test_show_of_an_edit_that_makes_no_sense_says_why(trained, tmp_path):
     assert "strength is 'much'" in invoke("show", tmp_path, code=1)
 
 
-@pytest.mark.parametrize("method", ["direft", "noreft"])
+@pytest.mark.parametrize("method", ["direft", "noreft", "loreft"])
 def test_other_methods_train(encoder, tmp_path, method):
     data = tsv(tmp_path / "reviews.tsv", reviews(40))
     invoke("train", encoder, data, "--out", tmp_path / "edit", "--method", method, "--rank", 2, "--epochs", 1)

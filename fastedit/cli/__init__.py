@@ -58,32 +58,51 @@ def run_show(folder: Annotated[str, typer.Argument(help="What `handle.save` wrot
 
 @app.command("train")
 def run_train(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of an encoder (or any transformers model).")],
-    data: Annotated[Path, typer.Argument(help="Texts and labels: .tsv with a header, or .jsonl.")],
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or Hub id: an encoder; a causal model for rahf and recontrol.")],
+    data: Annotated[Path, typer.Argument(help="Labelled texts, preference rows or prompts: see below.")],
     out: Out = Path("my-edit"),
-    method: Annotated[str, typer.Option(help="red, direft or noreft.")] = "red",
-    rank: Annotated[int, typer.Option(help="Rank of direft and noreft.")] = 4,
-    text: Annotated[
-        str | None, typer.Option(help="Column of the texts; by default text or sentence.")
+    method: Annotated[str, typer.Option(help="red, loreft, direft, noreft, rahf or recontrol.")] = "red",
+    rank: Annotated[int | None, typer.Option(min=1, help="Of loreft, direft, noreft (4), or rahf's student (8).")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the texts; by default text or sentence.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the labels; by default label.")] = None,
+    evaluate: Annotated[Path | None, typer.Option("--eval", help="Held-out file; by default a tenth of DATA.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(min=0.0, help="2e-2; rahf 3e-4 (scit), 9e-6 (dual); recontrol 1e-4.")
     ] = None,
-    label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
-    evaluate: Annotated[
-        Path | None, typer.Option("--eval", help="Held-out file; by default a tenth of DATA.")
-    ] = None,
-    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of the edit and the head.")] = 2e-2,
-    epochs: Annotated[float, typer.Option(min=0.0)] = 2,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    epochs: Annotated[float | None, typer.Option(min=0.0, help="2; recontrol 100 at most.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="32; rahf 64 (scit), 8 (dual); recontrol 512.")] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="Use this many rows of DATA at most.")] = None,
-    seed: int = 0,
+    mode: Annotated[str | None, typer.Option(help="rahf: scit or dual.")] = None,
+    student: Annotated[str | None, typer.Option(help="rahf: lora, red or loreft.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="rahf: of the student; 450 (scit), 2500 (dual).")] = None,
+    alpha: Annotated[float | None, typer.Option(help="rahf: of the target pattern; 5.")] = None,
+    teacher_steps: Annotated[int | None, typer.Option(min=0, help="rahf: of each teacher (450); 0 for ready ones.")] = None,
+    teacher_lr: Annotated[float | None, typer.Option(min=0.0, help="rahf: 2e-5.")] = None,
+    reward: Annotated[str | None, typer.Option(help="recontrol: word:WORD, or module:function.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="recontrol: responses a prompt; 4.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="recontrol: 64.")] = None,
+    units: Annotated[int | None, typer.Option(min=1, help="recontrol: of the value net; 4096.")] = None,
+    lam: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="recontrol: λ of TD(λ); 0.")] = None,
+    step_size: Annotated[float | None, typer.Option(help="recontrol: a of the ascent; 0.5.")] = None,
+    ascent_steps: Annotated[int | None, typer.Option(min=0, help="recontrol: n of the ascent; 30.")] = None,
+    seed: int | None = None,
 ):
-    """Fit an edit and a linear head to labelled texts, and save both (edit.*, head.safetensors).
+    """Train an edit by a method, and save it.
 
-    **Examples:** `fastedit train ./encoder reviews.tsv --out my-edit` and
-    `fastedit train ./encoder reviews.jsonl --method direft --rank 4 --lr 1e-3 --epochs 3`
+    red, loreft, direft, noreft: an edit and a linear head on labelled texts (.tsv with a header, or .jsonl).
+    rahf: preferences into an edit or LoRA; rows with prompt, chosen and rejected (.json or .jsonl).
+    recontrol: a value net for sampled responses' rewards; prompts as .txt, .json or .jsonl.
+
+    **Examples:** `fastedit train ./encoder reviews.tsv --out my-edit`,
+    `fastedit train ./encoder reviews.jsonl --method loreft --rank 4 --lr 1e-3 --epochs 3`,
+    `fastedit train ./model pairs.jsonl --method rahf --mode scit --student red --out aligned` and
+    `fastedit train ./model prompts.txt --method recontrol --reward word:dog --lam 0.9 --out control`
     """
     from .train import run
 
-    run(model, data, out, method, rank, (text, label), evaluate, lr, epochs, batch_size, rows, seed)
+    own = ("context", "model", "data", "out", "method")
+    run(model, data, out, method, {name: value for name, value in context.params.items() if name not in own})
 
 
 @app.command("contrast")

@@ -1,20 +1,49 @@
-"""`fastedit train`: an edit and a linear head on mean-pooled states, fitted to labelled texts."""
+"""`fastedit train`: by method; here an edit and a linear head on mean-pooled states, fitted to labelled texts."""
 
 import contextlib
 import csv
+import importlib
 import json
 import random
 
 import typer
 from rich.console import Console
 
-METHODS = {"red": "RED", "direft": "DiReFT", "noreft": "NoReFT"}
+METHODS = {"red": "RED", "direft": "DiReFT", "noreft": "NoReFT", "loreft": "LoReFT"}
+OTHERS = ("rahf", "recontrol")  # each in a file of its own, with its own DEFAULTS
+DEFAULTS = {
+    "rank": 4, "text": None, "label": "label", "evaluate": None, "lr": 2e-2, "epochs": 2, "batch_size": 32, "rows": None,
+    "seed": 0,
+}  # fmt: skip
 
 
-def run(model, data, out, method, rank, columns, evaluate, lr, epochs, batch_size, rows, seed):
-    console = Console()
-    if method not in METHODS:
-        raise typer.BadParameter(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+def run(model, data, out, method, given):
+    """Train by a method; given: {option: value}, None for the method's own default."""
+    if method not in (*METHODS, *OTHERS):
+        raise typer.BadParameter(f"method is {method!r}, expected one of {', '.join((*METHODS, *OTHERS))}")
+    if method in OTHERS:
+        module = importlib.import_module(f".train_{method}", __package__)
+        module.run(model, data, out, **_options(method, module.DEFAULTS, given))
+    else:
+        classify(model, data, out, method, **_options(method, DEFAULTS, given))
+
+
+def _options(method, defaults, given):
+    said = {name: value for name, value in given.items() if value is not None}
+    for name in said:
+        if name not in defaults:
+            taken = ", ".join(_flag(known) for known in defaults)
+            raise typer.BadParameter(f"{_flag(name)} is not an option of --method {method}, which takes {taken}")
+    return {name: int(v) if name == "epochs" and float(v).is_integer() else v for name, v in (defaults | said).items()}
+
+
+def _flag(name):
+    return "--eval" if name == "evaluate" else f"--{name.replace('_', '-')}"
+
+
+def classify(model, data, out, method, *, rank, text, label, evaluate, lr, epochs, batch_size, rows, seed):
+    """A head on mean-pooled states, and an edit under it."""
+    console, columns = Console(), (text, label)
     with _readable():
         train, test = _split(data, evaluate, columns, rows, seed)
         names = sorted({label for _, label in train}, key=_natural)

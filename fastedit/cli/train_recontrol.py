@@ -1,0 +1,114 @@
+"""`fastedit train --method recontrol`: a value net for the rewards of sampled responses, saved as a Control."""
+
+import importlib
+import random
+import re
+import sys
+
+import typer
+from rich.console import Console
+
+from .texts import load_model, read_texts
+
+DEFAULTS = {
+    "reward": None, "samples": 4, "max_new_tokens": 64, "units": 4096, "lam": 0.0, "step_size": 0.5, "ascent_steps": 30,
+    "lr": 1e-4, "epochs": 100, "batch_size": 512, "rows": None, "seed": 0,
+}  # fmt: skip
+GENERATED_TOGETHER = 16  # sequences a forward
+
+
+def run(
+    model, data, out, *, reward, samples, max_new_tokens, units, lam, step_size, ascent_steps, lr, epochs, batch_size, rows,
+    seed,
+):  # fmt: skip
+    console = Console()
+    score = find_reward(reward)
+    prompts = read_texts(data)
+    random.Random(seed).shuffle(prompts)
+    prompts = prompts[:rows]
+    if len(prompts) < 2:
+        raise typer.BadParameter(f"{data} has {len(prompts)} prompt to use, expected 2 or more: some are held out")
+    held_out = prompts[: max(1, min(32, len(prompts) // 10))]
+    loaded, tokenizer = load_model(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    import torch
+
+    import fastedit
+    from fastedit.methods import recontrol
+
+    from .progress import bars
+
+    ask = {"max_new_tokens": max_new_tokens, "batch_size": GENERATED_TOGETHER}
+    try:
+        with bars(console) as progress:
+            found = recontrol.collect(
+                loaded, tokenizer, prompts[len(held_out) :], score, samples=samples, seed=seed,
+                progress=_bar(progress, "collecting"), **ask,
+            )  # fmt: skip
+            torch.manual_seed(seed)
+            net = fastedit.ValueNet(found.width, units)
+            control = recontrol.Control(net, step_size, ascent_steps)  # what is wrong with a and n, before the training
+            fitted = recontrol.fit(
+                net, found, lam=lam, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed,
+                progress=_bar(progress, "fitting"),
+            )  # fmt: skip
+            control = recontrol.Control(net, step_size, ascent_steps)
+            with fastedit.patch(loaded, control) as handle:
+                earned = [_earned(handle, s, loaded, tokenizer, held_out, score, seed, ask) for s in (0.0, 1.0)]
+                summary = {
+                    "task": "control", "method": "recontrol", "reward": reward, "prompts": len(prompts) - len(held_out),
+                    "samples": samples, "max_new_tokens": max_new_tokens, "lam": lam, "lr": lr, "epochs": fitted.best,
+                    "batch_size": batch_size, "seed": seed, "error": fitted.error, "held_out": len(held_out),
+                    "reward_before": earned[0], "reward_after": earned[1],
+                }  # fmt: skip
+                fastedit.store.save(handle, out, base_model=model, training=summary)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from None
+    start = fitted.epochs[0]["error"]
+    console.print(
+        f"{len(found):,} responses of {len(found.states):,} tokens, mean reward {found.rewards.mean():.4g}; held-out error "
+        f"of the values {start:.4g} before, {fitted.error:.4g} after {fitted.best} epochs",
+        highlight=False,
+    )
+    console.print(f"mean reward on {len(held_out)} held-out prompts: {earned[0]:.4g} without, [bold]{earned[1]:.4g}[/] with")
+    console.print(f"saved {out}; try it with: fastedit generate {model} --edit {out} --prompt '…'", markup=False)
+
+
+def find_reward(name):
+    """A function (prompts, responses) → numbers: "word:dog" counts a word, "module:function" is the user's own."""
+    if not name:
+        raise typer.BadParameter("recontrol needs --reward: word:WORD, or module:function of (prompts, responses)")
+    module, colon, attribute = name.partition(":")
+    if not colon or not module or not attribute:
+        raise typer.BadParameter(f"reward is {name!r}, expected word:WORD or module:function")
+    if module == "word":
+        return counting(attribute)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does: modules beside the user
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(f"reward {name!r} could not be imported: {error}") from None
+    if not callable(found):
+        raise typer.BadParameter(f"reward {name!r} is {type(found).__name__}, expected a function")
+    return found
+
+
+def counting(word):
+    """How often a word stands in each response, whatever its case."""
+    pattern = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
+    return lambda prompts, responses: [float(len(pattern.findall(text))) for text in responses]
+
+
+def _earned(handle, strength, model, tokenizer, prompts, score, seed, ask):
+    from fastedit.methods import recontrol
+
+    handle.strength = strength
+    found = recontrol.collect(model, tokenizer, prompts, score, samples=4, seed=seed + 1, **ask)
+    return float(found.rewards.mean())
+
+
+def _bar(progress, name):
+    task = progress.add_task(name, total=None)
+    return lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,208 @@
+"""What RE-Control learns from: the states behind each generated token, and a reward for each response.
+
+    trajectories = collect(model, tokenizer, prompts, reward)
+
+States are those of `final`, what the LM head reads, at the position that predicts each generated token (arXiv 2406.05954,
+section 4.1). They lie one after another without padding: `lengths` says whose they are.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from ..edit_file import EditFileError, replace
+from ..edits import Edit
+from ..families import find_layers
+from ..planning import choose
+from ..root import root_of
+from ..site_kinds import watch
+
+_FORMAT = "fastedit trajectories 1"
+
+
+@dataclass
+class Trajectories:
+    """n responses. states: (sum of lengths, width), in the model's dtype. lengths: (n,) int64. rewards: (n,) fp32.
+
+    prompts, responses: their texts, [] where unknown.
+
+    Raises:
+        TypeError, ValueError: shapes that do not belong together, a response without a state, a reward that is not finite.
+    """
+
+    states: torch.Tensor
+    lengths: torch.Tensor
+    rewards: torch.Tensor
+    prompts: list = field(default_factory=list)
+    responses: list = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.states.dim() != 2 or not self.states.is_floating_point():
+            raise TypeError(f"states is {self.states.dtype} {tuple(self.states.shape)}, expected floating (steps, width)")
+        if self.lengths.dim() != 1 or self.lengths.dtype is not torch.int64 or self.rewards.shape != self.lengths.shape:
+            raise ValueError(
+                f"lengths is {self.lengths.dtype} {tuple(self.lengths.shape)} and rewards {tuple(self.rewards.shape)}, "
+                "expected int64 (responses,) and one reward each"
+            )
+        if not len(self.lengths) or int(self.lengths.min()) < 1 or int(self.lengths.sum()) != len(self.states):
+            raise ValueError(f"lengths sum to {int(self.lengths.sum())}, each from 1 on, for {len(self.states)} states")
+        if not self.rewards.isfinite().all():
+            raise ValueError(f"reward {int((~self.rewards.isfinite()).nonzero()[0])} is not a finite number")
+
+    def __len__(self):
+        return len(self.lengths)
+
+    @property
+    def width(self):
+        return self.states.shape[1]
+
+    def save(self, path):
+        """Write one safetensors file, in one step that survives a crash."""
+        tensors = {name: getattr(self, name).contiguous() for name in ("states", "lengths", "rewards")}
+        texts = {"prompts": json.dumps(self.prompts), "responses": json.dumps(self.responses)}
+        replace(Path(path), to_bytes(tensors, {"format": _FORMAT, **texts}))
+
+    @classmethod
+    def load(cls, path):
+        """What `save` wrote; EditFileError for any other file."""
+        try:
+            with safe_open(path, "pt") as file:
+                note = file.metadata() or {}
+                if note.get("format") != _FORMAT:
+                    raise ValueError(f"its format is {note.get('format')!r}, expected {_FORMAT!r}")
+                tensors = [file.get_tensor(name) for name in ("states", "lengths", "rewards")]
+            return cls(*tensors, *(json.loads(note[name]) for name in ("prompts", "responses")))
+        except (SafetensorError, ValueError, TypeError, LookupError) as error:
+            raise EditFileError(f"{path} holds no trajectories: {error}") from error
+
+
+def collect(
+    model, tokenizer, prompts, reward, *, samples=1, max_new_tokens=64, temperature=1.0, top_p=1.0, batch_size=16, seed=0,
+    dtype=None, progress=None, **options,
+):  # fmt: skip
+    """Generate responses and keep, for every generated token, the state that predicted it.
+
+    The model generates in eval mode, edits on it included; it is left as it was. The same seed, prompts and batch size
+    give the same trajectories; the global random state is left as it was.
+
+    Args:
+        model, tokenizer: a causal language model and its tokenizer, which needs a padding token.
+        prompts: texts.
+        reward: any function (prompts, responses) → one number each; it is called with a batch of texts.
+        samples: responses a prompt. temperature: 0 for the likeliest token.
+        dtype: of the kept states; the model's own by default.
+        progress: called as progress(done, total), in responses, after each batch.
+        options: further arguments of `generate`, such as top_k.
+
+    Raises:
+        TypeError, ValueError: no prompts, a reward that is not one finite number a response, decoding other than token by
+        token (beams, assistants), or a model without `final`.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    _check(model, tokenizer, prompts, reward, samples)
+    if temperature > 0:
+        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_return_sequences": samples}
+    else:
+        options |= {"do_sample": False}
+    options["max_new_tokens"] = max_new_tokens
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    found, total = [], len(prompts) * samples
+    with torch.random.fork_rng(devices), _in_eval(model):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            found.append(_of_batch(model, tokenizer, batch, samples, reward, dtype, options))
+            if progress is not None:
+                progress(min(total, (start + len(batch)) * samples), total)
+    states, lengths, rewards, asked, said = zip(*found, strict=True)
+    texts = ([*itertools.chain(*of_batches)] for of_batches in (asked, said))
+    return Trajectories(torch.cat(states), torch.cat(lengths), torch.cat(rewards), *texts)
+
+
+def _check(model, tokenizer, prompts, reward, samples):
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("prompts is empty or holds something else than texts")
+    if not callable(reward):
+        raise TypeError(f"reward is {reward!r}, expected a function (prompts, responses) → numbers")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples is {samples!r}, expected a whole number from 1 on")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder, expected a causal language model")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no pad_token_id: set one, such as tokenizer.pad_token = tokenizer.eos_token")
+
+
+def _of_batch(model, tokenizer, prompts, samples, reward, dtype, options):
+    """(states, lengths, rewards, prompts, responses) of a few prompts."""
+    samples = samples if options["do_sample"] else 1
+    given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    ids, mask = (given[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    with _states(model) as states:
+        output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options)
+    new = output[:, ids.shape[1] :]
+    if len(states) != new.shape[1] or any(len(state) != len(new) for state in states):
+        raise ValueError(
+            f"{len(states)} forwards gave {new.shape[1]} tokens: trajectories need one token a forward for each sequence "
+            "(no beams, assistants, prompt lookup or chunked prefill)"
+        )
+    lengths = _lengths(model, new, options)
+    states = torch.stack(states, 1)  # (responses, steps, width)
+    valid = torch.arange(new.shape[1], device=states.device) < lengths[:, None].to(states.device)
+    states = states[valid].to("cpu", states.dtype if dtype is None else dtype)
+    responses = [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(new, lengths.tolist(), strict=True)]
+    asked = [prompt for prompt in prompts for _ in range(samples)]
+    return states, lengths, _rewards(reward, asked, responses), asked, responses
+
+
+def _rewards(reward, prompts, responses):
+    found = reward(prompts, responses)
+    found = found.tolist() if isinstance(found, torch.Tensor) else list(found)
+    if len(found) != len(responses) or not all(isinstance(r, (int, float)) and math.isfinite(r) for r in found):
+        raise ValueError(
+            f"reward gave {found!r:.80} for {len(responses)} responses, expected one finite number for each"
+        )
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def _lengths(model, new, options):
+    """How many tokens of each row were generated: up to the first that ends a sequence, itself included."""
+    config = options.get("generation_config") or model.generation_config
+    ends = options.get("eos_token_id", config.eos_token_id)
+    steps = torch.full((len(new),), new.shape[1], dtype=torch.int64)
+    if ends is None:
+        return steps
+    ends = torch.as_tensor(ends, device=new.device).reshape(-1)
+    ended = torch.isin(new, ends).cpu()
+    return torch.where(ended.any(1), ended.int().argmax(1) + 1, steps)
+
+
+@contextlib.contextmanager
+def _states(model):
+    """A list that gets, at each forward, the state of each row's last column (rows, width)."""
+    root = root_of(model)
+    layers = find_layers(model) if root is None else root.layers
+    layer = choose(Edit((), site="final"), layers)[0]
+    found = []
+    hook = watch(layer, "final", lambda hidden: found.append(hidden[:, -1].detach().clone()))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _in_eval(model):
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
