@@ -126,7 +126,7 @@ class Assignment:
     def coefficient(self, hidden, stack):
         """fp32, one a row of hidden (…, width); None for 1 throughout."""
         compiling = torch.compiler.is_compiling()
-        if self.plain and not compiling:
+        if not compiling and self.plain:
             return None
         factors = self._spread("factors", self.factors, hidden)
         if self.which is None:
