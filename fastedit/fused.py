@@ -5,6 +5,7 @@ object beside the module's attributes. Without a state it is the layer's own for
 """
 
 import inspect
+from threading import get_ident as _ident
 
 import torch
 
@@ -26,7 +27,8 @@ class State:
     def __init__(self, module, adds, norms, entry=None, apart=None):
         self.module, self.adds, self.norms = module, adds, norms
         self.entry, self.apart = entry, apart
-        self.successor = self.carried = self.block = None
+        self.successor = self.block = None
+        self.carried = {}  # by thread: (hidden, version, normed) that the predecessor has left
 
 
 # --- across layers ------------------------------------------------------------------------------------------
@@ -50,9 +52,8 @@ def _may_carry(module):
 
 def entry_norm(state, hidden, norm):
     """norm(hidden), from the predecessor if this is the tensor it was computed from, unchanged."""
-    carried = state.carried
+    carried = None if torch.compiler.is_compiling() or not state.carried else state.carried.pop(_ident(), None)
     if carried is not None:
-        state.carried = None
         source, version, normed = carried
         if source is hidden and hidden._version == version and _may_carry(state.module):
             return normed
@@ -68,7 +69,7 @@ def leave(state, add, x, residual):
     if not norm.fits(x, residual) or residual.dtype is state.apart:
         return add(x, residual)
     hidden, normed = add.with_norm(x, residual, norm)
-    successor.carried = (hidden, hidden._version, normed)
+    successor.carried[_ident()] = (hidden, hidden._version, normed)
     return hidden
 
 

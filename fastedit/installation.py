@@ -128,7 +128,7 @@ def link(installations):
     """Let each state compute the first norm of the one that reads its sum next (layers in order)."""
     for installation in installations:
         for recipe, state in installation.states.items():
-            state.successor = state.carried = None
+            state.successor, state.carried = None, {}
             before = getattr(recipe, "after", None)
             if before is not None:
                 _link(installation.state_of(submodule(installation.layer.module, before)), state)

@@ -67,7 +67,7 @@ def test_checkpointing_a_layer_by_hand():
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grads[2], grads[0], rtol=1e-5, atol=1e-5)
     handle = handles(model)[0]
-    assert all(s.carried is None for i in handle._root.installed.values() for s in i.states.values())
+    assert all(not s.carried for i in handle._root.installed.values() for s in i.states.values())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -82,6 +82,14 @@ inline float coefficient_of(const Form& form, int64_t row, int32_t slot) {
   return form.coefficient ? form.coefficient[row * form.coefficient_stride] : 1.0f;
 }
 
+// Starts to load a row's parameters while the row before is edited: in a large bank each row's lie somewhere else.
+inline void fetch(const Params& p, int64_t width) {
+  for (int64_t c = 0; c < width; c += 16) {
+    if (p.scale) __builtin_prefetch(p.scale + c);
+    if (p.bias) __builtin_prefetch(p.bias + c);
+  }
+}
+
 // body.template operator()<R>(first_row, params, k) for each group: R = kGroup at k = 1, else R = 1.
 template <class Body>
 inline void each_group(const Form& form, int64_t rows, int64_t width, Body body) {
@@ -99,6 +107,7 @@ inline void each_group(const Form& form, int64_t rows, int64_t width, Body body)
     }
     for (int64_t row = first; row < last; ++row) {
       const int32_t own = slot_of(form, row);
+      if (form.slot && row + 1 < rows) fetch(params_of(form, width, slot_of(form, row + 1)), width);
       body.template operator()<1>(row, params_of(form, width, own), coefficient_of(form, row, own));
     }
   });
