@@ -1,6 +1,6 @@
 """Control at generation: the state that the LM head reads ascends a value net before each token is chosen.
 
-    u ← u + a ∇V(h + u), n times;  h' = h + u              (RE-Control, arXiv 2406.05954, section 4.3)
+    u ← u + a ∇V(h + u), n times;  h' = h + u              (RE-Control, arXiv 2406.05954)
 
 An edit on `final` like any other: patched, stacked, dialled, saved and removed by the same handle. It is no normal form,
 so it is a stage of its own (`Ascending`), and acts only on rows that a next token is predicted from.

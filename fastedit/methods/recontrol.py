@@ -8,13 +8,13 @@ NeurIPS 2024).
         model.generate(...)
     handle.save("my-control");  handle = fastedit.load(model, "my-control")     # as every edit
 
-Step size a and number of steps n as tuned on held-out prompts by the authors (arXiv 2406.05954, appendix):
+Step size a and number of steps n as tuned by the authors (arXiv 2406.05954):
 
-    model       data      a     n
-    Vicuna-7B   HH-RLHF   0.5    30
-    Falcon-7B   HH-RLHF   0.2   200
-    Vicuna-7B   SHP       1.0    50
-    Llama-3-8B  SHP       1.0    30
+    model            a     n
+    Vicuna-7B, HH    0.5    30
+    Falcon-7B        0.2   200
+    Vicuna, SHP      1.0    50
+    Llama-3-8B       1.0    30
 """
 
 import copy
@@ -34,7 +34,7 @@ __all__ = ["Control", "Fit", "Trajectories", "collect", "fit", "td_loss", "td_ta
 def td_targets(values, lengths, rewards, lam=0.0):
     """What each state's value is to be, (steps,), in the values' dtype; no gradient flows through it.
 
-    At the last step of a trajectory its reward r; before it V of the next step (TD(0), arXiv 2406.05954, Eq. 5), or with
+    At the last step of a trajectory its reward r; before it V of the next step (TD(0), arXiv 2406.05954), or with
     lam = λ the λ-return  G_t = (1 − λ) V_{t+1} + λ G_{t+1},  which is r itself for λ = 1. There is no discount.
 
     Args:

@@ -2,8 +2,8 @@
 
     trajectories = collect(model, tokenizer, prompts, reward)
 
-States are those of `final`, what the LM head reads, at the position that predicts each generated token (arXiv 2406.05954,
-section 4.1). They lie one after another without padding: `lengths` says whose they are.
+States are those of `final`, what the LM head reads, at the position that predicts each generated token (arXiv
+2406.05954). They lie one after another without padding: `lengths` says whose they are.
 """
 
 import contextlib
