@@ -211,7 +211,7 @@ def _copy(rows, given):
 
 
 def _is_finite(tensor):
-    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
+    return math.isfinite(tensor.detach().sum()) or bool(tensor.isfinite().all())  # a finite sum has no NaN in it
 
 
 def _stacked(group, forms):

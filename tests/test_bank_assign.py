@@ -197,6 +197,29 @@ def test_threads_have_assignments_of_their_own():
     assert not wrong
 
 
+def test_what_one_layer_carries_to_the_next_stays_with_its_thread():
+    """Two forwards that enter every layer at the same time: a norm computed ahead is not the other one's, nor lost."""
+    model = tiny.build("llama")
+    bank = bank_of(model)
+    expected, found, meet = {}, {}, threading.Barrier(2)
+    for name in ("anna", "ben"):
+        with bank.assign([name] * 2):
+            expected[name] = logits(model, ids(2))
+    for layer in model.model.layers[1:]:
+        layer.register_forward_pre_hook(lambda module, args: None if meet.wait(30) >= 0 else args)
+
+    def serve(name):
+        with bank.assign([name] * 2):
+            found[name] = logits(model, ids(2))
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_compiled_forward_refuses_to_guess_among_threads():
     torch._dynamo.reset()
     model = tiny.build("llama", num_hidden_layers=1)
