@@ -11,6 +11,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
+    "bank": ("Bank", "BankFullError"),
     "calibration": ("Dose", "calibrate"),
     "capturing": ("Captured", "capture"),
     "contrasting": ("contrast",),

@@ -1,8 +1,8 @@
 """The edits and adds of patched layers, with as little Python as there can be: in decoding the host is the bottleneck.
 
 The kernels are those of fastedit.ops; bench/host.py measures both ways. Only calls that need no gradient and are not
-traced go straight to the native module: contiguous rows of one dtype, no slots, no projection returned. Anything else
-goes to fastedit.ops.
+traced go straight to the native module: contiguous rows of one dtype, no projection returned. Anything else goes to
+fastedit.ops.
 
 Under torch.compile and export a patched layer is plain PyTorch instead: the compiler fuses scale, bias and norm into
 what stands around them, where an operator it cannot see into would hold it up (a compiled decode step of a 64-wide
@@ -15,7 +15,7 @@ from . import ops
 from .dispatch import select
 from .kernels import reference
 from .native import DTYPE
-from .tenants import Slotted, slot_of
+from .tenants import slot_of
 
 _Tensor, _fp32 = torch.Tensor, torch.float32
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
@@ -39,10 +39,11 @@ def _find(x):
     return found
 
 
-def _pointers(tensors, strength, device, width):
-    """Addresses of (scale, bias, read, offset, write, strength), 0 for None; then strength's stride.
+def _arguments(tensors, slot, strength, device, width):
+    """The form as the kernels take it (kernels/abi.h): addresses, 0 for None, and the numbers between them.
 
-    None where one is not a plain fp32 tensor on this device, or the edit is of another width.
+    None where a tensor is not a plain fp32 one on this device, or the edit is of another width. `slot` is as
+    tenants.spread makes it.
     """
     first = tensors[0]
     if first is None:
@@ -62,31 +63,34 @@ def _pointers(tensors, strength, device, width):
             pointers.append(tensor.data_ptr())
         else:
             return None
-    pointers.append(0 if strength is None or strength.numel() == 1 else 1)
-    return pointers
+    scale, bias, read, offset, write, coefficient = pointers
+    slots, slot = (1, 0) if slot is None else (first.shape[0], slot.data_ptr())
+    return (
+        scale, bias, read, offset, write, tensors[2].shape[-2] if read else 0, slots, slot,
+        coefficient, 0 if strength is None or strength.numel() == 1 else 1,
+    )  # fmt: skip
 
 
 def edit(hidden, tensors, strength):
     """E(hidden) in an op of its own; tensors and strength as `add` has them."""
     if _compiling():
         return _expressed(reference.edit, (hidden,), tensors, strength)
-    if _grad_enabled() or type(hidden) is not _Tensor or type(tensors) is Slotted:
-        return ops.edit(hidden, *tensors, slot=slot_of(tensors, hidden), strength=strength)
+    slot = slot_of(tensors, hidden)
+    if _grad_enabled() or type(hidden) is not _Tensor:
+        return ops.edit(hidden, *tensors, slot=slot, strength=strength)
     device, cuda = hidden.device, hidden.is_cuda
     native = _native_ops.get((cuda, hidden.dtype), False)
     if native is False:
         native = _find(hidden)
     if native is None or not hidden.is_contiguous() or (cuda and device.index != torch.cuda.current_device()):
-        return ops.edit(hidden, *tensors, strength=strength)
+        return ops.edit(hidden, *tensors, slot=slot, strength=strength)
     width = hidden.shape[-1]
-    pointers = _pointers(tensors, strength, device, width)
-    if pointers is None:
-        return ops.edit(hidden, *tensors, strength=strength)
-    scale, bias, read, offset, write, coefficient, stride = pointers
+    form = _arguments(tensors, slot, strength, device, width)
+    if form is None:
+        return ops.edit(hidden, *tensors, slot=slot, strength=strength)
     out = _empty_like(hidden)
     native[0](  # EditArgs of kernels/abi.h, field by field
-        hidden.numel() // width, width, scale, bias, read, offset, write, tensors[2].shape[0] if read else 0,
-        1, 0, coefficient, stride, native[3], hidden.data_ptr(), width, out.data_ptr(), 0,
+        hidden.numel() // width, width, *form, native[3], hidden.data_ptr(), width, out.data_ptr(), 0,
         torch.cuda.current_stream().cuda_stream if cuda else 0,
     )  # fmt: skip
     return out
@@ -101,9 +105,7 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
     if _compiling():
         out = _expressed(reference.edit_add, (x, residual), tensors, strength, on_sum)
         return out if norm is None else (out, norm.module(out))
-    if (
-        _grad_enabled() or type(x) is not _Tensor or type(residual) is not _Tensor or type(tensors) is Slotted
-    ):  # fmt: skip
+    if _grad_enabled() or type(x) is not _Tensor or type(residual) is not _Tensor:
         return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
     dtype, device, shape, cuda = x.dtype, x.device, x.shape, x.is_cuda
     native = _native_ops.get((cuda, dtype), False)
@@ -115,16 +117,14 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
         or (cuda and device.index != torch.cuda.current_device())
     ):  # fmt: skip
         return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
-    pointers = _pointers(tensors, strength, device, shape[-1])
-    if pointers is None:
+    form = _arguments(tensors, slot_of(tensors, x), strength, device, shape[-1])
+    if form is None:
         return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
-    rank = tensors[2].shape[0] if pointers[2] else 0
-    scale, bias, read, offset, write, coefficient, stride = pointers
     _, add_kernel, norm_kernel, code = native
     width = shape[-1]
     out = _empty_like(residual) if want_residual else None
     arguments = (  # EditAddArgs of kernels/abi.h, field by field
-        x.numel() // width, width, scale, bias, read, offset, write, rank, 1, 0, coefficient, stride, code, code,
+        x.numel() // width, width, *form, code, code,
         x.data_ptr(), width, residual.data_ptr(), width, 0 if out is None else out.data_ptr(), 0, on_sum,
     )  # fmt: skip
     stream = torch.cuda.current_stream().cuda_stream if cuda else 0

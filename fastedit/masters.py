@@ -39,6 +39,7 @@ class Masters(InFp32):
     """
 
     is_sensor = False
+    stage_of = None  # a stage of another kind than runtime.Stage: bank_rows.py
 
     def __init__(self, edit, spot, width, device, tenancy=None):
         super().__init__()

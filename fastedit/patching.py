@@ -74,7 +74,7 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
 def handles(model):
     """The handles on a model, in the order they were patched; a copied model has handles of its own."""
     root = root_of(model)
-    return [] if root is None else list(root.handles.values())
+    return [] if root is None else [handle for handle in root.handles.values() if isinstance(handle, Handle)]
 
 
 class Handle:
@@ -312,15 +312,8 @@ class Handle:
             return
         if self.merged:
             self.unmerge()
-        root = self._root
         self._deactivate()
-        del root._modules[self.name], root.handles[self.name]
-        if not any(handle.freeze for handle in root.handles.values()):
-            for parameter in root.frozen:
-                parameter.requires_grad_(True)
-            root.frozen = []
-        if not root.handles:
-            del self.model._modules["fastedit"]
+        self._root.drop(self.model, self.name)
         self.removed = True
 
     def __enter__(self):

@@ -20,7 +20,7 @@ class Root(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.handles = {}  # name → Handle, in the order of patching
+        self.handles = {}  # name → Handle or Bank, in the order of patching
         self.layers = find_layers(model)
         self.sites = {}  # (layer name, site name) → Site
         self.installed = {}  # layer name → Installation
@@ -30,8 +30,18 @@ class Root(nn.Module):
         self.stacks, self.planned = {}, []  # of edits with positions: {name: Stack}, and the modules swapped for them
         self.frozen = []  # the parameters that freeze=True found trainable
 
-    def new_name(self):
-        return next(f"patch{n}" for n in range(len(self.handles) + 1) if f"patch{n}" not in self.handles)
+    def new_name(self, kind="patch"):
+        return next(f"{kind}{n}" for n in range(len(self.handles) + 1) if f"{kind}{n}" not in self.handles)
+
+    def drop(self, model, name):
+        """Forget a handle or a bank, whose sites are empty already; with the last of them, all that is on the model."""
+        del self._modules[name], self.handles[name]
+        if not any(handle.freeze for handle in self.handles.values()):
+            for parameter in self.frozen:
+                parameter.requires_grad_(True)
+            self.frozen = []
+        if not self.handles:
+            del model._modules["fastedit"]
 
     def prove(self, wanted):
         """Verdicts on the recipes that could carry the sites `wanted`, [(layer, site name)]."""

@@ -196,4 +196,4 @@ def _stage(masters, stack):
         return Tap(masters[0], stack)
     if masters[0].is_probe:
         return Reading(masters[0], stack)
-    return Stage(masters, stack)
+    return masters[0].stage_of(stack) if masters[0].stage_of is not None else Stage(masters, stack)

@@ -90,13 +90,7 @@ def load(model, folder, *, freeze=False, revision=None):
         EditFileError: the files are not a whole, sound edit, or do not fit this model. Nothing has changed.
     """
     folder = fetch(folder, revision)
-    header, tensors = read(folder)
-    edits = rebuild(folder, header["edits"])
-    strength = header.get("strength", 1.0)
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise EditFileError(f"{folder / JSON}: strength is {strength!r}, expected a number")
-    _check_base(folder, header.get("base"), describe_base(model))
-    _check_tensors(folder, edits, find_layers(model), tensors)
+    edits, tensors, strength = opened(model, folder)
     handle = patch(model, edits, freeze=freeze)
     try:
         handle.load_tensors(tensors)
@@ -107,10 +101,30 @@ def load(model, folder, *, freeze=False, revision=None):
     return handle
 
 
+def opened(model, folder):
+    """(edits that change nothing yet, their tensors by name, strength) of a local folder, checked against a model.
+
+    Raises:
+        EditFileError: as `load`.
+    """
+    header, tensors = read(folder)
+    edits = rebuild(folder, header["edits"])
+    strength = header.get("strength", 1.0)
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise EditFileError(f"{folder / JSON}: strength is {strength!r}, expected a number")
+    _check_base(folder, header.get("base"), describe_base(model))
+    _check_tensors(folder, edits, _layers(model), tensors)
+    return edits, tensors, strength
+
+
+def _layers(model):
+    root = root_of(model)  # which knows the layers even where another library has wrapped some of them since
+    return find_layers(model) if root is None else root.layers
+
+
 def describe_base(model, base_model=None):
     """What edit.json says of a model: id, type, width, depth and a digest of its shape; no weights."""
-    root = root_of(model)  # which knows the layers even where another library has wrapped some of them since
-    layers = find_layers(model) if root is None else root.layers
+    layers = _layers(model)
     config = getattr(model, "config", None)
     name = (
         base_model or getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None) or None

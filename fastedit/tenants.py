@@ -44,14 +44,7 @@ class Assignment:
         return found
 
     def _spread(self, hidden):
-        batch, given = hidden.shape[0], len(self.tenants)
-        if batch % given:
-            raise ValueError(
-                f"assign() was given {given} tenants, but the batch has {batch} sequences: expected one tenant a "
-                "sequence (or beams, a whole number for each)"
-            )
-        each = self.rows.to(hidden.device).repeat_interleave(batch // given, output_size=batch)
-        return each.view(-1, *[1] * (hidden.dim() - 2)).expand(hidden.shape[:-1]).contiguous()
+        return spread(self.rows, hidden, "tenants")
 
     def __enter__(self):
         with torch.inference_mode(False):
@@ -71,6 +64,18 @@ class Slotted(tuple):
         new = super().__new__(cls, tensors)
         new.tenancy = tenancy
         return new
+
+
+def spread(each, hidden, what):
+    """One value a row of hidden (batch, …, width), from one a sequence: beams and samples share their sequence's."""
+    batch, given = hidden.shape[0], each.shape[0]
+    if batch % given:
+        raise ValueError(
+            f"assign() was given {given} {what}, but the batch has {batch} sequences: expected one of the {what} a "
+            "sequence (or beams, a whole number for each)"
+        )
+    each = each.to(hidden.device).repeat_interleave(batch // given, output_size=batch)
+    return each.view(-1, *[1] * (hidden.dim() - 2)).expand(hidden.shape[:-1]).contiguous()
 
 
 def slot_of(tensors, hidden):

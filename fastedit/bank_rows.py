@@ -1,0 +1,258 @@
+"""Which rows of a forward are whose edit's: a bank's assignments, and the stage that reads its tables.
+
+An assignment is a thread's own: forwards of other threads do not see it. Its slots and strengths are spread over the
+rows once for all layers and steps of a shape.
+"""
+
+import math
+import threading
+
+import torch
+
+from .runtime import Stage
+from .tenants import Slotted, spread
+
+_ident = threading.get_ident
+
+
+class Assigned:
+    """The assignments in force at a bank, one stack of them a thread."""
+
+    def __init__(self):
+        self.by_thread = {}  # thread → [Assignment]
+        self.traced = None  # what torch.compile sees, which knows no threads
+        self.spare = {}  # (shape, device) → [(slots, factors)] not in use: a captured graph holds their addresses
+
+    def __getstate__(self):
+        return {"by_thread": {}, "traced": None, "spare": {}}
+
+    def now(self):
+        if torch.compiler.is_compiling():
+            return self.traced
+        found = self.by_thread.get(_ident())
+        return found[-1] if found else None
+
+    def slot(self, hidden):
+        """int32, one a row of hidden (…, width)."""
+        return self.now().slot(hidden)
+
+    def push(self, assignment):
+        self.by_thread.setdefault(_ident(), []).append(assignment)
+        self._trace()
+
+    def pop(self, assignment):
+        for thread, stack in list(self.by_thread.items()):
+            if assignment in stack:
+                stack.remove(assignment)
+                if not stack:
+                    del self.by_thread[thread]
+        self._trace()
+
+    def _trace(self):
+        found = list(self.by_thread.values())
+        self.traced = None if not found else found[0][-1] if len(found) == 1 else _Several()
+
+    def buffers(self, shape, device):
+        """(slots int32, factors fp32) of `shape`, those of an earlier assignment if there are any."""
+        spare = self.spare.get((shape, device))
+        if spare:
+            return spare.pop()
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=torch.int32, device=device), torch.empty(shape, device=device)
+
+    def give_back(self, shape, device, pair):
+        self.spare.setdefault((shape, device), []).append(pair)
+
+
+class _Several:
+    """What a compiled forward finds where several threads have assignments in force."""
+
+    def coefficient(self, hidden, stack):
+        raise RuntimeError(
+            "several threads have an assignment of this bank in force, and a compiled forward cannot tell threads apart: "
+            "run compiled forwards from one thread, or the model uncompiled"
+        )
+
+
+class Assignment:
+    """A context: inside it, sequence i of a batch (or token i of a packed one) is edited by names[i]."""
+
+    def __init__(self, bank, names, strengths, shape):
+        self.bank, self.names, self.strengths, self.shape = bank, names, strengths, shape
+        self.held, self.device, self.pair = None, None, None
+
+    def __enter__(self):
+        if self.held is not None:
+            raise RuntimeError("this assignment is in force already; ask bank.assign for another one")
+        bank = self.bank
+        held = bank._books.acquire({name for name in self.names if name is not None})
+        try:
+            self._fill(held)
+            bank._assigned.push(self)
+        except BaseException:
+            bank._books.release(held.values())
+            raise
+        self.held = held
+        return self
+
+    def __exit__(self, *exception):
+        held, self.held = self.held, None
+        self.bank._assigned.pop(self)
+        self.bank._assigned.give_back(self.shape, self.device, self.pair)
+        self.bank._books.release(held.values())
+        self.pair = self.slots = self.factors = self.which = None
+        self.kept = {}
+
+    def _fill(self, held):
+        places = [-1 if name is None else held[name].slot for name in self.names]
+        kinds = [None if name is None else held[name].positions for name in self.names]
+        self.positions = list(dict.fromkeys(k for name, k in zip(self.names, kinds, strict=True) if name is not None))
+        self.idle = all(place < 0 for place in places)
+        self.plain = all(factor == 1.0 for factor in self.strengths) and self.positions in ([], [None])
+        self.device = self.bank.device
+        self.pair = self.slots, self.factors = self.bank._assigned.buffers(self.shape, self.device)
+        with torch.inference_mode(False), torch.no_grad():
+            self.slots.copy_(torch.tensor(places, dtype=torch.int32).view(self.shape))
+            self.factors.copy_(torch.tensor(self.strengths).view(self.shape))
+            self.which = None
+            if self.positions not in ([], [None]):
+                numbers = [self.positions.index(k) if k in self.positions else 0 for k in kinds]
+                self.which = torch.tensor(numbers, dtype=torch.int32, device=self.device).view(self.shape)
+        self.kept = {}
+
+    def slot(self, hidden):
+        return self._spread("slots", self.slots, hidden)
+
+    def coefficient(self, hidden, stack):
+        """fp32, one a row of hidden (…, width); None for 1 throughout."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.plain:
+            return None
+        factors = self._spread("factors", self.factors, hidden)
+        if self.which is None:
+            return factors
+        plan = stack.known_plan("an edit of a bank with positions")
+        key = self, hidden.shape[:-1], hidden.device
+        if compiling or key not in plan.measured:
+            plan.measured[key] = factors * self._placed(hidden, stack)
+        return plan.measured[key]
+
+    def _placed(self, hidden, stack):
+        """1 where a row's own edit acts, 0 elsewhere (or a share, where a mask says one)."""
+        which = self._spread("which", self.which, hidden)
+        total = torch.zeros(hidden.shape[:-1], device=hidden.device)
+        for number, positions in enumerate(self.positions):
+            here = None if positions is None else stack.coefficient(positions, hidden.shape, hidden.device)
+            total = torch.where(which == number, 1.0 if here is None else here, total)
+        return total
+
+    def _spread(self, name, rows, hidden):
+        if torch.compiler.is_compiling() or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self._over(rows, hidden)  # a graph reads the assignment that is in force when it is replayed
+        key = name, hidden.shape[:-1], hidden.device
+        found = self.kept.get(key)
+        if found is None:
+            with torch.inference_mode(False):
+                found = self.kept[key] = self._over(rows, hidden)
+        return found
+
+    def _over(self, rows, hidden):
+        if rows.dim() == 1:
+            return spread(rows, hidden, "names")
+        if rows.numel() != hidden.shape[:-1].numel() or rows.shape[0] != hidden.shape[0] != rows.numel():
+            raise ValueError(
+                f"assign() was given a name a token for {tuple(rows.shape)} (batch, tokens), but the hidden states have "
+                f"shape {tuple(hidden.shape)}: packed sequences run in one forward, without a cache of earlier ones"
+            )
+        return rows.to(hidden.device).reshape(hidden.shape[:-1])
+
+
+class Served:
+    """What stands at a site in place of an edit's masters: the tables there."""
+
+    is_sensor = is_probe = trainable = keep_norm = dialled = False
+    positions = gating = None
+    direct = alone = True
+
+    def __init__(self, tables, layer, site, assigned, needs_plan, fused):
+        self.tables, self.place, self.tenancy = tables, (layer, site), assigned
+        self.rank, self.needs_plan, self.fused = tables.rank, needs_plan, fused
+
+    def stage_of(self, stack):
+        return TableStage([self], stack)
+
+    def tensors(self):
+        return Slotted(self.tables.tensors(*self.place), self.tenancy)
+
+
+class TableStage(Stage):
+    """A site's tables at work: nothing outside of an assignment."""
+
+    def arguments(self, hidden):
+        served = self.masters[0]
+        current = served.tenancy.now()
+        if current is None or (not torch.compiler.is_compiling() and current.idle):
+            return None
+        coefficient = current.coefficient(hidden, self.stack)
+        return served.tensors(), coefficient
+
+
+# --- what a user assigns -----------------------------------------------------------------------------------------------
+
+
+def check_name(name):
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}, expected a string")
+    return name
+
+
+def flat_names(names):
+    """(names in a row, shape): (sequences,), or (batch, tokens) of nested lists."""
+    if isinstance(names, (str, torch.Tensor)) or not isinstance(names, (list, tuple)):
+        raise TypeError(
+            f"names is {names!r:.60}, expected a list with one name a sequence (None: untouched); for packed sequences a "
+            "list of lists, or tokens="
+        )
+    if not names:
+        raise ValueError("assign() was given no names, expected one a sequence")
+    nested = [isinstance(name, (list, tuple)) for name in names]
+    if not any(nested):
+        flat, shape = list(names), (len(names),)
+    else:
+        lengths = {len(row) if is_row else None for row, is_row in zip(names, nested, strict=True)}
+        if len(lengths) > 1 or None in lengths or 0 in lengths:
+            raise ValueError(
+                "names holds lists of different lengths, or lists beside names: for packed sequences it is one list a "
+                "sequence, all as long as the batch is (a stack of edits is added under one name)"
+            )
+        flat, shape = [name for row in names for name in row], (len(names), lengths.pop())
+    for name in flat:
+        if name is not None:
+            check_name(name)
+    return flat, shape
+
+
+def factors_of(strengths, count):
+    if strengths is None or isinstance(strengths, (int, float)):
+        strengths = [1.0 if strengths is None else strengths] * count
+    factors = [float(strength) for strength in strengths]
+    if len(factors) != count:
+        raise ValueError(f"{len(factors)} strengths for {count} names, expected one number, or one for each name")
+    if not all(math.isfinite(factor) for factor in factors):
+        raise ValueError(f"strengths is {strengths!r:.60}, expected finite numbers")
+    return factors
+
+
+def by_token(names, factors, shape, tokens):
+    tokens = torch.as_tensor(tokens)
+    if len(shape) > 1 or tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype is torch.bool or not tokens.numel():
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected integers (batch, tokens) beside a "
+            "plain list of names"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < -1 or high >= len(names):
+        raise ValueError(f"tokens has numbers from {low} to {high}, expected −1 (untouched) to {len(names) - 1}")
+    numbers = tokens.flatten().tolist()
+    spread = [None if number < 0 else names[number] for number in numbers]
+    return spread, [1.0 if number < 0 else factors[number] for number in numbers], tuple(tokens.shape)
