@@ -26,7 +26,7 @@ _OPT = {
 _QWEN2 = {key: value for key, value in _LLAMA.items() if key != "head_dim"}
 FAMILIES = {
     "llama": ("Llama", _LLAMA), "qwen2": ("Qwen2", _QWEN2), "qwen3": ("Qwen3", _LLAMA), "mistral": ("Mistral", _LLAMA),
-    "gemma": ("Gemma", _LLAMA), "gemma2": ("Gemma2", _LLAMA), "opt": ("OPT", _COMMON | _OPT),
+    "gemma": ("Gemma", _LLAMA), "gemma2": ("Gemma2", _LLAMA | {"initializer_range": 0.03}), "opt": ("OPT", _COMMON | _OPT),
     "gpt2": ("GPT2", _GPT2 | {k: v for k, v in _COMMON.items() if k != "max_position_embeddings"}),
 }  # fmt: skip
 GREEDY = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
