@@ -1,4 +1,7 @@
-"""The command line: `fastedit demo | doctor | show | train | contrast | generate | serve`. A command's imports happen when it runs."""
+"""The command line: `fastedit demo | doctor | show | train | contrast | generate | serve`.
+
+A command's imports happen when it runs.
+"""
 
 from pathlib import Path
 from typing import Annotated

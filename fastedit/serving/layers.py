@@ -10,6 +10,7 @@ runs, so nothing of them is in a compiled graph or its cache.
 """
 
 import functools
+import typing
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ class Place:
 class Serving:
     """The places of the model that runs now: what the operators look up. One engine runs at a time in a process."""
 
-    places: dict = {}
+    places: typing.ClassVar = {}
 
 
 _library = torch.library.Library("fastedit_serving", "DEF")

@@ -40,6 +40,7 @@ def resolve(given, vllm_config):
     unknown = sorted(set(given) - _KNOWN - {"version", "width", "depth"})
     if unknown:
         raise ValueError(f"fastedit has no option {unknown[0]!r}; its options are {', '.join(sorted(_KNOWN))}")
+    _refuse(vllm_config)
     folder = Path(given["edits"]).absolute()
     if not folder.is_dir():
         raise ValueError(f"there is no folder of edits {folder}: make it, even if it is still empty")
@@ -56,6 +57,19 @@ def resolve(given, vllm_config):
         "capacity": max(capacity, sequences), "staging": str(given.get("staging", folder / ".served")),
         "width": width, "depth": depth,
     }  # fmt: skip
+
+
+def _refuse(vllm_config):
+    """What runs a layer on other rows than the step's, in the step's order."""
+    parallel = vllm_config.parallel_config
+    wrong = {
+        "dual batch overlap (--enable-dbo)": getattr(parallel, "num_ubatches", 1) > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--kv-sharing-fast-prefill": getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False),
+    }
+    for name, on in wrong.items():
+        if on:
+            raise ValueError(f"fastedit does not serve edits under {name}: a layer then sees only some of the step's tokens")
 
 
 def _needed(folder, width, depth):
