@@ -128,7 +128,8 @@ def main():
             found, interval = ratio(medians, beside, what)  # of times: the inverse is that of tokens per second
             speed = quantiles([chosen.requests * chosen.tokens / seconds for seconds in medians[what]])
             row = {f"tokens_per_second_p{p}": f"{s:.1f}" for p, s in zip((20, 50, 80), speed, strict=True)}
-            writer.writerow(where | row | {"what": what, "beside": beside, "ratio": f"{found:.4f}", "interval": f"{interval:.4f}"})
+            row |= {"what": what, "beside": beside, "ratio": f"{found:.4f}", "interval": f"{interval:.4f}"}
+            writer.writerow(where | row)
             print(f"{what}: {found:.3f} ± {interval:.3f} of {beside}, {speed[1]:.0f} tokens/s", flush=True)
 
 

@@ -50,7 +50,7 @@ def test_rows_over_random_steps():
     """Requests come, go, are preempted, reordered and chunked: each token is under its own request's edit."""
     draw = np.random.default_rng(0)
     rows, tables = rows_of()
-    bias, live, steps = tables.tensors("0", "mlp")[1], {}, 0
+    bias, live = tables.tensors("0", "mlp")[1], {}
     rules = (None, None, "prompt", "generated", "first 2", "first 1 + last 2", "last 3 + generated")
     for number in range(400):
         if len(live) < 5:
@@ -77,7 +77,6 @@ def test_rows_over_random_steps():
                 rows.forget([name])
         if live and draw.random() < 0.1:
             live[next(iter(live))][0] = 0  # preempted: all over again
-        steps += 1
     assert rows.residency.loads > 8 > tables.capacity, "nothing was evicted: nothing was tested"
 
 
@@ -199,7 +198,7 @@ def test_damage_is_refused(library, tmp_path):
     (tmp_path / "red" / "edit.safetensors").write_bytes(payload)
     with pytest.raises(fe.store.EditFileError, match="checksum"):
         read_contents(tmp_path / "red", 64, 2)
-    with pytest.raises(fe.store.EditFileError, match="other base|another base"):
+    with pytest.raises(fe.store.EditFileError, match="another base"):
         read_contents(library.folder / "red", 32, 2)
     with pytest.raises(fe.store.EditFileError, match="layers 0 to 0"):
         read_contents(library.folder / "red", 64, 1)
