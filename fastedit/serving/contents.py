@@ -1,0 +1,140 @@
+"""A saved edit as a serving engine needs it: normal forms by layer number and site, found without a model.
+
+An engine's worker holds no transformers model to patch, only the layers' numbers and widths; so a file is read, checked
+and turned into forms here. Edits are named by what they do: the digest of their configs, strength and tensors.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from ..edit_file import EditFileError, read
+from ..form import Form, at_strength, fold_all
+from ..positions import Positions
+from ..store import rebuild
+
+SITES = ("mlp", "attn", "block")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One saved edit.
+
+    digest: 64 hex digits, of its configs, strength and tensors.
+    parts: {(layer number, site): [Form, …]}, in the order they are applied, their saved strengths absorbed.
+    positions: which tokens, the same for all parts; None for all.
+    """
+
+    digest: str
+    parts: dict
+    positions: Positions | None
+    header: dict
+    tensors: dict
+
+    @property
+    def linear(self):
+        """Whether a strength may be a row's coefficient: a folded form dialled to c is not its parts dialled to c."""
+        return all(len(forms) == 1 for forms in self.parts.values())
+
+    @property
+    def rank(self):
+        return max((sum(form.rank for form in forms) for forms in self.parts.values()), default=0)
+
+    @property
+    def sites(self):
+        return {site for _, site in self.parts}
+
+
+def digest_of(header):
+    """Of what an edit does, whatever is said about its training: header["tensors"] has the tensors' own checksum."""
+    said = {key: header.get(key) for key in ("edits", "strength")} | {"tensors": header["tensors"]["sha256"]}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def read_contents(folder, width, depth):
+    """The Contents of a folder that `handle.save` wrote, for a decoder of `depth` layers `width` wide.
+
+    Raises:
+        EditFileError: it is not a whole, sound edit, does not fit the model, or does what is not served.
+    """
+    header, tensors = read(folder)
+    edits = rebuild(folder, header["edits"])
+    for number, edit in enumerate(edits):
+        reason = _not_served(edit)
+        if reason:
+            raise EditFileError(f"{folder}: edit {number} ({type(edit).__name__}) {reason}")
+    chosen = {edit.positions for edit in edits}
+    if len(chosen) > 1:
+        said = " and ".join(sorted(str(p or "all") for p in chosen))
+        raise EditFileError(f"{folder}: its edits are on different tokens ({said}); serve them as edits of their own")
+    strength = header.get("strength", 1.0)
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise EditFileError(f"{folder}: strength is {strength!r}, expected a number")
+    parts = {}
+    for number, by_place in enumerate(_masters(folder, edits, tensors)):
+        for place, masters in by_place.items():
+            _check(folder, edits[number], place, masters, width, depth)
+            form = at_strength(edits[number].form(masters), edits[number].strength * strength)
+            parts.setdefault(place, []).append(form)
+    return Contents(digest_of(header), parts, chosen.pop() if chosen else None, header, tensors)
+
+
+def _not_served(edit):
+    positions = edit.positions
+    if edit.gate is not None:
+        return "has a gate, which serving does not take: leave out .when(…)"
+    if edit.keep_norm:
+        return "has keep_norm=True, which serving does not take"
+    if edit.is_probe:
+        return "is a probe, which only reads: there is nothing to serve"
+    if edit.site not in SITES:
+        return f"acts at site {edit.site!r}, and serving has {', '.join(SITES)}"
+    if positions is not None and (positions.mask or positions.tokens):
+        return f"is on {positions}, and serving knows all, prompt, generated, first k and last k"
+    return None
+
+
+def _masters(folder, edits, tensors):
+    """For each edit {(layer number, site): {name: tensor}}."""
+    found = [{} for _ in edits]
+    for key, tensor in tensors.items():
+        number, _, rest = key.partition(".")
+        where, _, name = rest.rpartition(".")
+        layer, _, site = where.rpartition(".")
+        index = layer.rpartition(".")[2]
+        if not (number.isdigit() and int(number) < len(edits) and index.isdigit()):
+            raise EditFileError(f"{folder}: tensor {key!r} belongs to no layer of its edits")
+        found[int(number)].setdefault((int(index), site), {})[name] = tensor
+    for number, (edit, by_place) in enumerate(zip(edits, found, strict=True)):
+        for (index, site), masters in by_place.items():
+            if site != edit.site or set(masters) != set(edit.names):
+                raise EditFileError(
+                    f"{folder}: edit {number} has {sorted(masters)} at site {site!r} of layer {index}, "
+                    f"expected {sorted(edit.names)} at site {edit.site!r}"
+                )
+    return found
+
+
+def _check(folder, edit, place, masters, width, depth):
+    index, site = place
+    if index >= depth:
+        raise EditFileError(f"{folder}: layer {index}, but this model has layers 0 to {depth - 1}")
+    for name, tensor in masters.items():
+        expected = edit.shape(name, width)
+        if tuple(tensor.shape) != expected:
+            raise EditFileError(
+                f"{folder}: {name} at site {site!r} of layer {index} has shape {tuple(tensor.shape)}, this model "
+                f"needs {expected}: it was made on another base"
+            )
+
+
+def stacked(contents, strengths):
+    """{(layer number, site): Form} of several edits, one after the other, each at its strength."""
+    by_place = {}
+    for one, strength in zip(contents, strengths, strict=True):
+        for place, forms in one.parts.items():
+            by_place.setdefault(place, []).extend(at_strength(form, strength) for form in forms)
+    return {place: fold_all(forms) if len(forms) > 1 else forms[0] for place, forms in by_place.items()}
+
+
+__all__ = ["SITES", "Contents", "EditFileError", "Form", "read_contents", "stacked"]

@@ -1,0 +1,106 @@
+"""What the engine was told: `additional_config={"fastedit": {...}}`, or the environment, made whole once at the start.
+
+    edits     folder of saved edits, one folder each; a request names one by its folder's name
+    sites     where edits may act: some of mlp, attn, block. By default what the edits in the folder need
+    rank      of their low-rank parts, at most. By default likewise
+    capacity  slots: edits that lie in the tables at once. At least max_num_seqs, which is the default
+    staging   where the front end keeps copies for the workers, which may read an edit after its removal
+
+The whole is part of vLLM's configuration, whose hash names the compile cache, together with this plugin's version.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from .. import __version__
+from ..checks import MAX_RANK
+from .contents import SITES, EditFileError, read_contents
+
+KEY = "fastedit"
+_KNOWN = {"edits", "sites", "rank", "capacity", "staging"}
+
+
+def asked(additional_config):
+    """The options as given, or None where nobody asked for edits: {"fastedit": {…}}, else FASTEDIT_EDITS."""
+    given = additional_config.get(KEY) if isinstance(additional_config, dict) else None
+    if given is None and os.environ.get("FASTEDIT_EDITS"):
+        given = {"edits": os.environ["FASTEDIT_EDITS"]}
+    return given
+
+
+def resolve(given, vllm_config):
+    """Every option, checked, with the model's width and depth and our version.
+
+    Raises:
+        ValueError: an unknown option or one that makes no sense, by name.
+    """
+    if not isinstance(given, dict) or not isinstance(given.get("edits"), (str, Path)):
+        raise ValueError(f'additional_config["{KEY}"] is {given!r}, expected {{"edits": "folder of saved edits", …}}')
+    unknown = sorted(set(given) - _KNOWN - {"version", "width", "depth"})
+    if unknown:
+        raise ValueError(f"fastedit has no option {unknown[0]!r}; its options are {', '.join(sorted(_KNOWN))}")
+    _refuse(vllm_config)
+    folder = Path(given["edits"]).absolute()
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder of edits {folder}: make it, even if it is still empty")
+    text = vllm_config.model_config.hf_text_config
+    width, depth = vllm_config.model_config.get_hidden_size(), text.num_hidden_layers
+    sites, rank = given.get("sites"), given.get("rank")
+    if sites is None or rank is None:
+        found_sites, found_rank = _needed(folder, width, depth)
+        sites, rank = found_sites if sites is None else sites, found_rank if rank is None else rank
+    sequences = vllm_config.scheduler_config.max_num_seqs
+    capacity = _whole("capacity", given.get("capacity", sequences), 1)
+    return {
+        "version": __version__, "edits": str(folder), "sites": _sites(sites), "rank": _whole("rank", rank, 0, MAX_RANK),
+        "capacity": max(capacity, sequences), "staging": str(given.get("staging", folder / ".served")),
+        "width": width, "depth": depth,
+    }  # fmt: skip
+
+
+def _refuse(vllm_config):
+    """What runs a layer on other rows than the step's, in the step's order."""
+    parallel = vllm_config.parallel_config
+    wrong = {
+        "dual batch overlap (--enable-dbo)": getattr(parallel, "num_ubatches", 1) > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--kv-sharing-fast-prefill": getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False),
+    }
+    for name, on in wrong.items():
+        if on:
+            raise ValueError(f"fastedit does not serve edits under {name}: a layer then sees only some of the step's tokens")
+
+
+def _needed(folder, width, depth):
+    """(sites, rank) of the edits in the folder now; all sites where it is empty."""
+    sites, rank = set(), 0
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_dir():
+            continue
+        try:
+            contents = read_contents(path, width, depth)
+        except EditFileError:  # said when it is asked for: an edit in the folder must not keep others from being served
+            continue
+        sites |= contents.sites
+        rank = max(rank, contents.rank)
+    return sorted(sites, key=SITES.index) or list(SITES), rank
+
+
+def _sites(sites):
+    if not isinstance(sites, (list, tuple)) or not sites or not set(sites) <= set(SITES):
+        raise ValueError(f"fastedit: sites is {sites!r}, expected some of {', '.join(SITES)}")
+    return sorted(set(sites), key=SITES.index)
+
+
+def _whole(name, number, least, most=None):
+    wrong = isinstance(number, bool) or not isinstance(number, int) or number < least or (most and number > most)
+    if wrong:
+        up = "on" if most is None else f"to {most}"
+        raise ValueError(f"fastedit: {name} is {number!r}, expected a whole number from {least} {up}")
+    return number
+
+
+def described(resolved):
+    """One line for the log."""
+    return json.dumps({key: resolved[key] for key in ("edits", "sites", "rank", "capacity")})

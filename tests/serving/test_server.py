@@ -1,0 +1,119 @@
+"""The HTTP server that `fastedit serve` starts: processes of its own, the OpenAI API's `vllm_xargs`."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vllm: `make serving-test` sets it up")
+
+import serving_support as support
+
+PROMPTS = support.prompts(2)
+ARGUMENTS = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--max-num-seqs", "16", "--block-size", "32"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(url, model, folder of edits)"""
+    base = tmp_path_factory.mktemp("server")
+    model = support.save_model("llama", base / "model")
+    for name, stack in support.edits().items():
+        support.save_edit(model, base / "edits" / name, stack)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from fastedit.cli import app; app()", "serve", str(base / "model")]
+    command += ["--edits", str(base / "edits"), "--rank", "4", "--port", str(port), "--host", "127.0.0.1", *ARGUMENTS]
+    command += ["--served-model-name", "tiny"]
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with open(base / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+    try:
+        _wait(server, f"http://127.0.0.1:{port}/health", base / "log")
+        yield f"http://127.0.0.1:{port}/v1/completions", model, base / "edits"
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def _wait(server, url, log):
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(url, timeout=2)
+            return
+        except OSError:
+            if server.poll() is not None:
+                break
+            time.sleep(0.5)
+    pytest.fail("the server did not start:\n" + log.read_text()[-4000:])
+
+
+def post(url, prompt, xargs=None):
+    """(status, the answer)"""
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": support.TOKENS, "temperature": 0, "ignore_eos": True}
+    asked |= {"return_token_ids": True} | ({} if xargs is None else {"vllm_xargs": xargs})
+    request = urllib.request.Request(url, json.dumps(asked).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def token_ids(answer):
+    assert answer[0] == 200, answer
+    return answer[1]["choices"][0]["token_ids"]
+
+
+def test_mixed_requests(world):
+    url, model, _ = world
+    edits = support.edits()
+    cases = [(None, None), *((name, strength) for name in edits for strength in (1.0, 0.5))]
+    jobs = [(p, name, strength) for name, strength in cases for p in range(2)]
+    with ThreadPoolExecutor(16) as pool:
+        xargs = [None if name is None else {"fastedit": name, "fastedit_strength": s} for _, name, s in jobs]
+        found = list(pool.map(lambda job, x: post(url, PROMPTS[job[0]], x), jobs, xargs))
+    answers = {case: support.answers(model, edits.get(case[0]), PROMPTS, case[1] or 1.0) for case in cases}
+    assert [token_ids(f) for f in found] == [answers[name, strength][p] for p, name, strength in jobs]
+
+
+def test_a_list_in_xargs_is_a_stack(world):
+    url, model, _ = world
+    edits = support.edits()
+    expected = support.answers(model, edits["red"] + edits["steer"], PROMPTS)
+    found = [token_ids(post(url, p, {"fastedit": ["red", "steer"], "fastedit_strength": [1.0, 1.0]})) for p in PROMPTS]
+    assert found == expected
+
+
+def test_unknown_is_a_bad_request(world):
+    url, model, _ = world
+    status, answer = post(url, PROMPTS[0], {"fastedit": "nobody"})
+    assert status == 400 and "there is no edit 'nobody'" in json.dumps(answer)
+    assert "red" not in json.dumps(answer), "other tenants' names are not said"
+    status, answer = post(url, PROMPTS[0], {"fastedit": "red", "fastedit_strength": "much"})
+    assert status == 400 and "finite number" in json.dumps(answer)
+    assert token_ids(post(url, PROMPTS[0])) == support.answers(model, None, PROMPTS)[0]
+
+
+def test_added_and_removed_while_serving(world):
+    url, model, folder = world
+    stack = support.edits(seed=70)["red"]
+    assert post(url, PROMPTS[0], {"fastedit": "new"})[0] == 400
+    support.save_edit(model, folder / "new", stack)
+    assert token_ids(post(url, PROMPTS[0], {"fastedit": "new"})) == support.answers(model, stack, PROMPTS)[0]
+    shutil.rmtree(folder / "new")
+    assert post(url, PROMPTS[0], {"fastedit": "new"})[0] == 400

@@ -1,0 +1,39 @@
+"""Two workers in processes of their own, each with half of the heads: both edit the whole rows, and say the same."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vllm: `make serving-test` sets it up")
+
+import serving_support as support
+
+SCRIPT = """
+import json, sys
+import serving_support as support
+
+if __name__ == "__main__":
+    asked = [tuple(one) for one in json.loads(sys.argv[2])]
+    llm = support.start(sys.argv[1] + "/model", sys.argv[1] + "/edits", tensor_parallel_size=2)
+    print("ANSWERS" + json.dumps(support.tokens(llm, asked)))
+"""
+
+
+@pytest.mark.slow
+def test_two_workers(tmp_path):
+    model, edits, prompts = support.save_model("llama", tmp_path / "model"), support.edits(), support.prompts(2)
+    for name, stack in edits.items():
+        support.save_edit(model, tmp_path / "edits" / name, stack)
+    expected = [answer for name in (None, *edits) for answer in support.answers(model, edits.get(name), prompts)]
+    (tmp_path / "two.py").write_text(SCRIPT)
+    asked = [(prompt, name, None) for name in (None, *edits) for prompt in prompts]
+    tests = os.path.dirname(support.__file__)
+    env = os.environ | {"PYTHONPATH": tests, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "two.py"), str(tmp_path), json.dumps(asked)]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    found = [line for line in ran.stdout.splitlines() if line.startswith("ANSWERS")]
+    assert found, ran.stderr[-3000:]
+    assert json.loads(found[0].removeprefix("ANSWERS")) == expected

@@ -1,0 +1,204 @@
+"""What of serving needs no engine: rows and slots of a step against a definition, names, plans, salts, files."""
+
+import shutil
+import types
+
+import numpy as np
+import pytest
+import serving_support as support
+import torch
+
+import fastedit as fe
+from fastedit.bank_tables import Tables
+from fastedit.form import Form
+from fastedit.positions import positions
+from fastedit.serving.admission import Library, Refused, admit, salted, wanted
+from fastedit.serving.contents import read_contents, stacked
+from fastedit.serving.residency import Residency
+from fastedit.serving.rows import Rows, Wanted
+
+
+class AnyShelf:
+    """Every key is an edit that writes its own number."""
+
+    def forms(self, key):
+        return {("0", "mlp"): Form(bias=torch.full((4,), float(key)))}
+
+
+def rows_of(capacity=3, requests=3, tokens=64):
+    tables = Tables([("0", "mlp", 4)], capacity)
+    return Rows(Residency(tables, AnyShelf()), requests, tokens, "cpu"), tables
+
+
+def brute_force(rows, tables, req_ids, counts, computed):
+    """For each token the number its slot holds, or None: one token after the other."""
+    found = []
+    for place, req_id in enumerate(req_ids):
+        want = rows.wanted.get(req_id)
+        for position in range(computed[place], computed[place] + counts[place]):
+            rule = None if want is None else want.positions
+            prompt = want is not None and position < want.prompt
+            acts = want is not None and (
+                rule is None or (prompt and (rule.prompt or position < rule.first or position >= want.prompt - rule.last))
+                or (not prompt and rule.generated)
+            )  # fmt: skip
+            found.append((float(want.key), want.strength) if acts else None)
+    return found
+
+
+def test_rows_over_random_steps():
+    """Requests come, go, are preempted, reordered and chunked: each token is under its own request's edit."""
+    draw = np.random.default_rng(0)
+    rows, tables = rows_of()
+    bias, live = tables.tensors("0", "mlp")[1], {}
+    rules = (None, None, "prompt", "generated", "first 2", "first 1 + last 2", "last 3 + generated")
+    for number in range(400):
+        if len(live) < 5:
+            name, prompt = f"r{number}", int(draw.integers(1, 9))
+            live[name] = [0, prompt, prompt + int(draw.integers(1, 6))]
+            if draw.random() < 0.7:
+                rule = positions(rules[draw.integers(len(rules))])
+                rows.wanted[name] = Wanted(int(draw.integers(1, 9)), float(draw.integers(1, 4)), rule, prompt)
+        chosen = list(draw.permutation(sorted(live))[: draw.integers(1, 4)])
+        if number % 3 == 0:
+            chosen = [name for name in rows.req_ids if name in live] or chosen
+        counts = [min(int(draw.integers(1, 5)), live[name][2] - live[name][0]) for name in chosen]
+        computed = np.array([live[name][0] for name in chosen])
+        rows.step(chosen, np.array(counts), computed)
+        expected = brute_force(rows, tables, chosen, counts, computed)
+        for token, want in enumerate(expected):
+            slot = int(rows.slot[token])
+            assert (slot == -1) if want is None else (float(bias[slot, 0]), float(rows.strength[token])) == want
+        assert bool((rows.slot[len(expected) :] == -1).all()), "padding is never edited"
+        for name, count in zip(chosen, counts, strict=True):
+            live[name][0] += count
+            if live[name][0] >= live[name][2]:
+                del live[name]
+                rows.forget([name])
+        if live and draw.random() < 0.1:
+            live[next(iter(live))][0] = 0  # preempted: all over again
+    assert rows.residency.loads > 8 > tables.capacity, "nothing was evicted: nothing was tested"
+
+
+def test_a_step_of_the_same_requests_writes_nothing():
+    rows, _ = rows_of()
+    rows.wanted["a"] = Wanted(1, 1.0, None, 4)
+    rows.step(["a", "b"], np.array([1, 1]), np.array([4, 4]))
+    rows._fill = None  # would be called
+    for position in (5, 6):
+        rows.step(["a", "b"], np.array([1, 1]), np.array([position, 4]))
+    assert rows.slot[:3].tolist() == [0, -1, -1]
+
+
+def test_a_dummy_run_edits_nothing():
+    rows, _ = rows_of()
+    rows.wanted["a"] = Wanted(1, 1.0, None, 4)
+    rows.step(["a"], np.array([4]), np.array([0]))
+    assert rows.edited
+    rows.idle()
+    assert not rows.edited and bool((rows.slot == -1).all())
+    rows.step(["a"], np.array([4]), np.array([0]))
+    assert rows.slot[:5].tolist() == [0, 0, 0, 0, -1]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    model = support.save_model("llama", folder / "model")
+    for name, stack in support.edits().items():
+        support.save_edit(model, folder / "edits" / name, stack)
+    options = {"edits": folder / "edits", "staging": folder / "edits" / ".served", "width": 64, "depth": 2, "rank": 4}
+    library = Library(options | {"sites": ["mlp", "attn", "block"]})
+    library.model = model
+    return library
+
+
+def test_contents_are_what_the_model_runs(library):
+    """A file's forms, stacked, against the patched model's own masters."""
+    hidden = support.random(5, 64, seed=3)
+    for name, stack in support.edits().items():
+        contents = read_contents(library.folder / name, 64, 2)
+        with fe.patch(library.model, stack) as handle:
+            for dial in (1.0, 0.25):
+                handle.strength = dial
+                forms = stacked([contents], [dial])
+                for (index, site), form in forms.items():
+                    layer = next(la for la in fe.families.find_layers(library.model) if la.index == index)
+                    edited = hidden
+                    for edit in stack:
+                        if edit.site == site:
+                            own = edit.form(edit.tensors(_spot(layer), 64))
+                            edited = edited + dial * edit.strength * (own(edited) - edited)
+                    torch.testing.assert_close(form(hidden), edited, rtol=1e-5, atol=1e-5)
+
+
+def _spot(layer):
+    return types.SimpleNamespace(index=layer.index, order=layer.index, count=2, total=2, name=layer.name)
+
+
+def test_plans_and_salts(library):
+    plan = library.plan([("red", 1.0), ("steer", 0.5)])
+    assert [strength for _, strength in plan] == [1.0, 0.5]
+    assert all((library.staging / digest).is_dir() for digest, _ in plan)
+    assert library.plan([("red", 0.0)]) == []
+    salts = {salted(library.plan([(n, s)]), None) for n, s in (("red", 1.0), ("red", 0.5), ("steer", 1.0), ("generated", 1.0))}
+    assert len(salts) == 4
+    assert salted(plan, "mine") != salted(plan, None) != salted(plan[::-1], None)
+
+
+def test_a_digest_is_of_what_an_edit_does(library, tmp_path):
+    """Saved again it is the same edit; under another strength or with other positions it is not."""
+    vectors = support.random(2, 64)
+    made = {
+        "same": fe.Steer(vectors, site="block"), "strong": fe.Steer(vectors, site="block", strength=2.0),
+        "prompt": fe.Steer(vectors, site="block", positions="prompt"), "other": fe.Steer(vectors + 1e-6, site="block"),
+    }  # fmt: skip
+    for name, edit in made.items():
+        with fe.patch(library.model, edit) as handle:
+            fe.store.save(handle, tmp_path / name, training={"steps": name})
+    digests = {name: read_contents(tmp_path / name, 64, 2).digest for name in made}
+    assert digests["same"] == library.look("steer").digest
+    assert len(set(digests.values())) == 4
+
+
+def test_admission_changes_no_request_that_asks_for_nothing():
+    request = types.SimpleNamespace(sampling_params=types.SimpleNamespace(extra_args={"else": 1}), cache_salt="s")
+    admit(request, None)
+    assert request.cache_salt == "s" and request.sampling_params.extra_args == {"else": 1}
+
+
+def test_replaced_and_removed(library):
+    edits = support.edits(seed=5)
+    support.save_edit(library.model, library.folder / "mine", edits["red"])
+    first = library.look("mine").digest
+    support.save_edit(library.model, library.folder / "mine", edits["steer"])
+    assert library.look("mine").digest != first
+    shutil.rmtree(library.folder / "mine")
+    with pytest.raises(Refused, match="no edit 'mine'"):
+        library.look("mine")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"fastedit": 1}, "expected an edit's name"), ({"fastedit": ["a", 2]}, "expected an edit's name"),
+        ({"fastedit": "a", "fastedit_strength": True}, "finite"), ({"fastedit_strength": 1}, "without"),
+        ({"fastedit": "a", "fastedit_strength": [1, 2]}, "2 numbers for 1"), ({"fastedit": "a", "fastedit_x": 1}, "unknown"),
+    ],
+)  # fmt: skip
+def test_wanted_refuses(given, said):
+    with pytest.raises(Refused, match=said):
+        wanted(given)
+
+
+def test_damage_is_refused(library, tmp_path):
+    shutil.copytree(library.folder / "red", tmp_path / "red")
+    payload = bytearray((tmp_path / "red" / "edit.safetensors").read_bytes())
+    payload[-1] ^= 1
+    (tmp_path / "red" / "edit.safetensors").write_bytes(payload)
+    with pytest.raises(fe.store.EditFileError, match="checksum"):
+        read_contents(tmp_path / "red", 64, 2)
+    with pytest.raises(fe.store.EditFileError, match="another base"):
+        read_contents(library.folder / "red", 32, 2)
+    with pytest.raises(fe.store.EditFileError, match="layers 0 to 0"):
+        read_contents(library.folder / "red", 64, 1)
