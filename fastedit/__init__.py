@@ -32,7 +32,7 @@ _HOME = {
     "value_net": ("ValueNet",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_MODULES = ("arrays", "dispatch", "distributed", "families", "interop", "ops", "recipes")
+_MODULES = ("arrays", "dispatch", "distributed", "families", "interop", "methods", "ops", "recipes", "store")
 _UNLISTED = ("jax",)  # not in __all__: a star import would hide the user's own jax, and fail where there is none
 
 __all__ = sorted([*_WHERE, *_MODULES, "__version__"])

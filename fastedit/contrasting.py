@@ -73,6 +73,11 @@ def contrast(
                 options = (centre,) if method == "pca" else (probe, held_out, seed)
                 vectors[layer], more = fit(*sets, difference, *options)
                 statistics[layer] |= more
+    if all(found["norm"] == 0 for found in statistics.values()):
+        raise ValueError(
+            f"at the {at} the two sets have the same hidden states in every layer, so there is no direction (a first token "
+            "that begins every text says nothing of it); use another `at`"
+        )
     about = {"method": f"{probe} probe" if method == "probe" else method, "site": site, "at": at} | _of_model(model)
     return Directions({layer: vector.float() for layer, vector in vectors.items()}, statistics, about)
 

@@ -120,6 +120,8 @@ class Directions(Mapping):
         Raises:
             ValueError: another lacks a layer, or has another width.
         """
+        if not others:
+            raise ValueError("project_out was given no directions, expected one or more to take away")
         for other in others:
             self._same_width(other)
             missing = [layer for layer in self if layer not in other]
@@ -138,8 +140,10 @@ class Directions(Mapping):
 
     def best(self, by="accuracy"):
         """The layer where a statistic is largest; KeyError where no layer has it."""
-        return max((layer for layer in self.statistics if self.statistics[layer][by] is not None),
-                   key=lambda layer: self.statistics[layer][by])  # fmt: skip
+        known = {layer: found[by] for layer, found in self.statistics.items() if found.get(by) is not None}
+        if not known:
+            raise KeyError(f"no layer has the statistic {by!r}")
+        return max(known, key=known.get)
 
     def _map(self, function):
         return self._derived({layer: function(vector) for layer, vector in self.items()})

@@ -187,7 +187,8 @@ class Steer(Edit):
 class Ablate(Edit):
     """h' = h − Σ (h·v̂) v̂ over an orthonormal basis of the directions' span: directional ablation.
 
-    directions: values (width,) or (k, width); linearly dependent ones count once.
+    directions: values (width,) or (k, width), which is k directions at every layer and not one a layer; linearly dependent
+        ones count once. One direction a layer: a mapping from layer numbers, or (layers, 1, width).
     """
 
     def __init__(self, directions, **where):

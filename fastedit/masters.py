@@ -7,7 +7,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .changes import optimizer_steps
+from .changes import optimizer_steps, stamp
 from .edits import TENSORS, Edit
 from .form import Form
 from .orthonormal import Tangent, retract_, retracted, tangent
@@ -144,8 +144,8 @@ class DerivedMasters(Masters):
         held = self._parameters if self.trainable else self._buffers
         if laid_out(held):
             return  # derived from whole tensors when it is used
-        for name, tensor, version in self.seen:
-            if held[name] is not tensor or tensor._version != version:
+        for name, tensor, before in self.seen:
+            if held[name] is not tensor or stamp(tensor) != before:
                 break
         else:
             if self.seen and (not self.trainable or self.steps == optimizer_steps()):
@@ -275,7 +275,7 @@ def _settle(members):
     rows = [_kept(place, t, own.get(id(t)), members) for place, t in enumerate(derived)]
     for (m, held), kept in zip(members, zip(*rows, strict=True), strict=True):
         m.kept, m.steps, m.settled = kept, optimizer_steps(), None
-        m.seen = tuple((name, t, t._version) for name, t in held.items())
+        m.seen = tuple((name, t, stamp(t)) for name, t in held.items())
     first.settled = stacked
 
 
@@ -291,7 +291,7 @@ def _as_settled(members, stacked):
         if tensor.is_meta or tensor.shape != before[name].shape or not torch.equal(tensor, before[name]):
             return False
     for m, held in members:
-        m.steps, m.seen = optimizer_steps(), tuple((name, t, t._version) for name, t in held.items())
+        m.steps, m.seen = optimizer_steps(), tuple((name, t, stamp(t)) for name, t in held.items())
     return True
 
 

@@ -50,12 +50,19 @@ def patch(model, edits, *, freeze=False, fused=True, tenants=None):
 
 def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
     """`patch`, with a Handle of another kind."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r:.60}, expected a torch.nn.Module, such as a transformers model")
+    if not isinstance(edits, (Edit, list, tuple)):
+        raise TypeError(f"edits is {edits!r:.60}, expected an Edit such as fastedit.RED(), or a list of them")
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     for edit in edits:
         if not isinstance(edit, Edit):
             raise TypeError(f"edits holds a {type(edit).__name__}, expected an Edit such as fastedit.RED()")
     if not edits:
         raise ValueError("edits is empty: there is nothing to patch")
+    for name, value in (("freeze", freeze), ("fused", fused)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, expected True or False")
     tenancy = None if check_count(tenants) is None else Tenancy(tenants)
     for edit in edits:
         if tenancy is not None and (edit.gate is not None or edit.is_probe or edit.stage is not None):
@@ -171,7 +178,12 @@ class Handle:
 
     @strength.setter
     def strength(self, value):
-        value = float(value)
+        if isinstance(value, (bool, str)):
+            raise TypeError(f"strength is {value!r}, expected a number")
+        try:
+            value = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"strength is {value!r:.60}, expected a number") from None
         if not math.isfinite(value):
             raise ValueError(f"strength is {value}, expected a finite number")
         self._changeable()

@@ -15,11 +15,15 @@ class Spot:
     total: int
     order: int = 0
     count: int = 1
+    of_model: bool = False  # at a site of the model, such as its embeddings
 
 
 def as_values(name, value):
     """A finite fp32 tensor on the CPU; raises for integers, complex numbers, NaN and infinities."""
-    tensor = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    try:
+        tensor = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is {value!r:.60}, expected a tensor, or what torch.as_tensor takes") from None
     if not tensor.is_floating_point():
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype such as float32")
     tensor = tensor.to("cpu", torch.float32, copy=True)
@@ -96,14 +100,12 @@ class PerLayer:
                 )
             return found
         rows = len(self.stack)
-        if rows == spot.total:
+        if rows == spot.total and not spot.of_model:
             return self.stack[spot.index]
         if rows == spot.count:
             return self.stack[spot.order]
-        raise ValueError(
-            f"{self.name} holds {rows} layers, but the model has {spot.total} and the edit acts on "
-            f"{spot.count}"
-        )
+        has = "its site is one of the model" if spot.of_model else f"the model has {spot.total}"
+        raise ValueError(f"{self.name} holds {rows} layers, but {has} and the edit acts on {spot.count}")
 
 
 def _layer_key(name, key):

@@ -21,7 +21,7 @@ def plan(edit, layers, tenancy=None):
     chosen = choose(edit, layers)
     members = []
     for order, layer in enumerate(chosen):
-        spot = Spot(layer.name, layer.index, len(layers), order, len(chosen))
+        spot = Spot(layer.name, layer.index, len(layers), order, len(chosen), edit.site in MODEL_SITES)
         members.append((layer, masters_of(edit, spot, width_at(layer, edit.site), device_at(layer, edit.site), tenancy)))
     join(masters for _, masters in members)
     if edit.gate is not None:

@@ -270,7 +270,7 @@ class RowPlan:
         if lengths is not None:
             length = lengths
             if isinstance(lengths, torch.Tensor):
-                length = _for_batch(lengths.to(device)[:, None], batch, "handle.prompt's lengths")
+                length = self._given(lengths.to(device)[:, None], batch, "handle.prompt's lengths")
         return index, real, length
 
     def _check_empty(self, positions):
@@ -283,11 +283,17 @@ class RowPlan:
                 "not say; use model.generate, or say handle.prompt(lengths) before the forwards behind the prompt"
             )
 
+    def _given(self, tensor, batch, name):
+        """What a handle was told, a row a sequence; one of before must not pass for this batch's."""
+        if self.generation is None and len(tensor) != batch:
+            raise ValueError(f"{name} has {len(tensor)} rows, but this forward has {batch} sequences")
+        return _for_batch(tensor, batch, name)
+
     def _mask(self, columns, batch, device):
         mask = self.rows.mask
         if mask is None:
             raise RuntimeError("positions='mask': no mask was given; say handle.mask(mask) before the forward")
-        mask = _for_batch(mask.to(device, torch.float32), batch, "handle.mask's mask")
+        mask = self._given(mask.to(device, torch.float32), batch, "handle.mask's mask")
         known = mask.shape[1]
         return mask[:, columns.clamp(max=known - 1)] * (columns < known)
 
@@ -310,11 +316,18 @@ def _for_batch(tensor, batch, name):
     return tensor.repeat_interleave(batch // tensor.shape[0], 0)
 
 
+def _as_tensor(name, value):
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is {value!r:.60}, expected a tensor, or what torch.as_tensor takes") from None
+
+
 def check_lengths(lengths):
     """`handle.prompt`'s argument: None, an int, or a long tensor."""
     if lengths is None or (isinstance(lengths, int) and not isinstance(lengths, bool) and lengths > 0):
         return lengths
-    tensor = torch.as_tensor(lengths)
+    tensor = _as_tensor("lengths", lengths)
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype is torch.bool or bool((tensor < 1).any()):
         raise ValueError(f"lengths is {lengths!r}, expected a whole number from 1 on, or one for each sequence")
     return tensor.long()
@@ -324,7 +337,7 @@ def check_mask(mask):
     """`handle.mask`'s argument: None, or an fp32 tensor."""
     if mask is None:
         return None
-    tensor = torch.as_tensor(mask)
+    tensor = _as_tensor("mask", mask)
     if tensor.dim() != 2 or tensor.is_complex() or not tensor.shape[1]:
         raise ValueError(
             f"mask has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected (sequences, columns), bool or real"

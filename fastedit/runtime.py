@@ -3,7 +3,7 @@
 import torch
 
 from . import lean
-from .changes import optimizer_steps
+from .changes import optimizer_steps, stamp
 from .checks import MAX_RANK
 from .form import at_strength, fold_all
 from .gating import Tap
@@ -61,15 +61,15 @@ class Stage:
             return only.tensors(), only.dial
         if compiling or (self.trainable and torch.is_grad_enabled()):
             return self.fold(), None
-        for held, name, tensor, version in self.watched:
-            if held.get(name) is not tensor or tensor._version != version:
+        for held, name, tensor, before in self.watched:
+            if held.get(name) is not tensor or stamp(tensor) != before:
                 break
         else:
             if self.watched and (not self.trainable or self.steps == optimizer_steps()):
                 return self.folded, None
         with torch.inference_mode(False), torch.no_grad():
             self.keep(self.fold())
-        self.watched = [(held, name, t, t._version) for m in self.masters for held, name, t in m.sources()]
+        self.watched = [(held, name, t, stamp(t)) for m in self.masters for held, name, t in m.sources()]
         self.steps = optimizer_steps()
         return self.folded, None
 

@@ -96,7 +96,9 @@ def check_tenant(tenant, count):
 
 
 def _checked(tenants, count):
-    tenants = tenants.tolist() if isinstance(tenants, torch.Tensor) else list(tenants)
+    if isinstance(tenants, (str, int)) or tenants is None:
+        raise TypeError(f"assign() was given {tenants!r}, expected a list with one tenant a sequence")
+    tenants = tenants.tolist() if hasattr(tenants, "tolist") else list(tenants)
     if not tenants:
         raise ValueError("assign() was given no tenants, expected one a sequence")
     return tuple(-1 if tenant in (None, -1) else check_tenant(tenant, count) for tenant in tenants)

@@ -1,6 +1,8 @@
 """`fastedit contrast` and `fastedit generate`, on trained models."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -83,3 +85,22 @@ def test_layer_numbers():
     for wrong in ("a", "3-", "", "5-4"):
         with pytest.raises(typer.BadParameter):
             texts.layer_numbers(wrong)
+
+
+def test_the_commands_in_a_process_of_their_own(shared, tmp_path):
+    """Nothing has imported anything before them."""
+    stories = shared / "data" / "tinystories" / "tinystories_1000.json"
+    stories = json.loads(stories.read_text())[:24]
+    for name, some in (("positive", stories[:12]), ("negative", stories[12:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(story.replace("\n", " ") for story in some))
+    model, program = str(shared / "models" / "stories260K"), [sys.executable, "-c", "from fastedit.cli import app; app()"]
+    sets = ["--positive", str(tmp_path / "positive.txt"), "--negative", str(tmp_path / "negative.txt"), "--max-length", "60"]
+    done = subprocess.run([*program, "contrast", model, *sets, "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = subprocess.run(
+        [*program, "generate", model, "--edit", str(tmp_path / "out"), "--prompt", "Once", "--max-new-tokens", "4"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert said.returncode == 0 and said.stdout.count("Once") == 1, said.stderr
+    wrong = subprocess.run([*program, "generate", model, "--strength", "2", "--prompt", "Once"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--edit" in wrong.stderr

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 import tiny_models as tiny
@@ -444,3 +445,53 @@ def test_plain_path_refuses_hidden_states_of_another_width():
             lean.edit(torch.ones(3, 128), (None, None, torch.ones(2, 64), None, torch.ones(2, 64)), None)
         with pytest.raises(ValueError, match="64"):
             lean.add(torch.ones(3, 128), torch.ones(3, 128), (None, bias, None, None, None), None, False)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ((None, fe.RED()), "model is None, expected a torch.nn.Module"),
+        (("gpt2", fe.RED()), "model is 'gpt2'"),
+        ((..., fe.RED), "expected an Edit such as"),
+    ],
+)
+def test_what_is_no_model_or_edit_is_said(arguments, says):
+    model = tiny.build("llama")
+    with pytest.raises(TypeError, match=re.escape(says)):
+        fe.patch(*(model if argument is ... else argument for argument in arguments))
+    with pytest.raises(TypeError, match="freeze is 'no', expected True or False"):
+        fe.patch(model, fe.RED(), freeze="no")
+    assert "fastedit" not in model._modules
+
+
+def test_values_that_are_no_numbers_are_said():
+    for value in (None, "abc"):
+        with pytest.raises(TypeError, match="expected a tensor"):
+            fe.Steer(value)
+    with fe.patch(tiny.build("llama"), fe.Steer(torch.ones(tiny.WIDTH), positions="mask")) as handle:
+        for strength in ("2", True, None, 1j):
+            with pytest.raises(TypeError, match="expected a number"):
+                handle.strength = strength
+        for call in (handle.mask, handle.prompt):
+            with pytest.raises(TypeError, match="expected a tensor"):
+                call("a")
+        handle.mask(torch.ones(2, 7))
+        with pytest.raises(ValueError, match="2 rows, but this forward has 4 sequences"):
+            handle.model(torch.ones(4, 7, dtype=torch.long))
+    with pytest.raises(ValueError, match="site is one of the model"):
+        fe.patch(tiny.build("llama"), fe.Steer(torch.ones(tiny.LAYERS, tiny.WIDTH), site="embed"))
+
+
+def test_new_memory_is_seen_where_edits_are_folded():
+    model = tiny.build("llama")
+    handle = fe.patch(model, [fe.LoReFT(2), fe.RED(site="block"), fe.NoReFT(2, seed=1)])
+    before = tiny.output(model, "llama")
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.3 + parameter.data
+    after = tiny.output(model, "llama")
+    other = tiny.build("llama")
+    again = fe.patch(other, [fe.LoReFT(2), fe.RED(site="block"), fe.NoReFT(2, seed=1)])
+    again.load_tensors(handle.named_tensors())
+    torch.testing.assert_close(after, tiny.output(other, "llama"), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after, before, atol=1e-2)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
@@ -239,3 +240,12 @@ def test_gates_and_probes_are_refused():
         with pytest.raises(ValueError, match="without tenants="):
             fe.patch(model, edit, tenants=2)
         assert not fe.patching.handles(model)
+
+
+def test_tenants_in_an_array_and_what_is_no_list():
+    model, handle = patched(fe.RED, tenants=2)
+    with handle.assign(np.array([0, 1])), torch.no_grad():
+        model(input_ids=tokens(2))
+    for wrong in (0, "01", None):
+        with pytest.raises(TypeError, match="one tenant a sequence"):
+            handle.assign(wrong)

@@ -1,5 +1,7 @@
 """`fastedit generate`: text from a model with an edit on it, at one strength or several."""
 
+import math
+
 import typer
 from rich.console import Console
 
@@ -11,6 +13,10 @@ def run(model, prompts, prompt_file, edit, strengths, count, max_new_tokens, tem
     prompts = [*(prompts or ()), *(read_texts(prompt_file) if prompt_file else ())]
     if not prompts:
         raise typer.BadParameter("there is no prompt: give --prompt or --prompts")
+    if strengths and edit is None:
+        raise typer.BadParameter("--strength is of an edit: give --edit, too")
+    if not all(math.isfinite(strength) for strength in strengths or ()):
+        raise typer.BadParameter("--strength is not a finite number")
     loaded, tokenizer = load_model(model)
     import fastedit
 

@@ -54,6 +54,7 @@ def fit(
     Raises:
         ValueError: widths or layers that differ, and what `fastedit.contrast` refuses.
     """
+    _check_shapes(target, aligned)
     options = {"batch_size": batch_size, "max_length": max_length, "progress": progress}
     own = contrast(
         target, tokenizer, harmful, harmless, method="probe", probe="mass-mean", held_out=held_out, seed=seed, **options
@@ -68,6 +69,19 @@ def fit(
             "the same base"
         )
     return Guidance(theta, own)
+
+
+def _check_shapes(target, aligned):
+    """Before any forward, where the configs say enough."""
+    shapes = [getattr(model, "config", None) for model in (target, aligned)]
+    if None in shapes:
+        return
+    found = [(c.get_text_config().hidden_size, c.get_text_config().num_hidden_layers) for c in shapes]
+    if found[0] != found[1]:
+        raise ValueError(
+            f"the target is {found[0][0]} wide with {found[0][1]} layers, the aligned model {found[1][0]} wide with "
+            f"{found[1][1]}: guidance needs a model of the same width and depth, such as another fine-tune of the same base"
+        )
 
 
 def _span(directions):

@@ -11,6 +11,7 @@ tokens are those of it and of it behind a space, as written and capitalised.
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -61,12 +62,14 @@ class UBPL(LogitsProcessor):
     """
 
     def __init__(self, tokenizer, lexicons, traits):
-        self.lexicons = read_lexicons(lexicons) if isinstance(lexicons, (str, Path)) else lexicons
+        self.lexicons = read_lexicons(lexicons) if isinstance(lexicons, (str, Path)) else _checked(lexicons)
         self.tokens = {trait: _first_tokens(tokenizer, words) for trait, words in self.lexicons.items()}
         self.set(traits)
 
     def set(self, traits):
         """Other traits or weights from the next step on."""
+        if not isinstance(traits, Mapping):
+            raise TypeError(f"traits is {traits!r:.60}, expected {{trait: weight}}")
         unknown = sorted(set(traits) - set(self.tokens))
         if unknown:
             raise ValueError(f"there is no trait {unknown[0]!r}; the lexicons have {', '.join(sorted(self.tokens))}")
@@ -86,6 +89,17 @@ class UBPL(LogitsProcessor):
         if self.ids.numel() and int(self.ids.max()) >= scores.shape[-1]:
             raise ValueError(f"the tokenizer has token {int(self.ids.max())}, the model {scores.shape[-1]}: another model's?")
         return scores.index_add(-1, self.ids, self.values.to(scores.dtype).expand(len(scores), -1))
+
+
+def _checked(lexicons):
+    if not isinstance(lexicons, Mapping) or not all(isinstance(words, Mapping) for words in lexicons.values()):
+        raise TypeError(f"lexicons is {lexicons!r:.60}, expected {{trait: {{word: strength}}}} or the path of a file")
+    for trait, words in lexicons.items():
+        for word, strength in words.items():
+            number = isinstance(strength, (int, float)) and not isinstance(strength, bool) and math.isfinite(strength)
+            if not isinstance(word, str) or not word.strip() or not number:
+                raise ValueError(f"trait {trait!r} has word {word!r} with strength {strength!r}, expected a finite number")
+    return lexicons
 
 
 def _first_tokens(tokenizer, words):
