@@ -20,6 +20,7 @@ from .masters import masters_of
 from .patching import Handle
 from .per_layer import Spot
 from .planning import choose, device_at, width_at
+from .sites import MODEL_SITES
 
 
 class Entry:
@@ -100,7 +101,7 @@ def _of_edit(edit, layers, strength):
     chosen = choose(edit, layers)
     with torch.inference_mode(False), torch.no_grad():
         for order, layer in enumerate(chosen):
-            spot = Spot(layer.name, layer.index, len(layers), order, len(chosen))
+            spot = Spot(layer.name, layer.index, len(layers), order, len(chosen), edit.site in MODEL_SITES)
             width = width_at(layer, edit.site)
             if edit.derive is None:
                 form = edit.form(edit.tensors(spot, width))

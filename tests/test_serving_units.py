@@ -11,6 +11,7 @@ import torch
 import fastedit as fe
 from fastedit.bank_tables import Tables
 from fastedit.form import Form
+from fastedit.per_layer import Spot
 from fastedit.positions import positions
 from fastedit.serving.admission import Library, Refused, admit, salted, wanted
 from fastedit.serving.contents import read_contents, stacked
@@ -133,7 +134,7 @@ def test_contents_are_what_the_model_runs(library):
 
 
 def _spot(layer):
-    return types.SimpleNamespace(index=layer.index, order=layer.index, count=2, total=2, name=layer.name)
+    return Spot(layer.name, layer.index, 2, layer.index, 2)
 
 
 def test_plans_and_salts(library):
