@@ -1,5 +1,6 @@
 """What of serving needs no engine: rows and slots of a step against a definition, names, plans, salts, files."""
 
+import json
 import shutil
 import types
 
@@ -78,6 +79,17 @@ def test_rows_over_random_steps():
         if live and draw.random() < 0.1:
             live[next(iter(live))][0] = 0  # preempted: all over again
     assert rows.residency.loads > 8 > tables.capacity, "nothing was evicted: nothing was tested"
+
+
+def test_a_slot_that_is_held_is_never_given_away():
+    """Three rows in three slots; the second leaves for a new edit: the first, held the longest, must stay."""
+    rows, tables = rows_of()
+    for number, name in enumerate("abcd"):
+        rows.wanted[name] = Wanted(number + 1, 1.0, None, 4)
+    for names in (["a", "b", "c"], ["a", "d", "c"], ["a", "d", "b"]):
+        rows.step(names, np.array([1, 1, 1]), np.array([0, 0, 0]))
+        held = tables.tensors("0", "mlp")[1][rows.slot[:3].long(), 0]
+        assert held.tolist() == [rows.wanted[name].key for name in names]
 
 
 def test_a_step_of_the_same_requests_writes_nothing():
@@ -202,3 +214,18 @@ def test_damage_is_refused(library, tmp_path):
         read_contents(library.folder / "red", 32, 2)
     with pytest.raises(fe.store.EditFileError, match="layers 0 to 0"):
         read_contents(library.folder / "red", 64, 1)
+
+
+def test_the_command_that_is_started(monkeypatch, tmp_path):
+    from fastedit.cli import serve
+
+    with pytest.raises(serve.typer.BadParameter, match=r"vLLM is not installed|no folder"):
+        serve.command("m", tmp_path / "none", None, None, None, [])
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
+    line = serve.command("m", tmp_path, "mlp,block", 4, None, ["--port", "1"])
+    assert "m" in line and line[-2:] == ["--port", "1"]
+    config = line[line.index("--additional-config") + 1]
+    assert json.loads(config) == {"fastedit": {"edits": str(tmp_path), "sites": ["mlp", "block"], "rank": 4}}
+    for sites, rest, said in (("mlp,q", [], "expected some of"), (None, ["--additional-config={}"], "additional-config")):
+        with pytest.raises(serve.typer.BadParameter, match=said):
+            serve.command("m", tmp_path, sites, None, None, rest)
