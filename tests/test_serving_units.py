@@ -15,6 +15,7 @@ from fastedit.form import Form
 from fastedit.positions import positions
 from fastedit.serving.admission import Library, Refused, admit, salted, wanted
 from fastedit.serving.contents import read_contents, stacked
+from fastedit.serving.options import resolve
 from fastedit.serving.residency import Residency
 from fastedit.serving.rows import Rows, Wanted
 
@@ -229,3 +230,44 @@ def test_the_command_that_is_started(monkeypatch, tmp_path):
     for sites, rest, said in (("mlp,q", [], "expected some of"), (None, ["--additional-config={}"], "additional-config")):
         with pytest.raises(serve.typer.BadParameter, match=said):
             serve.command("m", tmp_path, sites, None, None, rest)
+
+
+def engine_config(**parallel):
+    """As much of vLLM's configuration as the options look at."""
+    model = types.SimpleNamespace(hf_text_config=types.SimpleNamespace(num_hidden_layers=2), get_hidden_size=lambda: 64)
+    return types.SimpleNamespace(
+        model_config=model, scheduler_config=types.SimpleNamespace(max_num_seqs=16),
+        parallel_config=types.SimpleNamespace(**parallel), cache_config=types.SimpleNamespace(),
+    )  # fmt: skip
+
+
+def test_options_are_made_whole(library, tmp_path):
+    found = resolve({"edits": str(library.folder)}, engine_config())
+    assert (found["sites"], found["rank"], found["capacity"]) == (["mlp", "attn", "block"], 2, 16)
+    assert resolve(found, engine_config()) == found, "a configuration that was resolved is resolved again in no other way"
+    assert resolve({"edits": str(tmp_path)}, engine_config())["sites"] == ["mlp", "attn", "block"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "parallel", "said"),
+    [
+        ({"edits": "/nowhere"}, {}, "no folder"), ({"edits": 3}, {}, "expected"), ({"site": "mlp"}, {}, "no option 'site'"),
+        ({"sites": ["q"]}, {}, "expected some of"), ({"rank": 65}, {}, "0 to 64"), ({"capacity": 0}, {}, "from 1 on"),
+        ({}, {"num_ubatches": 2}, "dual batch"), ({}, {"prefill_context_parallel_size": 2}, "context parallelism"),
+    ],
+)  # fmt: skip
+def test_options_refused(tmp_path, changed, parallel, said):
+    with pytest.raises(ValueError, match=said):
+        resolve({"edits": str(tmp_path), **changed}, engine_config(**parallel))
+
+
+def test_a_copy_for_the_workers_is_made_again(library):
+    """Where it was cleared away, and said where it cannot be made."""
+    plan = library.plan([("red", 1.0)])
+    shutil.rmtree(library.staging)
+    assert library.plan([("red", 1.0)]) == plan and (library.staging / plan[0][0]).is_dir()
+    shutil.rmtree(library.staging)
+    library.staging.write_text("in the way")
+    with pytest.raises(Refused, match="could not be kept"):
+        library.plan([("red", 1.0)])
+    library.staging.unlink()
