@@ -63,7 +63,7 @@ def tsv(path, rows, columns=("text", "label")):
 
 def test_every_command_has_help_with_an_example():
     listed = invoke("--help")
-    for command in ("demo", "doctor", "show", "train", "contrast", "generate"):
+    for command in ("demo", "doctor", "show", "train", "contrast", "generate", "serve"):
         assert command in listed
         text = invoke(command, "--help")
         assert re.search(r"Examples?:", text) and f"fastedit {command}" in text

@@ -1,5 +1,6 @@
 """What of serving needs no engine: rows and slots of a step against a definition, names, plans, salts, files."""
 
+import json
 import shutil
 import types
 
@@ -15,6 +16,7 @@ from fastedit.per_layer import Spot
 from fastedit.positions import positions
 from fastedit.serving.admission import Library, Refused, admit, salted, wanted
 from fastedit.serving.contents import read_contents, stacked
+from fastedit.serving.options import resolve
 from fastedit.serving.residency import Residency
 from fastedit.serving.rows import Rows, Wanted
 
@@ -79,6 +81,17 @@ def test_rows_over_random_steps():
         if live and draw.random() < 0.1:
             live[next(iter(live))][0] = 0  # preempted: all over again
     assert rows.residency.loads > 8 > tables.capacity, "nothing was evicted: nothing was tested"
+
+
+def test_a_slot_that_is_held_is_never_given_away():
+    """Three rows in three slots; the second leaves for a new edit: the first, held the longest, must stay."""
+    rows, tables = rows_of()
+    for number, name in enumerate("abcd"):
+        rows.wanted[name] = Wanted(number + 1, 1.0, None, 4)
+    for names in (["a", "b", "c"], ["a", "d", "c"], ["a", "d", "b"]):
+        rows.step(names, np.array([1, 1, 1]), np.array([0, 0, 0]))
+        held = tables.tensors("0", "mlp")[1][rows.slot[:3].long(), 0]
+        assert held.tolist() == [rows.wanted[name].key for name in names]
 
 
 def test_a_step_of_the_same_requests_writes_nothing():
@@ -203,3 +216,59 @@ def test_damage_is_refused(library, tmp_path):
         read_contents(library.folder / "red", 32, 2)
     with pytest.raises(fe.store.EditFileError, match="layers 0 to 0"):
         read_contents(library.folder / "red", 64, 1)
+
+
+def test_the_command_that_is_started(monkeypatch, tmp_path):
+    from fastedit.cli import serve
+
+    with pytest.raises(serve.typer.BadParameter, match=r"vLLM is not installed|no folder"):
+        serve.command("m", tmp_path / "none", None, None, None, [])
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
+    line = serve.command("m", tmp_path, "mlp,block", 4, None, ["--port", "1"])
+    assert "m" in line and line[-2:] == ["--port", "1"]
+    config = line[line.index("--additional-config") + 1]
+    assert json.loads(config) == {"fastedit": {"edits": str(tmp_path), "sites": ["mlp", "block"], "rank": 4}}
+    for sites, rest, said in (("mlp,q", [], "expected some of"), (None, ["--additional-config={}"], "additional-config")):
+        with pytest.raises(serve.typer.BadParameter, match=said):
+            serve.command("m", tmp_path, sites, None, None, rest)
+
+
+def engine_config(**parallel):
+    """As much of vLLM's configuration as the options look at."""
+    model = types.SimpleNamespace(hf_text_config=types.SimpleNamespace(num_hidden_layers=2), get_hidden_size=lambda: 64)
+    return types.SimpleNamespace(
+        model_config=model, scheduler_config=types.SimpleNamespace(max_num_seqs=16),
+        parallel_config=types.SimpleNamespace(**parallel), cache_config=types.SimpleNamespace(),
+    )  # fmt: skip
+
+
+def test_options_are_made_whole(library, tmp_path):
+    found = resolve({"edits": str(library.folder)}, engine_config())
+    assert (found["sites"], found["rank"], found["capacity"]) == (["mlp", "attn", "block"], 2, 16)
+    assert resolve(found, engine_config()) == found, "a configuration that was resolved is resolved again in no other way"
+    assert resolve({"edits": str(tmp_path)}, engine_config())["sites"] == ["mlp", "attn", "block"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "parallel", "said"),
+    [
+        ({"edits": "/nowhere"}, {}, "no folder"), ({"edits": 3}, {}, "expected"), ({"site": "mlp"}, {}, "no option 'site'"),
+        ({"sites": ["q"]}, {}, "expected some of"), ({"rank": 65}, {}, "0 to 64"), ({"capacity": 0}, {}, "from 1 on"),
+        ({}, {"num_ubatches": 2}, "dual batch"), ({}, {"prefill_context_parallel_size": 2}, "context parallelism"),
+    ],
+)  # fmt: skip
+def test_options_refused(tmp_path, changed, parallel, said):
+    with pytest.raises(ValueError, match=said):
+        resolve({"edits": str(tmp_path), **changed}, engine_config(**parallel))
+
+
+def test_a_copy_for_the_workers_is_made_again(library):
+    """Where it was cleared away, and said where it cannot be made."""
+    plan = library.plan([("red", 1.0)])
+    shutil.rmtree(library.staging)
+    assert library.plan([("red", 1.0)]) == plan and (library.staging / plan[0][0]).is_dir()
+    shutil.rmtree(library.staging)
+    library.staging.write_text("in the way")
+    with pytest.raises(Refused, match="could not be kept"):
+        library.plan([("red", 1.0)])
+    library.staging.unlink()

@@ -64,10 +64,6 @@ class Library:
     def __init__(self, options):
         self.options, self.folder, self.staging = options, Path(options["edits"]), Path(options["staging"])
         self.known = {}  # name → (stamp, Contents)
-        self.staged = set()
-
-    def names(self):
-        return sorted(path.parent.name for path in self.folder.glob(f"*/{JSON}") if _SOUND_NAME.fullmatch(path.parent.name))
 
     def plan(self, asked):
         """[[digest, strength], …] for [(name, strength), …]; edits at strength 0 are left out."""
@@ -122,24 +118,26 @@ class Library:
             )
 
     def _stage(self, contents):
-        """A copy for the workers under the edit's digest: complete from the moment it is there."""
-        if contents.digest in self.staged:
-            return
+        """A copy for the workers under the edit's digest: complete from the moment it is there, and young again."""
         target = self.staging / contents.digest
-        if not target.is_dir():
-            part = self.staging / f".{secrets.token_hex(8)}"
-            try:
-                write(part, contents.header, contents.tensors)
-                with contextlib.suppress(FileExistsError, OSError):  # another front end was first
-                    os.rename(part, target)
-                if not target.is_dir():
-                    raise Refused(f"the edit could not be kept for the workers in {self.staging}: start with staging=")
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-        self.staged.add(contents.digest)
+        with contextlib.suppress(OSError):  # another user's cannot be touched, but read
+            os.utime(target)
+        if target.is_dir():
+            return
+        part = self.staging / f".{secrets.token_hex(8)}"
+        try:
+            write(part, contents.header, contents.tensors)
+            with contextlib.suppress(OSError):  # another front end was first
+                os.rename(part, target)
+            if not target.is_dir():
+                raise FileNotFoundError(f"no {target.name}")
+        except OSError as error:
+            raise Refused(f"the edit could not be kept for the workers in {self.staging} ({error}); see staging=") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
     def tidy(self):
-        """Drop copies of more than a day ago, which no name means any more."""
+        """Drop copies that no request has used for a day."""
         if not self.staging.is_dir():
             return
         for path in self.staging.iterdir():
