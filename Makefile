@@ -44,7 +44,7 @@ demo: $(STAMPS)/fastedit
 
 test: $(STAMPS)/fastedit $(STAMPS)/older
 	$(BIN)/fastedit doctor
-	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
 
 # A process a file: an engine in a process leaves its threads and its memory behind.

@@ -288,7 +288,8 @@ def _as_settled(members, stacked):
     if before is None or stacked.keys() != before.keys() or any(m.kept is None for m, _ in members):
         return False
     for name, tensor in stacked.items():
-        if tensor.is_meta or tensor.shape != before[name].shape or not torch.equal(tensor, before[name]):
+        was = before[name]
+        if tensor.is_meta or tensor.device != was.device or tensor.shape != was.shape or not torch.equal(tensor, was):
             return False
     for m, held in members:
         m.steps, m.seen = optimizer_steps(), tuple((name, t, stamp(t)) for name, t in held.items())

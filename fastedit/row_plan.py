@@ -285,7 +285,7 @@ class RowPlan:
 
     def _given(self, tensor, batch, name):
         """What a handle was told, a row a sequence; one of before must not pass for this batch's."""
-        if self.generation is None and len(tensor) != batch:
+        if self.generation is None and len(tensor) not in (1, batch):
             raise ValueError(f"{name} has {len(tensor)} rows, but this forward has {batch} sequences")
         return _for_batch(tensor, batch, name)
 

@@ -25,7 +25,14 @@ def seed():
     torch.manual_seed(0)
 
 
+SLOW = ("cuda_streams", "triton_interpreter", "bench_models", "modes_compiled", "positions", "gates", "every_family",
+        "red_training", "distributed", "instructions", "cli_demo", "cuda_emulated", "bank")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
+    """The files that take longest first, so that of two at a time none is left over at the end."""
+    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(SLOW)))
     if torch.cuda.is_available():
         return
     for item in items:

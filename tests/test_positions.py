@@ -452,7 +452,7 @@ def test_wrong_lengths_masks_and_tokens():
     with pytest.raises(RuntimeError, match="no mask was given"):
         model(ids)
     handle.mask(torch.ones(2, 8))
-    with pytest.raises(ValueError, match="2 rows, expected 3"):
+    with pytest.raises(ValueError, match="2 rows, but this forward has 3"):
         model(ids)
     handle.mask(torch.ones(1, 8))
     with pytest.raises(ValueError, match="need input_ids"):
