@@ -159,7 +159,8 @@ class _StandIn(nn.Module):
     def forward(self, *args, **kwargs):
         rows = args[0] if args else kwargs["hidden_states"]
         self.calls.append((len(args), args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-        out = torch.sin(rows * (1 + 0.3 * self.number)) + 0.1 * self.number
+        bent = rows * (1 + 0.3 * self.number)
+        out = bent / (1 + bent * bent) + 0.1 * self.number  # torch.sin's first call in a process may be off by 1e-4
         out = out if self.form is None else self.form(out.float()).to(out.dtype)
         return out if self.outputs == 1 else (out, *(f"output {n}" for n in range(1, self.outputs)))
 
