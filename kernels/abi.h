@@ -18,7 +18,11 @@ enum NormKind : int { RMS = 0, GEMMA = 1, LAYER = 2 };
 constexpr int64_t kMaxRank = 64;
 constexpr int64_t kBlockRows = 256;  // rows in one fp32 partial of a column sum (DESIGN.md 2)
 
-// h' = h + k · ((scale − 1) ⊙ h + bias + z @ write),  z = h @ readᵀ + offset
+// h' = h + k · ((scale − 1) ⊙ h + bias + z @ write),  z = h @ readᵀ + offset,  k = coefficient · g
+//
+// g = 1 without a gate. With one, s = h · gate, over ‖h‖ where rule[2] is not 0 (a row of zeros has s = 0), and
+// g = 1 where s > rule[0], else 0; or, where rule[1] > 0, sigmoid(rule[1] · (s − rule[0])). h is what the form is given.
+// Backwards know no gate: their coefficient is k.
 struct Form {
   const float* scale;   // (slots, width)
   const float* bias;    // (slots, width)
@@ -30,6 +34,8 @@ struct Form {
   const int32_t* slot;  // (rows,): −1, or any number out of range, leaves the row's bits alone
   const float* coefficient;    // (rows,), or one number where the stride is 0
   int64_t coefficient_stride;  // 0 or 1
+  const float* gate;           // (slots, width), null: none
+  const float* rule;           // (slots, 3): threshold, sharpness or 0, 1 for the cosine else 0; given with gate
 };
 
 struct EditArgs {

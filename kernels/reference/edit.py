@@ -6,12 +6,13 @@ arithmetic is fp32 (fp64 for fp64 rows) and rounds once, on the store.
 
 import torch
 
-from .form import apply_form, compute_dtype, form_backward, row_coefficient
+from .form import apply_form, compute_dtype, form_backward, gated_coefficient, row_coefficient
 
 
-def edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z=False):
+def edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z=False, gate=None, rule=None):
     """(h' in hidden's dtype, z fp32 (rows, rank) or None)."""
     h = hidden.to(compute_dtype(hidden))
+    coefficient = gated_coefficient(h, gate, rule, slot, coefficient)
     out, z = apply_form(h, scale, bias, read, offset, write, slot, coefficient)
     out = out.to(hidden.dtype)
     k = row_coefficient(slot, coefficient, h.shape[0], h.dtype, h.device)

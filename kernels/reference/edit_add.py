@@ -6,19 +6,20 @@ Dtypes promote as PyTorch's add does; the sum is formed in fp32 and rounds once,
 import torch
 
 from .edit import edit_backward
-from .form import apply_form, compute_dtype
+from .form import apply_form, compute_dtype, gated_coefficient
 
 
-def edit_add(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum=False, want_z=False):
+def edit_add(
+    x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum=False, want_z=False, gate=None, rule=None
+):  # fmt: skip
     """(residual' in the promoted dtype, z fp32 (rows, rank) or None)."""
     dtype = compute_dtype(x, residual)
     out_dtype = torch.promote_types(x.dtype, residual.dtype)
-    form = (scale, bias, read, offset, write, slot, coefficient)
-    if on_sum:
-        out, z = apply_form(residual.to(dtype) + x.to(dtype), *form)
-    else:
-        edited, z = apply_form(x.to(dtype), *form)
-        out = residual.to(dtype) + edited
+    h = residual.to(dtype) + x.to(dtype) if on_sum else x.to(dtype)
+    coefficient = gated_coefficient(h, gate, rule, slot, coefficient)
+    out, z = apply_form(h, scale, bias, read, offset, write, slot, coefficient)
+    if not on_sum:
+        out = residual.to(dtype) + out
     return out.to(out_dtype), (z if want_z else None)
 
 

@@ -16,14 +16,15 @@ RMS, GEMMA, LAYER = 0, 1, 2
 
 def edit_add_norm(
     x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, coefficient,
-    on_sum=False, kind=RMS, eps=1e-6, want_z=False, want_residual=True, want_stats=True,
+    on_sum=False, kind=RMS, eps=1e-6, want_z=False, want_residual=True, want_stats=True, gate=None, rule=None,
 ):  # fmt: skip
     """(residual', normed, z or None, mean (rows,) or None, rstd (rows,)); mean only for LAYER.
 
     want_residual False and want_stats False return None in their places; the residual is still rounded
     before the norm.
     """
-    out, z = edit_add(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum, want_z)
+    form = (scale, bias, read, offset, write, slot, coefficient)
+    out, z = edit_add(x, residual, *form, on_sum, want_z, gate, rule)
     normed, mean, rstd = norm(out, weight, norm_bias, kind, eps)
     if not want_stats:
         mean = rstd = None

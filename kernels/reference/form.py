@@ -2,8 +2,8 @@
 
     h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write)
 
-`k` is the row's coefficient; a row of slot −1 has k = 0. Every argument may be None:
-scale 1, bias 0, no low-rank part, no slots, k = 1.
+`k` is the row's coefficient, times its gate's if there is one; a row of slot −1 has k = 0. Every argument may be
+None: scale 1, bias 0, no low-rank part, no slots, k = 1, no gate.
 """
 
 import torch
@@ -33,6 +33,25 @@ def row_coefficient(slot, coefficient, rows, dtype, device):
     if slot is not None:
         k = torch.where(slot < 0, torch.zeros_like(k), k)
     return k[:, None]
+
+
+def gated_coefficient(h, gate, rule, slot, coefficient):
+    """coefficient · g for rows h (rows, width) as the form is given them, (rows,); coefficient itself without a gate.
+
+    gate ([slots,] width), rule ([slots,] 3) = (threshold, sharpness or 0, 1 for the cosine else 0). s = h · gate, over
+    ‖h‖ for the cosine (0 for a row of zeros); g = 1 where s > threshold, else 0, or, with a sharpness,
+    sigmoid(sharpness · (s − threshold)).
+    """
+    if gate is None:
+        return coefficient
+    gate, rule = gather(gate, slot, h.dtype), gather(rule, slot, h.dtype)
+    threshold, sharpness, cosine = rule.unbind(-1)
+    s = (h * gate).sum(-1)
+    length = torch.linalg.vector_norm(h, dim=-1)
+    s = torch.where((cosine != 0) & (length > 0), s / length, s)
+    hard = (s > threshold).to(h.dtype)
+    g = torch.where(sharpness > 0, torch.sigmoid(sharpness * (s - threshold)), hard)
+    return g if coefficient is None else coefficient.to(h.dtype) * g
 
 
 def low_rank_read(h, read, offset, slot):
