@@ -31,7 +31,7 @@ import torch
 
 from .checks import MAX_RANK
 from .form import Form
-from .gates import check_rule, rule_of
+from .gates import check_rule
 from .per_layer import PerLayer
 from .positions import positions as as_positions
 from .sites import check_site
@@ -315,120 +315,10 @@ class LowRank(Edit):
         return {name: value.at(spot) for name, value in self.given.items()}
 
 
-class DiReFT(Edit):
-    """h' = h + W₂ᵀ(W₁ h + c), trainable (arXiv 2404.03592, DiReFT): W₁ = read, c = offset, W₂ = write.
-
-    Starts as the identity in LoRA's way: read random (uniform, ±1/√width), offset and write zero.
-    rank: 1 to 64. seed: of the private generator that draws the start; layers differ.
-    """
-
-    trainable = True
-
-    def __init__(self, rank, *, seed=0, **where):
-        self.seed = seed
-        super().__init__(("read", "offset", "write"), rank=_check_rank(rank), **where)
-
-    def values(self, spot, width):
-        zeros = torch.zeros(self.rank, width)
-        return {"read": _uniform(self, spot, width), "offset": torch.zeros(self.rank), "write": zeros}
-
-
-class NoReFT(Edit):
-    """h' = h + Rᵀ(W h + c − R h), trainable (arXiv 2404.03592, NoReFT: LoReFT without the constraint on R).
-
-    Its masters are source = W, offset = c and write = R, trained apart; the normal form reads W − R.
-    Starts as the identity: W = R random (uniform, ±1/√width), c zero.
-    rank: 1 to 64. seed: of the private generator that draws the start; layers differ.
-    """
-
-    trainable = True
-    allowed_names = ("source", "offset", "write")
-
-    def __init__(self, rank, *, seed=0, **where):
-        self.seed = seed
-        super().__init__(self.allowed_names, rank=_check_rank(rank), **where)
-
-    def values(self, spot, width):
-        start = _uniform(self, spot, width)
-        return {"source": start, "offset": torch.zeros(self.rank), "write": start.clone()}
-
-    @staticmethod
-    def derive(masters):
-        return None, None, masters["source"] - masters["write"], masters["offset"], masters["write"]
-
-    @staticmethod
-    def pull_back(masters, grads):
-        _, _, d_read, d_offset, d_write = grads
-        both = d_write if d_read is None else -d_read if d_write is None else d_write - d_read
-        return {"source": d_read, "offset": d_offset, "write": both}
-
-    @classmethod
-    def form(cls, masters):
-        return Form(*cls.derive(masters))
-
-
-def from_config(configs):
-    """Edits rebuilt from configs (`Edit.config`, `Handle.config`), which change nothing until loaded.
-
-    Raises:
-        ValueError: an unknown kind, site, tensor or key, by name.
-    """
-    return [_rebuild(config) for config in configs]
-
-
-def _rebuild(config):
-    from . import control, reft  # noqa: F401, whose kinds are edits too
-
-    kinds = {kind.__name__: kind for kind in _kinds(Edit)}
-    kind = kinds.get(config.get("kind"))
-    if kind is None:
-        raise ValueError(
-            f"unknown kind of edit {config.get('kind')!r}; the kinds are {', '.join(sorted(kinds))}"
-        )
-    where = ("site", "layers", "positions", "strength", "keep_norm")
-    known = {"kind", "rank", "tensors", "trainable", "gate", *where, *kind.options}
-    unknown = sorted(set(config) - known)
-    if unknown:
-        raise ValueError(
-            f"{kind.__name__}: unknown key {unknown[0]!r} in its config; known are {sorted(known)}"
-        )
-    names, rank = config.get("tensors"), config.get("rank", 0)
-    if not names or not set(names) <= set(kind.allowed_names):
-        raise ValueError(
-            f"{kind.__name__}: tensors is {names!r}, expected some of {', '.join(kind.allowed_names)}"
-        )
-    if (
-        isinstance(rank, bool)
-        or not isinstance(rank, int)
-        or rank < 0
-        or (rank == 0) != {"read", "write", "plane"}.isdisjoint(names)
-    ):
-        raise ValueError(f"{kind.__name__}: rank is {rank!r} with tensors {names}")
-    edit = object.__new__(kind)
-    for name in kind.options:
-        setattr(edit, name, config.get(name))
-    Edit.__init__(edit, names, rank, **{key: config[key] for key in where if key in config})
-    edit.trainable, edit.neutral = bool(config.get("trainable", kind.trainable)), True
-    edit.gate = rule_of(config["gate"]) if config.get("gate") is not None else None
-    edit.check()
-    return edit
-
-
-def _kinds(cls):
-    for kind in cls.__subclasses__():
-        yield kind
-        yield from _kinds(kind)
-
-
 def _neutral(name, rank, width):
     if name == "scale":
         return torch.ones(width)
     return torch.zeros({"bias": (width,), "offset": (rank,)}.get(name, (rank, width)))
-
-
-def _uniform(edit, spot, width):
-    generator = torch.Generator().manual_seed(edit.seed * 100_003 + spot.index)
-    return (torch.rand(edit.rank, width, generator=generator) * 2 - 1) / width**0.5
 
 
 def orthonormal_rows(directions):
@@ -449,12 +339,6 @@ def _number(name, value):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, expected a finite number")
     return float(value)
-
-
-def _check_rank(rank):
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"rank is {rank!r}, expected a whole number from 1 to {MAX_RANK}")
-    return rank
 
 
 def _check_layers(layers):

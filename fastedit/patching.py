@@ -110,7 +110,7 @@ class Handle:
     # --- what it holds --------------------------------------------------------------------------------------
 
     def config(self):
-        """One JSON-able description an edit, layers resolved; `fastedit.edits.from_config` reads it back."""
+        """One JSON-able description an edit, layers resolved; `fastedit.edit_config.from_config` reads it back."""
         return [
             {**edit.config(), "layers": [layer.index for layer, _ in members]}
             for edit, members in zip(self.edits, self._members, strict=True)

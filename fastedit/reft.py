@@ -1,8 +1,62 @@
-"""LoReFT: representation finetuning in a subspace whose basis stays orthonormal (arXiv 2404.03592)."""
+"""Representation finetuning (arXiv 2404.03592): LoReFT, and its kin without the constraint."""
 
 import torch
 
-from .edits import NoReFT, orthonormal_rows
+from .checks import MAX_RANK
+from .edits import Edit, orthonormal_rows
+from .form import Form
+
+
+class DiReFT(Edit):
+    """h' = h + W₂ᵀ(W₁ h + c), trainable (arXiv 2404.03592, DiReFT): W₁ = read, c = offset, W₂ = write.
+
+    Starts as the identity in LoRA's way: read random (uniform, ±1/√width), offset and write zero.
+    rank: 1 to 64. seed: of the private generator that draws the start; layers differ.
+    """
+
+    trainable = True
+
+    def __init__(self, rank, *, seed=0, **where):
+        self.seed = seed
+        super().__init__(("read", "offset", "write"), rank=_check_rank(rank), **where)
+
+    def values(self, spot, width):
+        zeros = torch.zeros(self.rank, width)
+        return {"read": _uniform(self, spot, width), "offset": torch.zeros(self.rank), "write": zeros}
+
+
+class NoReFT(Edit):
+    """h' = h + Rᵀ(W h + c − R h), trainable (arXiv 2404.03592, NoReFT: LoReFT without the constraint on R).
+
+    Its masters are source = W, offset = c and write = R, trained apart; the normal form reads W − R.
+    Starts as the identity: W = R random (uniform, ±1/√width), c zero.
+    rank: 1 to 64. seed: of the private generator that draws the start; layers differ.
+    """
+
+    trainable = True
+    allowed_names = ("source", "offset", "write")
+
+    def __init__(self, rank, *, seed=0, **where):
+        self.seed = seed
+        super().__init__(self.allowed_names, rank=_check_rank(rank), **where)
+
+    def values(self, spot, width):
+        start = _uniform(self, spot, width)
+        return {"source": start, "offset": torch.zeros(self.rank), "write": start.clone()}
+
+    @staticmethod
+    def derive(masters):
+        return None, None, masters["source"] - masters["write"], masters["offset"], masters["write"]
+
+    @staticmethod
+    def pull_back(masters, grads):
+        _, _, d_read, d_offset, d_write = grads
+        both = d_write if d_read is None else -d_read if d_write is None else d_write - d_read
+        return {"source": d_read, "offset": d_offset, "write": both}
+
+    @classmethod
+    def form(cls, masters):
+        return Form(*cls.derive(masters))
 
 
 class LoReFT(NoReFT):
@@ -33,3 +87,14 @@ class LoReFT(NoReFT):
                 f"LoReFT has rank {self.rank}, but site {self.site!r} of layer {spot.name} is {width} wide: there are "
                 f"no more than {width} orthonormal rows"
             )
+
+
+def _uniform(edit, spot, width):
+    generator = torch.Generator().manual_seed(edit.seed * 100_003 + spot.index)
+    return (torch.rand(edit.rank, width, generator=generator) * 2 - 1) / width**0.5
+
+
+def _check_rank(rank):
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank is {rank!r}, expected a whole number from 1 to {MAX_RANK}")
+    return rank

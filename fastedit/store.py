@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .edit_config import from_config
 from .edit_file import JSON, EditFileError, read, write
-from .edits import from_config
 from .families import find_layers
 from .patching import patch
 from .planning import find, site_width, width_at

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastedit as fe
-from fastedit import edits
+from fastedit.edit_config import from_config
 from fastedit.per_layer import Spot
 
 WIDTH = 8
@@ -181,7 +181,7 @@ def stack():
 def test_edits_survive_their_config():
     made = stack()
     configs = json.loads(json.dumps([edit.config() for edit in made]))
-    again = edits.from_config(configs)
+    again = from_config(configs)
     assert [type(e) for e in again] == [type(e) for e in made]
     assert [e.config() for e in again] == configs
     h = rows()
@@ -203,4 +203,4 @@ def test_edits_survive_their_config():
 def test_an_unknown_config_is_refused_by_name(change, says):
     config = fe.Steer(torch.ones(WIDTH)).config() | change
     with pytest.raises(ValueError, match=says):
-        edits.from_config([config])
+        from_config([config])
