@@ -4,10 +4,12 @@ import copy
 
 import tiny_models as tiny
 import torch
+from patch_cases import random_form, scaled_then_low_rank
 
 import fastedit as fe
 
 PAD = 0
+LAYERS = [1, 2]  # that are edited
 ATOL = 1e-6  # the masters, unit conditions among them, are fp32: 6e-8 of them, in sums of some tens
 
 
@@ -163,3 +165,32 @@ def check_steps(slow, sequences, logits, mask, prompt_columns, repeats=1, rows=N
         with torch.no_grad():
             expected = slow.logits(sequences[:, :width], full, prompt_columns, k)[:, -1]
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=ATOL)
+
+
+def patched(family, name, sites=("block",), fused=True, keep_norm=False, where=None, **changes):
+    """(patched model, handle, slow model), in float64: what differs is where, not how precisely.
+
+    The gate of each of the site's two edits looks at what the edit is given.
+    """
+    model = tiny.exact(tiny.build(family, **changes))
+    form, layers = random_form(seed=3), LAYERS if family != "t5" else [2, 3]
+    edits = [e for site in sites for e in scaled_then_low_rank(form, site, layers)]
+    read = form.read / form.scale
+    parts = [
+        fe.Form(scale=form.scale, bias=form.bias),
+        fe.Form(read=read, offset=form.offset - read @ form.bias, write=form.write),
+    ]
+    slow = Slow(
+        model, family, name, [(s, at, part) for s in sites for part in parts for at in layers], keep_norm
+    )
+    gated = [e.when(gate(name)) for e in edits]
+    for edit in gated:
+        edit.keep_norm = keep_norm
+        edit.positions = where
+    return model, fe.patch(model, gated, fused=fused), slow
+
+
+def mixed(slow):
+    """Whether the gates told rows apart: else a test of them would show nothing."""
+    k = torch.cat([c.flatten() for c in slow.coefficients])
+    return bool((k > 0.6).any() and (k < 0.4).any())

@@ -76,6 +76,12 @@ def save_edit(model, folder, stack):
         handle.save(folder)
 
 
+def save_edits(model, folder):
+    """Each of `edits` under its name."""
+    for name, stack in edits().items():
+        save_edit(model, folder / name, stack)
+
+
 def answers(model, stack, prompts, strength=1.0):
     """The greedy tokens of Hugging Face's model after each of `prompts` (of one length), under a stack of edits."""
     handle = fe.patch(model, stack) if stack else None

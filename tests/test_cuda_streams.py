@@ -4,10 +4,10 @@ A kernel of this library is as fast as the bytes it moves: every input is to be 
 once. 1.0 is a pass over the stream; what a kernel reads again, from L1 or L2 or not, counts again.
 """
 
+import emulated_cases as emulated
 import pytest
-import test_cuda_emulated as emulated
 import torch
-from test_cuda_emulated import BF16, F32, HALF, cuda, make_form, plain_schedule, pytestmark, stream
+from emulated_cases import BF16, F32, HALF, cuda, make_form, plain_schedule, pytestmark, stream
 
 harness = emulated.harness
 __all__ = ["cuda", "plain_schedule", "pytestmark"]

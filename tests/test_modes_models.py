@@ -1,5 +1,5 @@
 """How a model may be held while it is edited: offloaded, made on meta, in low precision, checkpointed, quantised,
-with adapters; copies and pickles are in test_patch.py."""
+with adapters; copies and pickles are in test_patch_handles.py."""
 
 import copy
 

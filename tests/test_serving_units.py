@@ -119,8 +119,7 @@ def test_a_dummy_run_edits_nothing():
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("library")
     model = support.save_model("llama", folder / "model")
-    for name, stack in support.edits().items():
-        support.save_edit(model, folder / "edits" / name, stack)
+    support.save_edits(model, folder / "edits")
     options = {"edits": folder / "edits", "staging": folder / "edits" / ".served", "width": 64, "depth": 2, "rank": 4}
     library = Library(options | {"sites": ["mlp", "attn", "block"]})
     library.model = model

@@ -4,6 +4,7 @@ Every output lies poisoned between guards; `check` fails when a guard changed or
 """
 
 import ctypes
+import fcntl
 import importlib.util
 import re
 import shutil
@@ -63,7 +64,17 @@ def apart():
 
 
 def build(folder):
-    """The kernels and the emulator as one shared library in `folder`."""
+    """The kernels and the emulator as one shared library in `folder`; one that is there is loaded as it is."""
+    library = folder / "emulated.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            compile_all(library)
+    return Emulated(ctypes.CDLL(str(library)), library)
+
+
+def compile_all(library):
+    folder = library.parent
     sources = [*sorted((ROOT / "kernels/cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
 
     def compile_one(source):
@@ -75,9 +86,7 @@ def build(folder):
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    library = folder / "emulated.so"
     subprocess.run([compiler(), "-shared", "-o", str(library), *objects], check=True)
-    return Emulated(ctypes.CDLL(str(library)), library)
 
 
 def reference():

@@ -26,8 +26,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def library(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("edits")
-    for name, stack in support.edits().items():
-        support.save_edit(model, folder / name, stack)
+    support.save_edits(model, folder)
     return folder
 
 

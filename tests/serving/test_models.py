@@ -12,8 +12,7 @@ PROMPTS = support.prompts(2)
 def compare(tmp_path, family, **changes):
     model = support.save_model(family, tmp_path / "model")
     edits = support.edits()
-    for name, stack in edits.items():
-        support.save_edit(model, tmp_path / "edits" / name, stack)
+    support.save_edits(model, tmp_path / "edits")
     keys = [None, *edits]
     expected = [answer for name in keys for answer in support.answers(model, edits.get(name), PROMPTS)]
     llm = support.start(tmp_path / "model", tmp_path / "edits", **changes)

@@ -27,8 +27,7 @@ def world(tmp_path_factory):
     """(url, model, folder of edits)"""
     base = tmp_path_factory.mktemp("server")
     model = support.save_model("llama", base / "model")
-    for name, stack in support.edits().items():
-        support.save_edit(model, base / "edits" / name, stack)
+    support.save_edits(model, base / "edits")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -25,8 +25,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_two_workers(tmp_path):
     model, edits, prompts = support.save_model("llama", tmp_path / "model"), support.edits(), support.prompts(2)
-    for name, stack in edits.items():
-        support.save_edit(model, tmp_path / "edits" / name, stack)
+    support.save_edits(model, tmp_path / "edits")
     expected = [answer for name in (None, *edits) for answer in support.answers(model, edits.get(name), prompts)]
     (tmp_path / "two.py").write_text(SCRIPT)
     asked = [(prompt, name, None) for name in (None, *edits) for prompt in prompts]
