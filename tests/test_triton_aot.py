@@ -1,8 +1,6 @@
-"""Every Triton kernel compiled without a GPU: activations move 128 bits a thread, nothing is fp64.
+"""Every Triton kernel compiled without a GPU (triton_code.py): activations move 128 bits a thread, nothing is fp64.
 
-The launches are the backend's own, recorded instead of run. Each global access is traced back to the kernel
-argument its address comes from, in PTX for NVIDIA and in LLVM IR for AMD, because a search for vector loads
-finds those of the fp32 parameters also where the activations go one element at a time.
+The launches are the backend's own, recorded instead of run.
 """
 
 import os
@@ -20,20 +18,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 import triton.language as tl
 from fastedit.kernels import triton as backend
-from fastedit.kernels.triton import host, launch, norm
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from fastedit.kernels.triton import launch, norm
+from triton_code import (
+    BF16,
+    F32,
+    ROWS,
+    TARGETS,
+    WIDTH,
+    accesses_of,
+    check_code,
+    compile_launch,
+    empty,
+    make_form,
+    narrow_streams,
+    needs,
+    record,
+)  # fmt: skip
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-POINTERS = {F32: "*fp32", BF16: "*bf16", F16: "*fp16", torch.int32: "*i32"}
-STREAMS = {
-    "x", "residual", "out", "stored", "normed", "grad", "grad_normed", "d_hidden", "d_residual"
-}  # fmt: skip
 KERNELS = {
     name
     for module_name, module in list(sys.modules.items())
@@ -41,176 +42,6 @@ KERNELS = {
     for name, function in vars(module).items()
     if isinstance(function, triton.JITFunction) and name.endswith("_kernel")
 }
-
-
-# --- from a recorded launch to code ---------------------------------------------------------------
-
-
-@pytest.fixture
-def record(monkeypatch):
-    """recorded(target): a list that fills with the launches of the ops called from then on."""
-
-    def start(target):
-        launches = []
-        monkeypatch.setattr(host, "warp_size", lambda: target.warp_size)
-        monkeypatch.setattr(
-            host, "run", lambda kernel, shape, _, *args, **opts: launches.append((kernel, shape, args, opts))
-        )
-        return launches
-
-    return start
-
-
-def compile_launch(kernel, shape, args, options, target):
-    """(compiled, names of the run-time arguments in order), specialised on 1, None and 16 as Triton does."""
-    signature, constants, attributes = {}, dict(options), {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(options, "constexpr")
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(
-        source, target=target, options={"num_warps": shape.num_warps, **host.COMPILE_OPTIONS}
-    )
-    return compiled, [name for name in kernel.arg_names if signature[name] != "constexpr"]
-
-
-# --- which argument an access belongs to ----------------------------------------------------------
-
-
-def trace(definitions, origins):
-    """Register → arguments it may point into, to the fixed point over (result, operands) pairs."""
-    changed = True
-    while changed:
-        changed = False
-        for result, operands in definitions:
-            found = set().union(*(origins.get(o, ()) for o in operands))
-            if not found <= origins.get(result, set()):
-                origins[result] = origins.get(result, set()) | found
-                changed = True
-    return origins
-
-
-PTX_ACCESS = re.compile(
-    r"(?P<op>ld|st)\.global(?P<mods>[.\w:]*)\s+(?:\{[^}]*\}|%\w+)?,?\s*\[\s*(?P<address>%\w+)"
-    r"|cp\.async\.c[ag]\.shared\.global[.\w:]*\s+\[[^\]]*\],\s*\[\s*(?P<source>%\w+)[^\]]*\],\s*(?P<bytes>\w+)"
-)
-
-
-def ptx_accesses(ptx, names):
-    """{argument: [bits of each global access]}."""
-    definitions, origins, accesses = [], {}, []
-    for line in re.sub(r"//.*", "", ptx).split(";"):
-        line = re.sub(
-            r"^@!?%\w+\s+",
-            "",
-            line.split("\n")[-1].strip() if "{" not in line else line.strip().split("\n")[-1].strip(),
-        )
-        parameter = re.match(r"ld\.param\.\w+\s+(%\w+),\s*\[\w+_param_(\d+)\]", line)
-        access = PTX_ACCESS.search(line)
-        if parameter:
-            index = int(parameter[2])
-            if index < len(names):
-                origins[parameter[1]] = {names[index]}
-        elif access:
-            if access["bytes"]:
-                accesses.append((access["source"], 8 * int(access["bytes"], 0)))
-            else:
-                width, count = (
-                    int(re.search(r"\.[busf](\d+)", access["mods"])[1]),
-                    re.search(r"\.v(\d)", access["mods"]),
-                )
-                accesses.append((access["address"], width * int(count[1] if count else 1)))
-        else:
-            registers = re.findall(r"%\w+", line)
-            definitions += [(registers[0], registers[1:])] if len(registers) > 1 else []
-    return group(accesses, trace(definitions, origins), names)
-
-
-TYPE = r"<\d+ x \w+>|\w+"
-LLVM_ACCESS = re.compile(
-    rf"(?:load (?P<load>{TYPE})|store (?P<store>{TYPE}) [^,]+), ptr addrspace\(1\) (?P<address>%[\w.]+)"
-    r"|raw\.ptr\.buffer\.(?:load|store)\.(?P<buffer>\w+)\([^)]*?ptr addrspace\(8\) (?P<resource>%[\w.]+)"
-)
-BITS = {
-    "bfloat": 16,
-    "half": 16,
-    "float": 32,
-    "double": 64,
-    "bf16": 16,
-    "f16": 16,
-    "f32": 32,
-    "f64": 64,
-    "ptr": 64,
-}
-
-
-def llvm_bits(kind):
-    """Bits of `<8 x bfloat>`, `i32`, or an intrinsic's `v4i32`."""
-    count, element = (
-        re.fullmatch(r"<(\d+) x (\w+)>|v?(?:(?<=v)(\d+))?(\w+)", kind).group(1, 2)
-        if kind[0] == "<"
-        else (re.fullmatch(r"(?:v(\d+))?(\w+)", kind).groups())
-    )
-    return int(count or 1) * (BITS.get(element) or int(element[1:]))
-
-
-def llvm_accesses(llir, names):
-    """{argument: [bits of each global access]}; argument i of the kernel is %i."""
-    definitions, accesses = [], []
-    for line in llir.splitlines():
-        access = LLVM_ACCESS.search(line)
-        if access:
-            kind = access["load"] or access["store"] or access["buffer"]
-            accesses.append((access["address"] or access["resource"], llvm_bits(kind)))
-        elif " = " in line and ("call " not in line or "make.buffer.rsrc" in line):
-            result, _, expression = line.strip().partition(" = ")
-            definitions.append((result, re.findall(r"%[\w.]+", expression)))
-    return group(accesses, trace(definitions, {f"%{i}": {name} for i, name in enumerate(names)}), names)
-
-
-def group(accesses, origins, names):
-    found = {name: [] for name in names}
-    for register, bits in accesses:
-        for name in origins.get(register, ()):
-            found[name].append(bits)
-    return found
-
-
-def accesses_of(compiled, names):
-    if "ptx" in compiled.asm:
-        return ptx_accesses(compiled.asm["ptx"], names)
-    return llvm_accesses(compiled.asm["llir"], names)
-
-
-def narrow_streams(accesses):
-    """Streams with an access narrower than 128 bits, or with none that could be found."""
-    return {n: sorted(set(a)) for n, a in accesses.items() if n in STREAMS and (not a or min(a) < 128)}
-
-
-# --- the kernels ----------------------------------------------------------------------------------
-
-ROWS, WIDTH = 1000, 4096  # rows that 16 does not divide: nothing may lean on that
-
-
-def empty(*shape, dtype=F32):
-    return torch.empty(shape, dtype=dtype)
-
-
-def make_form(rank=0, slots=0, coefficient=False, width=WIDTH):
-    lead = (slots,) if slots else ()
-    low = (empty(*lead, rank, width), empty(*lead, rank), empty(*lead, rank, width)) if rank else (None,) * 3
-    slot = torch.zeros(ROWS, dtype=torch.int32) if slots else None
-    return empty(*lead, width), empty(*lead, width), *low, slot, (empty(ROWS) if coefficient else None)
-
-
-def needs(form):
-    scale, bias, read, offset, write, _, k = form
-    return (True, *(p is not None for p in (scale, bias, read, offset, write, k)))
 
 
 def call_forwards(dtype, residual_dtype):
@@ -246,54 +77,26 @@ def call_backwards(dtype, residual_dtype):
         )  # fmt: skip
 
 
-def check_code(launches, target):
-    seen = set()
-    for kernel, shape, args, options in launches:
-        key = (
-            kernel.__name__,
-            tuple(a.dtype if isinstance(a, torch.Tensor) else a is None for a in args),
-            *options.items(),
-        )
-        if key in seen:
-            continue
-        seen.add(key)
-        compiled, names = compile_launch(kernel, shape, args, options, target)
-        accesses = accesses_of(compiled, names)
-        assert not narrow_streams(accesses), f"{kernel.__name__} {shape}: {narrow_streams(accesses)}"
-        code = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
-        assert "f64" not in code, f"{kernel.__name__} computes in fp64"
-        assert compiled.metadata.shared <= 48 * 1024, (
-            f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory"
-        )
-        if "ptx" not in compiled.asm:
-            quads = sum(bits // 128 for n, a in accesses.items() if n in STREAMS for bits in a)
-            kept = len(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx4", code))
-            assert kept >= quads, (
-                f"{kernel.__name__}: {quads} accesses of 128 bits became {kept} in the machine code"
-            )
-    return {key[0] for key in seen}
-
-
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_activations_move_128_bits_and_nothing_is_fp64(record, target):
-    launches = record(target)
+def test_activations_move_128_bits_and_nothing_is_fp64(monkeypatch, target):
+    launches = record(monkeypatch, target)
     call_forwards(BF16, BF16)
     call_backwards(BF16, BF16)
     assert check_code(launches, target) == KERNELS
 
 
-def test_the_same_for_fp32_rows(record):
+def test_the_same_for_fp32_rows(monkeypatch):
     target = TARGETS["sm_90"]
-    launches = record(target)
+    launches = record(monkeypatch, target)
     call_forwards(F32, F32)
     check_code(
         [entry for entry in launches if entry[0].__name__ in ("edit_kernel", "edit_rows_kernel")], target
     )
 
 
-def test_the_same_for_bf16_added_to_fp32(record):
+def test_the_same_for_bf16_added_to_fp32(monkeypatch):
     target = TARGETS["sm_90"]
-    launches = record(target)
+    launches = record(monkeypatch, target)
     call_forwards(BF16, F32)
     check_code([entry for entry in launches if entry[0].__name__ == "edit_kernel"], target)
 
@@ -324,9 +127,9 @@ def running_kernel(x, sums, width, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_products_are_six_of_bf16_and_summed_in_fp32(record, target):
+def test_products_are_six_of_bf16_and_summed_in_fp32(monkeypatch, target):
     """No matrix accumulator runs across tiles, since it truncates (device.project_tile)."""
-    launches = record(target)
+    launches = record(monkeypatch, target)
     x, form, z = empty(ROWS, WIDTH, dtype=BF16), make_form(17), empty(ROWS, 17)
     backend.project(x, *form[2:4])
     backend.edit_backward(x, x, None, *form, z, z, needs(form), BF16)
@@ -369,9 +172,9 @@ def test_the_analyser_flags_a_scalar_stream_among_vector_accesses(target):
     assert flagged[2] == {"x": [16]}
 
 
-def test_the_analyser_flags_an_unaligned_width(record):
+def test_the_analyser_flags_an_unaligned_width(monkeypatch):
     """The kernels themselves, at a width that 16 does not divide: no stream may pass."""
-    launches = record(TARGETS["sm_90"])
+    launches = record(monkeypatch, TARGETS["sm_90"])
     x = empty(ROWS, 1001, dtype=BF16)
     backend.edit_add(x, x, *make_form(width=1001))
     compiled, names = compile_launch(*launches[0], TARGETS["sm_90"])

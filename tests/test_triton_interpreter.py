@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 FOLDER = Path(__file__).parent
-FILES = ["triton_interpreted.py", "triton_interpreted_edges.py", "triton_interpreted_more.py"]
+FILES = ["triton_interpreted.py", "triton_interpreted_edges.py", "triton_interpreted_more.py", "triton_interpreted_gates.py"]
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 Streams: hidden in, h' out (the kernel also serves edit_add, which reads x and residual).
 Rank 0, here: a grid of column tiles × row groups; scale and bias of a tile stay in registers across the rows
 of its group (where rows carry slots they are loaded per row, and repeated slots hit L1). Nothing is summed,
-so a row's result depends on that row alone. Rank above 0 needs sums along the row: rows.py.
+so a row's result depends on that row alone. Rank above 0 and a gate need sums along the row: rows.py.
 Backward: backward.py.
 """
 
@@ -59,18 +59,18 @@ def edit_kernel(
         store_rows(out, row, width, live, cols, inside, value)
 
 
-def run_edit(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum, want_z):
-    """(out, z or None) of edit (residual None) and edit_add."""
+def run_edit(x, residual, form, on_sum, want_z):
+    """(out, z or None) of edit (residual None) and edit_add; form: scale to coefficient, gate, rule."""
     rows, width = x.shape
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = torch.empty((rows, width), dtype=dtype, device=x.device)
-    form, rank = host.kernel_form(scale, bias, read, offset, write, slot, coefficient, want_z)
+    form, rank = host.kernel_form(*form, want_z)
     z = host.empty_z(x, rank, want_z)
     x, residual = host.stream(x), host.stream(residual)
-    if rank:
+    if rank or form[7] is not None:
         run_rows(x, residual, out, form, rank, z, on_sum)
     elif out.numel():
-        scale, bias, _, _, _, slot, coefficient, slots, _ = form
+        scale, bias, _, _, _, slot, coefficient, _, _, slots, _ = form
         shape = tile_launch(rows, width, host.warp_size())
         host.run(
             edit_kernel, shape, x, x, residual, out, scale, bias, slot, coefficient, slots,
@@ -81,9 +81,10 @@ def run_edit(x, residual, scale, bias, read, offset, write, slot, coefficient, o
     return out, z
 
 
-def edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z=False):
+def edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z=False, gate=None, rule=None):
     """(h' in hidden's dtype, z fp32 (rows, rank) or None)."""
-    return run_edit(hidden, None, scale, bias, read, offset, write, slot, coefficient, False, want_z)
+    form = (scale, bias, read, offset, write, slot, coefficient, gate, rule)
+    return run_edit(hidden, None, form, False, want_z)
 
 
 def edit_backward(

@@ -23,7 +23,7 @@ from .rows import run_rows
 
 def edit_add_norm(
     x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, coefficient,
-    on_sum=False, kind=RMS, eps=1e-6, want_z=False, want_residual=True, want_stats=True,
+    on_sum=False, kind=RMS, eps=1e-6, want_z=False, want_residual=True, want_stats=True, gate=None, rule=None,
 ):  # fmt: skip
     """(residual', normed, z or None, mean (rows,) or None, rstd (rows,)); mean only for LAYER.
 
@@ -35,7 +35,7 @@ def edit_add_norm(
     out = torch.empty_like(normed) if want_residual else None
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if want_stats else None
     mean = torch.empty_like(rstd) if want_stats and kind == LAYER else None
-    form, rank = host.kernel_form(scale, bias, read, offset, write, slot, coefficient, want_z)
+    form, rank = host.kernel_form(scale, bias, read, offset, write, slot, coefficient, gate, rule, want_z)
     z = host.empty_z(x, rank, want_z)
     norm = (normed, mean, rstd, host.dense(weight), host.dense(norm_bias), kind, float(eps))
     run_rows(host.stream(x), host.stream(residual), out, form, rank, z, on_sum, norm)

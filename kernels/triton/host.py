@@ -41,18 +41,18 @@ def dense(tensor):
     return None if tensor is None else tensor.contiguous()
 
 
-def slot_count(scale, bias, read, offset, write):
+def slot_count(*parameters):
     """Slots in the bank: the parameters' first dimension."""
-    return next((p.shape[0] for p in (scale, bias, read, offset, write) if p is not None), 1)
+    return next((p.shape[0] for p in parameters if p is not None), 1)
 
 
-def kernel_form(scale, bias, read, offset, write, slot, coefficient, want_z=False):
+def kernel_form(scale, bias, read, offset, write, slot, coefficient, gate=None, rule=None, want_z=False):
     """(form arguments of the kernels, rank): rank 0 where neither the rows nor z need the projection."""
     rank = 0 if read is None or (write is None and not want_z) else read.shape[-2]
-    slots = 1 if slot is None else slot_count(scale, bias, read, offset, write)
+    slots = 1 if slot is None else slot_count(scale, bias, read, offset, write, gate)
     if rank == 0:
         read = offset = write = None
-    parameters = [dense(p) for p in (scale, bias, read, offset, write, slot, coefficient)]
+    parameters = [dense(p) for p in (scale, bias, read, offset, write, slot, coefficient, gate, rule)]
     return (*parameters, slots, rank), rank
 
 

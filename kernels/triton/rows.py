@@ -1,13 +1,15 @@
-"""Forward kernels that own whole rows: edit and edit_add of rank above 0, and edit_add_norm of any rank.
+"""Forward kernels that own whole rows: edit and edit_add of rank above 0 or behind a gate, and every edit_add_norm.
 
-    h' = h + k · ((scale − 1) ⊙ h + bias + z @ write),  z = h @ readᵀ + offset
+    h' = h + k · ((scale − 1) ⊙ h + bias + z @ write),  z = h @ readᵀ + offset,  k = coefficient · gate (gate.py)
     residual' = residual + E(x) or E(residual + x),  normed = norm of the rounded residual'  (norm.py)
 
 Streams: x [and residual] in, residual' [and normed] out, each once.
 edit_rows_kernel: a program walks through row blocks with the rows in registers; scale, bias and the norm's
 weight stay there too (without slots, up to HOIST_WIDTH columns), and the rank is taken one read and write
-vector at a time, which needs no second pass. edit_wide_kernel: for rows too wide for that, and for larger
-ranks as tensor-core products: up to three passes over the row's tiles, of which the later ones hit L2.
+vector at a time, which needs no second pass; so is a gate's vector (kept, it would cost 154 registers instead of
+128 with scale and bias on sm_90: one block a multiprocessor). edit_wide_kernel: for rows too wide for that, and for
+larger ranks as tensor-core products: up to three passes over the row's tiles, of which the later ones hit L2; a
+gate's sums are in the projection's.
 Sums run along one row in an order fixed by width and rank, so a row's result depends on that row alone.
 """
 
@@ -31,6 +33,7 @@ from .device import (
     store_ranks,
     store_rows,
 )  # fmt: skip
+from .gate import gated_coefficient
 from .launch import HOIST_WIDTH, fits_rows, rank_block, rows_launch, uses_products, wide_launch
 from .norm import normalised
 
@@ -78,7 +81,7 @@ def norm_rows(
 @triton.jit
 def edit_rows_kernel(
     x, residual, out, normed, z, mean, rstd, weight, norm_bias,
-    scale, bias, read, offset, write, slot, coefficient, slots, rank,
+    scale, bias, read, offset, write, slot, coefficient, gate, rule, slots, rank,
     rows, width, x_stride, residual_stride, steps,
     ON_SUM: tl.constexpr, SHARED_K: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr,
     HOIST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -99,6 +102,9 @@ def edit_rows_kernel(
         base = slot_base(index)
         k = load_coefficient(coefficient, index, row, live, SHARED_K)
         h = edit_input(raw, added_to, ON_SUM)
+        if gate is not None:
+            along = tl.sum(h * load_parameter(gate, base * width, cols, inside), axis=1)[:, None]
+            k = gated_coefficient(k, along, tl.sum(h * h, axis=1)[:, None], rule, base)
         added = None
         if read is not None:
             added = low_rank_rows(
@@ -126,11 +132,13 @@ def edit_rows_kernel(
 
 @triton.jit
 def project_rows(
-    x, residual, x_stride, residual_stride, read, offset, base, index, row, live, rank, width,
+    x, residual, x_stride, residual_stride, read, offset, gate, base, index, row, live, rank, width,
     ON_SUM: tl.constexpr, RANK_BLOCK: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """z (BLOCK_ROWS, RANK_BLOCK) of rows walked tile by tile; 0 for slot −1."""
+    """z (BLOCK_ROWS, RANK_BLOCK), 0 for slot −1, and h · gate and h · h (BLOCK_ROWS, 1) of rows walked tile by tile."""
     z = tl.zeros((row.shape[0], RANK_BLOCK), tl.float32)
+    along = tl.zeros((row.shape[0], 1), tl.float32)
+    squares = tl.zeros((row.shape[0], 1), tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
         cols = start + tl.arange(0, BLOCK_WIDTH)
         inside = cols < width
@@ -138,12 +146,16 @@ def project_rows(
             load_rows(x, row, x_stride, live, cols, inside),
             load_rows(residual, row, residual_stride, live, cols, inside), ON_SUM,
         )  # fmt: skip
-        z = project_tile(z, h, read, base, rank, width, cols, inside, RANK_BLOCK, PRODUCTS)
+        if read is not None:
+            z = project_tile(z, h, read, base, rank, width, cols, inside, RANK_BLOCK, PRODUCTS)
+        if gate is not None:
+            along += tl.sum(h * load_parameter(gate, base * width, cols, inside), axis=1)[:, None]
+            squares += tl.sum(h * h, axis=1)[:, None]
     if offset is not None:
         z += load_ranks(offset, base * rank, rank, True, RANK_BLOCK)
     if index is not None:
         z = tl.where((index < 0)[:, None], 0.0, z)
-    return z
+    return z, along, squares
 
 
 @triton.jit
@@ -172,7 +184,7 @@ def wide_statistics(
 @triton.jit
 def edit_wide_kernel(
     x, residual, stored, normed, z, mean, rstd, weight, norm_bias,
-    scale, bias, read, offset, write, slot, coefficient, slots, rank,
+    scale, bias, read, offset, write, slot, coefficient, gate, rule, slots, rank,
     rows, width, x_stride, residual_stride,
     ON_SUM: tl.constexpr, SHARED_K: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr,
     RANK_BLOCK: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -183,11 +195,13 @@ def edit_wide_kernel(
     index = load_slot(slot, row, live, slots)
     base = slot_base(index)
     k = load_coefficient(coefficient, index, row, live, SHARED_K)
-    if read is not None:
-        projected = project_rows(
-            x, residual, x_stride, residual_stride, read, offset, base, index, row, live, rank, width,
+    if read is not None or gate is not None:
+        projected, along, squares = project_rows(
+            x, residual, x_stride, residual_stride, read, offset, gate, base, index, row, live, rank, width,
             ON_SUM, RANK_BLOCK, PRODUCTS, BLOCK_WIDTH,
         )  # fmt: skip
+        if gate is not None:
+            k = gated_coefficient(k, along, squares, rule, base)
         if z is not None:
             store_ranks(z, row, rank, live, projected, RANK_BLOCK)
     for start in range(0, width, BLOCK_WIDTH):
