@@ -26,6 +26,7 @@ _HOME = {
     "patch": ("Handle", "patch"),
     "red_plus": ("REDPlus",),
     "reft": ("LoReFT",),
+    "stacks": ("Stack",),
     "store": ("load", "EditFileError"),
     "interop.adopt": ("adopt",),
     "interop.red": ("load_red_checkpoint",),
