@@ -46,6 +46,7 @@ class Reader {
     if (value == nullptr && PyErr_Occurred()) throw Raised{};
     return static_cast<T*>(value);
   }
+  Py_ssize_t left() const { return count_ - at_; }
   void done(Py_ssize_t trailing) const {
     if (at_ + trailing == count_) return;
     raise(PyExc_TypeError, "native kernel expected %zd arguments, found %zd", at_ + trailing, count_);
@@ -213,6 +214,19 @@ void read(Reader& in, ValueAscentArgs& a) {
   a.total = in.pointer<float>();
 }
 
+// An edit's gate and rule: two pointers more, behind the struct's other fields, where a call has them.
+void read_gate(Reader& in, Form& form) {
+  if (in.left() != 3) return;
+  form.gate = in.pointer<const float>();
+  form.rule = in.pointer<const float>();
+  if (!form.gate != !form.rule) raise(PyExc_ValueError, "gate and rule belong together: one is given without the other");
+}
+void read_gate(Reader& in, EditArgs& a) { read_gate(in, a.form); }
+void read_gate(Reader& in, EditAddArgs& a) { read_gate(in, a.form); }
+void read_gate(Reader& in, EditAddNormArgs& a) { read_gate(in, a.add.form); }
+template <class Args>
+void read_gate(Reader&, Args&) {}
+
 template <class Args>
 void check_host(const Args& a) {
   if (const SlotFault fault = slot_fault(a)) raise(PyExc_IndexError, "%s", fault.text);
@@ -259,6 +273,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Reader in(args, count);
     Args a{};
     read(in, a);
+    read_gate(in, a);
     in.done(1);
     void* stream = in.pointer<void>();
     if (host) check_host(a);
@@ -319,7 +334,8 @@ PyObject* xla_handlers(PyObject*, PyObject*) {
 typedef PyObject* Function(PyObject*, PyObject* const*, Py_ssize_t);
 PyMethodDef kernel(const char* name, Function* function) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
-          "A kernel of kernels/abi.h: its struct's fields in order, then a backward's workspace, then the stream."};
+          "A kernel of kernels/abi.h: its struct's fields in order, then a forward edit's gate and rule where it has "
+          "them, or a backward's workspace, then the stream."};
 }
 
 #define FASTEDIT_FORWARD(space, prefix, host, op, Args) kernel(prefix "_" #op, forward<Args, space::op, host>),

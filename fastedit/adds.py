@@ -7,7 +7,7 @@ from .arguments import NORM_KINDS
 from .lean import add
 
 _NOTHING = (None,) * 5
-_NONE = (_NOTHING, None)
+_NONE = (_NOTHING, None, None)
 _PLAIN = (torch.nn.Parameter, torch.Tensor)  # not sharded, fake or otherwise wrapped
 
 
@@ -60,25 +60,27 @@ class Add:
 
     def __call__(self, x, residual):
         """residual'"""
-        x, tensors, strength, on_sum, rest = self._prepare(x, residual)
-        return self._finish(x, residual, tensors, strength, on_sum, rest)
+        return self._finish(residual, *self._prepare(x, residual))
 
-    def _finish(self, x, residual, tensors, strength, on_sum, rest):
-        out = residual + x if tensors is _NOTHING else self.run(x, residual, tensors, strength, on_sum)
+    def _finish(self, residual, x, tensors, strength, looks, on_sum, rest):
+        if tensors is _NOTHING:
+            out = residual + x
+        else:
+            out = self.run(x, residual, tensors, strength, on_sum, looks=looks)
         for stage in rest:
             out = stage.apply(out)
         return out
 
     def with_norm(self, x, residual, norm, want_residual=True):
         """(residual', norm(residual')), for a norm that fits; None for a residual' that nobody reads."""
-        x, tensors, strength, on_sum, rest = self._prepare(x, residual)
+        x, tensors, strength, looks, on_sum, rest = self._prepare(x, residual)
         if rest:
-            out = self._finish(x, residual, tensors, strength, on_sum, rest)
+            out = self._finish(residual, x, tensors, strength, looks, on_sum, rest)
             return out, norm.module(out)
-        return self.run(x, residual, tensors, strength, on_sum, norm, want_residual)
+        return self.run(x, residual, tensors, strength, on_sum, norm, want_residual, looks)
 
     def _prepare(self, x, residual):
-        """What is left for the add: (x, tensors, strength, on_sum, stages after it). The last stage rides."""
+        """What is left for the add: (x, tensors, strength, looks, on_sum, stages after it). The last stage rides."""
         site = self.x
         if site is not None and not site.ride.now(x.dtype):
             site = None  # its own module has applied it
@@ -86,17 +88,23 @@ class Add:
         if last is not None and last.ride.now(_sum_dtype(x, residual)):
             if last.stages[0].on_sum:
                 x = x if site is None else site.apply(x)
-                return x, *(last.stages[0].arguments(x) or _NONE), True, last.stages[1:]
+                return x, *_carried(last.stages[0], x), True, last.stages[1:]
             after = last.stages
         if site is None:
-            return x, _NOTHING, None, False, after
+            return x, *_NONE, False, after
         stages = site.stages
         if not stages[-1].on_x:
-            return site.apply(x), _NOTHING, None, False, after
+            return site.apply(x), *_NONE, False, after
         if len(stages) > 1:
             for stage in stages[:-1]:
                 x = stage.apply(x)
-        return x, *(stages[-1].arguments(x) or _NONE), False, after
+        return x, *_carried(stages[-1], x), False, after
+
+
+def _carried(stage, x):
+    """(tensors, strength, looks) of a stage that rides."""
+    given = stage.arguments(x)
+    return _NONE if given is None else (*given, stage.looks)
 
 
 def _sum_dtype(x, residual):

@@ -28,31 +28,34 @@ _BLOCK_ROWS = 256  # kBlockRows of kernels/abi.h
 
 
 def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, slot=None, strength=None,
-         return_projection=False):  # fmt: skip
+         gate=None, rule=None, return_projection=False):  # fmt: skip
     """h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write), as `fastedit.ops.edit`.
 
     hidden (…, width); scale, bias (width,); read, write (rank, width); offset (rank,); slot int32 and strength
-    fp32 one a row, strength also a float. Returns h', or (h', z (…, rank)).
+    fp32 one a row, strength also a float; gate (width,) with rule (3,) = (threshold, sharpness or 0, 1 for the cosine
+    else 0), behind the slot dimension where there is one. Returns h', or (h', z (…, rank)).
     """
     call = _Call(hidden, "hidden")
     form = call.form(scale, bias, read, offset, write, slot, strength)
     out, z = call.empty_rows(), call.empty_projection(read, return_projection)
-    call("edit", *call.extent, *form, call.code, call.pointer, call.stride, _pointer(out), _pointer(z))
+    gated = call.gate(gate, rule, form)
+    call("edit", *call.extent, *form, call.code, call.pointer, call.stride, _pointer(out), _pointer(z), *gated)
     return (out, z) if return_projection else out
 
 
 def edit_add(x, residual, scale=None, bias=None, read=None, offset=None, write=None, *, on="x", slot=None,
-             strength=None, return_projection=False):  # fmt: skip
+             strength=None, gate=None, rule=None, return_projection=False):  # fmt: skip
     """residual + E(x) (on="x") or E(residual + x) (on="sum"), as `fastedit.ops.edit_add`. One dtype for both."""
     call = _Call(x, "x")
     form = call.form(scale, bias, read, offset, write, slot, strength)
     out, z = call.empty_rows(), call.empty_projection(read, return_projection)
-    call("edit_add", *call.add(residual, form, on, out, z))
+    call("edit_add", *call.add(residual, form, on, out, z), *call.gate(gate, rule, form))
     return (out, z) if return_projection else out
 
 
 def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, offset=None, write=None, *,
-                  norm_bias=None, kind="rms", eps=1e-6, on="x", slot=None, strength=None):  # fmt: skip
+                  norm_bias=None, kind="rms", eps=1e-6, on="x", slot=None, strength=None, gate=None,
+                  rule=None):  # fmt: skip
     """(residual', normed): edit_add, then an RMS, "gemma" or "layer" norm, as `fastedit.ops.edit_add_norm`."""
     check_norm_kind(weight, norm_bias, kind)
     call = _Call(x, "x")
@@ -63,7 +66,7 @@ def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, of
     out, normed = call.empty_rows(), call.empty_rows()
     call(
         "edit_add_norm", *call.add(residual, form, on, out, None), NORM_KINDS[kind], float(eps), weight, norm_bias,
-        _pointer(normed), 0, 0,
+        _pointer(normed), 0, 0, *call.gate(gate, rule, form),
     )  # fmt: skip
     return out, normed
 
@@ -234,6 +237,16 @@ class _Call:
             self.parameter("strength", strength, lead if stride else (1,)),
             stride,
         )  # fmt: skip
+
+    def gate(self, gate, rule, form):
+        """What a gated call has behind its other arguments: two pointers, or nothing without a gate."""
+        if gate is None and rule is None:
+            return ()
+        if gate is None or rule is None:
+            raise ValueError("gate and rule belong together: one is given without the other")
+        *_, slots, slot, _, _ = form
+        lead = (slots,) if slot else ()
+        return self.parameter("gate", gate, (*lead, self.width)), self.parameter("rule", rule, (*lead, 3))
 
     def add(self, residual, form, on, out, z):
         check_on(on)

@@ -114,6 +114,24 @@ def check_form(hidden, scale, bias, read, offset, write, slot, coefficient, read
             _check_placement("strength", coefficient, hidden)
 
 
+def check_gate(hidden, gate, rule, scale, bias, read, slot):
+    """A gate and its rule against hidden (…, width) and a form that was found right."""
+    if gate is None or rule is None:
+        missing, given = ("rule", "gate") if rule is None else ("gate", "rule")
+        raise ValueError(
+            f"{given} is given without {missing}: a gate takes gate (width,) and rule (3,) = (threshold, sharpness or 0 for "
+            "a hard gate, 1 for the cosine else 0)"
+        )
+    lead = () if slot is None else next(p.shape[:1] for p in (scale, bias, read) if p is not None)
+    _check_parameter("gate", gate, (*lead, hidden.shape[-1]), hidden)
+    if rule.shape != (*lead, 3):
+        raise ValueError(
+            f"rule has shape {tuple(rule.shape)}, expected {(*lead, 3)}: threshold, sharpness or 0 for a hard gate, 1 for the "
+            "cosine else 0" + (", for each slot" if lead else "")
+        )
+    _check_placement("rule", rule, hidden)
+
+
 def _check_per_row(name, tensor, hidden, dtype):
     if tensor.shape != hidden.shape[:-1]:
         raise ValueError(

@@ -23,7 +23,7 @@ class Ascending:
     assistant. In a forward by hand it is each sequence's last token, by the attention mask.
     """
 
-    on_x, on_sum, positions = False, False, None
+    on_x, on_sum, positions, looks = False, False, None, None
 
     def __init__(self, masters, stack):
         self.masters, self.control, self.stack = [masters], masters, stack

@@ -1,5 +1,7 @@
 """Gates at work: sensors measure hidden states, a Gating makes an edit's coefficient of what they say.
 
+One plain gate by token at the edit's own site makes none: the edit's kernel takes the gate itself (`kernel_gate`).
+
 A sensor at the edit's own site measures what the edit is given. One at another layer is a stage of that layer's site,
 before the edits there (runtime.py), and leaves what it measured in the forward's RowPlan for the edits behind it.
 """
@@ -8,6 +10,7 @@ import torch
 
 from . import ops
 from .decisions import decide
+from .gates import Gate
 from .kernels import reference
 from .masters import InFp32
 
@@ -28,9 +31,27 @@ class Sensor(InFp32):
         self.kept = None  # the last decision on a prompt: decisions.py
         for name, tensor in gate.values(spot, width).items():
             self.register_buffer(name, tensor.to(device, torch.float32, copy=True))
+        self._rule = self._ruled = None
 
     def masters(self):
         return dict(self._buffers)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_rule": None, "_ruled": None}  # a copy's threshold need not be its rule's
+
+    def gate(self):
+        """(condition (width,), rule (3,)) as the kernels take them, at addresses that stay.
+
+        The threshold is made a view of the rule, so that what is loaded into one is in the other, for a captured graph
+        too; anew where something has put another tensor in its place (`.to`, `to_empty`).
+        """
+        held = self._buffers
+        if held["threshold"] is not self._ruled:
+            with torch.inference_mode(False), torch.no_grad():
+                more = held["threshold"].new_tensor([self.sharpness or 0.0, float(self.kind == "cosine")])
+                self._rule = torch.cat([held["threshold"], more])
+                self._ruled = held["threshold"] = self._rule[:1]
+        return held["condition"], self._rule
 
     def measure(self, hidden, plan):
         """g for hidden states (…, width): (…,), or (sequences, 1) where it is decided on the prompt."""
@@ -134,10 +155,23 @@ class Gating:
         return said.to(hidden.device, non_blocking=True)
 
 
+def kernel_gate(masters):
+    """The Sensor that the kernel of an edit's masters takes in place of a coefficient, or None.
+
+    It is the one gate of its edit, at the edit's own site, by dot or cosine, by token.
+    """
+    gating = masters.gating
+    if gating is None or not isinstance(gating.rule, Gate):
+        return None
+    (sensor,) = gating.sensors
+    fits = sensor.layer is None and sensor.decide == "token" and sensor.kind in ("dot", "cosine")
+    return sensor if fits else None
+
+
 class Tap:
     """A stage that lets a sensor measure what arrives at a site."""
 
-    on_x, on_sum, positions = True, False, None
+    on_x, on_sum, positions, looks = True, False, None, None
 
     def __init__(self, sensor, stack):
         self.sensor, self.stack, self.masters = sensor, stack, [sensor]

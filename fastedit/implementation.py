@@ -56,6 +56,11 @@ def flat_form(scale, bias, read, offset, write, slot, coefficient):
     )  # fmt: skip
 
 
+def _gated(gate, rule):
+    """As a backend takes them; backends without gates serve all other calls."""
+    return {} if gate is None else {"gate": _contiguous(gate), "rule": _contiguous(rule)}
+
+
 def _reshaped(rows, *outputs):
     """Outputs (rows, …) with rows' leading shape; as they are where the backend has kept it."""
     dims = rows.dim()
@@ -65,19 +70,21 @@ def _reshaped(rows, *outputs):
     return tuple(o if o is None else o.view(*lead, o.shape[-1]) for o in outputs)
 
 
-def run_edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z):
+def run_edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z, gate=None, rule=None):
     """(h', z or None)."""
     backend = _backend(hidden.shape[-1], _device_type(hidden), hidden.dtype)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
-    out, z = backend.edit(as_rows(hidden, backend), *form, want_z)
+    out, z = backend.edit(as_rows(hidden, backend), *form, want_z, **_gated(gate, rule))
     return _reshaped(hidden, out, z)
 
 
-def run_edit_add(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum, want_z):
+def run_edit_add(
+    x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum, want_z, gate=None, rule=None
+):
     """(residual', z or None)."""
     backend = _backend(x.shape[-1], _device_type(x), x.dtype, residual.dtype, on_sum)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
-    out, z = backend.edit_add(*_pair(x, residual, backend), *form, on_sum, want_z)
+    out, z = backend.edit_add(*_pair(x, residual, backend), *form, on_sum, want_z, **_gated(gate, rule))
     return _reshaped(x, out, z)
 
 
@@ -90,7 +97,7 @@ def _pair(x, residual, backend):
 
 def run_edit_add_norm(
     x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, coefficient,
-    on_sum, kind, eps, want_z, want_residual, want_stats,
+    on_sum, kind, eps, want_z, want_residual, want_stats, gate=None, rule=None,
 ):  # fmt: skip
     """(residual' or None, normed, z or None, mean or None, rstd or None)."""
     dtype, residual_dtype = x.dtype, residual.dtype
@@ -99,8 +106,9 @@ def run_edit_add_norm(
     weight, norm_bias = _norm_parameter(weight, out_dtype), _norm_parameter(norm_bias, out_dtype)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
     out, normed, z, mean, rstd = backend.edit_add_norm(
-        *_pair(x, residual, backend), weight, norm_bias, *form, on_sum, kind, eps, want_z, want_residual, want_stats
-    )
+        *_pair(x, residual, backend), weight, norm_bias, *form, on_sum, kind, eps, want_z, want_residual, want_stats,
+        **_gated(gate, rule),
+    )  # fmt: skip
     return *_reshaped(x, out, normed, z), mean, rstd
 
 

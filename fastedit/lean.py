@@ -39,8 +39,9 @@ def _find(x):
     return found
 
 
-def _arguments(tensors, slot, strength, device, width):
-    """The form as the kernels take it (kernels/abi.h): addresses, 0 for None, and the numbers between them.
+def _arguments(tensors, slot, strength, gate, device, width):
+    """The form as the kernels take it (kernels/abi.h): addresses, 0 for None, and the numbers between them; and what a
+    gate puts behind all other arguments.
 
     None where a tensor is not a plain fp32 one on this device, or the edit is of another width. `slot` is as
     tenants.spread makes it.
@@ -51,7 +52,7 @@ def _arguments(tensors, slot, strength, device, width):
     if first is not None and first.shape[-1] != width:
         return None
     pointers = []
-    for tensor in (*tensors, strength):
+    for tensor in (*tensors, strength) if gate is None else (*tensors, strength, *gate):
         if tensor is None:
             pointers.append(0)
         elif (
@@ -63,50 +64,55 @@ def _arguments(tensors, slot, strength, device, width):
             pointers.append(tensor.data_ptr())
         else:
             return None
-    scale, bias, read, offset, write, coefficient = pointers
+    scale, bias, read, offset, write, coefficient, *gate = pointers
     slots, slot = (1, 0) if slot is None else (first.shape[0], slot.data_ptr())
-    return (
+    form = (
         scale, bias, read, offset, write, tensors[2].shape[-2] if read else 0, slots, slot,
         coefficient, 0 if strength is None or strength.numel() == 1 else 1,
     )  # fmt: skip
+    return form, gate
 
 
-def edit(hidden, tensors, strength):
-    """E(hidden) in an op of its own; tensors and strength as `add` has them."""
+def edit(hidden, tensors, strength, looks=None):
+    """E(hidden) in an op of its own; tensors, strength and looks as `add` has them."""
     if _compiling():
+        strength = _looked(looks, hidden, strength)
         return _expressed(reference.edit, (hidden,), tensors, strength)
     slot = slot_of(tensors, hidden)
     if _grad_enabled() or type(hidden) is not _Tensor:
-        return ops.edit(hidden, *tensors, slot=slot, strength=strength)
+        return _checked_edit(hidden, tensors, slot, strength, looks)
     device, cuda = hidden.device, hidden.is_cuda
     native = _native_ops.get((cuda, hidden.dtype), False)
     if native is False:
         native = _find(hidden)
     if native is None or not hidden.is_contiguous() or (cuda and device.index != torch.cuda.current_device()):
-        return ops.edit(hidden, *tensors, slot=slot, strength=strength)
+        return _checked_edit(hidden, tensors, slot, strength, looks)
     width = hidden.shape[-1]
-    form = _arguments(tensors, slot, strength, device, width)
-    if form is None:
-        return ops.edit(hidden, *tensors, slot=slot, strength=strength)
+    given = _arguments(tensors, slot, strength, None if looks is None else looks.gate(), device, width)
+    if given is None:
+        return _checked_edit(hidden, tensors, slot, strength, looks)
+    form, gate = given
     out = _empty_like(hidden)
     native[0](  # EditArgs of kernels/abi.h, field by field
-        hidden.numel() // width, width, *form, native[3], hidden.data_ptr(), width, out.data_ptr(), 0,
+        hidden.numel() // width, width, *form, native[3], hidden.data_ptr(), width, out.data_ptr(), 0, *gate,
         torch.cuda.current_stream().cuda_stream if cuda else 0,
     )  # fmt: skip
     return out
 
 
-def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
+def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, looks=None):
     """residual + E(x), or where on_sum E(residual + x); with a Norm (adds.py) that fits, (that, its norm).
 
-    tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one a row. Shapes have been
+    tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one a row. looks: a gating.Sensor
+    whose gate the kernel takes, or None. Shapes have been
     checked when the masters were made; dtypes and devices are checked here, as a model may have been moved.
     """
     if _compiling():
+        strength = _looked(looks, x, strength, residual if on_sum else None)
         out = _expressed(reference.edit_add, (x, residual), tensors, strength, on_sum)
         return out if norm is None else (out, norm.module(out))
     if _grad_enabled() or type(x) is not _Tensor or type(residual) is not _Tensor:
-        return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
+        return _checked(x, residual, tensors, strength, on_sum, norm, want_residual, looks)
     dtype, device, shape, cuda = x.dtype, x.device, x.shape, x.is_cuda
     native = _native_ops.get((cuda, dtype), False)
     if native is False:
@@ -116,11 +122,11 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
         or not x.is_contiguous() or not residual.is_contiguous()
         or (cuda and device.index != torch.cuda.current_device())
     ):  # fmt: skip
-        return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
-    form = _arguments(tensors, slot_of(tensors, x), strength, device, shape[-1])
-    if form is None:
-        return _checked(x, residual, tensors, strength, on_sum, norm, want_residual)
-    _, add_kernel, norm_kernel, code = native
+        return _checked(x, residual, tensors, strength, on_sum, norm, want_residual, looks)
+    given = _arguments(tensors, slot_of(tensors, x), strength, None if looks is None else looks.gate(), device, shape[-1])
+    if given is None:
+        return _checked(x, residual, tensors, strength, on_sum, norm, want_residual, looks)
+    (form, gate), (_, add_kernel, norm_kernel, code) = given, native
     width = shape[-1]
     out = _empty_like(residual) if want_residual else None
     arguments = (  # EditAddArgs of kernels/abi.h, field by field
@@ -129,13 +135,13 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
     )  # fmt: skip
     stream = torch.cuda.current_stream().cuda_stream if cuda else 0
     if norm is None:
-        add_kernel(*arguments, stream)
+        add_kernel(*arguments, *gate, stream)
         return out
     weight, norm_bias = norm.parameters()
     normed = _empty_like(residual)
     norm_kernel(
         *arguments, norm.code, norm.eps, 0 if weight is None else weight.data_ptr(),
-        0 if norm_bias is None else norm_bias.data_ptr(), normed.data_ptr(), 0, 0, stream,
+        0 if norm_bias is None else norm_bias.data_ptr(), normed.data_ptr(), 0, 0, *gate, stream,
     )  # fmt: skip
     return out, normed
 
@@ -150,13 +156,40 @@ def _expressed(op, streams, tensors, strength, *more):
     return out.view(streams[0].shape)
 
 
-def _checked(x, residual, tensors, strength, on_sum, norm, want_residual):
+def _looked(looks, x, strength, residual=None):
+    """The strength with a gate's part in it, made of what the edit is given: x, or the sum as a kernel has it, in fp32."""
+    if looks is None:
+        return strength
+    if residual is not None:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), _fp32)
+        x = residual.to(dtype) + x.to(dtype)
+    said = looks.say(x)
+    return said if strength is None else said * strength
+
+
+def _checked_edit(hidden, tensors, slot, strength, looks):
+    gate = rule = None
+    if looks is not None:
+        if _grad_enabled() and hidden.requires_grad:
+            strength = _looked(looks, hidden, strength)
+        else:
+            gate, rule = looks.gate()
+    return ops.edit(hidden, *tensors, slot=slot, strength=strength, gate=gate, rule=rule)
+
+
+def _checked(x, residual, tensors, strength, on_sum, norm, want_residual, looks):
     on = "sum" if on_sum else "x"
-    slot = slot_of(tensors, x)
+    gate = rule = None
+    if looks is not None:
+        if _grad_enabled() and (x.requires_grad or residual.requires_grad):
+            strength = _looked(looks, x, strength, residual if on_sum else None)
+        else:
+            gate, rule = looks.gate()
+    given = {"on": on, "slot": slot_of(tensors, x), "strength": strength, "gate": gate, "rule": rule}
     if norm is None:
-        return ops.edit_add(x, residual, *tensors, on=on, slot=slot, strength=strength)
+        return ops.edit_add(x, residual, *tensors, **given)
     weight, norm_bias = norm.parameters()
     return ops.edit_add_norm(
-        x, residual, weight, *tensors, norm_bias=norm_bias, kind=norm.kind, eps=norm.eps, on=on,
-        slot=slot, strength=strength, return_residual=want_residual,
+        x, residual, weight, *tensors, norm_bias=norm_bias, kind=norm.kind, eps=norm.eps, return_residual=want_residual,
+        **given,
     )  # fmt: skip

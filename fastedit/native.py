@@ -69,6 +69,11 @@ def _form(scale, bias, read, offset, write, slot, coefficient):
     )  # fmt: skip
 
 
+def _gate(gate, rule):
+    """What a gated call has behind the struct's fields: nothing without a gate."""
+    return () if gate is None else (gate.data_ptr(), rule.data_ptr())
+
+
 _last_order = ()  # (what it was computed from, the slots themselves, order): a batch's layers all ask for the same
 
 
@@ -130,13 +135,13 @@ def _make(name):
         size = getattr(_native, f"{name}_{op}_workspace")(*args)
         return torch.empty(size, dtype=torch.uint8, device=device) if size else None
 
-    def edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z=False):
+    def edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z=False, gate=None, rule=None):
         rows, width, stride = _extent(hidden)
         out = _output_like(hidden)
         z = _z_like(hidden, read, want_z)
         call["edit"](
             rows, width, *_form(scale, bias, read, offset, write, slot, coefficient), DTYPE[hidden.dtype],
-            hidden.data_ptr(), stride, out.data_ptr(), 0 if z is None else z.data_ptr(), stream_of(),
+            hidden.data_ptr(), stride, out.data_ptr(), 0 if z is None else z.data_ptr(), *_gate(gate, rule), stream_of(),
         )  # fmt: skip
         return out, z
 
@@ -149,16 +154,18 @@ def _make(name):
             0 if z is None else z.data_ptr(), on_sum,
         )  # fmt: skip
 
-    def edit_add(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum=False, want_z=False):
+    def edit_add(
+        x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum=False, want_z=False, gate=None, rule=None
+    ):
         out = _output_like(residual)
         z = _z_like(x, read, want_z)
         form = (scale, bias, read, offset, write, slot, coefficient)
-        call["edit_add"](*_add_args(x, residual, form, on_sum, z, out), stream_of())
+        call["edit_add"](*_add_args(x, residual, form, on_sum, z, out), *_gate(gate, rule), stream_of())
         return out, z
 
     def edit_add_norm(
         x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, coefficient,
-        on_sum=False, kind=0, eps=1e-6, want_z=False, want_residual=True, want_stats=True,
+        on_sum=False, kind=0, eps=1e-6, want_z=False, want_residual=True, want_stats=True, gate=None, rule=None,
     ):  # fmt: skip
         normed = _output_like(residual)
         out = torch.empty_like(normed) if want_residual else None
@@ -169,8 +176,9 @@ def _make(name):
             rstd = torch.empty(args[0], dtype=torch.float32, device=x.device)
             mean = torch.empty_like(rstd) if kind == 2 else None
         call["edit_add_norm"](
-            *args, kind, eps, _ptr(weight), _ptr(norm_bias), normed.data_ptr(), _ptr(mean), _ptr(rstd), stream_of()
-        )
+            *args, kind, eps, _ptr(weight), _ptr(norm_bias), normed.data_ptr(), _ptr(mean), _ptr(rstd),
+            *_gate(gate, rule), stream_of(),
+        )  # fmt: skip
         return out, normed, z, mean, rstd
 
     direct_edit, direct_edit_add, direct_edit_add_norm = call["edit"], call["edit_add"], call["edit_add_norm"]

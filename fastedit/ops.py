@@ -13,6 +13,7 @@ from .arguments import NORM_KINDS, check_on, check_projection
 from .checks import (
     check_ascent,
     check_form,
+    check_gate,
     check_group,
     check_norm,
     check_rows,
@@ -58,11 +59,14 @@ def _coefficient(strength, hidden):
 
 def edit(
     hidden, scale=None, bias=None, read=None, offset=None, write=None, *,
-    slot=None, strength=None, return_projection=False,
+    slot=None, strength=None, gate=None, rule=None, return_projection=False,
 ):  # fmt: skip
     """Apply an edit in normal form to hidden states, in one pass (DESIGN.md 2).
 
         h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write)
+
+    k = strength · g, where g = 1 without a gate. With one, s = h · gate, or their cosine for a gate of length 1, and
+    g = 1 where s > threshold, else 0; with a sharpness, g = sigmoid(sharpness · (s − threshold)).
 
     Covers RED (scale, bias; arXiv 2402.15179 Eq. 3), (IA)³, steering (bias), directional ablation, clamping
     and LoReFT (read, offset, write).
@@ -75,8 +79,12 @@ def edit(
         slot: int32, one a row (hidden.shape[:-1]); the parameters then have a leading slot dimension and
             row i uses parameters[slot[i]]. −1 leaves the row's bits as they are. Out of range raises
             IndexError on the CPU; on a GPU, where looking would stall the stream, such a row is left alone.
-        strength: k. A float, an fp32 tensor of one element (a dial that can change without a re-trace), or
-            fp32, one a row. 0 leaves the row's bits as they are.
+        strength: A float, an fp32 tensor of one element (a dial that can change without a re-trace), or
+            fp32, one a row. 0 leaves the row's bits as they are, and so does a gate that is shut.
+        gate: (width,) fp32, what is looked for in h; with slot (slots, width).
+        rule: (3,) fp32, with gate: threshold, sharpness or 0 for a hard gate, 1 for the cosine (s over ‖h‖, and 0 for
+            a row of zeros) else 0; with slot (slots, 3). Looked at in the same pass; where a gradient is needed, and
+            under torch.compile, in operations before it. A hard gate has no gradient.
         return_projection: also return z = h @ readᵀ + offset, (…, rank) fp32.
 
     Returns:
@@ -86,8 +94,8 @@ def edit(
         TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
     """
     if (
-        read is None and slot is None and strength is None and write is None and offset is None
-        and not return_projection and plainly_right(hidden, hidden, scale, bias)
+        read is None and slot is None and strength is None and gate is None and rule is None and write is None
+        and offset is None and not return_projection and plainly_right(hidden, hidden, scale, bias)
         and not _traced(hidden) and not _needs_grad(hidden, scale, bias)
     ):  # fmt: skip
         plain = select("cpu" if hidden.is_cpu else hidden.device.type, hidden.dtype, hidden.dtype).plain_edit
@@ -98,18 +106,22 @@ def edit(
     check_rows(hidden, "hidden")
     check_form(hidden, *form)
     check_projection(return_projection, read)
+    if gate is not None or rule is not None:
+        check_gate(hidden, gate, rule, scale, bias, read, slot)
+        if _traced(hidden) or _needs_grad(hidden, *form, gate, rule):
+            form, gate, rule = (*form[:6], _behind(gate, rule, hidden, slot, coefficient)), None, None
     if _traced(hidden):
         out, z = torch_library.edit(hidden, *form)
-    elif _needs_grad(hidden, scale, bias, read, offset, write, coefficient):
+    elif _needs_grad(hidden, *form):
         out, z = EditFunction.apply(hidden, *form)
     else:
-        out, z = run_edit(hidden, *form, return_projection)
+        out, z = run_edit(hidden, *form, return_projection, gate, rule)
     return (out, z) if return_projection else out
 
 
 def edit_add(
     x, residual, scale=None, bias=None, read=None, offset=None, write=None, *,
-    on="x", slot=None, strength=None, return_projection=False,
+    on="x", slot=None, strength=None, gate=None, rule=None, return_projection=False,
 ):  # fmt: skip
     """The residual add with an edit on it: the traffic of the plain add.
 
@@ -118,7 +130,8 @@ def edit_add(
 
     Args:
         x, residual: the same shape (…, width); dtypes promote as PyTorch's add does.
-        Others: as `edit`. With no parameters this is the plain add.
+        Others: as `edit`; a gate sees what the edit is given: x, or the sum in fp32. With no parameters this is the
+            plain add.
 
     Returns:
         residual' (…, width), rounded once; or (residual', z).
@@ -128,8 +141,8 @@ def edit_add(
     """
     on_sum = on == "sum" or _on_x(on)
     if (
-        read is None and slot is None and strength is None and write is None and offset is None
-        and not return_projection and plainly_right(x, residual, scale, bias)
+        read is None and slot is None and strength is None and gate is None and rule is None and write is None
+        and offset is None and not return_projection and plainly_right(x, residual, scale, bias)
         and not _traced(x) and not _needs_grad(x, residual, scale, bias)
     ):  # fmt: skip
         plain = select("cpu" if x.is_cpu else x.device.type, x.dtype, x.dtype, on_sum).plain_edit_add
@@ -138,18 +151,20 @@ def edit_add(
     coefficient = None if strength is None else _coefficient(strength, x)
     form = (scale, bias, read, offset, write, slot, coefficient)
     _check_add(x, residual, form, return_projection)
+    if gate is not None or rule is not None:
+        form, gate, rule = _gate_of_add(x, residual, form, gate, rule, on_sum)
     if _traced(x):
         out, z = torch_library.edit_add(x, residual, *form, on_sum)
-    elif _needs_grad(x, residual, scale, bias, read, offset, write, coefficient):
+    elif _needs_grad(x, residual, *form):
         out, z = EditAddFunction.apply(x, residual, *form, on_sum)
     else:
-        out, z = run_edit_add(x, residual, *form, on_sum, return_projection)
+        out, z = run_edit_add(x, residual, *form, on_sum, return_projection, gate, rule)
     return (out, z) if return_projection else out
 
 
 def edit_add_norm(
     x, residual, weight=None, scale=None, bias=None, read=None, offset=None, write=None, *,
-    norm_bias=None, kind="rms", eps=1e-6, on="x", slot=None, strength=None,
+    norm_bias=None, kind="rms", eps=1e-6, on="x", slot=None, strength=None, gate=None, rule=None,
     return_projection=False, return_residual=True,
 ):  # fmt: skip
     """edit_add, then a norm of the stored (rounded) residual', in one pass.
@@ -174,8 +189,8 @@ def edit_add_norm(
     on_sum = on == "sum" or _on_x(on)
     code = NORM_KINDS.get(kind)
     if (
-        read is None and slot is None and strength is None and write is None and offset is None
-        and not return_projection and code is not None
+        read is None and slot is None and strength is None and gate is None and rule is None and write is None
+        and offset is None and not return_projection and code is not None
         and (norm_bias is None and weight is not None if code != 2 else True)
         and plainly_right(x, residual, scale, bias, weight, norm_bias)
         and not _traced(x) and not _needs_grad(x, residual, weight, norm_bias, scale, bias)
@@ -188,13 +203,15 @@ def edit_add_norm(
     _check_add(x, residual, form, return_projection)
     check_norm(x, weight, norm_bias, kind)
     norm = (weight, norm_bias)
+    if gate is not None or rule is not None:
+        form, gate, rule = _gate_of_add(x, residual, form, gate, rule, on_sum, norm)
     if _traced(x):
         out, normed, z, _, _ = torch_library.edit_add_norm(x, residual, *norm, *form, on_sum, code, eps)
-    elif _needs_grad(x, residual, weight, norm_bias, scale, bias, read, offset, write, coefficient):
+    elif _needs_grad(x, residual, *norm, *form):
         out, normed, z, _, _ = EditAddNormFunction.apply(x, residual, *norm, *form, on_sum, code, eps)
     else:
         out, normed, z, _, _ = run_edit_add_norm(
-            x, residual, *norm, *form, on_sum, code, eps, return_projection, return_residual, False
+            x, residual, *norm, *form, on_sum, code, eps, return_projection, return_residual, False, gate, rule
         )
     return (out, normed, z) if return_projection else (out, normed)
 
@@ -290,6 +307,36 @@ def _check_add(x, residual, form, return_projection):
     check_same_rows(x, residual)
     check_form(x, *form)
     check_projection(return_projection, form[2])
+
+
+def _gate_of_add(x, residual, form, gate, rule, on_sum, norm=()):
+    """(form, gate, rule) of an add: as they are for a kernel, else with the gate in the form's coefficient."""
+    *parameters, slot, coefficient = form
+    check_gate(x, gate, rule, *parameters[:3], slot)
+    if not _traced(x) and not _needs_grad(x, residual, *norm, *form, gate, rule):
+        return form, gate, rule
+    seen = x
+    if on_sum:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
+        seen = residual.to(dtype) + x.to(dtype)
+    return (*parameters, slot, _behind(gate, rule, seen, slot, coefficient)), None, None
+
+
+def _behind(gate, rule, hidden, slot, strength):
+    """strength · g, one a row of hidden (…, width), in operations that autograd and a compiler see."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        if slot is None:
+            s = project(hidden, gate[None])[..., 0]
+        else:
+            own = slot.long().clamp(0, gate.shape[0] - 1)  # what is out of range the edit itself refuses or leaves alone
+            s, rule = (hidden.to(wide) * gate[own]).sum(-1), rule[own]
+        threshold, sharpness, cosine = rule.unbind(-1)
+        length = torch.linalg.vector_norm(hidden, dim=-1, dtype=wide)
+        s = torch.where(cosine != 0, s / torch.where(length > 0, length, 1.0), s)
+        soft = torch.sigmoid(sharpness * (s - threshold))
+        g = torch.where(sharpness > 0, soft, (s > threshold).to(soft.dtype))
+        return g if strength is None else torch.where(strength == 0, 0.0, strength * g)
 
 
 def _on_x(on):

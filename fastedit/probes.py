@@ -44,7 +44,7 @@ class Probe(Edit):
 class Reading:
     """A stage that reads and passes the hidden states on."""
 
-    on_x, on_sum, positions = True, False, None
+    on_x, on_sum, positions, looks = True, False, None, None
 
     def __init__(self, masters, stack):
         self.masters, self.stack, self.form = [masters], stack, masters

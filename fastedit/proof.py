@@ -176,6 +176,7 @@ class _GivenSite:
     """A site whose one stage is a given form."""
 
     on_x = on_sum = True
+    looks = None
 
     def __init__(self, form):
         self.stages, self.form, self.ride = (self,), form, None
@@ -187,7 +188,7 @@ class _GivenSite:
         return self.form(hidden.float()).to(hidden.dtype)
 
 
-def _add_by_definition(x, residual, tensors, strength, on_sum, norm=None, want_residual=True):
+def _add_by_definition(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, looks=None):
     """fastedit.lean.add, in plain PyTorch."""
     form, dtype = Form(*tensors), torch.promote_types(x.dtype, residual.dtype)
     x, residual = x.float(), residual.float()

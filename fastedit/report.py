@@ -1,6 +1,7 @@
 """What is where: one line for each edit at each site and path, neighbouring layers together."""
 
 from .dispatch import BackendError, select
+from .gating import kernel_gate
 
 _HEAD = ("layers", "site", "edit", "path", "backend", "parameters", "bytes")
 
@@ -56,7 +57,8 @@ def _path(handle, layer, site, masters):
     reason = handle._root.installed[layer.name].paths[site]
     if reason is None and masters.keep_norm:
         reason = "keep_norm rescales each row after the edit"
-    if reason is None and site == "block" and masters.gating is not None and masters.gating.looks:
+    looks = masters.gating is not None and masters.gating.looks and kernel_gate(masters) is None
+    if reason is None and site == "block" and looks:
         reason = "its gate looks at the sum before it is edited"
     if reason is None and masters.is_probe:
         return "reads only"

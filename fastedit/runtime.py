@@ -6,7 +6,7 @@ from . import lean
 from .changes import optimizer_steps, stamp
 from .checks import MAX_RANK
 from .form import at_strength, fold_all
-from .gating import Tap
+from .gating import Tap, kernel_gate
 from .masters import as_written
 from .probes import Reading
 from .row_plan import NOWHERE
@@ -22,15 +22,16 @@ class Stage:
         first = masters[0]
         self.masters, self.positions, self.gating, self.keep_norm = masters, first.positions, first.gating, first.keep_norm
         self.stack = stack if first.needs_plan else None
+        self.looks = kernel_gate(first)  # the Sensor whose gate goes into the kernel
         self.on_x = not self.keep_norm
-        self.on_sum = self.on_x and (self.gating is None or not self.gating.looks)
+        self.on_sum = self.on_x and (self.gating is None or not self.gating.looks or self.looks is not None)
         self.only = masters[0] if len(masters) == 1 and masters[0].direct else None  # tenants' never fold
         self.trainable = any(m.trainable for m in masters)
         self.folded, self.watched, self.steps = None, [], None
 
     def arguments(self, hidden):
-        """((scale, bias, read, offset, write), strength) for the ops on hidden states; None where no row is meant. Of
-        hidden states, only a gate that looks at them needs more than the shape.
+        """((scale, bias, read, offset, write), strength) for the ops on hidden states, beside `looks`; None where no row
+        is meant. Of hidden states, only a gate that looks at them, and is not the kernel's, needs more than the shape.
 
         One edit passes its own tensors, and its dial once that may differ from 1. Several are folded,
         strengths first, into tensors that do not move; under grad or torch.compile they are folded in the
@@ -38,8 +39,9 @@ class Stage:
         """
         if self.positions is None and self.gating is None:
             return self.form_and_dial()
-        gate = None if self.gating is None else self.gating.coefficient(hidden, self.stack)  # the prompt's, too
-        coefficient = None
+        gate = coefficient = None
+        if self.gating is not None and self.looks is None:
+            gate = self.gating.coefficient(hidden, self.stack)  # the prompt's, too
         if self.positions is not None:
             coefficient = self.stack.coefficient(self.positions, hidden.shape, self.masters[0].dial.device)
             if coefficient is NOWHERE:
@@ -77,7 +79,7 @@ class Stage:
         given = self.arguments(hidden)
         if given is None:
             return hidden
-        edited = lean.edit(hidden, *given)
+        edited = lean.edit(hidden, *given, self.looks)
         return _with_norm_of(hidden, edited) if self.keep_norm else edited
 
     def fold(self):

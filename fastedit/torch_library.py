@@ -138,7 +138,8 @@ def _fake_edit_add_norm(
 
 
 def _fake_project(hidden, read, offset):
-    return hidden.new_empty((*hidden.shape[:-1], read.shape[0]), dtype=torch.float32)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty((*hidden.shape[:-1], read.shape[0]), dtype=dtype)
 
 
 def _fake_moments(hidden, group, groups):

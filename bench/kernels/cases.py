@@ -1,12 +1,12 @@
 """What is measured: each op, forward and backward, and beside it what a user has without us.
 
 A case is one row of arguments with its variants: `fastedit`; `triton`, that backend on an NVIDIA GPU, where cuda is
-the default; `no edit`, the same fused op without parameters (what
-the edit itself costs); `eager`, the promoting expression in plain PyTorch; `compile`, torch.compile of the same
-expression, for these very shapes at the central shape and for any elsewhere; `nn_norm`, torch.nn.RMSNorm after an
-eager edit; `liger`, Liger's fused add and RMSNorm after an eager edit (GPU, where it is installed); `add`, the plain
-residual add (the traffic that edit_add has to match); `copy`, a plain copy of the bytes that the op must move between
-warm buffers; `clone`, the same into fresh memory, where every op's results go.
+the default; `no edit`, the same fused op without parameters (what the edit itself costs); `ungated`, the same without its
+gate; `eager`, the promoting expression in plain PyTorch; `compile`, torch.compile of the same expression, for these very
+shapes at the central shape and for any elsewhere; `nn_norm`, torch.nn.RMSNorm after an eager edit; `liger`, Liger's fused
+add and RMSNorm after an eager edit (GPU, where it is installed); `add`, the plain residual add (the traffic that edit_add
+has to match); `copy`, a plain copy of the bytes that the op must move between warm buffers; `clone`, the same into fresh
+memory, where every op's results go.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from fastedit import dispatch, functions, implementation, ops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPS = ("edit", "edit_add", "edit_add_norm", "project")
+GATED = "edit_add gated"  # by a hard gate that is open for every second row or so
 EPS = 1e-6
 
 
@@ -39,7 +40,7 @@ class Case:
     def bytes(self):
         """Fewest bytes of rows that the op must move: each stream once (parameters are the copy's small change)."""
         row = self.rows * self.width * (4 if self.dtype == "fp32" else 2)
-        streams = {"edit": 2, "edit_add": 3, "edit_add_norm": 4, "project": 1}[self.op]
+        streams = {"edit": 2, "edit_add": 3, "edit_add_norm": 4, "project": 1, GATED: 3}[self.op]
         if self.mode == "backward":  # grads and saved rows in, gradients out; edit_add's d_residual is grad itself
             streams = {"edit": 3, "edit_add": 3, "edit_add_norm": 6, "project": 2}[self.op]
         return streams * row
@@ -72,6 +73,8 @@ def _sweeps(device):
     yield from _all(rows, width, ranks=(4,))
     yield from _all(8 * rows, width, dtypes=("bf16",))
     yield from _all(rows, width, slots=256, ops=OPS[:3])
+    for dtype in ("fp32", "bf16"):
+        yield from (Case(GATED, "forward", dtype, count, width) for count in (rows, 1))
     yield from _all(512, 512)
     yield from _all(rows, width, ranks=(1, 8, 16, 32), ops=norms, modes=("forward",), dtypes=("bf16",))
     yield from _all(rows, width, ranks=(8, 32), ops=norms, modes=("backward",), dtypes=("bf16",))
@@ -107,17 +110,24 @@ def eager_norm(r, weight):
     return weight * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + EPS)).to(r.dtype)
 
 
+def eager_gated_add(x, residual, form, gate):
+    k = (x.float() @ gate > 0).to(x.dtype)[:, None]
+    return (residual + x + k * (eager_edit(x, form) - x)).to(residual.dtype)
+
+
 EAGER = {
     "edit": lambda t, f: eager_edit(t["x"], f, t["slot"]),
     "edit_add": lambda t, f: t["residual"] + eager_edit(t["x"], f, t["slot"]),
     "edit_add_norm": lambda t, f: (lambda r: (r, eager_norm(r, t["weight"])))(t["residual"] + eager_edit(t["x"], f, t["slot"])),
     "project": lambda t, f: t["x"].float() @ f["read"].T + f["offset"],
+    GATED: lambda t, f: eager_gated_add(t["x"], t["residual"], f, t["gate"]),
 }
 OURS = {
     "edit": lambda t, f: ops.edit(t["x"], **f, slot=t["slot"]),
     "edit_add": lambda t, f: ops.edit_add(t["x"], t["residual"], **f, slot=t["slot"]),
     "edit_add_norm": lambda t, f: ops.edit_add_norm(t["x"], t["residual"], t["weight"], **f, eps=EPS, slot=t["slot"]),
     "project": lambda t, f: ops.project(t["x"], f["read"], f["offset"]),
+    GATED: lambda t, f: ops.edit_add(t["x"], t["residual"], **f, gate=t["gate"], rule=t["rule"]),
 }
 
 
@@ -140,6 +150,8 @@ def tensors(case, device):
     if case.rank:
         form["read"] = random(*lead, case.rank, case.width) / case.width**0.5
         form["offset"], form["write"] = random(*lead, case.rank), random(*lead, case.rank, case.width)
+    if case.op == GATED:
+        streams |= {"gate": random(case.width), "rule": torch.zeros(3, device=device)}
     if train:
         form = {n: None if p is None else p.requires_grad_() for n, p in form.items()}
     return streams, form
@@ -196,6 +208,8 @@ def variants(case, device, peers=True):
         calls["triton"] = forced("triton", calls["fastedit"])
     if case.op in ("edit_add", "edit_add_norm") and case.rank == 0 and forward:
         calls["no edit"] = functools.partial(OURS[case.op], streams | {"slot": None}, dict.fromkeys(form))
+    if case.op == GATED:
+        calls["ungated"] = functools.partial(OURS["edit_add"], streams, form)
     if peers and (case.slots == 1 or case.rank == 0):
         calls["eager"] = functools.partial(EAGER[case.op], streams, form)
         dynamic = (case.rows, case.width) != CENTRE[device]
@@ -211,7 +225,7 @@ def variants(case, device, peers=True):
         liger = _liger(case, streams, form) if device == "cuda" else None
         if liger is not None:
             calls["liger"] = liger
-    if peers and case.op == "edit_add" and forward:
+    if peers and case.op in ("edit_add", GATED) and forward:
         calls["add"] = lambda: streams["residual"] + streams["x"]
     if case.mode == "backward":
         wanted = [streams["x"], *([] if case.op in ("edit", "project") else [streams["residual"]])]

@@ -3,7 +3,7 @@
 import csv
 import pathlib
 
-PEERS = ("eager", "compile", "nn_norm", "liger", "add", "no edit", "triton")
+PEERS = ("eager", "compile", "nn_norm", "liger", "add", "no edit", "ungated", "triton")
 KEY = ("op", "mode", "dtype", "rows", "width", "rank", "slots")
 NAMES = {"nn_norm": "torch's norm + eager edit", "compile": "torch.compile", "liger": "Liger", "add": "plain add"}
 
@@ -52,7 +52,8 @@ def sweeps(path, op="edit_add_norm", dtype="bf16"):
 
 def _order(item):
     op, mode, dtype, rows, width, rank, slots = item[0]
-    return mode != "forward", ("edit", "edit_add", "edit_add_norm", "project").index(op), rows, width, rank, slots, dtype
+    order = ("edit", "edit_add", "edit_add gated", "edit_add_norm", "project").index(op)
+    return mode != "forward", order, rows, width, rank, slots, dtype
 
 
 def _ratio(row):

@@ -6,22 +6,49 @@ namespace fastedit {
 namespace FASTEDIT_ISA {
 namespace {
 
+// The rows of both streams from `row` on: x(r, lane, column), residual(…) and their total.
+template <class X, class R0, int R>
+struct AddRows {
+  RowPointers<const typename X::T, R> x_rows;
+  RowPointers<const typename R0::T, R> residual_rows;
+  AddRows(const EditAddArgs& a, int64_t row)
+      : x_rows(static_cast<const typename X::T*>(a.x) + row * a.x_stride, a.x_stride),
+        residual_rows(static_cast<const typename R0::T*>(a.residual) + row * a.residual_stride, a.residual_stride) {}
+  auto x() const {
+    return [at = x_rows](int r, auto lane, int64_t c) { return X::template load<decltype(lane)::count>(at.at[r] + c); };
+  }
+  auto residual() const {
+    return [at = residual_rows](int r, auto lane, int64_t c) {
+      return R0::template load<decltype(lane)::count>(at.at[r] + c);
+    };
+  }
+  auto total() const {
+    return [x = x(), residual = residual()](int r, auto lane, int64_t c) { return residual(r, lane, c) + x(r, lane, c); };
+  }
+};
+
+// body.template operator()<R>(row, params, k) for each group of rows, as each_group has it; a gate sees what the form
+// is given: x, or the sum in fp32.
+template <class X, class R0, class Body>
+inline void each_add(const EditAddArgs& a, Body body) {
+  if (a.on_sum) {
+    each_gated_group(a.form, a.rows, a.width, [&]<int R>(int64_t row) { return AddRows<X, R0, R>(a, row).total(); }, body);
+  } else {
+    each_gated_group(a.form, a.rows, a.width, [&]<int R>(int64_t row) { return AddRows<X, R0, R>(a, row).x(); }, body);
+  }
+}
+
 // sink(r, lane, column, residual' in fp32, not yet rounded) for R rows; X and R0 are the dtypes of x and residual.
 template <class X, class R0, int R, class Sink>
 inline void add_rows(const EditAddArgs& a, int64_t row, const Params& p, float k, Sink sink) {
-  const RowPointers<const typename X::T, R> x_rows(
-      static_cast<const typename X::T*>(a.x) + row * a.x_stride, a.x_stride);
-  const RowPointers<const typename R0::T, R> residual_rows(
-      static_cast<const typename R0::T*>(a.residual) + row * a.residual_stride, a.residual_stride);
-  auto x = [=](int r, auto lane, int64_t c) { return X::template load<decltype(lane)::count>(x_rows.at[r] + c); };
-  auto residual = [=](int r, auto lane, int64_t c) {
-    return R0::template load<decltype(lane)::count>(residual_rows.at[r] + c);
-  };
-  auto total = [=](int r, auto lane, int64_t c) { return residual(r, lane, c) + x(r, lane, c); };
+  const AddRows<X, R0, R> rows(a, row);
+  const auto x = rows.x();
+  const auto residual = rows.residual();
+  const auto total = rows.total();
 
   constexpr int Wide = X::kWide == R0::kWide ? X::kWide : kLanes;
   float z[R][kMaxRank];
-  if (p.rank) {
+  if (p.rank && (k != 0.0f || a.z)) {
     if (slot_of(a.form, row) < 0) {
       memset(z, 0, sizeof z);
     } else if (a.on_sum) {

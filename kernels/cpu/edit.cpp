@@ -1,7 +1,7 @@
-// edit:  h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write)
+// edit:  h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write),  k = coefficient · gate(h)
 //
-// Streams: hidden in, h' out; z out where wanted. One pass at rank 0; with a low-rank part the row is read a
-// second time from cache. Threads over groups of rows (rows.h); no thread sees another's rows.
+// Streams: hidden in, h' out; z out where wanted. One pass at rank 0; with a low-rank part, or a gate, the row is read
+// a second time from cache. Threads over groups of rows (rows.h); no thread sees another's rows.
 #include "cpu/rows.h"
 
 namespace fastedit {
@@ -13,12 +13,15 @@ void edit_as(const EditArgs& a) {
   typedef typename T::T E;
   const E* in = static_cast<const E*>(a.hidden);
   E* out = static_cast<E*>(a.out);
-  each_group(a.form, a.rows, a.width, [&]<int R>(int64_t row, const Params& p, float k) {
-    const RowPointers<const E, R> from(in + row * a.hidden_stride, a.hidden_stride);
+  auto hidden_of = [in, stride = a.hidden_stride]<int R>(int64_t row) {
+    const RowPointers<const E, R> from(in + row * stride, stride);
+    return [=](int r, auto lane, int64_t c) { return T::template load<decltype(lane)::count>(from.at[r] + c); };
+  };
+  each_gated_group(a.form, a.rows, a.width, hidden_of, [&]<int R>(int64_t row, const Params& p, float k) {
     const RowPointers<E, R> to(out + row * a.width, a.width);
-    auto hidden = [=](int r, auto lane, int64_t c) { return T::template load<decltype(lane)::count>(from.at[r] + c); };
+    auto hidden = hidden_of.template operator()<R>(row);
     float z[R][kMaxRank];
-    if (p.rank && slot_of(a.form, row) >= 0) {
+    if (p.rank && slot_of(a.form, row) >= 0 && (k != 0.0f || a.z)) {
       project_rows<R>(p.read, p.offset, p.rank, a.width, hidden, z);
     } else {
       memset(z, 0, sizeof(float) * static_cast<size_t>(p.rank ? R * kMaxRank : 0));

@@ -1,7 +1,7 @@
 // edit_add:  residual' = residual + E(x)  or  E(residual + x),  E the edit of edit.cpp
 //
-// Streams: x and residual in, residual' out: those of the plain add. Rounded once, on the store. Threads over
-// groups of rows (rows.h); no thread sees another's rows.
+// Streams: x and residual in, residual' out: those of the plain add; a gate reads them a second time, from cache.
+// Rounded once, on the store. Threads over groups of rows (rows.h); no thread sees another's rows.
 #include "cpu/add.h"
 
 namespace fastedit {
@@ -10,7 +10,7 @@ namespace FASTEDIT_ISA {
 int edit_add(const EditAddArgs& a, void*) {
   with_dtypes(a.x_dtype, a.residual_dtype, [&]<class X, class R0>() {
     typename R0::T* out = static_cast<typename R0::T*>(a.out);
-    each_group(a.form, a.rows, a.width, [&]<int R>(int64_t row, const Params& p, float k) {
+    each_add<X, R0>(a, [&]<int R>(int64_t row, const Params& p, float k) {
       const RowPointers<typename R0::T, R> to(out + row * a.width, a.width);
       add_rows<X, R0, R>(a, row, p, k, [=](int r, auto lane, int64_t c, auto sum) {
         R0::template store<decltype(lane)::count>(to.at[r] + c, sum);

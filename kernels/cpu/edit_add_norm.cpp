@@ -62,7 +62,7 @@ int edit_add_norm(const EditAddNormArgs& a, void*) {
   const int64_t width = a.add.width;
   with_dtypes(a.add.x_dtype, a.add.residual_dtype, [&]<class X, class R0>() {
     typename R0::T* out = static_cast<typename R0::T*>(a.add.out);
-    each_group(a.add.form, a.add.rows, width, [&]<int R>(int64_t row, const Params& p, float k) {
+    each_add<X, R0>(a.add, [&]<int R>(int64_t row, const Params& p, float k) {
       Scratch spare(out ? 0 : (R * width * static_cast<int64_t>(sizeof *out) + 3) / 4);
       typename R0::T* first = out ? out + row * width : reinterpret_cast<typename R0::T*>(spare.floats());
       const RowPointers<typename R0::T, R> to(first, width);

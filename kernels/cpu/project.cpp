@@ -3,7 +3,7 @@
 //
 // Streams: hidden in, z (rows, rank) out. Threads over groups of rows. The backward's column sums go over
 // fixed blocks of rows and a fixed tree (sums.h).
-#include "cpu/rows.h"
+#include "cpu/backward.h"
 #include "cpu/sums.h"
 
 namespace fastedit {
@@ -79,7 +79,6 @@ int64_t project_backward_workspace(const ProjectBackwardArgs&) { return 0; }
 int project_backward(const ProjectBackwardArgs& a, void*, void*) {
   int error = 0;
   with_dtype(a.dtype, [&]<class T>() {
-    typedef typename T::T E;
     const int64_t width = a.width, rank = a.rank;
     ColumnSums sums(a.rows, (a.d_read ? rank * width : 0) + (a.d_offset ? rank : 0));
     if (!sums.ok()) {

@@ -5,6 +5,7 @@
 // bf16 row); else each row goes alone. A row's arithmetic is the same either way, lane by lane, so its result
 // depends neither on the other rows nor on the thread count.
 #pragma once
+#include <math.h>
 #include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -113,33 +114,101 @@ inline void each_group(const Form& form, int64_t rows, int64_t width, Body body)
   });
 }
 
+// to(r, Σ weight ⊙ h_r) for R rows, in the type that products are summed in; weight(lane, column), hidden(r, lane, column).
+template <int R, class Weight, class Hidden, class To>
+inline void dot_rows(int64_t width, Weight weight, Hidden hidden, To to) {
+  typedef typename Lane<kLanes>::Sum Sum;
+  auto wide = [](auto v) { return __builtin_convertvector(v, Sum); };
+  Sum part[R][kSums] = {};
+  decltype(part[0][0][0] + part[0][0][0]) tail[R] = {};
+  int64_t column = 0;
+  for (; column + kSums * kLanes <= width; column += kSums * kLanes) {
+    for (int i = 0; i < kSums; ++i) {
+      const Sum a = wide(weight(Lane<kLanes>{}, column + i * kLanes));
+      for (int r = 0; r < R; ++r) part[r][i] += a * wide(hidden(r, Lane<kLanes>{}, column + i * kLanes));
+    }
+  }
+  for (int i = 0; column + kLanes <= width; column += kLanes, ++i) {
+    const Sum a = wide(weight(Lane<kLanes>{}, column));
+    for (int r = 0; r < R; ++r) part[r][i] += a * wide(hidden(r, Lane<kLanes>{}, column));
+  }
+  for (; column < width; ++column) {
+    for (int r = 0; r < R; ++r) tail[r] += weight(Lane<1>{}, column)[0] * hidden(r, Lane<1>{}, column)[0];
+  }
+  for (int r = 0; r < R; ++r) to(r, sum_registers(part[r]) + tail[r]);
+}
+
+template <int R, class Hidden, class To>
+inline void dot_rows(const float* weight, int64_t width, Hidden hidden, To to) {
+  dot_rows<R>(width, [=](auto lane, int64_t c) { return Fp32::load<decltype(lane)::count>(weight + c); }, hidden, to);
+}
+
 // z[r][j] = Σ h_r ⊙ read_j + offset_j. hidden(r, lane, column) gives h.
 template <int R, class Hidden>
 inline void project_rows(const float* read, const float* offset, int64_t rank, int64_t width, Hidden hidden,
                          float z[][kMaxRank]) {
-  typedef typename Lane<kLanes>::F F;
-  typedef typename Lane<kLanes>::Sum Sum;
-  auto wide = [](auto v) { return __builtin_convertvector(v, Sum); };
   for (int64_t j = 0; j < rank; ++j) {
-    const float* row = read + j * width;
-    Sum part[R][kSums] = {};
-    decltype(part[0][0][0] + part[0][0][0]) tail[R] = {};
-    int64_t column = 0;
-    for (; column + kSums * kLanes <= width; column += kSums * kLanes) {
-      for (int i = 0; i < kSums; ++i) {
-        const Sum a = wide(load_as<F>(row + column + i * kLanes));
-        for (int r = 0; r < R; ++r) part[r][i] += a * wide(hidden(r, Lane<kLanes>{}, column + i * kLanes));
+    dot_rows<R>(read + j * width, width, hidden, [=](int r, auto sum) {
+      z[r][j] = static_cast<float>(sum + (offset ? offset[j] : 0.0f));
+    });
+  }
+}
+
+// g of R rows under one gate (abi.h, Form), into g[r].
+template <int R, class Hidden>
+inline void open_gate(const float* gate, const float* rule, int64_t width, Hidden hidden, float* g) {
+  const float threshold = rule[0], sharpness = rule[1];
+  const bool cosine = rule[2] != 0.0f;
+  dot_rows<R>(gate, width, hidden, [=](int r, auto sum) {
+    float s = static_cast<float>(sum);
+    if (cosine) {
+      auto row = [=](int, auto lane, int64_t c) { return hidden(r, lane, c); };
+      dot_rows<1>(width, [=](auto lane, int64_t c) { return hidden(r, lane, c); }, row, [&s](int, auto square) {
+        const float length = sqrtf(static_cast<float>(square));
+        if (length > 0.0f) s /= length;
+      });
+    }
+    if (sharpness > 0.0f) g[r] = 1.0f / (1.0f + expf(-sharpness * (s - threshold)));
+    else g[r] = s > threshold ? 1.0f : 0.0f;
+  });
+}
+
+// each_group for a form that may have a gate: a row's k is its coefficient · g, computed while the row is on its way
+// into the cache for the edit. hidden_of.template operator()<R>(row) gives R rows as the form is given them.
+template <class HiddenOf, class Body>
+inline void each_gated_group(const Form& form, int64_t rows, int64_t width, HiddenOf hidden_of, Body body) {
+  if (!form.gate) return each_group(form, rows, width, body);
+  each_task((rows + kGroup - 1) / kGroup, rows * width, [&](int64_t task) {
+    const int64_t first = task * kGroup;
+    const int count = static_cast<int>(first + kGroup < rows ? kGroup : rows - first);
+    int32_t slot[kGroup];
+    float k[kGroup], g[kGroup] = {};
+    bool alike = count == kGroup;  // under one gate, which then is read once for all
+    for (int r = 0; r < count; ++r) {
+      slot[r] = slot_of(form, first + r);
+      k[r] = coefficient_of(form, first + r, slot[r]);
+      alike = alike && slot[r] == slot[0] && k[r] != 0.0f;
+    }
+    auto gate_of = [&](int r) { return form.gate + static_cast<int64_t>(slot[r]) * width; };
+    if (alike) {
+      open_gate<kGroup>(gate_of(0), form.rule + 3 * slot[0], width, hidden_of.template operator()<kGroup>(first), g);
+    } else {
+      for (int r = 0; r < count; ++r) {  // a row at coefficient 0 is not looked at: it keeps its bits, NaN among them
+        if (k[r] == 0.0f) continue;
+        open_gate<1>(gate_of(r), form.rule + 3 * slot[r], width, hidden_of.template operator()<1>(first + r), g + r);
       }
     }
-    for (int i = 0; column + kLanes <= width; column += kLanes, ++i) {
-      const Sum a = wide(load_as<F>(row + column));
-      for (int r = 0; r < R; ++r) part[r][i] += a * wide(hidden(r, Lane<kLanes>{}, column));
+    bool together = alike;
+    for (int r = 0; r < count; ++r) {
+      k[r] *= g[r];
+      together = together && k[r] == 1.0f;
     }
-    for (; column < width; ++column) {
-      for (int r = 0; r < R; ++r) tail[r] += row[column] * hidden(r, Lane<1>{}, column)[0];
+    if (together) {
+      body.template operator()<kGroup>(first, params_of(form, width, slot[0]), 1.0f);
+      return;
     }
-    for (int r = 0; r < R; ++r) z[r][j] = static_cast<float>(sum_registers(part[r]) + tail[r] + (offset ? offset[j] : 0.0f));
-  }
+    for (int r = 0; r < count; ++r) body.template operator()<1>(first + r, params_of(form, width, slot[r]), k[r]);
+  });
 }
 
 inline void store_z(float* out, const float* z, int64_t row, int64_t rank) {

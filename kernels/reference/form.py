@@ -40,7 +40,7 @@ def gated_coefficient(h, gate, rule, slot, coefficient):
 
     gate ([slots,] width), rule ([slots,] 3) = (threshold, sharpness or 0, 1 for the cosine else 0). s = h · gate, over
     ‖h‖ for the cosine (0 for a row of zeros); g = 1 where s > threshold, else 0, or, with a sharpness,
-    sigmoid(sharpness · (s − threshold)).
+    sigmoid(sharpness · (s − threshold)). A coefficient of 0 stays 0 whatever the row holds, NaN among it.
     """
     if gate is None:
         return coefficient
@@ -51,7 +51,10 @@ def gated_coefficient(h, gate, rule, slot, coefficient):
     s = torch.where((cosine != 0) & (length > 0), s / length, s)
     hard = (s > threshold).to(h.dtype)
     g = torch.where(sharpness > 0, torch.sigmoid(sharpness * (s - threshold)), hard)
-    return g if coefficient is None else coefficient.to(h.dtype) * g
+    if coefficient is None:
+        return g
+    k = coefficient.to(h.dtype)
+    return torch.where(k == 0, k, k * g)
 
 
 def low_rank_read(h, read, offset, slot):
