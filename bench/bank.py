@@ -149,6 +149,19 @@ def _milliseconds(seconds):
     return {f"ms_p{p}": f"{1e3 * s:.4f}" for p, s in zip((20, 50, 80), quantiles(seconds), strict=True)}
 
 
+def table(path):
+    """bank.csv as docs/bank.md has it: what takes how much of what, and what adding takes."""
+    with open(path, newline="") as file:
+        found = list(csv.DictReader(file))
+    lines = ["| | beside | ratio | ms |", "|---|---|---|---|"]
+    for row in found:
+        ratio_ = f"{float(row['ratio']):.3f} ± {float(row['interval']):.3f}" if row["ratio"] else ""
+        lines.append(f"| {row['what']} | {row['beside']} | {ratio_} | {float(row['ms_p50']):.1f} |")
+    step = next(row for row in found if row["beside"])
+    where = f"{step['machine']}, torch {step['torch']}, commit {step['commit']}"
+    return f"{step['batch']} sequences, model {step['size']}, {step['resident']} edits resident; {where}\n\n" + "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.bank", description="What a bank of edits costs.")
     parser.add_argument("--size", choices=[name for name in SIZES if SIZES[name].family == "llama"], default="512x8")

@@ -24,7 +24,7 @@ def main():
     print(host.run(options.out, device="cpu"))
     found = models.run(options.out, processes=options.processes, minutes=options.models, full=options.full)
     print(found, models_table.write(found), *models_plot.ratios(found), sep="\n")
-    print(report.write(options.out))
+    print(*report.write(options.out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Puts the tables of the CSVs into docs/performance.md, between its markers; measures nothing.
+"""Puts the tables of the CSVs into the pages of docs/, between their markers; measures nothing.
 
     python -m bench.report bench/results
 
@@ -9,12 +9,14 @@ import pathlib
 import re
 import sys
 
-from . import host
+from . import bank, host
 from .kernels import table as kernels
 from .models import rows as models
 from .models import table as models_table
 
-PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "performance.md"
+PAGES = (PAGE, DOCS / "bank.md")
 
 
 def models_of_red(path):
@@ -35,6 +37,7 @@ TABLES = {
     "host": ("host-cpu.csv", host.table),
     "red in models": ("models-cpu.csv", models_of_red),
     "models": ("models-cpu.csv", models_table.markdown),
+    "bank": ("bank.csv", bank.table),
 }
 
 
@@ -51,11 +54,13 @@ def filled(page, results):
     return page
 
 
-def write(results, page=PAGE):
-    """docs/performance.md with the tables of the folder `results`; returns its path."""
-    page.write_text(filled(page.read_text(), results))
-    return page
+def write(results, *pages):
+    """The pages, or all that have tables, with those of the folder `results`; returns their paths."""
+    pages = pages or PAGES
+    for page in pages:
+        page.write_text(filled(page.read_text(), results))
+    return pages
 
 
 if __name__ == "__main__":
-    print(write(sys.argv[1] if len(sys.argv) > 1 else "bench/results"))
+    print(*write(sys.argv[1] if len(sys.argv) > 1 else "bench/results"), sep="\n")

@@ -24,6 +24,7 @@ _HOME = {
     "patch": ("Handle", "patch"),
     "red_plus": ("REDPlus",),
     "reft": ("DiReFT", "LoReFT", "NoReFT"),
+    "stacks": ("Stack",),
     "store": ("load", "EditFileError"),
     "interop.adopt": ("adopt",),
     "interop.red": ("load_red_checkpoint",),

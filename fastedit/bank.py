@@ -11,9 +11,10 @@ compiled or captured again.
 
 from .bank_books import BankFullError, Books, Stats
 from .bank_entries import Entry, forms_of, places_of
-from .bank_rows import Assigned, Assignment, Served, by_token, check_name, factors_of, flat_names
+from .bank_rows import Assigned, Assignment, Served, by_token, check_name, dialled, flat_names
 from .bank_tables import Tables
 from .root import Root, root_of
+from .stacks import Stack
 
 __all__ = ["Bank", "BankFullError", "Stats"]
 
@@ -108,12 +109,13 @@ class Bank:
         self._entry(name).pinned = False
 
     def prefetch(self, names):
-        """Make edits resident before they are assigned; from any thread, while others run the model.
+        """Make edits, and stacks of them, resident before they are assigned; from any thread, while others run the model.
 
         Raises:
             KeyError, BankFullError: as `assign`.
         """
-        wanted = {name: self._entry(name) for name in names}
+        self._alive()
+        wanted = {name if type(name) is Stack else check_name(name) for name in names}
         self._books.release(self._books.acquire(wanted).values())
 
     def __contains__(self, name):
@@ -130,9 +132,9 @@ class Bank:
 
     @property
     def resident(self):
-        """Those whose edits are on the device, least recently used first."""
+        """Names whose edits are on the device, least recently used first. Stacks in slots are counted by `stats`."""
         with self._books.lock:
-            return [entry.name for entry in self._books.resident.values() if not entry.gone]
+            return [entry.name for entry in self._books.resident.values() if not entry.gone and not entry.parts]
 
     def stats(self):
         """Stats, all of one moment."""
@@ -146,8 +148,9 @@ class Bank:
 
         Args:
             names: one a sequence (beams and samples of a sequence share its name), or for packed sequences a list of
-                names a sequence, one a token.
-            strengths: a number, or one for each name: h + strength · (edited − h). 1 by default.
+                names a sequence, one a token. In the place of a name, `Stack("a", "b")`: those edits, in this order.
+            strengths: a number, or one for each name: h + strength · (edited − h). 1 by default. For a Stack a number
+                dials the whole, a list of numbers its parts.
             tokens: for packed sequences instead of nested lists: integers (batch, tokens), which of `names` a token is
                 of; −1: untouched.
 
@@ -155,17 +158,17 @@ class Bank:
         that are neither pinned nor in use.
 
         Raises:
-            KeyError: a name that the bank does not hold. TypeError, ValueError: names and strengths that do not fit.
+            KeyError: a name that the bank does not hold. TypeError, ValueError: names and strengths that do not fit, or
+                a stack whose ranks add up to more than the bank's, or whose parts have different positions.
             BankFullError: on entering, more different names than there are slots for.
         """
         self._alive()
         names, shape = flat_names(names)
-        factors = factors_of(strengths, len(names))
+        names, factors = dialled(names, strengths)
         if tokens is not None:
             names, factors, shape = by_token(names, factors, shape, tokens)
-        for name in names:
-            if name is not None:
-                self._entry(name)
+        for name in {*names} - {None}:
+            self._books.wanted(name)
         return Assignment(self, names, factors, shape)
 
     @property
@@ -234,7 +237,7 @@ class Bank:
 
     def _entry_of(self, name, edits):
         forms, positions = forms_of(edits, self.model, self._root.layers, self.positions)
-        return Entry(name, self.tables.stage(forms), positions)
+        return Entry(name, self.tables.stage(forms), positions, {place: form.rank for place, form in forms.items()})
 
 
 def banks(model):

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from .bank_entries import Spill
+from .bank_entries import Combination, Spill
+from .stacks import Stack, stacked
 
 
 class BankFullError(RuntimeError):
@@ -20,8 +21,8 @@ class BankFullError(RuntimeError):
 class Stats(NamedTuple):
     """A bank's counts. entries: names; resident, pinned, in_use: of them; on_host, on_disk: copies kept there.
 
-    hits, loads: names that an assignment or prefetch found resident, or had to bring in. Bytes of the tables on the
-    device, whether full or not, and of the host copies.
+    hits, loads: names and stacks that an assignment or prefetch found resident, or had to bring in. Bytes of the tables
+    on the device, whether full or not, and of the host copies. stacks: those in slots of their own, beside `resident`.
     """
 
     capacity: int
@@ -36,19 +37,21 @@ class Stats(NamedTuple):
     evictions: int
     device_bytes: int
     host_bytes: int
+    stacks: int
 
 
 class Books:
     """Entries by name over `tables`; `host` bytes of copies in memory (None: no limit), beyond that in `folder`.
 
     entries: name → Entry. resident: id → Entry, of those with a slot. Both the least recently used first.
+    combinations: key → Combination, of stacks that have a slot or are about to.
     """
 
     def __init__(self, tables, host=None, folder=None):
         _check_host(host, folder)
         self.tables, self.host = tables, host
         self.spill = None if folder is None else Spill(folder)
-        self.entries, self.resident = OrderedDict(), OrderedDict()
+        self.entries, self.resident, self.combinations = OrderedDict(), OrderedDict(), {}
         self.host_bytes = self.hits = self.loads = self.evictions = 0
         self.read = {}  # slot → events after which nobody reads it any more; on a GPU
         self._make_locks()
@@ -60,18 +63,19 @@ class Books:
         """For a copy of the model, whose bank has every edit in memory and no assignment in force."""
         with self.writing, self.lock:
             for entry in [*self.entries.values(), *self.resident.values()]:
-                if entry.staged is None:
+                if entry.staged is None and not entry.parts:
                     entry.staged = self.tables.staged_from(self.spill.read(entry.path))
                     self.host_bytes += entry.nbytes
-            return {k: v for k, v in self.__dict__.items() if k not in ("lock", "writing", "_spilling")} | {"read": {}}
+            state = {k: v for k, v in self.__dict__.items() if k not in ("lock", "writing", "_spilling")}
+            return state | {"read": {}, "combinations": {}}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._make_locks()
         self.resident = OrderedDict((id(entry), entry) for entry in self.resident.values())
         for entry in [*self.entries.values(), *self.resident.values()]:
-            entry.uses, entry.path, entry.ready = 0, None, None
-        for entry in [entry for entry in self.resident.values() if entry.gone]:
+            entry.uses, entry.folding, entry.path, entry.ready = 0, 0, None, None
+        for entry in [entry for entry in self.resident.values() if entry.gone or entry.parts]:
             self._retire(entry)
 
     # --- names ----------------------------------------------------------------------------------------------
@@ -86,6 +90,19 @@ class Books:
             some = ", ".join(repr(n) for n in list(self.entries)[:5]) or "none yet"
             raise KeyError(f"the bank holds no edit named {name!r}; it holds {len(self.entries)}: {some}")
         return entry
+
+    def wanted(self, name):
+        """The Entry of a name, or the Combination of a Stack, as they are now: it may be new and without a slot.
+
+        Raises:
+            KeyError: no such name. ValueError: a stack whose parts cannot be one.
+        """
+        if type(name) is not Stack:
+            return self.entry(name)
+        with self.lock:
+            parts = tuple(self.entry(part) for part in name.names)
+            key = tuple(map(id, parts)), name.strengths
+            return self.combinations.get(key) or Combination(name, parts, key, self.tables.rank)
 
     def add(self, entry):
         with self.lock:
@@ -152,26 +169,26 @@ class Books:
                 sum(e.pinned for e in entries), sum(e.uses > 0 for e in entries),
                 sum(e.staged is not None for e in entries), sum(e.path is not None for e in entries), self.hits,
                 self.loads, self.evictions, sum(table.nbytes for table in self.tables.buffers()), self.host_bytes,
+                sum(e.slot is not None for e in self.combinations.values()),
             )  # fmt: skip
 
     # --- in use ---------------------------------------------------------------------------------------------
 
     def acquire(self, names):
-        """{name: Entry} with every one of them resident, and staying so until `release`."""
+        """{name or Stack: Entry} with every one of them resident, and staying so until `release`."""
         if len(names) > self.tables.capacity:
             raise BankFullError(
                 f"{len(names)} different edits in one batch, and the bank has a capacity of {self.tables.capacity}: cut the "
                 "batch, or make a bank of that capacity"
             )
         with self.lock:
-            held = {name: self.entry(name) for name in names}
-            for name, entry in held.items():
-                entry.uses += 1
-                self.entries.move_to_end(name)
-                if entry.slot is not None:
-                    self.resident.move_to_end(id(entry))
-                    self.hits += 1
+            held = {name: self.wanted(name) for name in names}
+            for entry in held.values():
+                self._use(entry)
             missing = [entry for entry in held.values() if entry.slot is None]
+            parts = [part for entry in missing for part in entry.parts]
+            for part in parts:
+                part.folding += 1
         try:
             for entry in missing:
                 self._load(entry)
@@ -179,9 +196,29 @@ class Books:
         except BaseException:
             self.release(held.values())
             raise
+        finally:
+            self._folded(parts)
         if missing:
             self._trim()
         return held
+
+    def _use(self, entry):
+        entry.uses += 1
+        if entry.parts:
+            self.combinations[entry.key] = entry
+        for part in entry.parts or (entry,):
+            self.entries.move_to_end(part.name)
+        if entry.slot is not None:
+            self.resident.move_to_end(id(entry))
+            self.hits += 1
+
+    def _folded(self, parts):
+        """Host copies that a stack was made of are no longer needed for that."""
+        with self.lock:
+            for part in parts:
+                part.folding -= 1
+                if part.gone:
+                    self._retire(part)
 
     def release(self, entries):
         entries = list(entries)
@@ -189,13 +226,17 @@ class Books:
         with self.lock:
             for entry in entries:
                 entry.uses -= 1
-                if entry.gone:
+                if entry.gone or (entry.parts and entry.slot is None):
                     self._retire(entry)
 
     def _retire(self, entry):
         """An entry that no name leads to any more; its slot and copies end with its last use. Under the lock."""
         entry.gone = True
-        if entry.uses:
+        for combination in [c for c in self.combinations.values() if c is entry or entry in c.parts]:
+            del self.combinations[combination.key]
+            if combination is not entry:
+                self._retire(combination)
+        if entry.uses or entry.folding:
             return
         if entry.slot is not None:
             self.tables.give(entry.slot)
@@ -231,9 +272,7 @@ class Books:
                     )
                 return
             try:
-                if staged is None:
-                    staged = self.tables.staged_from(self.spill.read(entry.path))
-                self._write(slot, entry, staged)
+                self._write(slot, entry, self._read(entry) if staged is None else staged)
             except BaseException:
                 with self.lock:
                     self.tables.give(slot)
@@ -247,6 +286,17 @@ class Books:
                 else:
                     self._publish(entry, slot)
 
+    def _read(self, entry):
+        """The Staged of an entry without a host copy: its file's, or a stack's, folded of its parts."""
+        if not entry.parts:
+            return self.tables.staged_from(self.spill.read(entry.path))
+        parts = []
+        for part in entry.parts:
+            staged = part.staged  # None only once its file is there
+            forms = self.tables.forms(self._read(part) if staged is None else staged, part.ranks)
+            parts.append({place: [form] for place, form in forms.items()})
+        return self.tables.stage(stacked(parts, entry.strengths))
+
     def _room(self):
         """A slot to write to: a free one, or that of the least recently used edit; None where there is none."""
         with self.lock:
@@ -258,6 +308,8 @@ class Books:
                 return None
             del self.resident[id(idle)]
             slot, idle.slot = idle.slot, None
+            if idle.parts:
+                del self.combinations[idle.key]
             self.evictions += 1
             return slot
 

@@ -21,18 +21,44 @@ from .patching import Handle
 from .per_layer import Spot
 from .planning import choose, device_at, width_at
 from .sites import MODEL_SITES
+from .stacks import check_positions, steepest
 
 
 class Entry:
     """One name's edit. staged: its host copy, or None; path: its file, or None; slot: where it is resident, or None.
 
-    uses: assignments in force that hold it. gone: removed or replaced; what is left of it ends with the last use.
+    ranks: {place: rank}. uses: assignments in force that hold it; folding: stacks being made of its host copy. gone:
+    removed or replaced; what is left of it ends with the last use.
     """
 
-    def __init__(self, name, staged, positions):
-        self.name, self.staged, self.positions, self.nbytes = name, staged, positions, staged.nbytes
+    parts = ()
+
+    def __init__(self, name, staged, positions, ranks):
+        self.name, self.staged, self.positions, self.ranks, self.nbytes = name, staged, positions, ranks, staged.nbytes
         self.path = self.slot = self.ready = None
-        self.uses, self.pinned, self.gone = 0, False, False
+        self.uses, self.folding, self.pinned, self.gone = 0, 0, False, False
+
+
+class Combination(Entry):
+    """Several names' edits at strengths, as one: there while it has a slot, and made anew of its parts' host copies.
+
+    key: what it is of. Parts are entries, not names: what one is replaced by is another combination's.
+    """
+
+    staged, nbytes, pinned, folding = None, 0, False, 0
+
+    def __init__(self, stack, parts, key, rank):
+        """Raises ValueError where the parts cannot be one; rank: of the tables."""
+        check_positions([(repr(part.name), part.positions) for part in parts])
+        need, place = steepest([part.ranks for part in parts])
+        if need > rank:
+            raise ValueError(
+                f"{stack!r} has rank {need} at site {place[1]!r} of layer {place[0]} (ranks of a stack add up), and this "
+                f"bank was made for rank {rank}: make it with rank={need} or more"
+            )
+        self.name, self.parts, self.key, self.strengths, self.positions = stack, parts, key, stack.strengths, parts[0].positions
+        self.path = self.slot = self.ready = None
+        self.uses, self.gone = 0, False
 
 
 def forms_of(source, model, layers, positioned):

@@ -4,12 +4,12 @@ An assignment is a thread's own: forwards of other threads do not see it. Its sl
 rows once for all layers and steps of a shape.
 """
 
-import math
 import threading
 
 import torch
 
 from .runtime import Stage
+from .stacks import Stack, finite
 from .tenants import Slotted, spread
 
 _ident = threading.get_ident
@@ -162,7 +162,8 @@ class Assignment:
         if rows.numel() != hidden.shape[:-1].numel() or rows.shape[0] != hidden.shape[0] != rows.numel():
             raise ValueError(
                 f"assign() was given a name a token for {tuple(rows.shape)} (batch, tokens), but the hidden states have "
-                f"shape {tuple(hidden.shape)}: packed sequences run in one forward, without a cache of earlier ones"
+                f"shape {tuple(hidden.shape)}: packed sequences run in one forward, without a cache of earlier ones; "
+                f"{_STACKS}"
             )
         return rows.to(hidden.device).reshape(hidden.shape[:-1])
 
@@ -200,6 +201,9 @@ class TableStage(Stage):
 # --- what a user assigns -----------------------------------------------------------------------------------------------
 
 
+_STACKS = 'a stack of edits for one sequence is fastedit.Stack("a", "b")'
+
+
 def check_name(name):
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}, expected a string")
@@ -223,24 +227,30 @@ def flat_names(names):
         if len(lengths) > 1 or None in lengths or 0 in lengths:
             raise ValueError(
                 "names holds lists of different lengths, or lists beside names: for packed sequences it is one list a "
-                "sequence, all as long as the batch is (a stack of edits is added under one name)"
+                f"sequence, all as long as the batch is; {_STACKS}"
             )
         flat, shape = [name for row in names for name in row], (len(names), lengths.pop())
     for name in flat:
-        if name is not None:
+        if name is not None and type(name) is not Stack:
             check_name(name)
     return flat, shape
 
 
-def factors_of(strengths, count):
+def dialled(names, strengths):
+    """(names, a factor for each): a Stack whose parts have strengths is another Stack, at factor 1."""
     if strengths is None or isinstance(strengths, (int, float)):
-        strengths = [1.0 if strengths is None else strengths] * count
-    factors = [float(strength) for strength in strengths]
-    if len(factors) != count:
-        raise ValueError(f"{len(factors)} strengths for {count} names, expected one number, or one for each name")
-    if not all(math.isfinite(factor) for factor in factors):
-        raise ValueError(f"strengths is {strengths!r:.60}, expected finite numbers")
-    return factors
+        strengths = [1.0 if strengths is None else strengths] * len(names)
+    strengths = list(strengths)
+    if len(strengths) != len(names):
+        raise ValueError(
+            f"{len(strengths)} strengths for {len(names)} names, expected one number, or one for each name "
+            "(for a Stack that may be a list of numbers, one a part)"
+        )
+    found = []
+    for name, strength in zip(names, strengths, strict=True):
+        parts = type(name) is Stack and isinstance(strength, (list, tuple))
+        found.append((name.at(strength), 1.0) if parts else (name, finite(strength)))
+    return tuple(map(list, zip(*found, strict=True)))
 
 
 def by_token(names, factors, shape, tokens):

@@ -165,6 +165,16 @@ class Tables(InFp32):
             if tensor is not None and not _is_finite(tensor):
                 raise ValueError(f"the edit's {name} at site {site!r} of layer {layer} holds values that are NaN or infinite")
 
+    def forms(self, staged, ranks):
+        """{(layer name, site name): Form} of what `stage` made, at the places and ranks {place: rank} it had there."""
+        found = {}
+        for place, rank in ranks.items():
+            number, row = self.places[place]
+            rows = {name: tensor[row] for name, tensor in staged.parts[number].items()}
+            low_rank = {name: rows[name][:rank] for name in _LOW_RANK} if rank else {}
+            found[place] = Form(rows.get("scale"), rows.get("bias"), **low_rank)
+        return found
+
     def staged_from(self, named):
         """The Staged of what its `named` gave, read back from a file."""
         parts = [{} for _ in self.groups]

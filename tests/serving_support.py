@@ -23,10 +23,15 @@ _OPT = {
     "hidden_size": WIDTH, "ffn_dim": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "word_embed_proj_dim": WIDTH,
     "init_std": 0.25,
 }  # fmt: skip
+_GEMMA3 = {  # layers of both kinds, the windows shorter than the prompts
+    "initializer_range": 0.05, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4,
+    "query_pre_attn_scalar": 32,
+}  # fmt: skip
 _QWEN2 = {key: value for key, value in _LLAMA.items() if key != "head_dim"}
 FAMILIES = {
     "llama": ("Llama", _LLAMA), "qwen2": ("Qwen2", _QWEN2), "qwen3": ("Qwen3", _LLAMA), "mistral": ("Mistral", _LLAMA),
-    "gemma": ("Gemma", _LLAMA), "gemma2": ("Gemma2", _LLAMA | {"initializer_range": 0.03}), "opt": ("OPT", _COMMON | _OPT),
+    "gemma": ("Gemma", _LLAMA), "gemma2": ("Gemma2", _LLAMA | _GEMMA3 | {"initializer_range": 0.03}),
+    "gemma3": ("Gemma3", _LLAMA | _GEMMA3), "opt": ("OPT", _COMMON | _OPT),
     "gpt2": ("GPT2", _GPT2 | {k: v for k, v in _COMMON.items() if k != "max_position_embeddings"}),
 }  # fmt: skip
 GREEDY = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
@@ -37,7 +42,8 @@ def save_model(family, folder):
     kind, config = FAMILIES[family]
     torch.manual_seed(0)
     head = {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind}ForCausalLM")
-    model = getattr(transformers, head)(getattr(transformers, f"{kind}Config")(**config)).eval()
+    name = {"Gemma3": "Gemma3TextConfig"}.get(kind, f"{kind}Config")
+    model = getattr(transformers, head)(getattr(transformers, name)(**config)).eval()
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return model
@@ -91,6 +97,18 @@ def answers(model, stack, prompts, strength=1.0):
         ids = torch.tensor(prompts)
         out = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
         return out[:, ids.shape[1] :].tolist()
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def predicted(model, stack, prompt, answer):
+    """fp32 logits (tokens, vocabulary) of each token of `answer` by one forward, under a stack on all tokens."""
+    handle = fe.patch(model, stack) if stack else None
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer[:-1]]), use_cache=False).logits[0]
+        return logits[len(prompt) - 1 :].float()
     finally:
         if handle is not None:
             handle.remove()

@@ -55,8 +55,18 @@ def test_the_page_is_filled_between_its_markers(measured, tmp_path):
     assert "kept" in text
 
 
-def test_every_table_of_the_real_page_is_known():
-    text = report.PAGE.read_text()
+def test_the_bank_s_page_says_what_its_csv_says():
+    results = ROOT / "bench" / "results"
+    page = (ROOT / "docs" / "bank.md").read_text()
+    assert report.filled(page, results) == page, "make it anew: python -m bench.report bench/results"
+    with (results / "bank.csv").open(newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["what"] == "a call each")
+    assert f"| a call each | a different edit each | {float(row['ratio']):.3f} ± " in page
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_every_table_of_the_real_pages_is_known(page):
+    text = page.read_text()
     names = [line[len("<!-- table: "):-len(" -->")] for line in text.splitlines() if line.startswith("<!-- table: ")]
     assert names and set(names) <= set(report.TABLES) and text.count("<!-- end -->") == len(names)
 

@@ -15,10 +15,11 @@ from fastedit.form import Form
 from fastedit.per_layer import Spot
 from fastedit.positions import positions
 from fastedit.serving.admission import Library, Refused, admit, salted, wanted
-from fastedit.serving.contents import read_contents, stacked
+from fastedit.serving.contents import read_contents
 from fastedit.serving.options import resolve
 from fastedit.serving.residency import Residency
 from fastedit.serving.rows import Rows, Wanted
+from fastedit.stacks import stacked
 
 
 class AnyShelf:
@@ -134,7 +135,7 @@ def test_contents_are_what_the_model_runs(library):
         with fe.patch(library.model, stack) as handle:
             for dial in (1.0, 0.25):
                 handle.strength = dial
-                forms = stacked([contents], [dial])
+                forms = stacked([contents.parts], [dial])
                 for (index, site), form in forms.items():
                     layer = next(la for la in fe.families.find_layers(library.model) if la.index == index)
                     edited = hidden

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from ..edit_file import JSON, EditFileError, write
+from ..stacks import check_positions, steepest
 from .contents import read_contents
 
 NAME, STRENGTH, PLAN = "fastedit", "fastedit_strength", "fastedit_plan"
@@ -68,9 +69,7 @@ class Library:
     def plan(self, asked):
         """[[digest, strength], …] for [(name, strength), …]; edits at strength 0 are left out."""
         contents = [self.look(name) for name, _ in asked]
-        if len({one.positions for one in contents}) > 1:
-            said = ", ".join(f"{name} on {one.positions or 'all'}" for (name, _), one in zip(asked, contents, strict=True))
-            raise Refused(f"a stack acts on the same tokens, but these do not: {said}")
+        check_positions([(name, one.positions) for (name, _), one in zip(asked, contents, strict=True)], Refused)
         kept = [(one, strength) for one, (_, strength) in zip(contents, asked, strict=True) if strength]
         self._check_rank([one for one, _ in kept], asked)
         for one, _ in kept:
@@ -107,13 +106,10 @@ class Library:
         return contents
 
     def _check_rank(self, contents, asked):
-        ranks = {}
-        for one in contents:
-            for place, forms in one.parts.items():
-                ranks[place] = ranks.get(place, 0) + sum(form.rank for form in forms)
-        if max(ranks.values(), default=0) > self.options["rank"]:
+        rank, _ = steepest([one.ranks for one in contents])
+        if rank > self.options["rank"]:
             raise Refused(
-                f"{' + '.join(name for name, _ in asked)} has rank {max(ranks.values())}, and this server was started for "
+                f"{' + '.join(name for name, _ in asked)} has rank {rank}, and this server was started for "
                 f"rank {self.options['rank']} (ranks of a stack add up): start it with a larger one"
             )
 

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 
 from ..edit_file import EditFileError, read
-from ..form import Form, at_strength, fold_all
+from ..form import at_strength
 from ..positions import Positions
 from ..store import rebuild
 
@@ -37,8 +37,13 @@ class Contents:
         return all(len(forms) == 1 for forms in self.parts.values())
 
     @property
+    def ranks(self):
+        """{place: rank}"""
+        return {place: sum(form.rank for form in forms) for place, forms in self.parts.items()}
+
+    @property
     def rank(self):
-        return max((sum(form.rank for form in forms) for forms in self.parts.values()), default=0)
+        return max(self.ranks.values(), default=0)
 
     @property
     def sites(self):
@@ -128,13 +133,4 @@ def _check(folder, edit, place, masters, width, depth):
             )
 
 
-def stacked(contents, strengths):
-    """{(layer number, site): Form} of several edits, one after the other, each at its strength."""
-    by_place = {}
-    for one, strength in zip(contents, strengths, strict=True):
-        for place, forms in one.parts.items():
-            by_place.setdefault(place, []).extend(at_strength(form, strength) for form in forms)
-    return {place: fold_all(forms) if len(forms) > 1 else forms[0] for place, forms in by_place.items()}
-
-
-__all__ = ["SITES", "Contents", "EditFileError", "Form", "read_contents", "stacked"]
+__all__ = ["SITES", "Contents", "EditFileError", "read_contents"]

@@ -4,7 +4,8 @@ import functools
 from collections import Counter, OrderedDict
 from pathlib import Path
 
-from .contents import EditFileError, read_contents, stacked
+from ..stacks import stacked
+from .contents import EditFileError, read_contents
 
 _KEPT_ON_HOST = 1024  # files read before; a fine-tuned edit of a 7B model has 1 MB
 
@@ -25,7 +26,7 @@ class Shelf:
 
     def forms(self, key):
         """{(layer number, site): Form} of a key."""
-        return stacked([self.contents(digest) for digest, _ in key], [strength for _, strength in key])
+        return stacked([self.contents(digest).parts for digest, _ in key], [strength for _, strength in key])
 
 
 def _read(staging, digest, width, depth):

@@ -1,10 +1,13 @@
 """Every model class that is served, eager and compiled: a mixed batch says what Hugging Face's models say."""
 
+import copy
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs vllm: `make serving-test` sets it up")
 
 import serving_support as support
+import torch
 
 PROMPTS = support.prompts(2)
 
@@ -55,3 +58,30 @@ def test_nothing_configured_nothing_touched(tmp_path):
     assert not any("_fastedit_place" in module.__dict__ for module in runner.get_model().modules())
     with pytest.raises(ValueError, match="serves no edits"):
         support.tokens(llm, [(PROMPTS[0], "red", None)])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_bfloat16(tmp_path, family):
+    """Of two bfloat16 engines neither is the other's reference: a token is the one of Hugging Face's model, in bfloat16
+    under the same edit, wherever that leads by more than twice what bfloat16 costs that model itself.
+    """
+    exact = support.save_model(family, tmp_path / "model")
+    rounded = copy.deepcopy(exact).bfloat16()
+    exact.load_state_dict(rounded.state_dict())  # the same weights, computed in fp32
+    edits = {name: stack for name, stack in support.edits().items() if name in ("red", "steer", "low-rank", "stacked")}
+    for name, stack in edits.items():
+        support.save_edit(exact, tmp_path / "edits" / name, stack)
+    llm = support.start(tmp_path / "model", tmp_path / "edits", dtype="bfloat16")
+    keys = [None, *edits]
+    found = iter(support.tokens(llm, [(prompt, name, None) for name in keys for prompt in PROMPTS]))
+    decided = total = 0
+    for name in keys:
+        for prompt in PROMPTS:
+            answer = next(found)
+            logits = [support.predicted(model, edits.get(name), prompt, answer) for model in (rounded, exact)]
+            error = (logits[0] - logits[1]).abs().max()
+            best, second = logits[0].topk(2).values.T
+            clear = best - second > 2 * error
+            assert torch.equal(logits[0].argmax(-1)[clear], torch.tensor(answer)[clear]), name
+            decided, total = decided + int(clear.sum()), total + len(answer)
+    assert decided > total / 2, f"{decided} of {total} tokens are decided: too little was tested"
