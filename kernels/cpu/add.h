@@ -59,11 +59,10 @@ inline void add_rows(const EditAddArgs& a, int64_t row, const Params& p, float k
     for (int r = 0; r < R; ++r) store_z(a.z, z[r], row + r, p.rank);
   }
   if (a.on_sum) {
-    edit_rows<R, Wide>(p, k, a.width, z, total, sink);
+    edit_rows<R, Wide>(p, k, a.width, z, total, AsItIs{}, sink);
   } else {
-    edit_rows<R, Wide>(p, k, a.width, z, x, [=](int r, auto lane, int64_t c, auto edited) {
-      sink(r, lane, c, residual(r, lane, c) + edited);
-    });
+    auto add = [=](int r, auto lane, int64_t c, auto edited) { return residual(r, lane, c) + edited; };
+    edit_rows<R, Wide>(p, k, a.width, z, x, add, sink);
   }
 }
 

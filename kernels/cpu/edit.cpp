@@ -31,7 +31,7 @@ void edit_as(const EditArgs& a) {
       memcpy(out + row * a.width, in + row * a.hidden_stride, static_cast<size_t>(a.width) * sizeof(E));
       return;
     }
-    edit_rows<R, T::kWide>(p, k, a.width, z, hidden, [=](int r, auto lane, int64_t c, auto edited) {
+    edit_rows<R, T::kWide>(p, k, a.width, z, hidden, AsItIs{}, [=](int r, auto lane, int64_t c, auto edited) {
       T::template store<decltype(lane)::count>(to.at[r] + c, edited);
     });
   });

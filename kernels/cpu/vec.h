@@ -95,6 +95,8 @@ struct Fp32 {
   template <int L>
   static inline typename Lane<L>::F rounded(typename Lane<L>::F v) { return v; }
   template <int L>
+  static inline typename Lane<L>::F put(T* p, typename Lane<L>::F v) { store<L>(p, v); return v; }
+  template <int L>
   static inline typename Lane<L>::F rounded_product(typename Lane<L>::F v) { return v; }
   template <int L>
   static inline void store_product(T* p, typename Lane<L>::F v) { store<L>(p, v); }
@@ -154,6 +156,20 @@ struct Bf16 {
   template <int L>
   static inline void store(T* p, typename Lane<L>::F v) {
     store_bits<L>(p, v, [](auto half) { return bits(half); });
+  }
+  // Stores, and returns what was stored.
+  template <int L>
+  static inline typename Lane<L>::F put(T* p, typename Lane<L>::F v) {
+    const typename Lane<L>::F kept = rounded<L>(v);
+    if constexpr (L == 2 * kLanes) {
+      typedef Lane<kLanes>::U U;
+      const U both = ((U)kept.even >> 16) | (U)kept.odd;
+      memcpy(p, &both, sizeof both);
+    } else {
+      const auto half = __builtin_convertvector((typename Lane<L>::U)kept >> 16, typename Lane<L>::H);
+      memcpy(p, &half, sizeof half);
+    }
+    return kept;
   }
   // The same for values computed from 16-bit ones alone: a NaN among them ends in zeros (or is the processor's own),
   // which rounding cannot carry over into the sign, so it need not be looked for.
@@ -245,6 +261,12 @@ struct Fp16 {
   }
   template <int L>
   static inline typename Lane<L>::F rounded(typename Lane<L>::F v) { return widen<L>(narrow<L>(v)); }
+  template <int L>
+  static inline typename Lane<L>::F put(T* p, typename Lane<L>::F v) {
+    const auto half = narrow<L>(v);
+    memcpy(p, &half, sizeof half);
+    return widen<L>(half);
+  }
   template <int L>
   static inline typename Lane<L>::F rounded_product(typename Lane<L>::F v) { return rounded<L>(v); }
   template <int L>
