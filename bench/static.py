@@ -60,13 +60,15 @@ def plain_names(mangled):
 
 
 def cases():
-    """(op, mode, dtype, rank, path): path is vectors, slots or scalar (an odd view)."""
+    """(op, mode, dtype, rank, path): path is vectors, gate (behind one), slots or scalar (an odd view)."""
     ops = ("edit", "edit_add", "edit_add_norm", "project")
     for op, mode, dtype, rank in itertools.product(ops, ("forward", "backward"), PAIRS, (0, 4, 8)):
         one_dtype = (op in ("edit", "project") and mode == "forward") or op == "project"
         if (op == "project" and rank == 0) or (one_dtype and "+" in dtype) or (op == "edit_add" and mode == "backward"):
             continue  # edit_add's backward is edit's
         yield op, mode, dtype, rank, "vectors"
+        if mode == "forward" and op != "project" and rank < 8:
+            yield op, mode, dtype, rank, "gate"
         if rank < 8 and op != "project":
             yield op, mode, dtype, rank, "slots"
         if dtype in ("f32", "bf16") and rank == 4:
@@ -94,6 +96,8 @@ def observe(cuda, op, mode, dtype, rank, path):
         form["offset"] = torch.randn(*lead, rank)
     if slots:
         form["slot"] = torch.zeros(ROWS, dtype=torch.int32)
+    if path == "gate":
+        form |= {"gate": torch.randn(WIDTH), "rule": torch.tensor([0.0, 0.0, 1.0])}
     z, weight, stat = torch.randn(ROWS, rank) if rank else None, torch.rand(WIDTH).to(wide), torch.rand(ROWS)
     shape, needs = (ROWS, WIDTH), [True, *(name in form for name in PARAMETERS), False]
     if (op, mode) == ("edit", "forward"):
@@ -181,7 +185,7 @@ def table(archs):
 
 
 def markdown(path):
-    """The CSV as a table: sm_90, vectors, one line a kernel; what no case launches is counted below it."""
+    """The CSV as a table: sm_90, vectors, one line a kernel, * behind a gate; what no case launches is counted."""
     with pathlib.Path(path).open(newline="") as file:
         rows = list(csv.DictReader(file))
     lines = [
@@ -190,9 +194,10 @@ def markdown(path):
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        if r["arch"] == "sm_90" and r["path"] == "vectors" and r["dtype"] in ("f32", "bf16"):
+        mode = r["mode"] + " *" * (r["path"] == "gate")
+        if r["arch"] == "sm_90" and r["path"] in ("vectors", "gate") and r["dtype"] in ("f32", "bf16"):
             lines.append(
-                f"| {r['op']} {r['mode']} | {r['dtype']} | {r['rank']} | `{r['kernel']}` | {r['threads']} "
+                f"| {r['op']} {mode} | {r['dtype']} | {r['rank']} | `{r['kernel']}` | {r['threads']} "
                 f"| {r['registers']} | {int(r['shared_bytes']) / 1024:.0f} | {r['spill_bytes']} "
                 f"| {r['wide_accesses']} / {r['narrow_accesses']} | {r['warps_per_sm']} | {r['row_bytes']} "
                 f"| {r['ns_per_row']} |"

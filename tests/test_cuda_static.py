@@ -44,11 +44,11 @@ def test_the_table_has_a_line_for_each_kernel_of_vectors(tmp_path):
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, static.FIELDS)
         writer.writeheader()
-        writer.writerows([row, row | {"path": "slots"}, row | {"path": "", "spill_bytes": "8"}])
+        writer.writerows([row, row | {"path": "slots"}, row | {"path": "", "spill_bytes": "8"}, row | {"path": "gate"}])
     lines = static.markdown(path).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6 and lines[3] == lines[2].replace("backward", "backward *")
     assert lines[2] == "| edit backward | bf16 | 1 | `a<b>` | 1 | 1 | 2 | 0 | 1 / 1 | 1 | 1 | 1 |"
-    assert lines[4].startswith("3 rows; 1 kernels spill; 1 instantiations")
+    assert lines[5].startswith("4 rows; 1 kernels spill; 1 instantiations")
 
 
 def test_the_checked_in_table_has_every_case_and_no_spill():
@@ -58,7 +58,7 @@ def test_the_checked_in_table_has_every_case_and_no_spill():
     assert cases == {tuple(map(str, case)) for case in static.cases()}
     assert {r["spill_bytes"] for r in rows} == {r["ldl_stl"] for r in rows} == {"0"}
     for r in rows:
-        if r["path"] == "vectors" and "+" not in r["dtype"] and r["kernel"] != "reduce_kernel":
+        if r["path"] in ("vectors", "gate") and "+" not in r["dtype"] and r["kernel"] != "reduce_kernel":
             assert r["narrow_accesses"] == "0", r
         assert not r["path"] or int(r["warps_per_sm"]) > 0, r
 
@@ -71,5 +71,5 @@ def test_bytes_of_the_checked_in_table_are_the_least():
     }  # fmt: skip
     for r in csv.DictReader(CSV.open()):
         size = {"f32": 4, "bf16": 2, "f16": 2}.get(r["dtype"])
-        if r["path"] == "vectors" and size and r["rank"] in "0":
+        if size and (r["path"] == "gate" or (r["path"] == "vectors" and r["rank"] in "0")):
             assert int(r["row_bytes"]) == streams[r["op"], r["mode"]] * size * 4096, r

@@ -1,6 +1,6 @@
 // edit: out = h + k · ((scale − 1) ⊙ h + bias + z @ write), z = h @ readᵀ + offset.
 // One stream in, one out. Rank 0 is the stream kernel (stream.h: grid, registers, determinism); a rank
-// above 0 needs sums along the row (edit_add_norm.cu).
+// above 0 or a gate needs sums along the row (edit_add_norm.cu, edit_gated.cu).
 #include "rows.h"
 #include "stream.h"
 

@@ -1,6 +1,6 @@
 // edit_add: out = residual + E(x), or E(residual + x) where on_sum: the traffic of the plain add.
 // Two streams in, one out. Rank 0 is the stream kernel (stream.h: grid, registers, determinism); a rank
-// above 0 needs sums along the row (edit_add_norm.cu).
+// above 0 or a gate needs sums along the row (edit_add_norm.cu, edit_gated.cu).
 #include "rows.h"
 #include "stream.h"
 

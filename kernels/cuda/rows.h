@@ -1,4 +1,4 @@
-// Everything that needs a sum along the row: z, and the norms. Defined in edit_add_norm.cu.
+// Everything that needs a sum along the row: z, gates and the norms. Defined in edit_add_norm.cu.
 #pragma once
 #include "abi.h"
 
@@ -8,7 +8,10 @@ namespace fastedit::cuda {
 // project.
 int edit_rows(const EditAddNormArgs& args, void* stream);
 
+// Its rows behind a gate (edit_gated.cu).
+int edit_gated_rows(const EditAddNormArgs& args, void* stream);
+
 // True where rank 0 needs no sum along the row, so that the stream kernel serves.
-inline bool streams(const Form& form) { return form.rank == 0; }
+inline bool streams(const Form& form) { return form.rank == 0 && !form.gate; }
 
 }  // namespace fastedit::cuda

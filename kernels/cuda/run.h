@@ -42,7 +42,7 @@ struct Alignment {
     return *this;
   }
   Alignment& form(const Form& f) {
-    return parameter(f.scale).parameter(f.bias).parameter(f.read).parameter(f.write);
+    return parameter(f.scale).parameter(f.bias).parameter(f.read).parameter(f.write).parameter(f.gate);
   }
 };
 

@@ -163,6 +163,7 @@ inline void wait_copies() { emulator::copy_now(); }
 inline float __uint_as_float(uint32_t bits) { return emulator::float_of(bits); }
 inline uint32_t __float_as_uint(float value) { return emulator::bits_of(value); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline uint32_t two_bf16(float low, float high) {
   return emulator::bf16_bits(low) | emulator::bf16_bits(high) << 16;
 }

@@ -25,6 +25,7 @@ FLAGS = [
 ]  # fmt: skip
 PARAMETERS = ("scale", "bias", "read", "offset", "write")
 FORM = (*PARAMETERS, "slot", "coefficient")
+GATE = ("gate", "rule")
 
 I64, INT, PTR, F32 = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_float
 
@@ -220,11 +221,11 @@ class Emulated:
         return [(names[kernel], *shape) for kernel, *shape in fields]
 
     def form(self, form):
-        given = {name: form.get(name) for name in FORM}
-        first = next((given[name] for name in PARAMETERS if given[name] is not None), None)
+        given = {name: form.get(name) for name in (*FORM, *GATE)}
+        first = next((given[name] for name in (*PARAMETERS, "gate") if given[name] is not None), None)
         coefficient = given["coefficient"]
         return Form(
-            **{name: pointer(given[name]) for name in FORM},
+            **{name: pointer(tensor) for name, tensor in given.items()},
             rank=0 if given["read"] is None else given["read"].shape[-2],
             slots=first.shape[0] if given["slot"] is not None and first is not None else 1,
             coefficient_stride=0 if coefficient is None or coefficient.numel() == 1 else 1,
