@@ -1,4 +1,4 @@
-"""Triton kernels compiled without a GPU: launches recorded instead of run, their code, and what each access of it belongs to.
+"""Triton kernels compiled without a GPU: recorded launches, their code, and which argument each access belongs to.
 
 Each global access is traced back to the kernel argument its address comes from, in PTX for NVIDIA and in LLVM IR for
 AMD, because a search for vector loads finds those of the fp32 parameters also where the activations go one element at
@@ -32,7 +32,9 @@ def record(monkeypatch, target):
     """A list that fills with the launches of the ops called from now on."""
     launches = []
     monkeypatch.setattr(host, "warp_size", lambda: target.warp_size)
-    monkeypatch.setattr(host, "run", lambda kernel, shape, _, *args, **opts: launches.append((kernel, shape, args, opts)))
+    monkeypatch.setattr(
+        host, "run", lambda kernel, shape, _, *args, **opts: launches.append((kernel, shape, args, opts))
+    )
     return launches
 
 

@@ -5,7 +5,7 @@
 
 h is in registers, or walked tile by tile, for the edit itself (rows.py): the gate adds one vector of parameters, two
 sums along the row and no stream. Its rule is read like any parameter, so thresholds change and differ between slots
-without a new kernel; so both sums are taken whatever the rule.
+without a new kernel. Hence both sums, whatever the rule.
 """
 
 import triton
