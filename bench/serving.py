@@ -121,7 +121,7 @@ def main():
     where = about() | {"mode": "compiled" if chosen.compiled else "eager"}
     where |= {key: getattr(chosen, key) for key in ("dtype", "width", "layers", "requests", "edits", "prompt", "tokens")}
     chosen.out.mkdir(parents=True, exist_ok=True)
-    with open(chosen.out / "serving.csv", "w", newline="") as file:
+    with open(chosen.out / "serving-cpu.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, (*FIELDS, *about()))
         writer.writeheader()
         for what, beside in BESIDE:

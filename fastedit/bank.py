@@ -30,6 +30,8 @@ class Bank:
             allocated, capacity × (2 + 2 · rank) · width numbers each.
         rank: of the low-rank part at one site, at most; 0 for RED, steering and other edits by scale and bias.
         positions: whether edits may have positions other than "all"; then every forward is looked at (row_plan.py).
+        gates: whether an edit may be behind a gate, one a site of a layer: dot or cosine, decided by token on what the
+            edit is given. Then capacity × (width + 3) more numbers at each place, which every forward looks at.
         host: how many bytes of edits host memory keeps; None for no limit. Beyond it the least recently used ones are
             written to `folder`, which then is needed.
         fused: False keeps to the plain path.
@@ -41,12 +43,13 @@ class Bank:
     freeze = False  # what a Root asks of a Handle
 
     def __init__(
-        self, model, capacity, *, sites=("mlp",), rank=0, layers=None, positions=False, host=None, folder=None, fused=True
-    ):
+        self, model, capacity, *, sites=("mlp",), rank=0, layers=None, positions=False, gates=False, host=None, folder=None,
+        fused=True,
+    ):  # fmt: skip
         Tables.check(capacity, rank)
         root = root_of(model) or Root(model)
         found, devices = places_of(root.layers, sites, layers)
-        self.tables = Tables([(layer.name, site, width) for layer, site, width in found], capacity, rank, devices)
+        self.tables = Tables([(layer.name, site, width) for layer, site, width in found], capacity, rank, devices, gates)
         self._books = Books(self.tables, host, folder)
         if fused:
             root.prove([(layer, site) for layer, site, _ in found])
@@ -70,7 +73,7 @@ class Bank:
 
         Raises:
             TypeError, ValueError, EditFileError: a name in use, or an edit that this bank cannot hold (another site, too
-                high a rank, gates, probes, keep_norm, several positions), and why.
+                high a rank, gates of other kinds or beside another edit, probes, keep_norm, several positions), and why.
         """
         self._alive()
         self._books.check_new(check_name(name))
@@ -236,8 +239,9 @@ class Bank:
         return self._books.entry(check_name(name))
 
     def _entry_of(self, name, edits):
-        forms, positions = forms_of(edits, self.model, self._root.layers, self.positions)
-        return Entry(name, self.tables.stage(forms), positions, {place: form.rank for place, form in forms.items()})
+        forms, gates, positions = forms_of(edits, self.model, self._root.layers, self.positions)
+        ranks = {place: form.rank for place, form in forms.items()}
+        return Entry(name, self.tables.stage(forms, gates), positions, ranks, gates)
 
 
 def banks(model):

@@ -290,12 +290,13 @@ class Books:
         """The Staged of an entry without a host copy: its file's, or a stack's, folded of its parts."""
         if not entry.parts:
             return self.tables.staged_from(self.spill.read(entry.path))
-        parts = []
+        parts, gates = [], {}
         for part in entry.parts:
             staged = part.staged  # None only once its file is there
-            forms = self.tables.forms(self._read(part) if staged is None else staged, part.ranks)
-            parts.append({place: [form] for place, form in forms.items()})
-        return self.tables.stage(stacked(parts, entry.strengths))
+            staged = self._read(part) if staged is None else staged
+            parts.append({place: [form] for place, form in self.tables.forms(staged, part.ranks).items()})
+            gates |= self.tables.staged_gates(staged, part.gated)
+        return self.tables.stage(stacked(parts, entry.strengths), gates)
 
     def _room(self):
         """A slot to write to: a free one, or that of the least recently used edit; None where there is none."""

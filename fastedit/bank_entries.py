@@ -16,25 +16,28 @@ from safetensors.torch import save as to_bytes
 from . import store
 from .edits import Edit
 from .form import at_strength, fold_all
+from .gates import outside_kernels
+from .gating import Sensor, kernel_gate
 from .masters import masters_of
 from .patching import Handle
 from .per_layer import Spot
 from .planning import choose, device_at, width_at
 from .sites import MODEL_SITES
-from .stacks import check_positions, steepest
+from .stacks import check_gates, check_positions, steepest
 
 
 class Entry:
     """One name's edit. staged: its host copy, or None; path: its file, or None; slot: where it is resident, or None.
 
-    ranks: {place: rank}. uses: assignments in force that hold it; folding: stacks being made of its host copy. gone:
-    removed or replaced; what is left of it ends with the last use.
+    ranks: {place: rank}; gated: the places with a gate. uses: assignments in force that hold it; folding: stacks being
+    made of its host copy. gone: removed or replaced; what is left of it ends with the last use.
     """
 
     parts = ()
 
-    def __init__(self, name, staged, positions, ranks):
-        self.name, self.staged, self.positions, self.ranks, self.nbytes = name, staged, positions, ranks, staged.nbytes
+    def __init__(self, name, staged, positions, ranks, gated=()):
+        self.name, self.staged, self.positions, self.nbytes = name, staged, positions, staged.nbytes
+        self.ranks, self.gated = ranks, tuple(gated)
         self.path = self.slot = self.ready = None
         self.uses, self.folding, self.pinned, self.gone = 0, 0, False, False
 
@@ -50,6 +53,7 @@ class Combination(Entry):
     def __init__(self, stack, parts, key, rank):
         """Raises ValueError where the parts cannot be one; rank: of the tables."""
         check_positions([(repr(part.name), part.positions) for part in parts])
+        check_gates([(repr(part.name), part.ranks, part.gated) for part in parts])
         need, place = steepest([part.ranks for part in parts])
         if need > rank:
             raise ValueError(
@@ -62,7 +66,7 @@ class Combination(Entry):
 
 
 def forms_of(source, model, layers, positioned):
-    """({(layer name, site name): Form}, positions) of whatever a user adds.
+    """({(layer name, site name): Form}, {such a place: (gate, rule)}, positions) of whatever a user adds.
 
     layers: the model's. positioned: whether the bank's edits may have positions.
 
@@ -75,17 +79,25 @@ def forms_of(source, model, layers, positioned):
         parts = _of_folder(source, model, layers)
     else:
         parts = _of_edits(source, layers)
-    stacks, positions = {}, set()
-    for edit, place, form in parts:
+    stacks, gates, positions = {}, {}, set()
+    for edit, place, form, gate in parts:
         positions.add(edit.positions)
         stacks.setdefault(place, []).append(form)
+        if gate is not None:
+            gates[place] = gate
+    crowded = next((place for place in gates if len(stacks[place]) > 1), None)
+    if crowded is not None:
+        raise ValueError(
+            f"{len(stacks[crowded])} edits of one name are at site {crowded[1]!r} of layer {crowded[0]}, one of them behind a "
+            "gate: what a gate decides on is what its edit is given, so there it is alone; patch them"
+        )
     if len(positions) > 1:
         spelled = ", ".join(sorted(repr("all" if p is None else str(p)) for p in positions))
         raise ValueError(f"the edits of one name share their positions, found {spelled}: a slot has one coefficient a row")
     found = positions.pop() if positions else None
     if found is not None and not positioned:
         raise ValueError(f"the edit has positions {str(found)!r}: make the bank with positions=True, which looks at tokens")
-    return {place: fold_all(forms) for place, forms in stacks.items()}, found
+    return {place: fold_all(forms) for place, forms in stacks.items()}, gates, found
 
 
 def _of_handle(handle):
@@ -95,9 +107,13 @@ def _of_handle(handle):
         _check_kind(edit)
     with torch.no_grad():
         return [
-            (edit, (layer.name, edit.site), at_strength(masters.form(), masters.strength))
+            (edit, (layer.name, edit.site), at_strength(masters.form(), masters.strength), _gate_of(kernel_gate(masters)))
             for edit, layer, masters in handle._each()
         ]
+
+
+def _gate_of(sensor):
+    return None if sensor is None else sensor.gate()
 
 
 def _of_folder(folder, model, layers):
@@ -108,6 +124,9 @@ def _of_folder(folder, model, layers):
         for layer in choose(edit, layers):
             prefix = f"{number}.{layer.name}.{edit.site}."
             held[number][layer.index] = {name: tensors[prefix + name] for name in edit.names}
+        if edit.gate is not None:
+            at = {layer.index: f"{number}.{layer.name}.{edit.site}.gate0." for layer in choose(edit, layers)}
+            edit.gate.hold(*({i: tensors[a + name] for i, a in at.items()} for name in ("condition", "threshold")))
     return _of_edits([edit.holding(own) for edit, own in zip(edits, held, strict=True)], layers, strength)
 
 
@@ -133,15 +152,19 @@ def _of_edit(edit, layers, strength):
                 form = edit.form(edit.tensors(spot, width))
             else:  # masters bring a basis to orthonormal rows before anything is derived from it
                 form = masters_of(edit, spot, width, torch.device("cpu")).form()
-            yield edit, (layer.name, edit.site), at_strength(form, strength)
+            sensor = None if edit.gate is None else Sensor(edit.gate, "bank", spot, width, torch.device("cpu"))
+            yield edit, (layer.name, edit.site), at_strength(form, strength), _gate_of(sensor)
 
 
 def _check_kind(edit):
     why = None
     if edit.is_probe:
         why = "a Probe reads and edits nothing: patch it with fastedit.patch"
-    elif edit.gate is not None:
-        why = "an edit behind a gate is not one normal form: patch it apart, or dial it by assign(strengths=)"
+    elif edit.gate is not None and outside_kernels(edit.gate) is not None:
+        why = (
+            f"{outside_kernels(edit.gate)}; a bank with gates=True holds one dot or cosine gate, decided by token on what the "
+            "edit is given: patch it apart, or decide yourself and dial it by assign(strengths=)"
+        )
     elif edit.keep_norm:
         why = "keep_norm rescales each row behind the edit, which no normal form does: patch it apart"
     if why is not None:

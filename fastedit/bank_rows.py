@@ -8,6 +8,7 @@ import threading
 
 import torch
 
+from .kernels.reference.form import gated_coefficient
 from .runtime import Stage
 from .stacks import Stack, finite
 from .tenants import Slotted, spread
@@ -178,6 +179,7 @@ class Served:
     def __init__(self, tables, layer, site, assigned, needs_plan, fused):
         self.tables, self.place, self.tenancy = tables, (layer, site), assigned
         self.rank, self.needs_plan, self.fused = tables.rank, needs_plan, fused
+        self.looks = TableGate(tables, self.place, assigned) if tables.gates else None
 
     def stage(self, masters, stack):
         return TableStage([masters], stack)
@@ -186,8 +188,29 @@ class Served:
         return Slotted(self.tables.tensors(*self.place), self.tenancy)
 
 
+class TableGate:
+    """The gates of a site's tables, as lean.py asks for an edit's own."""
+
+    def __init__(self, tables, place, assigned):
+        self.tables, self.place, self.tenancy = tables, place, assigned
+
+    def gate(self):
+        return self.tables.gate(*self.place)
+
+    def say(self, rows):
+        """g of rows (…, width), (…,) fp32: where a compiler or autograd looks on, who must see the operations."""
+        gate, rule = self.gate()
+        flat = rows.reshape(-1, rows.shape[-1]).to(torch.promote_types(rows.dtype, torch.float32))
+        said = gated_coefficient(flat, gate, rule, self.tenancy.slot(rows).reshape(-1), None)
+        return said.float().view(rows.shape[:-1])
+
+
 class TableStage(Stage):
     """A site's tables at work: nothing outside of an assignment."""
+
+    def __init__(self, masters, stack):
+        super().__init__(masters, stack)
+        self.looks = masters[0].looks
 
     def arguments(self, hidden):
         served = self.masters[0]

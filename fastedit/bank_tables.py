@@ -16,6 +16,8 @@ from .form import Form
 from .masters import InFp32
 
 _LOW_RANK = ("read", "offset", "write")
+_TABLES = (*TENSORS, "gate", "rule")
+_OPEN = torch.tensor([-1.0, 0.0, 0.0])  # the rule of an edit without a gate: a product with zeros is above −1
 
 
 class Group(NamedTuple):
@@ -47,22 +49,24 @@ class Staged:
 
 class Tables(InFp32):
     """fp32 tables for `capacity` edits: scale and bias (capacity, width), and with a rank read and write (capacity,
-    rank, width) and offset (capacity, rank) at every place. An empty slot holds the identity.
+    rank, width) and offset (capacity, rank) at every place; with gates gate (capacity, width) and rule (capacity, 3).
+    An empty slot holds the identity, and a gate that is open.
 
     Args:
         sites: [(layer name, site name, width)].
         capacity: how many edits are resident at once.
         rank: of their low-rank parts, at most; 0 for none, and no such tables.
         device: one for all, or {(layer name, site name): device}.
+        gates: whether an edit may be behind a gate.
 
     Raises:
         ValueError: a capacity, rank or place that makes no sense.
     """
 
-    def __init__(self, sites, capacity, rank=0, device="cpu"):
+    def __init__(self, sites, capacity, rank=0, device="cpu", gates=False):
         self.check(capacity, rank)
         super().__init__()
-        self.capacity, self.rank = capacity, rank
+        self.capacity, self.rank, self.gates = capacity, rank, bool(gates)
         grouped = {}
         for layer, site, width in sites:
             where = torch.device(device[layer, site] if isinstance(device, Mapping) else device)
@@ -75,8 +79,9 @@ class Tables(InFp32):
         with torch.inference_mode(False):
             for number, (_, where) in enumerate(grouped):
                 for name, shape in self._shapes(self.groups[number]).items():
-                    make = torch.ones if name == "scale" else torch.zeros
-                    self.register_buffer(f"{name}{number}", make(shape, device=where), persistent=False)
+                    table = torch.empty(shape, device=where)
+                    _neutral(name, table)
+                    self.register_buffer(f"{name}{number}", table, persistent=False)
         self._look()
 
     @staticmethod
@@ -91,13 +96,19 @@ class Tables(InFp32):
         shapes = {"scale": (*rows, group.width), "bias": (*rows, group.width)}
         if self.rank:
             shapes |= {"read": (*rows, *low_rank), "offset": (*rows, self.rank), "write": (*rows, *low_rank)}
+        if self.gates:
+            shapes |= {"gate": (*rows, group.width), "rule": (*rows, 3)}
         return shapes
 
     # --- what the kernels take ------------------------------------------------------------------------------
 
     def tensors(self, layer, site):
         """(scale, bias, read, offset, write) of a place, each with a leading slot dimension; they never move."""
-        return self._views[layer, site]
+        return self._views[layer, site][:5]
+
+    def gate(self, layer, site):
+        """(gate, rule) of a place, each with a leading slot dimension; None where the tables have no gates."""
+        return self._views[layer, site][5:] if self.gates else None
 
     def _look(self):
         self._views = {
@@ -106,7 +117,7 @@ class Tables(InFp32):
         }
 
     def _of_group(self, number):
-        return tuple(self._buffers.get(f"{name}{number}") for name in TENSORS)
+        return tuple(self._buffers.get(f"{name}{number}") for name in _TABLES)
 
     def devices(self):
         return {table.device for table in self._buffers.values()}
@@ -133,16 +144,23 @@ class Tables(InFp32):
         """Make a slot free again. Its rows stay as they are until the next write, which leaves none of them."""
         self.free.append(slot)
 
-    def stage(self, forms):
-        """One edit for `write`, from its normal forms {(layer name, site name): Form}.
+    def stage(self, forms, gates=None):
+        """One edit for `write`, from its normal forms {(layer name, site name): Form}, and gates at some of these places:
+        {(layer name, site name): (gate (width,), rule (3,))}, as `ops.edit` takes them.
 
         Raises:
-            ValueError: a place that is not served, another width, a rank above the tables', or NaN; nothing is written.
+            ValueError: a place that is not served, another width, a rank above the tables', a gate where there are no
+                tables of gates, or NaN; nothing is written.
         """
+        gates = gates or {}
         for place, form in forms.items():
             self._check(place, form)
+        for place, gate in gates.items():
+            self._check_gate(place, gate)
         pin = any(device.type == "cuda" for device in self.devices())
         parts = [_stacked(group, [forms.get(place, _IDENTITY) for place in group.places]) for group in self.groups]
+        for part, group in zip(parts, self.groups, strict=True):
+            part.update(_stacked_gates(group, gates))
         return Staged([{n: t.pin_memory() for n, t in part.items()} for part in parts] if pin else parts)
 
     def _check(self, place, form):
@@ -164,6 +182,24 @@ class Tables(InFp32):
         for name, tensor in zip(TENSORS, form.tensors(), strict=True):
             if tensor is not None and not _is_finite(tensor):
                 raise ValueError(f"the edit's {name} at site {site!r} of layer {layer} holds values that are NaN or infinite")
+
+    def _check_gate(self, place, gate):
+        layer, site = place
+        if not self.gates:
+            raise ValueError(
+                f"the edit at site {site!r} of layer {layer} is behind a gate: make the bank with gates=True, which has "
+                "tables for one"
+            )
+        if not all(_is_finite(tensor) for tensor in gate):
+            raise ValueError(f"the edit's gate at site {site!r} of layer {layer} holds values that are NaN or infinite")
+
+    def staged_gates(self, staged, places):
+        """{(layer name, site name): (gate, rule)} of what `stage` made, at places that have one."""
+        found = {}
+        for place in places:
+            number, row = self.places[place]
+            found[place] = staged.parts[number]["gate"][row], staged.parts[number]["rule"][row]
+        return found
 
     def forms(self, staged, ranks):
         """{(layer name, site name): Form} of what `stage` made, at the places and ranks {place: rank} it had there."""
@@ -187,12 +223,12 @@ class Tables(InFp32):
     def write(self, slot, staged):
         """Put an edit into a slot: every table's row, in place."""
         for number, part in enumerate(staged.parts):
-            for name, table in zip(TENSORS, self._of_group(number), strict=True):
+            for name, table in zip(_TABLES, self._of_group(number), strict=True):
                 if table is None:
                     continue
                 rows, given = table[:, slot], part.get(name)
                 if given is None:
-                    rows.fill_(1.0 if name == "scale" else 0.0)
+                    _neutral(name, rows)
                 elif name in _LOW_RANK and given.shape[1] < self.rank:
                     _copy(rows[:, : given.shape[1]], given)
                     rows[:, given.shape[1] :].zero_()
@@ -204,10 +240,18 @@ class Tables(InFp32):
         self.write(slot, Staged([{} for _ in self.groups]))
 
     def extra_repr(self):
-        return f"{len(self.places)} places, capacity {self.capacity}, rank {self.rank}"
+        return f"{len(self.places)} places, capacity {self.capacity}, rank {self.rank}{', gates' if self.gates else ''}"
 
 
 _IDENTITY = Form()
+
+
+def _neutral(name, rows):
+    """What an edit without this tensor has there."""
+    if name == "rule":
+        rows.copy_(_OPEN)
+    else:
+        rows.fill_(1.0 if name == "scale" else 0.0)
 
 
 def _copy(rows, given):
@@ -241,6 +285,15 @@ def _stacked(group, forms):
                 if getattr(form, name) is not None:
                     part[name][row, : form.rank] = _on_host(getattr(form, name))
     return part
+
+
+def _stacked_gates(group, gates):
+    """{"gate": (places, width), "rule": (places, 3)} on the host, open where there is none; {} without any."""
+    if not any(place in gates for place in group.places):
+        return {}
+    blank = torch.zeros(group.width), _OPEN
+    found = [gates.get(place, blank) for place in group.places]
+    return {name: torch.stack([_on_host(one[n]) for one in found]) for n, name in enumerate(("gate", "rule"))}
 
 
 def _on_host(tensor):

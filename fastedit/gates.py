@@ -78,6 +78,11 @@ class Gate(Rule):
                 self.condition = self.condition.map(_unit)
             self.threshold = PerLayer("threshold", _thresholds(threshold), (1,))
 
+    def hold(self, conditions, thresholds):
+        """Take {layer number: tensor} as they are, from a file: nothing is brought to length 1 a second time."""
+        self.condition = PerLayer("condition", conditions, (1,))
+        self.threshold = PerLayer("threshold", thresholds, (1,))
+
     def values(self, spot, width):
         """{name: fp32 tensor on the CPU} for a layer; zeros for a gate rebuilt from its config."""
         if self.condition is None:
@@ -143,6 +148,19 @@ class _Not(Rule):
 
     def __str__(self):
         return f"not {self.rule}"
+
+
+def outside_kernels(rule):
+    """Why an edit's kernel cannot decide this itself, row by row as it edits; None where it can."""
+    if not isinstance(rule, Gate):
+        return f"several gates are combined ({rule})"
+    if rule.layer is not None:
+        return f"its gate measures at layer {rule.layer}, not what the edit is given"
+    if rule.decide != "token":
+        return f"its gate is decided on the prompt (decide={rule.decide!r}), not for each token"
+    if rule.kind not in ("dot", "cosine"):
+        return f"its gate is of kind {rule.kind!r}"
+    return None
 
 
 def check_rule(rule):

@@ -10,7 +10,7 @@ import torch
 
 from . import ops
 from .decisions import decide
-from .gates import Gate
+from .gates import outside_kernels
 from .kernels import reference
 from .masters import InFp32
 
@@ -161,11 +161,7 @@ def kernel_gate(masters):
     It is the one gate of its edit, at the edit's own site, by dot or cosine, by token.
     """
     gating = masters.gating
-    if gating is None or not isinstance(gating.rule, Gate):
-        return None
-    (sensor,) = gating.sensors
-    fits = sensor.layer is None and sensor.decide == "token" and sensor.kind in ("dot", "cosine")
-    return sensor if fits else None
+    return None if gating is None or outside_kernels(gating.rule) is not None else gating.sensors[0]
 
 
 class Tap:

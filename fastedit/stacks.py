@@ -92,6 +92,21 @@ def steepest(ranks):
     return max(((rank, place) for place, rank in total.items() if rank), default=(0, None), key=lambda found: found[0])
 
 
+def check_gates(named, error=ValueError):
+    """That an edit behind a gate is alone at its places: what a gate decides on is what the edit itself is given.
+
+    named: [(name, places, those of them with a gate)].
+    """
+    for i, (name, places, _) in enumerate(named):
+        for j, (gated, _, there) in enumerate(named):
+            shared = () if i == j else sorted({*places} & {*there}, key=str)
+            if shared:
+                raise error(
+                    f"a stack cannot hold {name} beside {gated}, whose edit at site {shared[0][1]!r} of layer {shared[0][0]} "
+                    "is behind a gate: at each place a gated edit is alone"
+                )
+
+
 def check_positions(named, error=ValueError):
     """That edits of one stack act on the same tokens: they are one slot, whose rows have one coefficient.
 

@@ -72,6 +72,10 @@ def edits(seed=0):
             fe.Ablate(random(WIDTH, seed=seed + 5), site="block"), fe.Steer(vectors, site="mlp"),
             fe.ScaleBias(1 + random(LAYERS, WIDTH, seed=seed + 6), None, site="mlp", strength=0.5),
         ],
+        "gated": [
+            fe.Steer(vectors, site="block").when(fe.Gate(vectors[0], kind="cosine", threshold=0.05)),
+            fe.ScaleBias(None, vectors, site="mlp").when(fe.Gate(vectors[1], sharpness=2.0)),
+        ],
         "generated": [fe.Steer(vectors, site="block", positions="generated")],
         "ends": [fe.Steer(2 * vectors, site="mlp", positions="first 2 + last 1")],
     }  # fmt: skip

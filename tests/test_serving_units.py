@@ -26,7 +26,7 @@ class AnyShelf:
     """Every key is an edit that writes its own number."""
 
     def forms(self, key):
-        return {("0", "mlp"): Form(bias=torch.full((4,), float(key)))}
+        return {("0", "mlp"): Form(bias=torch.full((4,), float(key)))}, {}
 
 
 def rows_of(capacity=3, requests=3, tokens=64):
@@ -122,6 +122,7 @@ def library(tmp_path_factory):
     model = support.save_model("llama", folder / "model")
     support.save_edits(model, folder / "edits")
     options = {"edits": folder / "edits", "staging": folder / "edits" / ".served", "width": 64, "depth": 2, "rank": 4}
+    options["gates"] = True
     library = Library(options | {"sites": ["mlp", "attn", "block"]})
     library.model = model
     return library
@@ -131,6 +132,7 @@ def test_contents_are_what_the_model_runs(library):
     """A file's forms, stacked, against the patched model's own masters."""
     hidden = support.random(5, 64, seed=3)
     for name, stack in support.edits().items():
+        assert bool(read_contents(library.folder / name, 64, 2).gates) == (name == "gated")
         contents = read_contents(library.folder / name, 64, 2)
         with fe.patch(library.model, stack) as handle:
             for dial in (1.0, 0.25):
@@ -140,7 +142,7 @@ def test_contents_are_what_the_model_runs(library):
                     layer = next(la for la in fe.families.find_layers(library.model) if la.index == index)
                     edited = hidden
                     for edit in stack:
-                        if edit.site == site:
+                        if edit.site == site:  # of a gated one what it does where the gate is open
                             own = edit.form(edit.tensors(_spot(layer), 64))
                             edited = edited + dial * edit.strength * (own(edited) - edited)
                     torch.testing.assert_close(form(hidden), edited, rtol=1e-5, atol=1e-5)
@@ -158,6 +160,37 @@ def test_plans_and_salts(library):
     salts = {salted(library.plan([(n, s)]), None) for n, s in (("red", 1.0), ("red", 0.5), ("steer", 1.0), ("generated", 1.0))}
     assert len(salts) == 4
     assert salted(plan, "mine") != salted(plan, None) != salted(plan[::-1], None)
+
+
+def test_gates_of_a_file_are_the_patched_model_s(library, tmp_path):
+    """The tables' numbers are the sensors', and what kernels cannot decide or tell apart is refused by name."""
+    contents = read_contents(library.folder / "gated", 64, 2)
+    with fe.patch(library.model, support.edits()["gated"]) as handle:
+        for edit, layer, masters in handle._each():
+            (sensor,) = masters.gating.sensors
+            for mine, own in zip(contents.gates[layer.index, edit.site], sensor.gate(), strict=True):
+                assert torch.equal(mine, own)
+    with pytest.raises(Refused, match="cannot hold red beside gated, whose edit at site 'mlp' of layer 0 is behind a gate"):
+        library.plan([("red", 1.0), ("gated", 1.0)])
+    assert len(library.plan([("low-rank", 1.0), ("gated", 0.5)])) == 2
+    bare = Library(library.options | {"gates": False})
+    with pytest.raises(Refused, match="'gated' is behind a gate, and this server was started without: start it with gates"):
+        bare.plan([("gated", 1.0)])
+    direction = support.random(64)
+    refused = {
+        "combined": (fe.Gate(direction) & fe.Gate(direction), "several gates are combined"),
+        "prompt": (fe.Gate(direction, decide="prompt"), "decided on the prompt"),
+        "elsewhere": (fe.Gate(direction, layer=0, site="mlp"), "measures at layer 0"),
+        "cast": (fe.Gate(direction, kind="cast"), "of kind 'cast'"),
+    }
+    for name, (gate, said) in refused.items():
+        support.save_edit(library.model, tmp_path / name, [fe.Steer(direction, site="block").when(gate)])
+        with pytest.raises(fe.store.EditFileError, match=said):
+            read_contents(tmp_path / name, 64, 2)
+    beside = [fe.Steer(direction, site="block"), fe.Steer(direction, site="block").when(fe.Gate(direction))]
+    support.save_edit(library.model, tmp_path / "beside", beside)
+    with pytest.raises(fe.store.EditFileError, match="2 edits are at site 'block' of layer 0, one of them behind"):
+        read_contents(tmp_path / "beside", 64, 2)
 
 
 def test_a_digest_is_of_what_an_edit_does(library, tmp_path):
@@ -228,6 +261,8 @@ def test_the_command_that_is_started(monkeypatch, tmp_path):
     assert "m" in line and line[-2:] == ["--port", "1"]
     config = line[line.index("--additional-config") + 1]
     assert json.loads(config) == {"fastedit": {"edits": str(tmp_path), "sites": ["mlp", "block"], "rank": 4}}
+    line = serve.command("m", tmp_path, None, None, None, [], gates=True)
+    assert json.loads(line[line.index("--additional-config") + 1])["fastedit"]["gates"] is True
     for sites, rest, said in (("mlp,q", [], "expected some of"), (None, ["--additional-config={}"], "additional-config")):
         with pytest.raises(serve.typer.BadParameter, match=said):
             serve.command("m", tmp_path, sites, None, None, rest)
@@ -244,16 +279,18 @@ def engine_config(**parallel):
 
 def test_options_are_made_whole(library, tmp_path):
     found = resolve({"edits": str(library.folder)}, engine_config())
-    assert (found["sites"], found["rank"], found["capacity"]) == (["mlp", "attn", "block"], 2, 16)
+    assert (found["sites"], found["rank"], found["gates"], found["capacity"]) == (["mlp", "attn", "block"], 2, True, 16)
     assert resolve(found, engine_config()) == found, "a configuration that was resolved is resolved again in no other way"
-    assert resolve({"edits": str(tmp_path)}, engine_config())["sites"] == ["mlp", "attn", "block"]
+    empty = resolve({"edits": str(tmp_path)}, engine_config())
+    assert empty["sites"] == ["mlp", "attn", "block"] and empty["gates"] is False
 
 
 @pytest.mark.parametrize(
     ("changed", "parallel", "said"),
     [
         ({"edits": "/nowhere"}, {}, "no folder"), ({"edits": 3}, {}, "expected"), ({"site": "mlp"}, {}, "no option 'site'"),
-        ({"sites": ["q"]}, {}, "expected some of"), ({"rank": 65}, {}, "0 to 64"), ({"capacity": 0}, {}, "from 1 on"),
+        ({"sites": ["q"]}, {}, "expected some of"), ({"gates": "yes"}, {}, "true or false"),
+        ({"rank": 65}, {}, "0 to 64"), ({"capacity": 0}, {}, "from 1 on"),
         ({}, {"num_ubatches": 2}, "dual batch"), ({}, {"prefill_context_parallel_size": 2}, "context parallelism"),
     ],
 )  # fmt: skip

@@ -170,6 +170,9 @@ def run_serve(
     ] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Of low-rank edits, at most; by default likewise.")] = None,
     capacity: Annotated[int | None, typer.Option(min=1, help="Edits in the tables at once.")] = None,
+    gates: Annotated[
+        bool | None, typer.Option(help="Whether edits may be behind gates; by default as the folder needs.")
+    ] = None,
 ):
     """Serve a model with vLLM; each request may name an edit. Arguments not listed here go to `vllm serve`.
 
@@ -180,4 +183,4 @@ def run_serve(
     """
     from .serve import run
 
-    run(model, edits, sites, rank, capacity, context.args)
+    run(model, edits, sites, rank, capacity, context.args, gates=gates)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from ..edit_file import JSON, EditFileError, write
-from ..stacks import check_positions, steepest
+from ..stacks import check_gates, check_positions, steepest
 from .contents import read_contents
 
 NAME, STRENGTH, PLAN = "fastedit", "fastedit_strength", "fastedit_plan"
@@ -69,7 +69,9 @@ class Library:
     def plan(self, asked):
         """[[digest, strength], …] for [(name, strength), …]; edits at strength 0 are left out."""
         contents = [self.look(name) for name, _ in asked]
-        check_positions([(name, one.positions) for (name, _), one in zip(asked, contents, strict=True)], Refused)
+        named = [(name, one) for (name, _), one in zip(asked, contents, strict=True)]
+        check_positions([(name, one.positions) for name, one in named], Refused)
+        check_gates([(name, one.parts, one.gates) for name, one in named], Refused)
         kept = [(one, strength) for one, (_, strength) in zip(contents, asked, strict=True) if strength]
         self._check_rank([one for one, _ in kept], asked)
         for one, _ in kept:
@@ -103,6 +105,8 @@ class Library:
                 f"edit {name!r} acts at site {sorted(extra)[0]!r}, and this server was started for "
                 f"{', '.join(self.options['sites'])}: start it with sites that hold it"
             )
+        if contents.gates and not self.options["gates"]:
+            raise Refused(f"edit {name!r} is behind a gate, and this server was started without: start it with gates")
         return contents
 
     def _check_rank(self, contents, asked):

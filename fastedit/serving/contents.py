@@ -8,12 +8,18 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+import torch
+
 from ..edit_file import EditFileError, read
 from ..form import at_strength
+from ..gates import outside_kernels
+from ..gating import Sensor
+from ..per_layer import Spot
 from ..positions import Positions
 from ..store import rebuild
 
 SITES = ("mlp", "attn", "block")
+_GATE = "gate0"  # an edit's first gate, in a file's names
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,13 @@ class Contents:
 
     digest: 64 hex digits, of its configs, strength and tensors.
     parts: {(layer number, site): [Form, …]}, in the order they are applied, their saved strengths absorbed.
+    gates: {place: (gate (width,), rule (3,))}, at places of one form; ops.edit takes them as they are.
     positions: which tokens, the same for all parts; None for all.
     """
 
     digest: str
     parts: dict
+    gates: dict
     positions: Positions | None
     header: dict
     tensors: dict
@@ -75,19 +83,28 @@ def read_contents(folder, width, depth):
     strength = header.get("strength", 1.0)
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
         raise EditFileError(f"{folder}: strength is {strength!r}, expected a number")
-    parts = {}
+    parts, gates = {}, {}
     for number, by_place in enumerate(_masters(folder, edits, tensors)):
         for place, masters in by_place.items():
             _check(folder, edits[number], place, masters, width, depth)
+            if edits[number].gate is not None:
+                gates[place] = _gate(edits[number].gate, place, masters, width, depth)
             form = at_strength(edits[number].form(masters), edits[number].strength * strength)
             parts.setdefault(place, []).append(form)
-    return Contents(digest_of(header), parts, chosen.pop() if chosen else None, header, tensors)
+    crowded = next((place for place in gates if len(parts[place]) > 1), None)
+    if crowded is not None:
+        raise EditFileError(
+            f"{folder}: {len(parts[crowded])} edits are at site {crowded[1]!r} of layer {crowded[0]}, one of them behind a "
+            "gate, which looks at what its edit is given: there it must be alone"
+        )
+    return Contents(digest_of(header), parts, gates, chosen.pop() if chosen else None, header, tensors)
 
 
 def _not_served(edit):
     positions = edit.positions
-    if edit.gate is not None:
-        return "has a gate, which serving does not take: leave out .when(…)"
+    outside = None if edit.gate is None else outside_kernels(edit.gate)
+    if outside is not None:
+        return f"has a gate that serving does not take: {outside}; one dot or cosine gate by token at the edit's site is"
     if edit.keep_norm:
         return "has keep_norm=True, which serving does not take"
     if edit.is_probe:
@@ -105,6 +122,8 @@ def _masters(folder, edits, tensors):
     for key, tensor in tensors.items():
         number, _, rest = key.partition(".")
         where, _, name = rest.rpartition(".")
+        if where.endswith(f".{_GATE}"):
+            where, name = where.removesuffix(f".{_GATE}"), f"{_GATE}.{name}"
         layer, _, site = where.rpartition(".")
         index = layer.rpartition(".")[2]
         if not (number.isdigit() and int(number) < len(edits) and index.isdigit()):
@@ -112,12 +131,20 @@ def _masters(folder, edits, tensors):
         found[int(number)].setdefault((int(index), site), {})[name] = tensor
     for number, (edit, by_place) in enumerate(zip(edits, found, strict=True)):
         for (index, site), masters in by_place.items():
-            if site != edit.site or set(masters) != set(edit.names):
+            expected = {*edit.names, *(() if edit.gate is None else (f"{_GATE}.condition", f"{_GATE}.threshold"))}
+            if site != edit.site or set(masters) != expected:
                 raise EditFileError(
                     f"{folder}: edit {number} has {sorted(masters)} at site {site!r} of layer {index}, "
-                    f"expected {sorted(edit.names)} at site {edit.site!r}"
+                    f"expected {sorted(expected)} at site {edit.site!r}"
                 )
     return found
+
+
+def _gate(gate, place, masters, width, depth):
+    """(gate, rule) of a place; its tensors leave `masters`."""
+    index = place[0]
+    gate.hold(*({index: masters.pop(f"{_GATE}.{name}")} for name in ("condition", "threshold")))
+    return Sensor(gate, "served", Spot("", index, depth), width, torch.device("cpu")).gate()
 
 
 def _check(folder, edit, place, masters, width, depth):
@@ -125,7 +152,8 @@ def _check(folder, edit, place, masters, width, depth):
     if index >= depth:
         raise EditFileError(f"{folder}: layer {index}, but this model has layers 0 to {depth - 1}")
     for name, tensor in masters.items():
-        expected = edit.shape(name, width)
+        own = {f"{_GATE}.condition": (width,), f"{_GATE}.threshold": (1,)}
+        expected = own[name] if name in own else edit.shape(name, width)
         if tuple(tensor.shape) != expected:
             raise EditFileError(
                 f"{folder}: {name} at site {site!r} of layer {index} has shape {tuple(tensor.shape)}, this model "

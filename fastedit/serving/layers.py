@@ -54,6 +54,7 @@ class Place:
         self.name, self.rows, self.norm = name, rows, norm
         self.on_x = None if on_x is None else tables.tensors(*on_x)
         self.on_sum = None if on_sum is None else tables.tensors(*on_sum)
+        self.gate_x, self.gate_sum = _gate(tables, on_x), _gate(tables, on_sum)
         self.kind = None if norm is None else NORMS[_own_class(norm).__name__]
 
     def edit(self, x):
@@ -62,7 +63,7 @@ class Place:
         if not rows.edited and x.is_cpu:
             return x
         count = x.shape[0]
-        return ops.edit(x, *self.on_x, slot=rows.slot[:count], strength=rows.strength[:count])
+        return ops.edit(x, *self.on_x, slot=rows.slot[:count], strength=rows.strength[:count], **self.gate_x)
 
     def add_norm(self, x, residual):
         """(normed, residual') as vLLM's fused norms return them."""
@@ -72,12 +73,18 @@ class Place:
             count = x.shape[0]
             where = {"slot": rows.slot[:count], "strength": rows.strength[:count]}
             if self.on_x is not None and self.on_sum is not None:
-                x = ops.edit(x, *self.on_x, **where)
-            form, on = (self.on_x, "x") if self.on_sum is None else (self.on_sum, "sum")
+                x = ops.edit(x, *self.on_x, **where, **self.gate_x)
+            form, on, gate = (self.on_x, "x", self.gate_x) if self.on_sum is None else (self.on_sum, "sum", self.gate_sum)
+            where |= gate
         residual, normed = ops.edit_add_norm(
             x, residual, norm.weight, *form, kind=self.kind, eps=norm.variance_epsilon, on=on, **where
         )
         return normed, residual
+
+
+def _gate(tables, place):
+    found = None if place is None else tables.gate(*place)
+    return {} if found is None else {"gate": found[0], "rule": found[1]}
 
 
 class Serving:

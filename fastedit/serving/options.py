@@ -3,6 +3,7 @@
     edits     folder of saved edits, one folder each; a request names one by its folder's name
     sites     where edits may act: some of mlp, attn, block. By default what the edits in the folder need
     rank      of their low-rank parts, at most. By default likewise
+    gates     whether they may be behind gates (dot or cosine, by token). By default likewise
     capacity  slots: edits that lie in the tables at once. At least max_num_seqs, which is the default
     staging   where the front end keeps copies for the workers, which may read an edit after its removal
 
@@ -18,7 +19,7 @@ from ..checks import MAX_RANK
 from .contents import SITES, EditFileError, read_contents
 
 KEY = "fastedit"
-_KNOWN = {"edits", "sites", "rank", "capacity", "staging"}
+_KNOWN = {"edits", "sites", "rank", "gates", "capacity", "staging"}
 
 
 def asked(additional_config):
@@ -46,15 +47,17 @@ def resolve(given, vllm_config):
         raise ValueError(f"there is no folder of edits {folder}: make it, even if it is still empty")
     text = vllm_config.model_config.hf_text_config
     width, depth = vllm_config.model_config.get_hidden_size(), text.num_hidden_layers
-    sites, rank = given.get("sites"), given.get("rank")
-    if sites is None or rank is None:
-        found_sites, found_rank = _needed(folder, width, depth)
-        sites, rank = found_sites if sites is None else sites, found_rank if rank is None else rank
+    sites, rank, gates = (given.get(key) for key in ("sites", "rank", "gates"))
+    if sites is None or rank is None or gates is None:
+        needed = _needed(folder, width, depth)
+        sites, rank, gates = (n if own is None else own for own, n in zip((sites, rank, gates), needed, strict=True))
+    if not isinstance(gates, bool):
+        raise ValueError(f"fastedit: gates is {gates!r}, expected whether edits may be behind gates, true or false")
     sequences = vllm_config.scheduler_config.max_num_seqs
     capacity = _whole("capacity", given.get("capacity", sequences), 1)
     return {
         "version": __version__, "edits": str(folder), "sites": _sites(sites), "rank": _whole("rank", rank, 0, MAX_RANK),
-        "capacity": max(capacity, sequences), "staging": str(given.get("staging", folder / ".served")),
+        "gates": gates, "capacity": max(capacity, sequences), "staging": str(given.get("staging", folder / ".served")),
         "width": width, "depth": depth,
     }  # fmt: skip
 
@@ -73,8 +76,8 @@ def _refuse(vllm_config):
 
 
 def _needed(folder, width, depth):
-    """(sites, rank) of the edits in the folder now; all sites where it is empty."""
-    sites, rank = set(), 0
+    """(sites, rank, gates) of the edits in the folder now; all sites where it is empty."""
+    sites, rank, gates = set(), 0, False
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_dir():
             continue
@@ -83,8 +86,8 @@ def _needed(folder, width, depth):
         except EditFileError:  # said when it is asked for: an edit in the folder must not keep others from being served
             continue
         sites |= contents.sites
-        rank = max(rank, contents.rank)
-    return sorted(sites, key=SITES.index) or list(SITES), rank
+        rank, gates = max(rank, contents.rank), gates or bool(contents.gates)
+    return sorted(sites, key=SITES.index) or list(SITES), rank, gates
 
 
 def _sites(sites):
@@ -103,4 +106,4 @@ def _whole(name, number, least, most=None):
 
 def described(resolved):
     """One line for the log."""
-    return json.dumps({key: resolved[key] for key in ("edits", "sites", "rank", "capacity")})
+    return json.dumps({key: resolved[key] for key in ("edits", "sites", "rank", "gates", "capacity")})

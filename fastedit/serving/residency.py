@@ -25,8 +25,10 @@ class Shelf:
         return tuple(map(tuple, plan)), 1.0, contents[0].positions
 
     def forms(self, key):
-        """{(layer number, site): Form} of a key."""
-        return stacked([self.contents(digest).parts for digest, _ in key], [strength for _, strength in key])
+        """({(layer number, site): Form}, {such a place: (gate, rule)}) of a key."""
+        contents = [self.contents(digest) for digest, _ in key]
+        gates = {place: gate for one in contents for place, gate in one.gates.items()}
+        return stacked([one.parts for one in contents], [strength for _, strength in key]), gates
 
 
 def _read(staging, digest, width, depth):
@@ -55,7 +57,7 @@ class Residency:
         """The key's slot, for one more row."""
         slot = self.slots.get(key)
         if slot is None:
-            staged = self.tables.stage(self.shelf.forms(key))
+            staged = self.tables.stage(*self.shelf.forms(key))
             slot = self.free.pop() if self.free else self._evict()
             self.tables.write(slot, staged)
             self.slots[key] = slot

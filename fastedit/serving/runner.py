@@ -26,7 +26,7 @@ class Bank:
     def __init__(self, runner, options):
         config = runner.vllm_config
         sites = [(str(i), site, options["width"]) for i in range(options["depth"]) for site in options["sites"]]
-        self.tables = Tables(sites, options["capacity"], options["rank"], runner.device)
+        self.tables = Tables(sites, options["capacity"], options["rank"], runner.device, options["gates"])
         self.residency = Residency(self.tables, _Numbered(options))
         captured = config.compilation_config.max_cudagraph_capture_size or 0
         tokens = max(config.scheduler_config.max_num_batched_tokens, captured, config.model_config.max_model_len)
@@ -53,7 +53,7 @@ class _Numbered(Shelf):
     """The shelf, with the tables' names for layers."""
 
     def forms(self, key):
-        return {(str(index), site): form for (index, site), form in super().forms(key).items()}
+        return tuple({(str(index), site): one for (index, site), one in found.items()} for found in super().forms(key))
 
 
 def watch(runner, options):
