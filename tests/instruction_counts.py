@@ -1,11 +1,13 @@
-"""Runs one kernel of the native module `calls` times on plain memory; test_instructions.py counts its instructions.
+"""Runs kernels of the native module on plain memory; test_instructions.py counts their instructions.
 
-Imports neither torch nor NumPy, so that it starts quickly under valgrind. Arguments follow kernels/abi.h field by field.
+Imports neither torch nor NumPy, so that it starts quickly under valgrind, and starts once: each case is a process forked
+from this one, whose number is printed. Arguments follow kernels/abi.h field by field.
 
-    python instruction_counts.py OP DTYPE CALLS
+    python instruction_counts.py OP DTYPE CALLS [OP DTYPE CALLS ...]
 """
 
 import ctypes
+import os
 import sys
 
 from fastedit import _native
@@ -54,4 +56,11 @@ def main(op, dtype, calls):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    for op, dtype, calls in zip(*[iter(sys.argv[1:])] * 3, strict=True):
+        child = os.fork()
+        if child == 0:
+            main(op, dtype, int(calls))
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{op} {dtype} failed")
+        print(child)
