@@ -76,19 +76,22 @@ $(STAMPS)/venv:
 	"$(PYTHON)" -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
+# Python compiles a module where it is first imported; all that these packages hold took pip 57 s of processor time.
+INSTALL := pip install --disable-pip-version-check --no-compile
+
 # torch first and pinned: the development set-up is the same everywhere. Users bring any torch from 2.11 on.
 $(STAMPS)/torch: $(STAMPS)/venv
-	$(BIN)/pip install --disable-pip-version-check torch==$(TORCH) "scikit-build-core>=0.10" cmake ninja
+	$(BIN)/$(INSTALL) torch==$(TORCH) "scikit-build-core>=0.10" cmake ninja
 	@touch $@
 
 # Without build isolation, so that a rebuild compiles only what changed.
 $(STAMPS)/fastedit: $(STAMPS)/torch $(NATIVE) $(PACKAGES)
-	$(BIN)/pip install --disable-pip-version-check --no-build-isolation -e ".[test]"
+	$(BIN)/$(INSTALL) --no-build-isolation -e ".[test]"
 	@touch $@
 
 # The oldest transformers that is served, with the older hub client it insists on: tests run models on it, too.
 $(STAMPS)/older: $(STAMPS)/fastedit
-	$(BIN)/pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/transformers-5.17 \
+	$(BIN)/$(INSTALL) --no-deps --upgrade --target $(VENV)/transformers-5.17 \
 		transformers==$(OLDER_TRANSFORMERS) "huggingface_hub>=1.5,<2" httpx httpcore certifi
 	@touch $@
 
@@ -96,10 +99,10 @@ $(STAMPS)/older: $(STAMPS)/fastedit
 # for another torch and is not needed.
 $(SERVING)/.stamp: $(NATIVE) $(PACKAGES)
 	test -x $(SERVING)/bin/python || "$(PYTHON)" -m venv $(SERVING)
-	$(SERVING)/bin/pip install --disable-pip-version-check torch==$(TORCH) $(VLLM) "scikit-build-core>=0.10" cmake ninja \
+	$(SERVING)/bin/$(INSTALL) torch==$(TORCH) $(VLLM) "scikit-build-core>=0.10" cmake ninja \
 		pytest pytest-timeout
 	$(SERVING)/bin/pip uninstall --yes torchvision torchaudio torchcodec
-	FASTEDIT_CUDA=OFF $(SERVING)/bin/pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	FASTEDIT_CUDA=OFF $(SERVING)/bin/$(INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
 # A thin environment over the first one, which stays as it was: peers pin old versions of what both are measured on.
@@ -108,7 +111,7 @@ $(PEERS)/.stamp: $(STAMPS)/fastedit bench/requirements-peers.txt
 	site=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') && \
 		echo "import site; site.addsitedir('$$site')" > \
 		$$($(PEERS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/over.pth
-	$(PEERS)/bin/pip install --disable-pip-version-check --no-deps -r bench/requirements-peers.txt
+	$(PEERS)/bin/$(INSTALL) --no-deps -r bench/requirements-peers.txt
 	@touch $@
 
 # --- on a machine with a GPU and no network: its own Python, torch and Triton ----------------------------------
