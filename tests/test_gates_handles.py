@@ -17,7 +17,7 @@ from fastedit.patching import handles
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_strength_turns_without_a_new_trace(mode):
-    model = tiny.build("llama")
+    model = tiny.build("llama", num_hidden_layers=2)  # the gate's own and one that it gates
     rule = gate("elsewhere or not here")
     handle = fe.patch(model, [fe.Steer(vector(8)).when(rule), fe.Ablate(vector(9), keep_norm=True).when(gate("cast"))])
     ids, mask = prompts()
@@ -39,8 +39,8 @@ def test_strength_turns_without_a_new_trace(mode):
 
 @pytest.mark.parametrize("name", ["cosine", "soft cosine, prompt", "elsewhere or not here"])
 def test_compiled_decoding_with_a_static_cache_is_one_graph(name):
-    model = tiny.build("llama")
-    handle = fe.patch(model, fe.Steer(vector(8), layers=[1, 2]).when(gate(name)))
+    model = tiny.build("llama", num_hidden_layers=2)
+    handle = fe.patch(model, fe.Steer(vector(8), layers=[1]).when(gate(name)))
     config = CompileConfig(fullgraph=True, backend="eager", mode="default")
     config._compile_all_devices = True
     ids, mask = prompts()

@@ -75,24 +75,6 @@ def test_the_dial_moves_no_tensor_of_a_folded_stack():
     assert len(before) == 2 and before == [[t.data_ptr() for t in s.folded if t is not None] for s in stages]
 
 
-def test_the_dial_recompiles_nothing():
-    model = tiny.build("llama", num_hidden_layers=1)
-    handle = scrambled(fe.patch(model, [make(site="mlp") for make in KINDS.values()]))
-    fast, counter = compiled(model)
-    logits(fast, ids())
-    frames = counter.frame_count
-    torch.compiler.set_stance("fail_on_recompile")
-    try:
-        for strength in (0.5, 0.0, 2.0):
-            handle.strength = strength
-            torch.testing.assert_close(logits(fast, ids()), logits(model, ids()), rtol=1e-4, atol=1e-4)
-        handle.load_tensors({name: t * 0.5 for name, t in handle.named_tensors().items()})
-        torch.testing.assert_close(logits(fast, ids()), logits(model, ids()), rtol=1e-4, atol=1e-4)
-    finally:
-        torch.compiler.set_stance("default")
-    assert counter.frame_count == frames
-
-
 @pytest.mark.gpu
 def test_the_dial_turns_under_a_cuda_graph():
     model = tiny.build("llama").cuda()
@@ -118,11 +100,11 @@ def test_the_dial_turns_under_a_cuda_graph():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 def test_every_family_compiles_whole_with_every_kind(family):
-    """fullgraph: a graph break is an error; and the other lengths run what the first one compiled."""
+    """fullgraph: a graph break is an error. Other lengths, strengths and tensors run what was compiled first."""
     fewer = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}, "bert": {"num_hidden_layers": 1}}
     model = tiny.build(family, **fewer.get(family, {"num_layers": 1, "num_decoder_layers": 1}))
-    layers = [0, 1] if family == "t5" else [0]
-    edits = [make(site=("mlp", "attn", "block")[n % 3], layers=layers) for n, make in enumerate(KINDS.values())]
+    stacks = 2 if family == "t5" else 1  # its kinds are in the encoder and the decoder in turn, at every site of both
+    edits = [make(site=("mlp", "attn", "block")[n % 3], layers=[n % stacks]) for n, make in enumerate(KINDS.values())]
     handle = scrambled(fe.patch(model, edits))
     slow, exact = hooked(model, family, handle)
     subject = model.base_model if family == "bert" else model
@@ -136,12 +118,23 @@ def test_every_family_compiles_whole_with_every_kind(family):
             )
         frames.append(counter.frame_count)
     assert len(set(frames)) == 1, f"{frames} frames: a length was traced again"
+    halved = {name: t * 0.5 for name, t in handle.named_tensors().items()}
+    changes = [lambda s=s: setattr(handle, "strength", s) for s in (0.5, 0.0, 2.0)] + [lambda: handle.load_tensors(halved)]
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+        said = [fast(**given)[0]]
+        for change in changes:
+            change()
+            said.append(fast(**given)[0])
+            torch.testing.assert_close(said[-1], subject(**given)[0], rtol=1e-4, atol=1e-4)
+            assert not torch.equal(*said[-2:]), "nothing was turned"
+    assert counter.frame_count == frames[0]
 
 
 @pytest.mark.slow
 def test_inductors_code_keeps_the_promise():
+    """Of a scale and a bias, of a low-rank form that a kind computes from its tensors, and of one that is given."""
     model = tiny.build("llama", num_hidden_layers=1)
-    handle = scrambled(fe.patch(model, [make(site="mlp") for make in KINDS.values()]))
+    handle = scrambled(fe.patch(model, [KINDS[kind](site="mlp") for kind in ("red", "clamp", "low rank")]))
     slow, exact = hooked(model, "llama", handle)
     fast, _ = compiled(model, "inductor")
     tiny.assert_promise(logits(fast, ids()), logits(slow, ids()), logits(exact, ids()))

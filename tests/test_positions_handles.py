@@ -106,7 +106,7 @@ def test_saved_positions_come_back(tmp_path):
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_strength_turns_without_a_new_trace(mode):
-    model = tiny.build("llama")
+    model = tiny.build("llama", num_hidden_layers=1)
     handle = fe.patch(model, [fe.Steer(torch.randn(32), positions="last 2"), fe.Ablate(torch.randn(32), positions="prompt")])
     ids, mask = prompts()
     call = model if mode == "eager" else torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
@@ -122,7 +122,7 @@ def test_strength_turns_without_a_new_trace(mode):
 
 @pytest.mark.parametrize("spec", ["last 2", {"tokens": list(range(3, 14)), "also": "generated"}], ids=str)
 def test_compiled_decoding_with_a_static_cache_is_one_graph(spec):
-    model = tiny.build("llama")
+    model = tiny.build("llama", num_hidden_layers=2)
     handle = fe.patch(model, fe.Steer(torch.randn(32), positions=spec))
     config = CompileConfig(fullgraph=True, backend="eager", mode="default")
     config._compile_all_devices = True
