@@ -1,8 +1,8 @@
-"""One training run under `accelerate launch` with DDP on the CPU (where accelerate has no FSDP), and its resumption.
+"""One training run under `accelerate launch` with DDP on the CPU (where accelerate has no FSDP), its resumption, and a capture.
 
     ACCELERATE_USE_CPU=true accelerate launch --num_processes 2 ... tests/accelerate_worker.py FOLDER
 
-The first process writes what came out as JSON into FOLDER; the figures are compared in test_distributed.py.
+The first process writes what came out as JSON into FOLDER, each one its moments; test_distributed.py compares them.
 """
 
 import json
@@ -12,8 +12,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from distributed_worker import RESUME_AT, STEPS, batch, loss_of, model_and_handle, optimizer_of
+from test_capture import sequences
+from tiny_models import build, exact
+
+import fastedit as fe
 
 
 def train(accelerator, model, optimizer, steps, before_step=lambda step: None):
@@ -49,6 +53,9 @@ def main():
         found = {"mode": accelerator.distributed_type.value, "losses": losses, "resumed": resumed}
         found["dtypes"] = sorted({str(t.dtype) for t in handle.named_tensors().values()})
         (folder / "results.json").write_text(json.dumps(found))
+    captured = fe.capture(exact(build("llama")), None, sequences(50), batch_size=4, processes=PartialState())
+    sums = {str(layer): [moments.count.tolist(), moments.mean().tolist()] for layer, moments in captured.items()}
+    (folder / f"moments-{accelerator.process_index}.json").write_text(json.dumps(sums))
     sys.stdout.flush()
     accelerator.wait_for_everyone()
     os._exit(0)  # leaving a gloo group of accelerate's may wait forever

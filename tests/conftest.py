@@ -25,8 +25,11 @@ def seed():
     torch.manual_seed(0)
 
 
-SLOW = ("cuda_streams", "triton_interpreter", "bench_models", "modes_compiled", "positions", "gates", "every_family",
-        "red_training", "distributed", "instructions", "cli_demo", "cuda_emulated", "bank")  # fmt: skip
+SLOW = (  # from two minutes of processor time to ten seconds
+    "triton_interpreter", "modes_compiled", "cuda_streams", "triton_aot", "every_family", "bench_models", "red_training",
+    "positions", "gates", "cuda_emulated_gradients", "cuda_emulated", "distributed", "cuda_build", "gates_numbers",
+    "reft_training", "gates_handles", "cli_demo", "positions_handles", "bank", "tenants", "cuda_emulated_rows", "instructions",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -1,11 +1,10 @@
-"""Capture: the moments of hidden states over a data set, in one pass that stores none of them."""
+"""Capture: the moments of hidden states over a data set, in one pass that stores none of them; over two real processes in
+test_distributed.py."""
 
-import json
 import types
 
 import pytest
 import torch
-from processes import accelerated
 from tiny_models import FAMILIES, VOCABULARY, build, exact, inputs, number_of_layers, site_module
 
 import fastedit as fe
@@ -238,36 +237,6 @@ def test_the_shares_of_processes_make_up_the_whole(monkeypatch):
         assert torch.equal(merged.count, moments.count)
         assert torch.allclose(merged.mean(), moments.mean(), rtol=0, atol=1e-7)
         assert torch.allclose(merged.variance(), moments.variance(), rtol=0, atol=1e-7)
-
-
-WORKER = """
-import json, os, sys
-from accelerate import PartialState
-from test_capture import sequences
-from tiny_models import build, exact
-import fastedit as fe
-state = PartialState(cpu=True)
-found = fe.capture(exact(build("llama")), None, sequences(50), batch_size=4, processes=state)
-sums = {str(layer): [moments.count.tolist(), moments.mean().tolist()] for layer, moments in found.items()}
-assert state.num_processes == 2
-with open(f"{sys.argv[1]}/{state.process_index}.json", "w") as file:
-    json.dump(sums, file)
-state.wait_for_everyone()
-os._exit(0)  # leaving a gloo group of accelerate's may wait forever
-"""
-
-
-def test_two_processes_of_accelerate_return_the_whole(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    done = accelerated(tmp_path / "worker.py", tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
-    assert one == two
-    whole = fe.capture(exact(build("llama")), None, sequences(50), batch_size=4)
-    for layer, moments in whole.items():
-        count, mean = one[str(layer)]
-        assert count == moments.count.tolist()
-        assert torch.allclose(torch.tensor(mean, dtype=torch.float64), moments.mean(), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("at", ["last token", "all tokens"])

@@ -12,6 +12,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from processes import HERE, accelerated, launched
+from test_capture import sequences
 
 import fastedit as fe
 
@@ -135,13 +136,30 @@ def test_merging_into_parts_of_weights_is_refused(results):
         assert sum("residual stream" in message for message in process["merge"]) == 2
 
 
-def test_accelerate_launch(results, tmp_path):
-    done = accelerated(HERE / "accelerate_worker.py", tmp_path)
+@pytest.fixture(scope="module")
+def by_accelerate(tmp_path_factory):
+    """The folder of accelerate_worker.py, which two processes have run."""
+    folder = tmp_path_factory.mktemp("accelerate")
+    done = accelerated(HERE / "accelerate_worker.py", folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    found, (alone, _) = json.loads((tmp_path / "results.json").read_text()), of(results, "reference")
+    return folder
+
+
+def test_accelerate_launch(results, by_accelerate):
+    found, (alone, _) = json.loads((by_accelerate / "results.json").read_text()), of(results, "reference")
     assert found["mode"] == "MULTI_CPU" and found["dtypes"] == ["torch.float32"]
     assert found["losses"] == alone["parts"] and found["resumed"] == alone["parts"][2:]
-    fe.load(tiny.build("llama", num_hidden_layers=2), tmp_path / "edit")
+    fe.load(tiny.build("llama", num_hidden_layers=2), by_accelerate / "edit")
+
+
+def test_a_capture_in_two_processes_of_accelerate_returns_the_whole(by_accelerate):
+    one, two = (json.loads((by_accelerate / f"moments-{i}.json").read_text()) for i in range(2))
+    assert one == two
+    whole = fe.capture(tiny.exact(tiny.build("llama")), None, sequences(50), batch_size=4)
+    for layer, moments in whole.items():
+        count, mean = one[str(layer)]
+        assert count == moments.count.tolist()
+        assert torch.allclose(torch.tensor(mean, dtype=torch.float64), moments.mean(), rtol=0, atol=1e-7)
 
 
 def test_what_cannot_be_laid_out_is_refused(monkeypatch):
