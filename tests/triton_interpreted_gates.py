@@ -150,14 +150,14 @@ def eager_edit(x, form):
     return eager_edit_add(x, torch.zeros_like(x), form, False)[0]
 
 
-@every_rule
 @pytest.mark.parametrize(
-    "rows, width, rank, slots, kind, on_sum",
+    "rows, width, rank, slots, kind, on_sum, cosine, sharpness",
     [
-        (9, 100, 0, 0, RMS, True),
-        (24, 64, 0, 3, GEMMA, False),
-        (9, 384, 4, 0, LAYER, False),
-        (20, 100, 17, 0, GEMMA, True),
+        (9, 100, 0, 0, RMS, True, 0.0, 3.0),
+        (24, 64, 0, 3, GEMMA, False, 0.0, 0.0),
+        (9, 384, 4, 0, LAYER, False, 1.0, 3.0),
+        (9, 384, 4, 0, LAYER, True, 0.0, 0.0),
+        (20, 100, 17, 0, GEMMA, True, 1.0, 0.0),
     ],
     ids=str,
 )
