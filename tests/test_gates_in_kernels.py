@@ -13,7 +13,7 @@ from fastedit.kernels import reference
 from fastedit.kernels.reference.form import gated_coefficient
 from oracle import FORM, assert_promise, doubled, eager_edit, eager_norm, exact_norm, make_form
 
-from fastedit import arrays, dispatch, ops
+from fastedit import _native, arrays, dispatch, ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 100, 1030]  # 1: one column; 100: no vector divides it; 1030: vectors, then a tail of six
@@ -204,6 +204,24 @@ def test_a_row_depends_on_neither_the_others_nor_the_threads(device, dtype, cosi
             assert torch.equal(out, ops.edit_add(x, residual, **form, on="sum", gate=gate, rule=rule))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(name):
+    usual = _native.instruction_set()
+    try:
+        _native.set_instruction_set(name)
+    except ValueError:
+        pytest.skip(f"no {name} here")
+    try:
+        for dtype, width, kind in itertools.product(DTYPES, WIDTHS, KINDS):
+            x, residual, form, gate, rule = gated_case(width, dtype, *kind, "cpu", rank=4, residual=dtype)
+            out = ops.edit_add(x, residual, **form, on="sum", gate=gate, rule=rule)
+            exact = exactly(reference.edit_add, (x, residual), form, True, gate=gate, rule=rule)
+            total = residual + x
+            assert_promise("residual'", out, exact, eager_edit(total, form, eager_gate(total, gate, rule)).to(dtype))
+    finally:
+        _native.set_instruction_set(usual)
 
 
 # --- slots ----------------------------------------------------------------------------------------------------
