@@ -49,7 +49,7 @@ def test_second_runner(tmp_path):
     env = os.environ | {"PYTHONPATH": os.path.dirname(support.__file__), "OMP_NUM_THREADS": "1"}
     env |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
     command = [sys.executable, str(tmp_path / "second.py"), str(tmp_path), json.dumps(asked)]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     said = [line for line in ran.stdout.splitlines() if line.startswith("ANSWERS")]
     assert said, ran.stderr[-3000:]
     modules, found, again, loads = json.loads(said[0].removeprefix("ANSWERS"))
