@@ -25,9 +25,9 @@ import serving_support as support
 
 if __name__ == "__main__":
     asked = [tuple(one) for one in json.loads(sys.argv[2])]
-    llm = support.start(sys.argv[1] + "/model", sys.argv[1] + "/edits", max_num_batched_tokens=24, max_num_seqs=5)
+    llm = support.start(sys.argv[1] + "/model", sys.argv[1] + "/edits", max_num_batched_tokens=32, max_num_seqs=6)
     runner = type(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
-    found = [support.tokens(llm, asked), support.tokens(llm, asked[::-1])[::-1]]
+    found = [support.tokens(llm, asked), support.tokens(llm, asked[:6][::-1])[::-1]]
     print("ANSWERS" + json.dumps([[c.__module__ for c in runner.__mro__], *found, support.bank_of(llm).residency.loads]))
 """
 
@@ -38,8 +38,8 @@ def test_second_runner(tmp_path):
     model, edits = support.save_model("llama", tmp_path / "model"), support.edits()
     for name, stack in edits.items():
         support.save_edit(model, tmp_path / "edits" / name, stack)
-    short, long = support.prompts(2), support.prompts(1, 40, seed=5)
-    cases = [(prompts, name) for name in (None, *edits) for prompts in (short, long)]
+    short, long = support.prompts(1), support.prompts(1, 40, seed=5)
+    cases = [(long, name) for name in (None, "red", "ends")] + [(short, name) for name in (None, *edits)]
     expected = [answer for prompts, name in cases for answer in support.answers(model, edits.get(name), prompts)]
     asked = [(prompt, name, None) for prompts, name in cases for prompt in prompts]
     expected += support.answers(model, edits["red"], short, 0.5)
@@ -54,5 +54,5 @@ def test_second_runner(tmp_path):
     assert said, ran.stderr[-3000:]
     modules, found, again, loads = json.loads(said[0].removeprefix("ANSWERS"))
     assert "vllm.v1.worker.gpu.model_runner" in modules, "another runner ran"
-    assert found == expected and again == expected and loads > len(edits)
+    assert found == expected and again == expected[:6] and loads > len(edits)
     assert len(set(map(tuple, expected))) > len(edits), "the edits change nothing: nothing was tested"
