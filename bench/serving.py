@@ -1,11 +1,12 @@
 """Tokens per second of a vLLM engine: 64 requests under 64 edits beside the same requests unedited, and beside plain vLLM.
 
-    .venv-vllm/bin/python -m bench.serving            # width 512, 8 layers, 64 requests of 16 + 32 tokens
+    .venv-vllm/bin/python -m bench.serving --blocks 9 --rounds 9    # width 512, 4 layers, 64 requests of 16 + 16 tokens
 
 Two engines in one process, one configured for edits and one not, take turns over the same requests; greedy, prefix caching
 off. `edited`, `steered`: each request names an edit of its own (RED on mlp; a vector on block). `unedited`: none does, on
 the engine that serves edits. `unused`: the engine without edits, the plugin loaded. `plain`: the same with vLLM's own
-process_inputs put back, as without the plugin. Ratios are of tokens per second; the interval is over blocks.
+process_inputs put back, as without the plugin. Ratios are of tokens per second; the interval is over blocks. Where all
+rounds would take longer than --minutes, fewer are made, which is said. Rows go to bench/results/serving-cpu.csv.
 """
 
 import argparse
@@ -23,12 +24,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastedit as fe
 
 from .machine import about
-from .timing import interleave, quantiles, ratio
+from .timing import interleave, quantiles, ratio, time_once
 
 BESIDE = [("edited", "unedited"), ("steered", "unedited"), ("edited", "plain"), ("unedited", "plain"), ("unused", "plain")]
 FIELDS = (
-    "what", "beside", "mode", "dtype", "width", "layers", "requests", "edits", "prompt", "tokens", "ratio", "interval",
-    "tokens_per_second_p20", "tokens_per_second_p50", "tokens_per_second_p80",
+    "what", "beside", "mode", "dtype", "width", "layers", "requests", "edits", "prompt", "tokens", "blocks", "rounds",
+    "ratio", "interval", "tokens_per_second_p20", "tokens_per_second_p50", "tokens_per_second_p80",
 )  # fmt: skip
 
 
@@ -102,24 +103,38 @@ def variants(chosen, base):
     }  # fmt: skip
 
 
+def within(found, chosen):
+    """Rounds a block that all fit into --minutes, by a second run of each variant."""
+    for run in found.values():
+        run()
+    once = sum(time_once(run) for run in found.values())
+    fitting = int(60 * chosen.minutes / once / chosen.blocks)
+    if fitting < chosen.rounds:
+        print(f"a round takes {once:.1f} s: {max(1, fitting)} rounds a block, not {chosen.rounds} (--minutes)", flush=True)
+    return max(1, min(chosen.rounds, fitting))
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description="Edits in vLLM.")
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--edits", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compiled", action="store_true", help="vLLM's torch.compile instead of eager")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=9.0, help="of measuring, at most")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as base:
-        medians = interleave(variants(chosen, pathlib.Path(base)), blocks=chosen.blocks, rounds=chosen.rounds, warmup=2)
+        found = variants(chosen, pathlib.Path(base))
+        chosen.rounds = within(found, chosen)
+        medians = interleave(found, blocks=chosen.blocks, rounds=chosen.rounds, warmup=0)
     where = about() | {"mode": "compiled" if chosen.compiled else "eager"}
-    where |= {key: getattr(chosen, key) for key in ("dtype", "width", "layers", "requests", "edits", "prompt", "tokens")}
+    where |= {key: getattr(chosen, key) for key in FIELDS[3:12]}
     chosen.out.mkdir(parents=True, exist_ok=True)
     with open(chosen.out / "serving-cpu.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, (*FIELDS, *about()))

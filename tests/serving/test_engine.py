@@ -118,7 +118,7 @@ def test_what_is_not_served_is_refused(llm, model, library):
     direction = support.random(support.LAYERS, support.WIDTH)
     gate = fe.Gate(direction[0], threshold=0.1, decide="prompt")
     refused = {
-        "of the prompt": (fe.Steer(direction, site="block").when(gate), "decided on the prompt"),
+        "prompt-gated": (fe.Steer(direction, site="block").when(gate), "decided on the prompt"),
         "kept": (fe.Steer(direction, site="block", keep_norm=True), "keep_norm"),
         "inside": (fe.Steer(direction, site="q"), "site 'q'"),
         "masked": (fe.Steer(direction, site="block", positions="mask"), "is on mask"),

@@ -36,7 +36,7 @@ def test_two_workers(tmp_path, family, how):
     tests = os.path.dirname(support.__file__)
     env = os.environ | {"PYTHONPATH": tests, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tmp_path / "two.py"), str(tmp_path), json.dumps(asked), how]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     found = [line for line in ran.stdout.splitlines() if line.startswith("ANSWERS")]
     assert found, ran.stderr[-3000:]
     assert json.loads(found[0].removeprefix("ANSWERS")) == expected

@@ -25,9 +25,9 @@ import serving_support as support
 
 if __name__ == "__main__":
     asked = [tuple(one) for one in json.loads(sys.argv[2])]
-    llm = support.start(sys.argv[1] + "/model", sys.argv[1] + "/edits", max_num_batched_tokens=24, max_num_seqs=5)
+    llm = support.start(sys.argv[1] + "/model", sys.argv[1] + "/edits", max_num_batched_tokens=32, max_num_seqs=6)
     runner = type(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
-    found = [support.tokens(llm, asked), support.tokens(llm, asked[::-1])[::-1]]
+    found = [support.tokens(llm, asked), support.tokens(llm, asked[:6][::-1])[::-1]]
     print("ANSWERS" + json.dumps([[c.__module__ for c in runner.__mro__], *found, support.bank_of(llm).residency.loads]))
 """
 
@@ -38,8 +38,8 @@ def test_second_runner(tmp_path):
     model, edits = support.save_model("llama", tmp_path / "model"), support.edits()
     for name, stack in edits.items():
         support.save_edit(model, tmp_path / "edits" / name, stack)
-    short, long = support.prompts(2), support.prompts(1, 40, seed=5)
-    cases = [(prompts, name) for name in (None, *edits) for prompts in (short, long)]
+    short, long = support.prompts(1), support.prompts(1, 40, seed=5)
+    cases = [(long, name) for name in (None, "red", "ends")] + [(short, name) for name in (None, *edits)]
     expected = [answer for prompts, name in cases for answer in support.answers(model, edits.get(name), prompts)]
     asked = [(prompt, name, None) for prompts, name in cases for prompt in prompts]
     expected += support.answers(model, edits["red"], short, 0.5)
@@ -49,10 +49,10 @@ def test_second_runner(tmp_path):
     env = os.environ | {"PYTHONPATH": os.path.dirname(support.__file__), "OMP_NUM_THREADS": "1"}
     env |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
     command = [sys.executable, str(tmp_path / "second.py"), str(tmp_path), json.dumps(asked)]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     said = [line for line in ran.stdout.splitlines() if line.startswith("ANSWERS")]
     assert said, ran.stderr[-3000:]
     modules, found, again, loads = json.loads(said[0].removeprefix("ANSWERS"))
     assert "vllm.v1.worker.gpu.model_runner" in modules, "another runner ran"
-    assert found == expected and again == expected and loads > len(edits)
+    assert found == expected and again == expected[:6] and loads > len(edits)
     assert len(set(map(tuple, expected))) > len(edits), "the edits change nothing: nothing was tested"
