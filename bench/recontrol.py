@@ -6,10 +6,7 @@ Llamas of random weights with a filled cache; the variants take turns on copies 
 and of the loop must agree. Writes recontrol-<device>.csv; `ratio` is of the uncontrolled step, the bar is 1.5.
 """
 
-import argparse
 import copy
-import csv
-import pathlib
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -17,8 +14,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import fastedit as fe
 from fastedit.methods import recontrol
 
-from .machine import about
-from .timing import interleave, quantiles, ratio
+from . import by_rows
+from .timing import interleave, ratio
+from .value_ascent import autograd_loop
 
 FIELDS = (
     "op", "variant", "rows", "width", "depth", "vocabulary", "units", "steps", "step_size", "context", "us_p20", "us_p50",
@@ -41,12 +39,8 @@ def looped(model, net, steps, step_size):
 
     def hook(module, args, hidden):
         with torch.enable_grad():
-            last, u = hidden[:, -1:].detach(), torch.zeros_like(hidden[:, -1:])
-            for _ in range(steps):
-                moved = (last + u).requires_grad_()
-                (gradient,) = torch.autograd.grad(net(moved).sum(), moved)
-                u = u + step_size * gradient
-        return torch.cat([hidden[:, :-1], last + u], 1)
+            moved = autograd_loop(hidden[:, -1:].detach(), net, steps, step_size)
+        return torch.cat([hidden[:, :-1], moved], 1)
 
     model.model.norm.register_forward_hook(hook)
     return model
@@ -80,44 +74,24 @@ def measure(rows, options, device):
     assert torch.equal(chosen["control"], chosen["autograd loop"]), "control and the loop chose other tokens"
     medians = interleave(variants, blocks=options.blocks, rounds=options.rounds, warmup=2)
     for name, times in medians.items():
-        p20, p50, p80 = (f"{t * 1e6:.1f}" for t in quantiles(times))
         share, half = ratio(medians, name, "without")
         yield {
             "op": "recontrol step", "variant": name, "rows": rows, "width": options.width, "depth": options.depth,
             "vocabulary": options.vocabulary, "units": options.units, "steps": options.steps,
-            "step_size": options.step_size, "context": options.context, "us_p20": p20, "us_p50": p50, "us_p80": p80,
+            "step_size": options.step_size, "context": options.context, **by_rows.microseconds(times),
             "ratio": f"{share:.3f}", "interval": f"{half:.3f}",
         }  # fmt: skip
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="bench/results")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    parser = by_rows.parser(__doc__, rounds=7)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--context", type=int, default=128, help="tokens in the cache")
     parser.add_argument("--units", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--step-size", type=float, default=0.5)
-    parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--append", action="store_true", help="to the CSV that is there")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = pathlib.Path(options.out) / f"recontrol-{device}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    where = about()
-    with path.open("a" if options.append else "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if not options.append:
-            writer.writeheader()
-        for rows in options.rows:
-            for row in measure(rows, options, device):
-                writer.writerow(row | where)
-                print(f"{rows:>3} rows  {row['variant']:<14}{row['us_p50']:>12} µs  {row['ratio']:>7} ± {row['interval']}")
-    print(path)
+    line = lambda row: f"{row['ratio']:>7} ± {row['interval']}"  # noqa: E731
+    by_rows.write("recontrol", FIELDS, parser.parse_args(), measure, line)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ Writes value-ascent-<device>.csv: everything is in the time but the Gram matrix,
 change sign in a step, `fp64` the largest relative difference of the float64 path from that loop.
 """
 
-import argparse
-import csv
 import itertools
-import pathlib
 import time
 
 import torch
@@ -20,8 +17,8 @@ import fastedit
 from fastedit import ops
 from fastedit.dispatch import select
 
-from .machine import about
-from .timing import interleave, quantiles, ratio
+from . import by_rows
+from .timing import interleave, ratio
 
 FIELDS = (
     "op", "variant", "backend", "rows", "width", "units", "steps", "step_size", "us_p20", "us_p50", "us_p80", "times_faster",
@@ -71,12 +68,12 @@ def largest(a, b):
     return (a.double() - b.double()).abs().max().item()
 
 
-def measure(rows, width, units, steps, step_size, gain, device, blocks, rounds):
-    net, hidden = make(rows, width, units, gain, device)
+def measure(rows, options, device):
+    net, hidden = make(rows, options.width, options.units, options.gain, device)
     start = time.perf_counter()
     net.gram()
     gram_s = time.perf_counter() - start
-    arguments = (hidden, net, steps, step_size)
+    arguments = (hidden, net, options.steps, options.step_size)
     variants = {
         "autograd loop": lambda: autograd_loop(*arguments),
         "plain steps": lambda: plain_steps(*arguments),
@@ -88,47 +85,26 @@ def measure(rows, width, units, steps, step_size, gain, device, blocks, rounds):
     errors = {name: largest(function(), exact) for name, function in variants.items()}
     flips = flip_share(*arguments)
     backend = select(device, torch.float32).__name__
-    medians = interleave(variants, blocks=blocks, rounds=rounds, warmup=1)
+    medians = interleave(variants, blocks=options.blocks, rounds=options.rounds, warmup=1)
     for name, times in medians.items():
-        p20, p50, p80 = (f"{t * 1e6:.1f}" for t in quantiles(times))
         slower, half = ratio(medians, "autograd loop", name)
         yield {
             "op": "value_ascent", "variant": name, "backend": backend if name == "fastedit" else "",
-            "rows": rows, "width": width, "units": "x".join(map(str, units)), "gain": gain,
-            "steps": steps, "step_size": step_size, "us_p20": p20, "us_p50": p50,
-            "us_p80": p80, "times_faster": f"{slower:.2f}", "times_faster_95": f"{half:.2f}", "error": f"{errors[name]:.3g}",
+            "rows": rows, "width": options.width, "units": "x".join(map(str, options.units)), "gain": options.gain,
+            "steps": options.steps, "step_size": options.step_size, **by_rows.microseconds(times),
+            "times_faster": f"{slower:.2f}", "times_faster_95": f"{half:.2f}", "error": f"{errors[name]:.3g}",
             "eager_error": f"{errors['autograd loop']:.3g}", "fp64": f"{fp64:.3g}", "flips": f"{flips:.5f}",
             "gram_s": f"{gram_s:.2f}",
         }  # fmt: skip
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="bench/results")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    parser = by_rows.parser(__doc__, rounds=3)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--units", type=int, nargs="+", default=[4096], help="of one hidden layer, or of two")
     parser.add_argument("--gain", type=float, default=1.0, help="of the value net's gradient")
-    parser.add_argument("--append", action="store_true", help="to the CSV that is there")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--step-size", type=float, default=0.5)
-    parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = pathlib.Path(options.out) / f"value-ascent-{device}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    where = about()
-    with path.open("a" if options.append else "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if not options.append:
-            writer.writeheader()
-        for rows in options.rows:
-            sizes = (rows, options.width, tuple(options.units), options.steps, options.step_size, options.gain)
-            for row in measure(*sizes, device, options.blocks, options.rounds):
-                writer.writerow(row | where)
-                print(f"{row['rows']:>3} rows  {row['variant']:<14}{row['us_p50']:>12} µs  {row['times_faster']:>6} times faster")
-    print(path)
+    line = lambda row: f"{row['times_faster']:>6} times faster"  # noqa: E731
+    by_rows.write("value-ascent", FIELDS, parser.parse_args(), measure, line)
 
 
 if __name__ == "__main__":

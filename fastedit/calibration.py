@@ -10,6 +10,7 @@ import torch
 
 from .batches import Windows
 from .edits import Edit
+from .evaluating import evaluating
 from .patching import Handle, patch
 
 LARGEST = 1024.0
@@ -125,14 +126,9 @@ class _Meter:
     @torch.no_grad()
     def _distribution(self, inputs, tokens):
         """(prompts, vocabulary) float64 log-probabilities of the token behind each prompt."""
-        model, training = self.handle.model, [m for m in self.handle.model.modules() if m.training]
-        model.eval()
-        try:
-            keep = self.last if bool(tokens[:, -1].all()) else {k: v for k, v in self.last.items() if k == "use_cache"}
+        keep = self.last if bool(tokens[:, -1].all()) else {k: v for k, v in self.last.items() if k == "use_cache"}
+        with evaluating(self.handle.model) as model:
             logits = model(**inputs, **keep).logits
-        finally:
-            for module in training:
-                module.training = True
         self.forwards += 1
         if logits.shape[1] > 1:
             column = torch.where(tokens, torch.arange(tokens.shape[1]), -1).amax(1).to(logits.device)

@@ -22,6 +22,7 @@ from .batches import Windows
 from .captured_rows import RowWriter
 from .edit_file import replace
 from .edits import Edit
+from .evaluating import evaluating
 from .families import Input, find_layers
 from .moments import Moments
 from .planning import choose, device_at, width_at
@@ -105,7 +106,7 @@ def capture(
     writer = None if rows is None else RowWriter(rows, job, fresh=state is None or not state.path.exists())
     done = 0 if state is None else state.load(moments, windows)
     forward = _Forward(model, chosen, site, moments, at, writer)
-    with _quietly_eval(model), _bar(progress, windows) as advance:
+    with evaluating(model), _bar(progress, windows) as advance:
         advance(done)
         for window in windows:
             for batch in window[rank::world]:
@@ -265,18 +266,6 @@ def _limit(model):
     if found and config.model_type in ("roberta", "xlm-roberta", "camembert"):
         found -= config.pad_token_id + 1  # their positions start behind the padding token's number
     return found
-
-
-@contextlib.contextmanager
-def _quietly_eval(model):
-    """Eval mode, and each module's own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

@@ -6,6 +6,9 @@ An edit on `final` like any other: patched, stacked, dialled, saved and removed 
 so it is a stage of its own (`Ascending`), and acts only on rows that a next token is predicted from.
 """
 
+import itertools
+import weakref
+
 import torch
 
 from . import ops
@@ -14,6 +17,13 @@ from .edits import Edit
 from .value_net import ValueNet
 
 NAMES = ("weight", "bias", "weight2", "bias2", "head", "offset")  # a ValueNet's parameters
+
+_stages, _numbers = weakref.WeakValueDictionary(), itertools.count()  # what a compiled graph knows a stage by
+_library = torch.library.Library("fastedit", "FRAGMENT")
+_library.define(
+    "control(Tensor hidden, int stage) -> Tensor",  # the dial is looked at when it runs: not in a CUDA graph
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, torch.Tag.cudagraph_unsafe),
+)
 
 
 class Ascending:
@@ -27,14 +37,19 @@ class Ascending:
 
     def __init__(self, masters, stack):
         self.masters, self.control, self.stack = [masters], masters, stack
-        self.net, self.seen = None, ()
+        self.__setstate__({})
 
     def __getstate__(self):
-        return self.__dict__ | {"net": None, "seen": ()}
+        return {name: self.__dict__[name] for name in ("masters", "control", "stack")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.net, self.seen, self.number = None, (), next(_numbers)
+        _stages[self.number] = self
 
     def apply(self, hidden):
-        options, strength = self.control.options, self.control.strength
-        if strength == 0 or options["steps"] == 0:
+        needs_grad = hidden.requires_grad and torch.is_grad_enabled()
+        if (needs_grad or not _in_graph()) and self.is_off():
             return hidden
         plan = self.stack.known_plan("a Control")
         _check_call(hidden, plan)
@@ -42,22 +57,48 @@ class Ascending:
         if rows is None:
             return hidden
         chosen = hidden[rows] if isinstance(rows, tuple) else hidden[:, -rows:]
-        moved = ops.value_ascent(chosen, self._net(), options["steps"], options["step_size"] * strength)
+        moved = torch.ops.fastedit.control.default(chosen, self.number) if _in_graph() else self.ascend(chosen)
         if isinstance(rows, tuple):
             return hidden.index_put(rows, moved)
         return moved if rows == hidden.shape[1] else torch.cat([hidden[:, :-rows], moved], 1)
 
+    def is_off(self):
+        return self.control.strength == 0 or self.control.options["steps"] == 0
+
+    def ascend(self, hidden):
+        options = self.control.options
+        return ops.value_ascent(hidden, self._net(), options["steps"], options["step_size"] * self.control.strength)
+
     def _net(self):
-        """A ValueNet on the masters' own memory: what is copied into them it sees. A new one where they were replaced."""
-        held = self.control._buffers
-        if torch.compiler.is_compiling():
+        """A ValueNet on the masters' own memory: what is copied into them it sees. A new one where they were replaced.
+        An exported program, which may run where there is no stage, holds the net and its Gram matrix of now."""
+        if torch.compiler.is_exporting():
             if self.net is None:
-                raise RuntimeError("a Control prepares its value net in the first forward: run one before compiling")
+                raise RuntimeError("a Control prepares its value net in the first forward: run one before torch.export")
             return self.net
+        held = self.control._buffers
         now = [held.get(name) for name in NAMES]
         if self.net is None or any(a is not b for a, b in zip(now, self.seen, strict=True)):
             self.net, self.seen = ValueNet.from_tensors(*now), now
         return self.net
+
+
+def _in_graph():
+    """Under torch.compile. A graph calls the stage by its number and looks at dial, net and Gram matrix in each call."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def _control(hidden, stage):
+    stage = _stages[stage]
+    return hidden.clone(memory_format=torch.contiguous_format) if stage.is_off() else stage.ascend(hidden)
+
+
+def _fake_control(hidden, stage):
+    return hidden.new_empty(hidden.shape)
+
+
+_library.impl("control", _control, "CompositeExplicitAutograd")
+torch.library.register_fake("fastedit::control", _fake_control, lib=_library)
 
 
 def _check_call(hidden, plan):

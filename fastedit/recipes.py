@@ -20,6 +20,7 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 
 from . import store
 from .edit_file import JSON, EditFileError, replace
+from .evaluating import evaluating
 
 __all__ = [
     "HEAD", "EditTrainer", "SentenceClassifier", "accuracy", "fit", "load_head", "load_trained", "predict",
@@ -219,8 +220,6 @@ def tokenized(rows, tokenizer, max_length=128):
 @torch.inference_mode()
 def predict(model, texts, tokenizer, batch_size=64, max_length=128):
     """Logits (texts, labels) in the texts' order, computed in batches of like length, in eval mode."""
-    was_training = model.training
-    model.eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     device, found = next(model.parameters()).device, [None] * len(texts)
     for start in range(0, len(order), batch_size):
@@ -232,10 +231,10 @@ def predict(model, texts, tokenizer, batch_size=64, max_length=128):
             max_length=max_length,
             return_tensors="pt",
         ).to(device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])["logits"]
+        with evaluating(model):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])["logits"]
         for i, row in zip(chosen, logits.float().cpu(), strict=True):
             found[i] = row
-    model.train(was_training)
     return torch.stack(found)
 
 

@@ -32,18 +32,19 @@ def forward_until(model, places, inputs):
             hook.remove()
 
 
-def residual_stream(model, after, inputs, last=None):
+def residual_stream(model, after, inputs, last=None, layers=None):
     """The residual stream after so many blocks, [(batch, tokens, width)], in the order of `after`; differentiable.
 
     Args:
         model: an nn.Module with one stack of layers, called as model(**inputs).
         after: numbers of blocks, from 1 on. Edits and adapters on those blocks count.
         last: keep only that many columns at the end.
+        layers: find_layers(model), from one who calls often.
 
     Raises:
         ValueError: a number of blocks that the model does not have.
     """
-    layers = find_layers(model)
+    layers = find_layers(model) if layers is None else layers
     check_depths(after, len(layers))
     found = {}
 

@@ -107,6 +107,23 @@ def test_one_set_of_weights_serves_and_comes_back_as_it_was():
     tiny.assert_same_state(model, before)
 
 
+@pytest.mark.parametrize("through", ["PeftModel", "injected", "disabled"])
+def test_the_teacher_has_no_adapter_and_leaves_each_as_it_was(through):
+    base = tiny.build("llama")
+    model, given = with_lora(copy.deepcopy(base)), {k: v[0] for k, v in batch().items() if k != "response_mask"}
+    if through == "disabled":
+        model.base_model.disable_adapter_layers()
+    if through == "injected":  # as transformers' add_adapter leaves it: PEFT's layers without PEFT's model around them
+        model = model.get_base_model()
+    next(p for p in model.parameters() if p.requires_grad or through == "disabled").requires_grad_(False)
+    trained = [p.requires_grad for p in model.parameters()]
+    before = model(**given).logits
+    with rahf.teacher(model):
+        assert torch.equal(model(**given).logits, base(**given).logits)
+    assert torch.equal(model(**given).logits, before) and trained == [p.requires_grad for p in model.parameters()]
+    assert torch.equal(before, base(**given).logits) is (through == "disabled")
+
+
 def test_nothing_runs_behind_the_deepest_layer():
     model, ran = with_red(tiny.build("llama")), []
     for name in ("model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "lm_head"):

@@ -115,6 +115,18 @@ def test_threads_of_a_large_net_agree():
     assert torch.equal(ops.value_ascent(hidden[33:35], net, 6, 0.5), results[0][33:35])
 
 
+def test_units_of_a_second_layer_that_are_not_looked_at_keep_their_signs():
+    """Small steps: most units are far from changing, and a kernel may say so without a look; the rest must be seen."""
+    case = make(6, 96, (160, 128), steps=40, step_size=0.05, gain=2.0)
+    found = ops.value_ascent(case.hidden, case.net, case.steps, case.step_size)
+    ascent_support.assert_promise(case, found)
+    before, after = (torch.relu(h @ case.net.weight.T + case.net.bias) @ case.net.weight2.T + case.net.bias2 > 0
+                     for h in (case.hidden, found))  # fmt: skip
+    assert 0 < int((before != after).sum()) < before.numel() // 4
+    alone = [ops.value_ascent(row[None], case.net, case.steps, case.step_size) for row in case.hidden]
+    assert torch.equal(torch.cat(alone), found)
+
+
 def test_views_and_shapes(backend):
     if backend in ("cuda", "triton"):
         pytest.skip("views are flattened before the backend")

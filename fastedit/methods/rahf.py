@@ -16,12 +16,14 @@ deepest target layer. The student may be LoRA (PEFT, as published) or any traina
 """
 
 import contextlib
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..evaluating import evaluating
 from ..families import find_layers
 from ..patching import handles
 from ..truncated import check_depths, residual_stream
@@ -162,21 +164,52 @@ def hindsight_loss(model, own, opposite, response_mask, *, epsilon=0.2):
 @contextlib.contextmanager
 def teacher(model):
     """The model without its student (adapters off, edits at strength 0), in eval mode and without gradients."""
-    modes = [(module, module.training) for module in model.modules() if module.training]
     patched = [(handle, handle.strength) for handle in handles(model) if not handle.merged]
-    disable = getattr(model, "disable_adapter", None)
-    with torch.no_grad(), disable() if disable is not None else contextlib.nullcontext():
+    with torch.no_grad(), evaluating(model), _without_adapters(model):
         try:
             for handle, _ in patched:
                 handle.strength = 0.0
-            for module, _ in modes:
-                module.training = False
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             for handle, strength in patched:
                 handle.strength = strength
+
+
+@contextlib.contextmanager
+def _without_adapters(model):
+    """PEFT's adapters off, and each in the state that it was, trained or not.
+
+    `PeftModel.disable_adapter` counts the model's parameters in each call, which took 4 % of a DUAL step; it serves
+    what has no layers of its own to switch, such as prompt tuning.
+    """
+    layers = _adapter_layers(model)
+    if not layers:
+        disable = getattr(model, "disable_adapter", contextlib.nullcontext)
+        with disable():
+            yield
+        return
+    trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, was in trained:
+            if parameter.requires_grad is not was:
+                parameter.requires_grad_(was)
+
+
+def _adapter_layers(model):
+    """The modules of PEFT in which an adapter is in force."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
 
 
 class Rahf(nn.Module):
@@ -194,10 +227,11 @@ class Rahf(nn.Module):
 
     def __init__(self, model, layers=None, *, rejected=None, alpha=5.0, squared=False):
         super().__init__()
-        depth = len(find_layers(model))
+        self.__dict__["found"] = [find_layers(m) for m in (model, rejected) if m is not None]
+        depth = len(self.found[0])
         self.model, self.alpha, self.squared = model, alpha, squared
         self.layers = default_layers(depth, rejected is not None) if layers is None else tuple(layers)
-        check_depths(self.layers, depth)
+        check_depths(self.layers, min(map(len, self.found)))
         self.stimuli = 3 if rejected is None else 1
         self.config = getattr(model, "config", None)
         self.__dict__["rejected"] = None if rejected is None else rejected.eval().requires_grad_(False)
@@ -209,7 +243,7 @@ class Rahf(nn.Module):
                 f"{self.stimuli} instruction(s)"
             )
         base, good, bad = self.patterns(input_ids, attention_mask, response_mask.shape[1])
-        student = self.stream(self.model, input_ids[0], attention_mask[0], response_mask.shape[1])
+        student = self.stream(input_ids[0], attention_mask[0], response_mask.shape[1])
         loss = pattern_loss(student, base, good, bad, response_mask, alpha=self.alpha, squared=self.squared)
         return {"loss": loss}
 
@@ -218,14 +252,16 @@ class Rahf(nn.Module):
         with teacher(self.model):
             if self.rejected is None:
                 flat = (input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
-                streams = self.stream(self.model, *flat, columns)
+                streams = self.stream(*flat, columns)
                 return zip(*(stream.chunk(3) for stream in streams), strict=True)
-            good = self.stream(self.model, input_ids[0], attention_mask[0], columns)
-            bad = self.stream(self.rejected, input_ids[0], attention_mask[0], columns)
+            good = self.stream(input_ids[0], attention_mask[0], columns)
+            bad = self.stream(input_ids[0], attention_mask[0], columns, self.rejected)
         return good, good, bad
 
-    def stream(self, model, ids, mask, columns):
-        return residual_stream(model, self.layers, {"input_ids": ids, "attention_mask": mask}, columns)
+    def stream(self, ids, mask, columns, model=None):
+        """The residual streams of `model`, this Rahf's own by default."""
+        model, found = (self.model, self.found[0]) if model is None else (model, self.found[-1])
+        return residual_stream(model, self.layers, {"input_ids": ids, "attention_mask": mask}, columns, found)
 
 
 def default_layers(depth, dual=False):

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from ..evaluating import evaluating
+
 
 @torch.no_grad()
 def replies(model, tokenizer, prompts, *, max_new_tokens=64, batch_size=8):
@@ -14,9 +16,7 @@ def replies(model, tokenizer, prompts, *, max_new_tokens=64, batch_size=8):
     given = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     order, said = sorted(range(len(given)), key=lambda k: len(given[k])), [None] * len(given)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             longest = len(given[batch[-1]])
@@ -30,9 +30,6 @@ def replies(model, tokenizer, prompts, *, max_new_tokens=64, batch_size=8):
             )  # fmt: skip
             for k, reply in zip(batch, made[:, longest:], strict=True):
                 said[k] = tokenizer.decode(reply, skip_special_tokens=True)
-    finally:
-        for module in training:
-            module.training = True
     return said
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 
 from ..edit_file import EditFileError, replace
 from ..edits import Edit
+from ..evaluating import evaluating
 from ..families import find_layers
 from ..planning import choose
 from ..root import root_of
@@ -114,7 +115,7 @@ def collect(
     options["max_new_tokens"] = max_new_tokens
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     found, total = [], len(prompts) * samples
-    with torch.random.fork_rng(devices), _in_eval(model):
+    with torch.random.fork_rng(devices), evaluating(model):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
@@ -195,14 +196,3 @@ def _states(model):
         yield found
     finally:
         hook.remove()
-
-
-@contextlib.contextmanager
-def _in_eval(model):
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

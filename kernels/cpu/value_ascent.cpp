@@ -4,11 +4,12 @@
 // in z: z += a gram m. Two, V = head · relu(W₂ relu(z) + b₂): z += a gram q with q = 1[z > 0] ⊙ v, v = W₂ᵀ m₂.
 // Streams, one hidden layer: W once for z, gram once for the first slope gram m, after that those of gram's rows (it
 // is symmetric) whose units change sign, and W once more for Wᵀ Σ m. For a batch the three passes are one each.
+// Two: gram once a step, for q is dense, and of W₂ the rows of the units whose sign may have changed (`Looks`).
 //
 // Threads over tiles of units in the products, over rows in the steps. The states of the steps (z, slope, v) are fp64:
 // they are sums of hundreds of fp32 vectors, and what they decide, a sign, is all that the result takes from them.
 // Every sum's order follows width and units alone: a row depends neither on the other rows nor on the thread count.
-#include "cpu/sums.h"
+#include "cpu/products.h"
 #include "cpu/widen.h"
 
 namespace fastedit {
@@ -16,7 +17,6 @@ namespace FASTEDIT_ISA {
 namespace {
 
 constexpr int64_t kAscentRows = 32;   // rows in one go: what bounds the scratch
-constexpr int64_t kUnitTile = 32;     // units of one task of a product
 constexpr int64_t kPartials = 16;     // runs of units whose fp32 sums Wᵀ total is added from
 constexpr int64_t kColumnTile = 512;  // columns of four weight rows and of the sums that the first cache holds
 
@@ -34,80 +34,6 @@ struct Memory {
   }
   char *data, *at;
 };
-
-// out[r][u] = x[r] · matrix[u] + bias[u] for two units (one where they are the same) and R rows.
-template <int R>
-inline void two_units(const float* x, int64_t columns, const float* first, const float* second, float (&out)[2][R]) {
-  typedef typename Lane<kLanes>::F F;
-  F sum[2][R] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= columns; c += kLanes) {
-    const F a = load_as<F>(first + c), b = load_as<F>(second + c);
-    for (int r = 0; r < R; ++r) {
-      const F h = load_as<F>(x + r * columns + c);
-      sum[0][r] += a * h;
-      sum[1][r] += b * h;
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    float tail[2] = {};
-    for (int64_t i = c; i < columns; ++i) {
-      tail[0] += first[i] * x[r * columns + i];
-      tail[1] += second[i] * x[r * columns + i];
-    }
-    for (int i = 0; i < 2; ++i) out[i][r] = sum_lanes(sum[i][r]) + tail[i];
-  }
-}
-
-template <int R>
-inline void unit_rows(const float* x, int64_t columns, const float* matrix, const float* bias, int64_t units,
-                      int64_t u, float* out) {
-  const int64_t v = u + 1 < units ? u + 1 : u;
-  float z[2][R];
-  two_units<R>(x, columns, matrix + u * columns, matrix + v * columns, z);
-  for (int r = 0; r < R; ++r) {
-    out[r * units + u] = z[0][r] + (bias ? bias[u] : 0.0f);
-    out[r * units + v] = z[1][r] + (bias ? bias[v] : 0.0f);
-  }
-}
-
-// out (rows, units) = x (rows, columns) @ matrixᵀ + bias: the matrix goes by once for all rows.
-void product(const float* x, int64_t rows, int64_t columns, const float* matrix, const float* bias, int64_t units,
-             float* out) {
-  each_task((units + kUnitTile - 1) / kUnitTile, units * columns * rows, [=](int64_t task) {
-    const int64_t end = task * kUnitTile + kUnitTile < units ? task * kUnitTile + kUnitTile : units;
-    for (int64_t u = task * kUnitTile; u < end; u += 2) {
-      int64_t r = 0;
-      for (; r + kGroup <= rows; r += kGroup) {
-        unit_rows<kGroup>(x + r * columns, columns, matrix, bias, units, u, out + r * units);
-      }
-      for (; r < rows; ++r) unit_rows<1>(x + r * columns, columns, matrix, bias, units, u, out + r * units);
-    }
-  });
-}
-
-// to += Σ_i coefficient[i] · row[i] over N rows of a matrix: `to` is read and written once for all of them.
-template <int N>
-inline void add_vectors(float* to, const float* const (&row)[N], const float (&k)[N], int64_t columns) {
-  each_column(columns, [&](auto lane, int64_t c) {
-    typedef typename decltype(lane)::F F;
-    F sum = load_as<F>(to + c);
-    for (int i = 0; i < N; ++i) sum += k[i] * load_as<F>(row[i] + c);
-    memcpy(to + c, &sum, sizeof sum);
-  });
-}
-template <int N>
-inline void add_vectors(double* to, const float* const (&row)[N], const float (&k)[N], int64_t columns) {
-  int64_t c = 0;
-  for (; c + kHalf <= columns; c += kHalf) {
-    Double sum = load_as<Double>(to + c);
-    for (int i = 0; i < N; ++i) sum += static_cast<double>(k[i]) * load_double(row[i] + c);
-    memcpy(to + c, &sum, sizeof sum);
-  }
-  for (; c < columns; ++c) {
-    for (int i = 0; i < N; ++i) to[c] += static_cast<double>(k[i]) * row[i][c];
-  }
-}
 
 // sums (kPartials, rows, width): run p of units' Σ_u total[r][u] W[u]; then out = x + a (their sum), rounded once.
 void finish(const ValueAscentArgs& a, const float* x, const float* total, int64_t first, int64_t rows, float* sums) {
@@ -201,6 +127,9 @@ struct Ascent {
   int64_t rows;
   float *x, *z32, *product32, *hidden2, *total, *sums;
   double *z, *slope, *sum;
+  struct Looks {
+    double *due, *way, *size, *norm;
+  } looks;
   char* on;
   int32_t *flipped, *steps_on;
 };
@@ -249,6 +178,82 @@ void one_hidden_layer(const Ascent& s) {
   each_task(s.rows, s.rows * units * a.steps, [=](int64_t r) { steps_of_row(s, r); });
 }
 
+// Looks: which units of the second hidden layer must be looked at. From one look to the next z₂ moves by no more than
+// norm = ‖W₂[unit]‖ times the way that relu(z), now of length `size`, has gone in between (Cauchy–Schwarz and the triangle
+// inequality). Until that way is `due` a unit keeps its sign. The slack is more than the rounding of two fp32 sums, so
+// that every sign is the one that a look at each step finds.
+inline void looked_at(const Ascent& s, int64_t r, int64_t unit) {
+  const double slack = (s.a.units / kLanes + 8) * 0x1p-23, value = s.hidden2[r * s.a.units2 + unit];
+  const double safe = 0.999 * __builtin_fabs(value) / s.looks.norm[unit] - slack * s.looks.size[r];
+  s.looks.due[r * s.a.units2 + unit] = s.looks.way[r] + safe;
+}
+
+inline bool is_due(const Ascent& s, int64_t r, int64_t unit) {  // a NaN is
+  return !(s.looks.due[r * s.a.units2 + unit] > s.looks.way[r]);
+}
+
+inline void look(const Ascent& s, int64_t r, int64_t unit) {
+  const ValueAscentArgs& a = s.a;
+  s.hidden2[r * a.units2 + unit] = dot(s.z32 + r * a.units, a.weight2 + unit * a.units, a.units) + a.bias2[unit];
+  looked_at(s, r, unit);
+}
+
+void look_at_all(const Ascent& s) {
+  const ValueAscentArgs& a = s.a;
+  product(s.z32, s.rows, a.units, a.weight2, a.bias2, a.units2, s.hidden2);
+  each_task(a.units2, a.units2 * (a.units + s.rows), [=](int64_t unit) {
+    for (int64_t r = 0; r < s.rows; ++r) looked_at(s, r, unit);
+  });
+}
+
+// hidden2 with the signs of W₂ x + b₂, x in z32. Where more than half are due, a product is faster than single units.
+void second_layer(const Ascent& s) {
+  const ValueAscentArgs& a = s.a;
+  int64_t count = 0;
+  for (int64_t r = 0; r < s.rows; ++r) {
+    for (int64_t unit = 0; unit < a.units2; ++unit) count += is_due(s, r, unit);
+  }
+  if (2 * count > s.rows * a.units2) return look_at_all(s);
+  each_task((a.units2 + kUnitTile - 1) / kUnitTile, count * a.units, [=](int64_t task) {
+    const int64_t end = (task + 1) * kUnitTile < a.units2 ? (task + 1) * kUnitTile : a.units2;
+    for (int64_t unit = task * kUnitTile; unit < end; ++unit) {
+      for (int64_t r = 0; r < s.rows; ++r) {
+        if (is_due(s, r, unit)) look(s, r, unit);
+      }
+    }
+  });
+}
+
+// The norms of W₂'s rows, and where z stands.
+void prepare_looks(const Ascent& s) {
+  const ValueAscentArgs& a = s.a;
+  each_task(a.units2, a.units2 * a.units, [=](int64_t unit) {
+    const float* row = a.weight2 + unit * a.units;
+    s.looks.norm[unit] = __builtin_sqrt(dot(row, row, a.units));
+  });
+  for (int64_t r = 0; r < s.rows; ++r) {
+    double square = 0;
+    for (int64_t u = r * a.units; u < (r + 1) * a.units; ++u) square += s.z[u] > 0 ? s.z[u] * s.z[u] : 0;
+    s.looks.way[r] = 0;
+    s.looks.size[r] = __builtin_sqrt(square);
+  }
+}
+
+// z += a · gram q, and how far relu(z) has gone.
+void move_row(const Ascent& s, int64_t r) {
+  const double step_size = s.a.step_size;
+  double moved = 0, square = 0;
+  for (int64_t u = r * s.a.units; u < (r + 1) * s.a.units; ++u) {
+    const double old = s.z[u] > 0 ? s.z[u] : 0;
+    s.z[u] += step_size * s.product32[u];
+    const double now = s.z[u] > 0 ? s.z[u] : 0;
+    moved += (now - old) * (now - old);
+    square += now * now;
+  }
+  s.looks.way[r] += __builtin_sqrt(moved);
+  s.looks.size[r] = __builtin_sqrt(square);
+}
+
 // Two hidden layers, one step of one row: v follows the signs of the second, `slope` is v here.
 void gradient_of_row(const Ascent& s, int64_t r) {
   const ValueAscentArgs& a = s.a;
@@ -270,18 +275,17 @@ void two_hidden_layers(const Ascent& s) {
   memset(s.sum, 0, static_cast<size_t>(all) * sizeof(double));
   memset(s.on, 0, static_cast<size_t>(s.rows * a.units2));
   for (int64_t u = 0; u < all; ++u) s.z[u] = s.z32[u];
+  prepare_looks(s);
   for (int64_t t = 0; t < a.steps; ++t) {
     each_task(s.rows, all, [=](int64_t r) {
       for (int64_t u = r * units; u < (r + 1) * units; ++u) s.z32[u] = s.z[u] > 0 ? static_cast<float>(s.z[u]) : 0.0f;
     });
-    product(s.z32, s.rows, units, a.weight2, a.bias2, a.units2, s.hidden2);
+    if (t == 0) look_at_all(s);
+    else second_layer(s);
     each_task(s.rows, all * 4, [=](int64_t r) { gradient_of_row(s, r); });
     if (t + 1 == a.steps) break;
     product(s.z32, s.rows, units, a.gram, nullptr, units, s.product32);
-    const double step_size = a.step_size;
-    each_task(s.rows, all, [=](int64_t r) {
-      for (int64_t u = r * units; u < (r + 1) * units; ++u) s.z[u] += step_size * s.product32[u];
-    });
+    each_task(s.rows, all, [=](int64_t r) { move_row(s, r); });
   }
   for (int64_t u = 0; u < all; ++u) s.total[u] = static_cast<float>(s.sum[u]);
 }
@@ -291,12 +295,16 @@ void two_hidden_layers(const Ascent& s) {
 int value_ascent(const ValueAscentArgs& a, void*) {
   const int64_t most = a.rows < kAscentRows ? a.rows : kAscentRows, units = most * a.units, width = most * a.width;
   const int64_t signs = most * (a.units > a.units2 ? a.units : a.units2);
-  const int64_t floats = width * (1 + kPartials) + units * 3 + most * a.units2, doubles = units * (a.units2 ? 3 : 2);
-  Memory memory(static_cast<size_t>(floats + 2 * signs) * 4 + static_cast<size_t>(doubles) * 8 + static_cast<size_t>(signs) + 4096);
+  const int64_t floats = width * (1 + kPartials) + units * 3 + most * a.units2;
+  const int64_t doubles = units * (a.units2 ? 3 : 2) + (most + 1) * a.units2 + 2 * most;
+  Memory memory(static_cast<size_t>(floats + 2 * signs) * 4 + static_cast<size_t>(doubles) * 8 +
+                static_cast<size_t>(signs) + 4096);
   if (!memory.data) return kOutOfMemory;
   Ascent s{a, 0, memory.take<float>(width), memory.take<float>(units), memory.take<float>(units),
            memory.take<float>(most * a.units2), memory.take<float>(units), memory.take<float>(width * kPartials),
            memory.take<double>(units), memory.take<double>(units), memory.take<double>(a.units2 ? units : 0),
+           {memory.take<double>(most * a.units2), memory.take<double>(most), memory.take<double>(most),
+            memory.take<double>(a.units2)},
            memory.take<char>(signs), memory.take<int32_t>(signs), memory.take<int32_t>(signs)};
   for (int64_t first = 0; first < a.rows; first += most) {
     s.rows = first + most < a.rows ? most : a.rows - first;
