@@ -49,7 +49,7 @@ def _arguments(tensors, slot, strength, gate, device, width):
     first = tensors[0]
     if first is None:
         first = tensors[2] if tensors[1] is None else tensors[1]
-    if first is not None and first.shape[-1] != width:
+    if (first is not None and first.shape[-1] != width) or (gate is not None and gate[0].shape[-1] != width):
         return None
     pointers = []
     for tensor in (*tensors, strength) if gate is None else (*tensors, strength, *gate):

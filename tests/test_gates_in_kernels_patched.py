@@ -11,6 +11,7 @@ from gate_cases import prompts, vector
 import fastedit as fe
 from fastedit import _native, dispatch, lean
 from fastedit.gating import Sensor
+from fastedit.per_layer import Spot
 
 OPEN = fe.Gate(torch.zeros(tiny.WIDTH), threshold=-1.0)  # of any rows: `gate & OPEN` is `gate`, but no kernel's
 SITES = ["mlp", "attn", "block"]
@@ -212,11 +213,11 @@ def test_a_hard_gate_asks_for_no_gradient():
     assert any("EditAdd" in type(node).__name__ for node in names)
 
 
-@pytest.mark.parametrize("site, kind, sharpness", [("mlp", "dot", None), ("block", "cosine", 9.0)])
-def test_compiled(site, kind, sharpness):
-    model = tiny.build("llama")
-    gate = gate_for(model, site, 1, kind, sharpness)
-    handle = fe.patch(model, fe.Steer(vector(8), site=site, layers=1).when(gate))
+def test_compiled():
+    model = tiny.build("llama", num_hidden_layers=2)
+    hard, soft = gate_for(model, "mlp", 0, "dot", None), gate_for(model, "block", 1, "cosine", 9.0)
+    edits = [fe.Steer(vector(8), site="mlp", layers=0).when(hard), fe.Steer(vector(9), site="block", layers=1).when(soft)]
+    handle = fe.patch(model, edits)
     real = batch()["attention_mask"].bool()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -249,6 +250,15 @@ def test_the_rule_follows_its_threshold_and_stays_where_it_is():
     model.to(torch.bfloat16)
     assert sensor.gate()[1].dtype is torch.float32 and sensor.gate()[0].dtype is torch.float32
     handle.remove()
+
+
+def test_a_gate_of_another_width_never_reaches_a_kernel():
+    sensor = Sensor(fe.Gate(torch.ones(32)), "g", Spot("layers.0", 0, 1), 32, "cpu")
+    form, rows = (None, torch.ones(64), None, None, None), torch.ones(3, 64)
+    with torch.no_grad():
+        for call in (lambda: lean.edit(rows, form, None, sensor), lambda: lean.add(rows, rows, form, None, True, looks=sensor)):
+            with pytest.raises(ValueError, match=r"gate has shape \(32,\), expected \(64\)"):
+                call()
 
 
 def test_under_autocast():
