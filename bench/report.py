@@ -1,4 +1,4 @@
-"""Puts the tables of the CSVs into docs/performance.md, between its markers; measures nothing.
+"""Puts the tables of the CSVs into docs/performance.md and docs/methods.md, between their markers; measures nothing.
 
     python -m bench.report bench/results
 
@@ -10,11 +10,13 @@ import re
 import sys
 
 from . import host
+from .effects import rahf, recontrol, sst2, steering
 from .kernels import table as kernels
 from .models import rows as models
 from .models import table as models_table
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+METHODS = PAGE.with_name("methods.md")
 
 
 def models_of_red(path):
@@ -35,6 +37,10 @@ TABLES = {
     "host": ("host-cpu.csv", host.table),
     "red in models": ("models-cpu.csv", models_of_red),
     "models": ("models-cpu.csv", models_table.markdown),
+    "steering": ("effects-steering.csv", steering.markdown),
+    "re-control": ("effects-recontrol.csv", recontrol.markdown),
+    "sst2": ("sst2_red.csv", sst2.markdown),
+    "rahf": ("effects-rahf.csv", rahf.markdown),
 }
 
 
@@ -52,10 +58,11 @@ def filled(page, results):
 
 
 def write(results, page=PAGE):
-    """docs/performance.md with the tables of the folder `results`; returns its path."""
+    """The page, docs/performance.md or another one, with the tables of the folder `results`; returns its path."""
     page.write_text(filled(page.read_text(), results))
     return page
 
 
 if __name__ == "__main__":
-    print(write(sys.argv[1] if len(sys.argv) > 1 else "bench/results"))
+    for page in (PAGE, METHODS):
+        print(write(sys.argv[1] if len(sys.argv) > 1 else "bench/results", page))
