@@ -124,7 +124,7 @@ def test_recontrol_is_measured_and_tabled(shared, tmp_path, monkeypatch, capsys)
     for seed in (0, 1):
         recontrol.measure(shared, rows, "stories260K", seed, 10)
     found = rows.read()
-    assert len(found) == 14 and {row["responses"] for row in found} == {"40"}
+    assert len(found) == 14 and {row["responses"] for row in found} == {"20"}
     for row in found:
         same = next(r for r in found if (r["direction"], r["seed"]) == ("none", row["seed"]))
         gain = float(row["reward"]) - float(same["reward"])

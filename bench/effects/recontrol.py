@@ -7,7 +7,7 @@ Fixed before anything was generated:
                to each opening (eight words) of the 500 even stories; another net and other responses for each seed
     strengths  30 steps of 0.5 times the strength that gives a dose of 0.05, 0.1 or 0.2 nats at the token behind the
                openings of 128 even stories (fe.calibrate)
-    tested     on odd stories, the openings of 100 of them for each of five seeds, four responses to each
+    tested     on odd stories, the openings of 100 of them for each of five seeds, two responses to each
     control    at every token the direction in which an untrained net of the same kind would move the state, as far as
                the trained one moves it
     difference with less without, paired by opening, over the 500; its 95 % interval is 1.96 standard errors
@@ -29,7 +29,7 @@ from .statistics import mean_and_error, pooled
 
 DOSES = (0.05, 0.1, 0.2)
 SEEDS = (0, 1, 2, 3, 4)
-PROMPTS, RESPONSES = 100, 4
+PROMPTS, RESPONSES = 100, 2
 UNITS, STEPS, STEP_SIZE = 256, 30, 0.5
 TOKENS = {"stories260K": 64, "babyllama-char105": 160}
 KEYS = ("model", "direction", "dose", "seed")
@@ -65,7 +65,7 @@ def measure(shared, rows, name, seed, count):
         return
     (model, tokenizer), (fitted, held_out) = stories.load(shared, name), stories.read(shared)
     reward, english = positive(*sst2.classifier(shared)), stories.English(shared, name)
-    options = {"max_new_tokens": TOKENS[name], "temperature": 0.8, "batch_size": 50}
+    options = {"max_new_tokens": TOKENS[name], "temperature": 0.8, "batch_size": 125}
     learnt_from = [stories.opening(story, name) for story in fitted]
     net = value_net(recontrol.collect(model, tokenizer, learnt_from, reward, samples=2, seed=seed, **options), seed)
     strengths = strengths_of(model, tokenizer, net, learnt_from[:128])
