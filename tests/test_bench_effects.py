@@ -40,6 +40,13 @@ def test_the_error_of_a_mean_and_of_the_mean_of_samples():
     assert error == pytest.approx(math.sqrt(sum(e * e for e in errors)) / 3, rel=1e-12)
 
 
+def test_an_interval_over_seeds_holds_the_mean_as_often_as_it_says():
+    draws = torch.randn(20000, 5, dtype=torch.float64)
+    half = draws.std(1) * statistics.over_seeds([0.0, 1.0, 2.0, 3.0, 4.0]) / torch.arange(5.0).double().std()
+    assert (draws.mean(1).abs() < half).double().mean().item() == pytest.approx(0.95, abs=0.006)  # 4 standard errors
+    assert statistics.over_seeds([1.0]) == math.inf
+
+
 def test_rows_grow_by_whole_rows_and_are_found_again(tmp_path):
     rows = Rows(tmp_path / "r.csv", ("theme", "dose"), ("share",))
     assert not rows.has(theme="a", dose=0.1) and rows.read() == []

@@ -10,7 +10,9 @@ Fixed before anything was generated:
     tested     on odd stories, the openings of 100 of them for each of five seeds, two responses to each
     control    at every token the direction in which an untrained net of the same kind would move the state, as far as
                the trained one moves it
-    difference with less without, paired by opening, over the 500; its 95 % interval is 1.96 standard errors
+    difference with less without, paired by opening, over the 500; its 95 % interval is 1.96 standard errors. Seeds differ
+               by more than their openings do, each having a net of its own: Student's interval over the seeds' means
+               stands beside it
 """
 
 import contextlib
@@ -25,7 +27,7 @@ from fastedit.recipes import predict
 
 from . import sst2, stories
 from .rows import Rows
-from .statistics import mean_and_error, pooled
+from .statistics import mean_and_error, over_seeds, pooled
 
 DOSES = (0.05, 0.1, 0.2)
 SEEDS = (0, 1, 2, 3, 4)
@@ -140,8 +142,9 @@ def markdown(path):
     """A line a model, direction and dose, seeds together."""
     rows = Rows(path, KEYS, FIELDS).read()
     lines = [
-        "| model | direction | dose (KL) | reward | difference, 95 % | of each seed | bits a character | like real stories |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | direction | dose (KL) | reward | difference, 95 % over prompts | 95 % over seeds | least and most of a seed "
+        "| bits a character | like real stories |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for model, direction, dose in dict.fromkeys((row["model"], row["direction"], row["dose"]) for row in rows):
         own = [row for row in rows if (row["model"], row["direction"], row["dose"]) == (model, direction, dose)]
@@ -155,9 +158,11 @@ def line(rows):
     difference, error = pooled(column["difference"], column["difference_se"])
     yield f"{sum(column['reward']) / len(rows):.3f}"
     if rows[0]["direction"] == "none":
-        yield from ("", "")
+        yield from ("", "", "")
     else:
         yield f"{difference:+.3f} ({difference - 1.96 * error:+.3f} to {difference + 1.96 * error:+.3f})"
+        half = over_seeds(column["difference"])
+        yield f"{difference - half:+.3f} to {difference + half:+.3f}"
         yield f"{min(column['difference']):+.3f} to {max(column['difference']):+.3f}"
     yield f"{sum(column['bits_per_character']) / len(rows):.2f}"
     yield f"{100 * sum(column['inside']) / len(rows):.0f} %"

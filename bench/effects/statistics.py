@@ -2,6 +2,8 @@
 
 import math
 
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's, by the size of the sample
+
 
 def trend(hits, of):
     """Cochran–Armitage test of a trend in shares over equally spaced doses: (z, two-sided p). Positive z: rising.
@@ -26,3 +28,8 @@ def mean_and_error(values):
 def pooled(means, errors):
     """(mean, standard error) over samples of one size, independent of each other."""
     return sum(means) / len(means), math.sqrt(sum(error**2 for error in errors)) / len(errors)
+
+
+def over_seeds(values):
+    """Half the width of the 95 % interval of the mean of what a few seeds gave; infinite for one seed."""
+    return T95[len(values)] * mean_and_error(values)[1] if len(values) > 1 else math.inf
