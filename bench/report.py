@@ -10,13 +10,14 @@ import re
 import sys
 
 from . import bank, host
+from .effects import rahf, recontrol, sst2, steering
 from .kernels import table as kernels
 from .models import rows as models
 from .models import table as models_table
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
-PAGE = DOCS / "performance.md"
-PAGES = (PAGE, DOCS / "bank.md")
+PAGE, METHODS = DOCS / "performance.md", DOCS / "methods.md"
+PAGES = (PAGE, DOCS / "bank.md", METHODS)
 
 
 def models_of_red(path):
@@ -38,6 +39,10 @@ TABLES = {
     "red in models": ("models-cpu.csv", models_of_red),
     "models": ("models-cpu.csv", models_table.markdown),
     "bank": ("bank.csv", bank.table),
+    "steering": ("effects-steering.csv", steering.markdown),
+    "re-control": ("effects-recontrol.csv", recontrol.markdown),
+    "sst2": ("sst2_red.csv", sst2.markdown),
+    "rahf": ("effects-rahf.csv", rahf.markdown),
 }
 
 
