@@ -6,10 +6,10 @@ that a rounding decides no hard gate.
 
 import itertools
 
+import emulated_cases as emulated
 import pytest
-import test_cuda_emulated as emulated
 import torch
-from test_cuda_emulated import BF16, F32, HALF, PAIRS, cuda, make_form, names, plain_schedule, pytestmark, stream
+from emulated_cases import BF16, F32, HALF, PAIRS, cuda, make_form, names, plain_schedule, pytestmark, stream
 from test_cuda_streams import once
 
 harness, reference = emulated.harness, emulated.reference
