@@ -49,7 +49,7 @@ def _arguments(tensors, slot, strength, gate, device, width):
     first = tensors[0]
     if first is None:
         first = tensors[2] if tensors[1] is None else tensors[1]
-    if first is not None and first.shape[-1] != width:
+    if (first is not None and first.shape[-1] != width) or (gate is not None and gate[0].shape[-1] != width):
         return None
     pointers = []
     for tensor in (*tensors, strength) if gate is None else (*tensors, strength, *gate):
@@ -103,9 +103,9 @@ def edit(hidden, tensors, strength, looks=None):
 def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, looks=None):
     """residual + E(x), or where on_sum E(residual + x); with a Norm (adds.py) that fits, (that, its norm).
 
-    tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one a row. looks: a gating.Sensor
-    whose gate the kernel takes, or None. Shapes have been
-    checked when the masters were made; dtypes and devices are checked here, as a model may have been moved.
+    tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one a row. looks: None, or what
+    has a gate for the kernel: gate() is its two tensors, say(rows) its g where no kernel takes it (gating.Sensor). Shapes
+    have been checked when the masters were made; dtypes and devices are checked here, as a model may have been moved.
     """
     if _compiling():
         strength = _looked(looks, x, strength, residual if on_sum else None)

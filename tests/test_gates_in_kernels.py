@@ -13,7 +13,7 @@ from fastedit.kernels import reference
 from fastedit.kernels.reference.form import gated_coefficient
 from oracle import FORM, assert_promise, doubled, eager_edit, eager_norm, exact_norm, make_form
 
-from fastedit import arrays, dispatch, ops
+from fastedit import _native, arrays, dispatch, ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 100, 1030]  # 1: one column; 100: no vector divides it; 1030: vectors, then a tail of six
@@ -206,6 +206,24 @@ def test_a_row_depends_on_neither_the_others_nor_the_threads(device, dtype, cosi
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(name):
+    usual = _native.instruction_set()
+    try:
+        _native.set_instruction_set(name)
+    except ValueError:
+        pytest.skip(f"no {name} here")
+    try:
+        for dtype, width, kind in itertools.product(DTYPES, WIDTHS, KINDS):
+            x, residual, form, gate, rule = gated_case(width, dtype, *kind, "cpu", rank=4, residual=dtype)
+            out = ops.edit_add(x, residual, **form, on="sum", gate=gate, rule=rule)
+            exact = exactly(reference.edit_add, (x, residual), form, True, gate=gate, rule=rule)
+            total = residual + x
+            assert_promise("residual'", out, exact, eager_edit(total, form, eager_gate(total, gate, rule)).to(dtype))
+    finally:
+        _native.set_instruction_set(usual)
+
+
 # --- slots ----------------------------------------------------------------------------------------------------
 
 
@@ -286,20 +304,23 @@ def test_with_gradients_it_gives_what_it_gives_without(dtype, cosine, sharpness)
         assert torch.equal(leaf.grad, other.grad) or torch.allclose(leaf.grad, other.grad)
 
 
-@pytest.mark.parametrize("cosine, sharpness", KINDS)
-def test_compiled_is_eager(cosine, sharpness):
-    x, residual, form, gate, rule = gated_case(36, torch.float32, cosine, sharpness, "cpu", rank=4, residual=torch.float32)
-    weight = torch.ones(36)
+def test_compiled_is_eager():
+    """In one graph for every kind of gate: the rule is data."""
+    cases = [gated_case(36, torch.float32, *kind, "cpu", rank=4, residual=torch.float32) for kind in KINDS]
+    weight, form = torch.ones(36), cases[0][2]
 
-    def call(x, residual):
-        first = ops.edit(x, **form, gate=gate, rule=rule)
-        added = ops.edit_add(x, residual, **form, on="sum", gate=gate, rule=rule)
-        return first, added, *ops.edit_add_norm(x, residual, weight, **form, on="sum", gate=gate, rule=rule)
+    def call(x, residual, gate, rule):
+        gated = form | {"gate": gate, "rule": rule}
+        first, added = ops.edit(x, **gated), ops.edit_add(x, residual, **gated, on="sum")
+        return first, added, *ops.edit_add_norm(x, residual, weight, **gated, on="sum")
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-    for got, expected in zip(compiled(x, residual), call(x, residual), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for number, (x, residual, _, gate, rule) in enumerate(cases):
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            found = compiled(x, residual, gate, rule)
+        for got, expected in zip(found, call(x, residual, gate, rule), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- what is refused, and the other faces ----------------------------------------------------------------------

@@ -154,23 +154,30 @@ inline void project_rows(const float* read, const float* offset, int64_t rank, i
   }
 }
 
-// g of R rows under one gate (abi.h, Form), into g[r].
+inline float gate_at(const float* rule, float s) {
+  const float threshold = rule[0], sharpness = rule[1];
+  if (sharpness > 0.0f) return 1.0f / (1.0f + expf(-sharpness * (s - threshold)));
+  return s > threshold ? 1.0f : 0.0f;
+}
+
+// g of R rows under one gate (abi.h, Form), into g[r]. A cosine takes its two sums in one pass over the row: the row is
+// what all is multiplied by, the gate and the row itself are the two "rows".
 template <int R, class Hidden>
 inline void open_gate(const float* gate, const float* rule, int64_t width, Hidden hidden, float* g) {
-  const float threshold = rule[0], sharpness = rule[1];
-  const bool cosine = rule[2] != 0.0f;
-  dot_rows<R>(gate, width, hidden, [=](int r, auto sum) {
-    float s = static_cast<float>(sum);
-    if (cosine) {
-      auto row = [=](int, auto lane, int64_t c) { return hidden(r, lane, c); };
-      dot_rows<1>(width, [=](auto lane, int64_t c) { return hidden(r, lane, c); }, row, [&s](int, auto square) {
-        const float length = sqrtf(static_cast<float>(square));
-        if (length > 0.0f) s /= length;
-      });
-    }
-    if (sharpness > 0.0f) g[r] = 1.0f / (1.0f + expf(-sharpness * (s - threshold)));
-    else g[r] = s > threshold ? 1.0f : 0.0f;
-  });
+  if (rule[2] == 0.0f) {
+    dot_rows<R>(gate, width, hidden, [=](int r, auto sum) { g[r] = gate_at(rule, static_cast<float>(sum)); });
+    return;
+  }
+  for (int r = 0; r < R; ++r) {
+    auto row = [=](auto lane, int64_t c) { return hidden(r, lane, c); };
+    auto gate_and_row = [=](int which, auto lane, int64_t c) {
+      return which == 0 ? Fp32::load<decltype(lane)::count>(gate + c) : hidden(r, lane, c);
+    };
+    float sums[2];
+    dot_rows<2>(width, row, gate_and_row, [&sums](int which, auto sum) { sums[which] = static_cast<float>(sum); });
+    const float length = sqrtf(sums[1]);
+    g[r] = gate_at(rule, length > 0.0f ? sums[0] / length : sums[0]);
+  }
 }
 
 // each_group for a form that may have a gate: a row's k is its coefficient · g, computed while the row is on its way
