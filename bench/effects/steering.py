@@ -99,8 +99,9 @@ def markdown(path):
     """A line a model, theme and direction, seeds together."""
     rows = Rows(path, KEYS, FIELDS).read()
     lines = [
-        "| model | theme | direction | none | 0.05 nats | 0.1 | 0.2 | trend z (p) | bits a character | like real stories |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | theme | direction | none | 0.05 nats | 0.1 | 0.2 | trend z (p) | bits a character | like real stories "
+        "| words known |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, theme in dict.fromkeys((row["model"], row["theme"]) for row in rows):
         for direction in ("theme", "random"):
@@ -123,6 +124,7 @@ def line(cells):
     yield f"{z:+.1f} ({'< 1e-6' if p < 1e-6 else f'{p:.1g}'})"
     yield " → ".join(f"{mean(cell, 'bits_per_character'):.2f}" for cell in cells)
     yield " → ".join(f"{100 * mean(cell, 'inside'):.0f}" for cell in cells) + " %"
+    yield " → ".join(f"{100 * mean(cell, 'known_words'):.1f}" for cell in cells) + " %"
 
 
 def mean(rows, name):
