@@ -178,6 +178,19 @@ def test_batches_end_with_the_same_response_under_every_stimulus():
         rahf.Collator(Letters())([ROWS[0], {"prompt": "x", "response": ""}])
 
 
+def test_a_long_prompt_loses_its_beginning_and_not_the_instruction():
+    letters, row = Letters(), {"prompt": "a long story, and then the question", "response": "no"}
+    given = rahf.Collator(letters, ("", "good"), prompt=20)([row])
+    whole = letters("good\n\n")["input_ids"]
+    plain, instructed = (ids[0, mask[0] == 1].tolist() for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True))
+    answer = letters("no", False)["input_ids"]
+    tail = letters(row["prompt"], False)["input_ids"]
+    assert plain == [1, *tail[-19:], *answer]
+    assert instructed == [*whole, *tail[len(whole) - 20 :], *answer]
+    with pytest.raises(ValueError, match="no room behind an instruction of 7"):
+        rahf.Collator(letters, ("good",), prompt=7)([row])
+
+
 def test_layers_are_the_papers_in_proportion():
     assert rahf.default_layers(32) == (10, 12, 14, 16, 18)
     assert rahf.default_layers(32, dual=True) == (10, 12, 14, 16, 18, 20)

@@ -47,7 +47,8 @@ class Collator:
 
     instructions: what stands before the prompt for each stimulus; "" for none. All stimuli of a row end with the same
     response columns, padded on the left, so that patterns can be subtracted.
-    response: at most so many response tokens. separator: between instruction and prompt.
+    response: at most so many response tokens. prompt: at most so many before it; of a longer prompt the beginning goes, not
+    the instruction. separator: between instruction and prompt.
 
     Gives input_ids, attention_mask (stimuli, batch, tokens) and response_mask (batch, response columns).
     """
@@ -70,8 +71,7 @@ class Collator:
         for instruction in self.instructions:
             stimuli.append([])
             for row, answer in zip(rows, answers, strict=True):
-                before = f"{instruction}{self.separator}{row['prompt']}" if instruction else row["prompt"]
-                stimuli[-1].append(self.ids(before, True)[-self.prompt :] + answer)
+                stimuli[-1].append(self.before(instruction, row["prompt"]) + answer)
         longest = max(len(ids) for stimulus in stimuli for ids in stimulus)
         ids = torch.full((len(stimuli), len(rows), longest), pad)
         mask = torch.zeros_like(ids)
@@ -83,6 +83,17 @@ class Collator:
         for r, answer in enumerate(answers):
             response[r, columns - len(answer) :] = 1
         return {"input_ids": ids, "attention_mask": mask, "response_mask": response}
+
+    def before(self, instruction, prompt):
+        """Token ids of instruction and prompt, cut at the beginning of the prompt."""
+        opening = f"{instruction}{self.separator}" if instruction else ""
+        ids = self.ids(opening + prompt, True)
+        if len(ids) <= self.prompt:
+            return ids
+        kept = len(self.ids(opening, True))
+        if kept >= self.prompt:
+            raise ValueError(f"prompt={self.prompt} tokens leave no room behind an instruction of {kept}: raise prompt=")
+        return ids[:kept] + ids[kept - self.prompt :]
 
     def ids(self, text, special=False):
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
