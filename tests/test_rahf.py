@@ -182,7 +182,8 @@ def test_a_long_prompt_loses_its_beginning_and_not_the_instruction():
     letters, row = Letters(), {"prompt": "a long story, and then the question", "response": "no"}
     given = rahf.Collator(letters, ("", "good"), prompt=20)([row])
     whole = letters("good\n\n")["input_ids"]
-    plain, instructed = (ids[0, mask[0] == 1].tolist() for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True))
+    masked = zip(given["input_ids"], given["attention_mask"], strict=True)
+    plain, instructed = (ids[0, mask[0] == 1].tolist() for ids, mask in masked)
     answer = letters("no", False)["input_ids"]
     tail = letters(row["prompt"], False)["input_ids"]
     assert plain == [1, *tail[-19:], *answer]
