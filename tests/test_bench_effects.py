@@ -105,7 +105,7 @@ def test_every_method_of_the_plan_has_a_name_and_a_model():
 def test_steering_is_measured_once_and_tabled(shared, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(stories.TOKENS, "stories260K", 6)
     rows = steering.table_of(tmp_path)
-    monkeypatch.setattr(stories, "read", lambda at, real=stories.read: tuple(part[:60] for part in real(at)))
+    monkeypatch.setattr(stories, "read", lambda at, real=stories.read: tuple(part[:30] for part in real(at)))
     monkeypatch.setattr(stories, "themes", lambda told: ["bird"])
     monkeypatch.delitem(stories.TOKENS, "babyllama-char105")
     steering.run(shared, tmp_path, prompts=4, seeds=(0, 1))
@@ -126,18 +126,19 @@ def test_recontrol_is_measured_and_tabled(shared, tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(recontrol.TOKENS, "stories260K", 4)
     monkeypatch.setattr(sst2, "classifier", lambda shared: (None, None))
     monkeypatch.setattr(recontrol, "positive", positive)
-    monkeypatch.setattr(stories, "read", lambda at, real=stories.read: tuple(part[:40] for part in real(at)))
+    monkeypatch.setattr(recontrol, "DOSES", (0.05, 0.2))
+    monkeypatch.setattr(stories, "read", lambda at, real=stories.read: tuple(part[:24] for part in real(at)))
     rows = recontrol.table_of(tmp_path)
     for seed in (0, 1):
         recontrol.measure(shared, rows, "stories260K", seed, 10)
     found = rows.read()
-    assert len(found) == 14 and {row["responses"] for row in found} == {"20"}
+    assert len(found) == 10 and {row["responses"] for row in found} == {"20"}
     for row in found:
         same = next(r for r in found if (r["direction"], r["seed"]) == ("none", row["seed"]))
         gain = float(row["reward"]) - float(same["reward"])
         assert float(row["difference"]) == pytest.approx(gain, abs=1e-5)
     lines = recontrol.markdown(rows.path).splitlines()
-    assert len(lines) == 9 and len({text.count("|") for text in lines}) == 1
+    assert len(lines) == 7 and len({text.count("|") for text in lines}) == 1
 
 
 def test_rahf_is_measured_and_tabled(shared, tmp_path, capsys):
