@@ -2,26 +2,13 @@
 
 import pytest
 import torch
+from gpu_cases import backend, on_gpu
 from oracle import assert_promise, eager_edit, eager_norm, exact_edit, exact_edit_add, make_form
 
 from fastedit import dispatch, ops
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request, monkeypatch):
-    reason = dispatch.why_not(request.param)
-    if reason:
-        pytest.skip(reason)
-    monkeypatch.setenv("FASTEDIT_BACKEND", request.param)
-    dispatch.select.cache_clear()
-    yield request.param
-    dispatch.select.cache_clear()
-
-
-def on_gpu(form):
-    return {n: None if p is None else p.cuda() for n, p in form.items()}
+__all__ = ["backend"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -3,26 +3,13 @@
 import pytest
 import torch
 from fastedit.kernels import reference
+from gpu_cases import backend, on_gpu
 from oracle import assert_promise, make_form
 
-from fastedit import dispatch, ops
+from fastedit import ops
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request, monkeypatch):
-    reason = dispatch.why_not(request.param)
-    if reason:
-        pytest.skip(reason)
-    monkeypatch.setenv("FASTEDIT_BACKEND", request.param)
-    dispatch.select.cache_clear()
-    yield request.param
-    dispatch.select.cache_clear()
-
-
-def on_gpu(form):
-    return {n: None if p is None else p.cuda() for n, p in form.items()}
+__all__ = ["backend"]
 
 
 def gate_of(h, sharpness, cosine):
