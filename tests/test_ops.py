@@ -243,6 +243,15 @@ def test_project_backward(device, dtype):
         assert_promise(f"d_{name}", a, b, c)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_norm_is_of_what_was_stored(device, width):
+    """1.003 is stored as 1 in bf16, and the norm of ones is ones; of what was not rounded, it would be 255/256."""
+    x, residual = (torch.full((9, width), v, device=device).bfloat16() for v in (0.0, 1.0))
+    bias, weight = torch.full((width,), 0.003, device=device), torch.ones(width, device=device).bfloat16()
+    stored, normed = ops.edit_add_norm(x, residual, weight, bias=bias)
+    assert torch.equal(stored, torch.ones_like(x)) and torch.equal(normed, torch.ones_like(x))
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slots(device, dtype, rank):
