@@ -159,7 +159,7 @@ def test_project_backward_is_one_pass(cuda):
 @pytest.mark.parametrize("rank", [9, 17, 64])
 @pytest.mark.parametrize("slots", [None, 2])
 def test_sums_that_do_not_fit_are_taken_later(cuda, rank, slots):
-    width = 136 if rank == 64 else 384  # 128 fp32 sums of 136 columns are 70 KB already
+    width = 104 if rank == 64 else 384  # 128 fp32 sums of 104 columns are 53 KB already
     cuda.schedule(multiprocessors=5, shared_kib=48)
     for pair, kind, on_sum in [((BF16, BF16), 0, True), ((BF16, F32), 2, False), ((HALF, F32), 2, True)]:
         form = make_form(70, width, rank, slots, "rows")
@@ -175,7 +175,8 @@ def test_vector_sums_that_do_not_fit_take_another_launch(cuda, width):
     cuda.schedule(multiprocessors=5, shared_kib=48)
     for pair in ((F32, F32), (BF16, BF16), (BF16, F32)):
         emulated.check_norm_backward(cuda, 11, width, pair, make_form(11, width, 0, None, "rows"), 2, False)
-        emulated.check_norm_backward(cuda, 11, width, pair, make_form(11, width, 3, 2, "rows"), 2, True)
+        if width == 4104 or pair == (BF16, BF16):
+            emulated.check_norm_backward(cuda, 11, width, pair, make_form(11, width, 3, 2, "rows"), 2, True)
     form = make_form(ROWS, 8200)
     moved = norm_backward(cuda, 8200, (BF16, BF16), form, "x residual scale bias weight")
     assert moved["d_x"] == (0, 1) and moved["d_residual"] == (0, 1)
@@ -206,8 +207,10 @@ def test_a_rank_whose_dot_products_have_no_room_leaves_the_unit_kernel_out(cuda)
     """530 of two rows and eight warps are more than 48 KB; of one row in the row kernel 25."""
     cuda.schedule(multiprocessors=5, shared_kib=48)
     form = make_form(3, 2048, 530)
-    emulated.check_edit_backward(cuda, 3, 2048, (BF16, BF16), form)
-    emulated.check_norm_backward(cuda, 3, 2048, (BF16, BF16), form, 0, False)
+    emulated.check_edit_backward(cuda, 3, 2048, (BF16, BF16), form, without=("write",))
+    assert not [name for name, *_ in cuda.launches() if "unit_backward" in name]
+    emulated.check_norm_backward(cuda, 3, 2048, (BF16, BF16), form, 0, False, without=("read",))
+    assert not [name for name, *_ in cuda.launches() if "unit_backward" in name]
 
 
 def test_a_unit_of_256_rows_keeps_the_promise(cuda):
@@ -225,7 +228,7 @@ def test_a_unit_of_256_rows_keeps_the_promise(cuda):
 def test_bits_depend_on_neither_grid_nor_thread_order(cuda, kib):
     """With the shared memory of one architecture: it decides what a launch takes, and so how units are cut."""
     cuda.schedule(multiprocessors=5, shared_kib=kib)
-    first = emulated.every_op(cuda, 70, 4104, BF16)
+    first = emulated.every_op(cuda, 70, 4104, BF16, slots=2)
     cuda.schedule(multiprocessors=132, seed=7, shared_kib=kib)
-    again = emulated.every_op(cuda, 70, 4104, BF16)
+    again = emulated.every_op(cuda, 70, 4104, BF16, slots=2)
     assert not [name for name, t in first.items() if not emulated.same_bits(t, again[name])]
