@@ -49,7 +49,7 @@ CASES = [
     (300, 64, 17, F32, F32, 0, "none", False),
     (7, 100, 17, BF16, BF16, 0, "rows", True),
     (7, 100, 17, F32, F32, 3, "rows", False),
-    (1, 384, 64, BF16, BF16, 0, "none", False),
+    (1, 128, 64, BF16, BF16, 0, "none", False),
     (7, 64, 64, F16, F32, 0, "one", True),
 ]
 KEYS = "rows, width, rank, dtype, residual_dtype, slots, coefficient, strided"
