@@ -4,10 +4,11 @@
 //   d_scale Σ k G⊙h    d_bias Σ k G    d_read qᵀh    d_offset Σ q    d_write (k z)ᵀ G
 //   d_coefficient Σ_width G ⊙ ((scale − 1) ⊙ h + bias + z @ write)
 //
-// The caller's `load` brings a row's G and h into fp32 scratch, `sink` takes d_hidden away; in between a group
-// of rows shares each loaded parameter and each accumulator.
+// Rows are brought into fp32 a run of columns at a time and stay in the first cache between the passes over it; a group
+// of rows shares each loaded parameter and each accumulator. Nothing here depends on dtypes but widen.h.
 #pragma once
 #include "cpu/sums.h"
+#include "cpu/widen.h"
 
 namespace fastedit {
 namespace FASTEDIT_ISA {
@@ -36,141 +37,96 @@ struct Accumulators {
   }
 };
 
-template <class F>
-inline void accumulate(float* at, F value) {
-  const F sum = load_as<F>(at) + value;
-  memcpy(at, &sum, sizeof sum);
-}
+// A stream of rows as it lies in memory; data is null where the stream is absent.
+struct Stream {
+  int dtype;
+  const void* data;
+  int64_t stride;
 
-// One group: grad[r] and h[r] are fp32 rows (h may be null where nothing reads it), z[r] and q[r] have rank
-// entries. d[r] receives d_hidden; d is null if not wanted.
-template <int R>
-inline void form_rows(const Params& p, float k, int64_t width, const float* const* grad, const float* const* h,
-                      const float* const* z, const float (*q)[kMaxRank], const Accumulators& sums, float* const* d) {
-  each_column(width, [=](auto lane, int64_t c) {
-    constexpr int L = decltype(lane)::count;
-    typedef typename Lane<L>::F F;
-    F g[R], kg[R], hidden[R];
-    for (int r = 0; r < R; ++r) {
-      g[r] = load_as<F>(grad[r] + c);
-      kg[r] = (R == 1 && k != 1.0f) ? k * g[r] : g[r];
-      hidden[r] = h ? load_as<F>(h[r] + c) : F{};
-    }
-    if (sums.scale) {
-      F total = kg[0] * hidden[0];
-      for (int r = 1; r < R; ++r) total += kg[r] * hidden[r];
-      accumulate(sums.scale + c, total);
-    }
-    if (sums.bias) {
-      F total = kg[0];
-      for (int r = 1; r < R; ++r) total += kg[r];
-      accumulate(sums.bias + c, total);
-    }
-    if (sums.read) {
-      for (int64_t j = 0; j < p.rank; ++j) {
-        F total = q[0][j] * hidden[0];
-        for (int r = 1; r < R; ++r) total += q[r][j] * hidden[r];
-        accumulate(sums.read + j * width + c, total);
-      }
-    }
-    if (sums.write) {
-      for (int64_t j = 0; j < p.rank; ++j) {
-        F total = z[0][j] * kg[0];
-        for (int r = 1; r < R; ++r) total += z[r][j] * kg[r];
-        accumulate(sums.write + j * width + c, total);
-      }
-    }
-    if (!d) return;
-    F back[R];
-    const F scale = p.scale ? load_as<F>(p.scale + c) : splat<L>(1.0f);
-    for (int r = 0; r < R; ++r) back[r] = (R == 1 && k != 1.0f) ? g[r] + (scale - 1.0f) * kg[r] : scale * g[r];
-    for (int64_t j = 0; j < p.rank; ++j) {
-      const F read = load_as<F>(p.read + j * width + c);
-      for (int r = 0; r < R; ++r) back[r] += q[r][j] * read;
-    }
-    for (int r = 0; r < R; ++r) memcpy(d[r] + c, &back[r], sizeof(F));
-  });
-}
-
-// A row on its way through: scratch to convert into, and where its G, h and d_hidden are. Rows that are fp32 in
-// memory are used where they lie.
-struct Row {
-  float *grad_scratch, *hidden_scratch;
-  const float *grad, *hidden;
-  float* d_hidden;
+  const void* row(int64_t i) const {
+    return data ? static_cast<const char*>(data) + i * stride * (dtype == F32 ? 4 : 2) : nullptr;
+  }
+  void* out(int64_t i) const { return const_cast<void*>(row(i)); }
 };
 
-// What of the backward does not depend on dtypes.
+// `count` columns of R rows in fp32, in `space` or where they lie.
+template <int R>
+inline RowPointers<const float, R> taken(int dtype, const void* const* rows, int64_t from, int64_t count, float* space) {
+  RowPointers<const float, R> at(nullptr, 0);
+  for (int r = 0; r < R; ++r) at.at[r] = widen(dtype, rows[r], from, space + r * kRun, count);
+  return at;
+}
+template <int R>
+inline RowPointers<const float, R> rows_of(const Stream& stream, const int64_t* row, int64_t from, int64_t count, float* space) {
+  const void* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = stream.row(row[r]);
+  return taken<R>(stream.dtype, rows, from, count, space);
+}
+
+// Where a row's G comes from: a row of memory, or one that is made in `space` (width floats) while the caller's own
+// column sums are added to.
+struct GradSource {
+  int dtype;
+  virtual const void* row(int64_t row, float* space, float* own_sums) const = 0;
+};
+
+// into_j += factor Σ_r by[r][j] row_r for `count` columns; the J sums lie `width` apart.
+template <int R>
+inline void gather(const float by[][kMaxRank], int64_t rank, float factor, const RowPointers<const float, R> rows,
+                   float* into, int64_t width, int64_t count) {
+  auto add = [=]<int N>(int64_t first) {
+    float weight[R][N];
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < N; ++n) weight[r][n] = factor * by[r][first + n];
+    }
+    each_column(count, [=, to = into + first * width](auto lane, int64_t c) {
+      typedef typename decltype(lane)::F F;
+      F row[R];
+      for (int r = 0; r < R; ++r) row[r] = load_as<F>(rows.at[r] + c);
+      F sum[N];  // all of them read before one is stored (rows.h, edit_rows)
+      for (int n = 0; n < N; ++n) {
+        F total = weight[0][n] * row[0];
+        for (int r = 1; r < R; ++r) total += weight[r][n] * row[r];
+        sum[n] = load_as<F>(to + n * width + c) + total;
+      }
+      for (int n = 0; n < N; ++n) memcpy(to + n * width + c, &sum[n], sizeof(F));
+    });
+  };
+  int64_t j = 0;
+  for (; j + 4 <= rank; j += 4) add.template operator()<4>(j);
+  for (; j < rank; ++j) add.template operator()<1>(j);
+}
+
 struct FormBackward {
   const Form& form;
   int64_t rows, width;
   const float *z, *grad_z;
   FormGrad d;
   SlotOrder slot_order;
+  Stream hidden, residual;      // h = hidden, or their sum; absent where no wanted gradient reads it
+  Stream d_hidden, d_residual;  // the second gets G, or d_hidden where on_sum
+  bool on_sum;
 
-  bool sums_wanted() const { return d.scale || d.bias || d.read || d.offset || d.write; }
-
-  float coefficient_gradient(const Params& p, const float* grad, const float* h, const float* z_row) const {
-    float total = sum_columns(width, [&](auto lane, int64_t c) {
-      constexpr int L = decltype(lane)::count;
-      typedef typename Lane<L>::F F;
-      F update{};
-      if (p.scale) update = (load_as<F>(p.scale + c) - 1.0f) * load_as<F>(h + c);
-      if (p.bias) update += load_as<F>(p.bias + c);
-      return load_as<F>(grad + c) * update;
-    });
-    for (int64_t j = 0; j < p.rank; ++j) {
-      const float* write = p.write + j * width;
-      total += z_row[j] * sum_columns(width, [&](auto lane, int64_t c) {
-        typedef typename decltype(lane)::F F;
-        return load_as<F>(grad + c) * load_as<F>(write + c);
-      });
-    }
-    return total;
-  }
-
-  template <int R>
-  void group(const int64_t* row, const Params& p, float k, const float* const* grad, const float* const* h,
-             const Accumulators& sums, float* const* d_hidden) const {
-    const float* z_rows[R];
-    float q[R][kMaxRank];
-    for (int r = 0; r < R; ++r) z_rows[r] = z ? z + row[r] * p.rank : nullptr;
-    if (p.rank) {
-      project_rows<R>(p.write, nullptr, p.rank, width, [&](int r, auto lane, int64_t c) {
-        return load_as<typename decltype(lane)::F>(grad[r] + c);
-      }, q);
-      for (int r = 0; r < R; ++r) {
-        for (int64_t j = 0; j < p.rank; ++j) {
-          q[r][j] = k * q[r][j] + (grad_z ? grad_z[row[r] * p.rank + j] : 0.0f);
-          if (sums.offset) sums.offset[j] += q[r][j];
-        }
-      }
-    }
-    form_rows<R>(p, k, width, grad, h, z_rows, q, sums, d_hidden);
-  }
-
-  // load(row, to, sums) fills the fp32 scratch of `to`, or points it at rows that are fp32 already; sink(row, from)
-  // stores results. The sums of `norm_columns` more columns belong to the caller.
-  template <class Load, class Sink>
-  int run(bool want_d_hidden, bool want_h, int64_t norm_columns, float* norm_out[2], Load load, Sink sink) const {
+  // The caller's own column sums, `own_columns` of them a row, go to own_out.
+  int run(const GradSource& source, int64_t own_columns, float* own_out[2]) const {
     const bool own_pass = form.slot && sums_wanted();
     const int64_t form_columns = own_pass ? 0 : Accumulators::columns(d, width, rank());
-    ColumnSums sums(rows, form_columns + norm_columns);
+    ColumnSums sums(rows, form_columns + own_columns);
     if (!sums.ok()) return kOutOfMemory;
     each_task(sums.blocks(), rows * width, [&](int64_t block) {
-      float* partial = form_columns + norm_columns ? sums.partial(block) : nullptr;
+      float* partial = form_columns + own_columns ? sums.partial(block) : nullptr;
       const Accumulators into(own_pass ? FormGrad{} : d, partial, width, rank());
-      walk(sums, block, into, want_d_hidden, want_h, true,
-           [&](int64_t row, Row& to) { load(row, to, partial ? partial + form_columns : nullptr); }, sink);
+      walk(source, sums, block, into, own_columns ? partial + form_columns : nullptr);
     });
-    const float* total = form_columns + norm_columns ? sums.reduce() : nullptr;
+    const float* total = form_columns + own_columns ? sums.reduce() : nullptr;
     FormGrad to = d;
     if (!own_pass) copy_out(to, total);
-    for (int i = 0; i < 2; ++i) copy_sum(norm_out[i], total, width);
-    return own_pass ? run_over_slots(load) : 0;
+    for (int i = 0; i < 2; ++i) copy_sum(own_out[i], total, width);
+    return own_pass ? run_over_slots(source) : 0;
   }
 
  private:
+  bool sums_wanted() const { return d.scale || d.bias || d.read || d.offset || d.write; }
   int64_t rank() const { return form.read ? form.rank : 0; }
 
   void copy_out(FormGrad& to, const float*& from) const {
@@ -182,16 +138,14 @@ struct FormBackward {
   }
 
   // Parameter gradients over slots: the rows again, sorted by slot, in blocks that each belong to one slot.
-  template <class Load>
-  int run_over_slots(Load load) const {
+  int run_over_slots(const GradSource& source) const {
     ColumnSums sums(slot_order, form.slots, Accumulators::columns(d, width, rank()));
     if (!sums.ok()) return kOutOfMemory;
-    FormBackward without_k = *this;
-    without_k.d.coefficient = nullptr;
+    FormBackward sums_alone = *this;
+    sums_alone.d.coefficient = nullptr;
+    sums_alone.d_hidden.data = sums_alone.d_residual.data = nullptr;
     each_task(sums.blocks(), rows * width, [&](int64_t block) {
-      const Accumulators into(d, sums.partial(block), width, rank());
-      without_k.walk(sums, block, into, false, d.scale || d.read, false,
-                     [&](int64_t row, Row& to) { load(row, to, nullptr); }, [](int64_t, const Row&) {});
+      sums_alone.walk(source, sums, block, Accumulators(d, sums.partial(block), width, rank()), nullptr);
     });
     FormGrad to = d;
     for (int64_t s = 0; s < form.slots; ++s) {
@@ -201,91 +155,150 @@ struct FormBackward {
     return 0;
   }
 
-  template <class Load, class Sink>
-  void walk(const ColumnSums& sums, int64_t block, const Accumulators& into, bool want_d_hidden, bool want_h,
-            bool want_rows, Load load, Sink sink) const {
-    Scratch scratch(3 * kGroup * width);
+  void walk(const GradSource& source, const ColumnSums& sums, int64_t block, const Accumulators& into,
+            float* own_sums) const {
+    Scratch scratch(kGroup * width);
+    double offset[kMaxRank] = {};  // a block's Σ q
     const int64_t last = sums.last(block);
     for (int64_t i = sums.first(block); i < last;) {
       int64_t row[kGroup] = {sums.row(i)};
       const int32_t slot = slot_of(form, row[0]);
-      const Params p = params_of(form, width, slot);
-      int count = 1;
       bool together = i + kGroup <= last && coefficient_of(form, row[0], slot) == 1.0f && slot >= 0;
       for (int r = 1; r < kGroup && together; ++r) {
         row[r] = sums.row(i + r);
         const int32_t own = slot_of(form, row[r]);
         together = own == slot && coefficient_of(form, row[r], own) == 1.0f;
       }
-      if (together) count = kGroup;
-      Row at[kGroup];
-      const float *grads[kGroup], *hiddens[kGroup];
-      float* backs[kGroup];
-      for (int r = 0; r < count; ++r) {
-        float* own = scratch.floats() + 3 * r * width;
-        at[r] = {own, own + width, own, want_h ? own + width : nullptr, want_d_hidden ? own + 2 * width : nullptr};
-        load(row[r], at[r]);
-        grads[r] = at[r].grad, hiddens[r] = at[r].hidden, backs[r] = at[r].d_hidden;
-      }
-      if (want_rows && d.coefficient) {
-        for (int r = 0; r < count; ++r) {
-          d.coefficient[row[r]] =
-              slot < 0 ? 0.0f : coefficient_gradient(p, grads[r], hiddens[r], z ? z + row[r] * p.rank : nullptr);
-        }
-      }
-      const float* const* h = want_h ? hiddens : nullptr;
-      float* const* back = want_d_hidden ? backs : nullptr;
-      if (slot < 0) {  // untouched rows pass their gradient on
-        if (back) memcpy(backs[0], grads[0], static_cast<size_t>(width) * sizeof(float));
-      } else if (count == kGroup) {
-        group<kGroup>(row, p, 1.0f, grads, h, into, back);
+      const int count = together ? kGroup : 1;
+      const void* grad[kGroup];
+      for (int r = 0; r < count; ++r) grad[r] = source.row(row[r], scratch.floats() + r * width, own_sums);
+      if (together) {
+        group<kGroup>(source.dtype, grad, row, slot, 1.0f, into, offset);
       } else {
-        group<1>(row, p, coefficient_of(form, row[0], slot), grads, h, into, back);
+        group<1>(source.dtype, grad, row, slot, coefficient_of(form, row[0], slot), into, offset);
       }
-      for (int r = 0; r < count; ++r) sink(row[r], at[r]);
       i += count;
     }
+    for (int64_t j = 0; j < rank() && into.offset; ++j) into.offset[j] = static_cast<float>(offset[j]);
+  }
+
+  template <int R>
+  void group(int dtype, const void* const* grad, const int64_t* row, int32_t slot, float k, const Accumulators& into,
+             double* offset) const {
+    const Params p = params_of(form, width, slot);
+    const bool edited = slot >= 0;  // other rows pass their gradient on
+    float q[R][kMaxRank], z_rows[R][kMaxRank], coefficient[R] = {};
+    if (p.rank && edited) {
+      if (z) {
+        for (int r = 0; r < R; ++r) memcpy(z_rows[r], z + row[r] * p.rank, static_cast<size_t>(p.rank) * sizeof(float));
+      }
+      double product[R][kMaxRank];
+      project_stream<R>(dtype, grad, p.write, nullptr, p.rank, width, product);
+      for (int r = 0; r < R; ++r) {
+        for (int64_t j = 0; j < p.rank; ++j) {
+          if (d.coefficient) coefficient[r] += z_rows[r][j] * static_cast<float>(product[r][j]);
+          const double sum = k * product[r][j] + (grad_z ? grad_z[row[r] * p.rank + j] : 0.0f);
+          q[r][j] = static_cast<float>(sum);
+          offset[j] += sum;
+        }
+      }
+    }
+    alignas(64) float space[4][R * kRun];
+    for (int64_t from = 0; from < width; from += kRun) {
+      const int64_t count = from + kRun < width ? kRun : width - from;
+      const RowPointers<const float, R> g = taken<R>(dtype, grad, from, count, space[0]);
+      RowPointers<const float, R> h = g;
+      if (hidden.data && edited) {
+        h = rows_of<R>(hidden, row, from, count, space[1]);
+        if (residual.data) {
+          const auto other = rows_of<R>(residual, row, from, count, space[2]);
+          float* sum = space[1];
+          each_column(count, [=](auto lane, int64_t c) {
+            typedef typename decltype(lane)::F F;
+            for (int r = 0; r < R; ++r) {
+              Fp32::store<decltype(lane)::count>(sum + r * kRun + c, load_as<F>(h.at[r] + c) + load_as<F>(other.at[r] + c));
+            }
+          });
+          h = {sum, kRun};
+        }
+      }
+      if (edited) parameter_sums<R>(p, k, q, z_rows, g, h, into, from, count);
+      if (edited && d.coefficient) {
+        for (int r = 0; r < R; ++r) coefficient[r] += update_sum(p, g.at[r], h.at[r], from, count);
+      }
+      if (!d_hidden.data && !d_residual.data) continue;
+      RowPointers<const float, R> back = g;
+      if (edited) {
+        form_back<R>(p, k, q, g, from, count, space[3]);
+        back = {space[3], kRun};
+      }
+      for (int r = 0; r < R; ++r) {
+        if (d_hidden.data) narrow(d_hidden.dtype, back.at[r], d_hidden.out(row[r]), from, count);
+        if (d_residual.data) narrow(d_residual.dtype, (on_sum ? back : g).at[r], d_residual.out(row[r]), from, count);
+      }
+    }
+    if (!d.coefficient) return;
+    for (int r = 0; r < R; ++r) d.coefficient[row[r]] = coefficient[r];
+  }
+
+  template <int R>
+  void parameter_sums(const Params& p, float k, const float (*q)[kMaxRank], const float (*z_rows)[kMaxRank],
+                      const RowPointers<const float, R> g, const RowPointers<const float, R> h, const Accumulators& into,
+                      int64_t from, int64_t count) const {
+    if (into.scale) {
+      each_column(count, [=, to = into.scale + from](auto lane, int64_t c) {
+        typedef typename decltype(lane)::F F;
+        F total = load_as<F>(g.at[0] + c) * load_as<F>(h.at[0] + c);
+        for (int r = 1; r < R; ++r) total += load_as<F>(g.at[r] + c) * load_as<F>(h.at[r] + c);
+        accumulate(to + c, total * k);
+      });
+    }
+    if (into.bias) {
+      each_column(count, [=, to = into.bias + from](auto lane, int64_t c) {
+        typedef typename decltype(lane)::F F;
+        F total = load_as<F>(g.at[0] + c);
+        for (int r = 1; r < R; ++r) total += load_as<F>(g.at[r] + c);
+        accumulate(to + c, total * k);
+      });
+    }
+    if (into.read) gather<R>(q, p.rank, 1.0f, h, into.read + from, width, count);
+    if (into.write) gather<R>(z_rows, p.rank, k, g, into.write + from, width, count);
+  }
+
+  // to_r = G + k (scale − 1) ⊙ G + q @ read
+  template <int R>
+  void form_back(const Params& p, float k, const float (*q)[kMaxRank], const RowPointers<const float, R> g, int64_t from,
+                 int64_t count, float* to) const {
+    const float* scale = p.scale ? p.scale + from : kOnes.at;
+    if (R == 1 && k != 1.0f) {
+      each_column(count, [=](auto lane, int64_t c) {
+        typedef typename decltype(lane)::F F;
+        const F grad = load_as<F>(g.at[0] + c);
+        Fp32::store<decltype(lane)::count>(to + c, grad + (load_as<F>(scale + c) - 1.0f) * (grad * k));
+      });
+    } else {
+      each_column(count, [=](auto lane, int64_t c) {
+        typedef typename decltype(lane)::F F;
+        const F gain = load_as<F>(scale + c);
+        F back[R];
+        for (int r = 0; r < R; ++r) back[r] = gain * load_as<F>(g.at[r] + c);
+        for (int r = 0; r < R; ++r) memcpy(to + r * kRun + c, &back[r], sizeof(F));
+      });
+    }
+    if (p.rank) spread<R>(q, p.rank, p.read + from, width, count, to, kRun, to);
+  }
+
+  // Σ G ⊙ ((scale − 1) ⊙ h + bias) over a run of one row
+  float update_sum(const Params& p, const float* g, const float* h, int64_t from, int64_t count) const {
+    return sum_columns(count, [&](auto lane, int64_t c) {
+      typedef typename decltype(lane)::F F;
+      F update{};
+      if (p.scale) update = (load_as<F>(p.scale + from + c) - 1.0f) * load_as<F>(h + c);
+      if (p.bias) update += load_as<F>(p.bias + from + c);
+      return load_as<F>(g + c) * update;
+    });
   }
 };
-
-template <class T>
-inline void load_row(float* to, const void* from, int64_t offset, int64_t width) {
-  const typename T::T* in = static_cast<const typename T::T*>(from) + offset;
-  each_column(width, [=](auto lane, int64_t c) {
-    Fp32::store<decltype(lane)::count>(to + c, T::template load<decltype(lane)::count>(in + c));
-  });
-}
-// The row in fp32: where it lies if it is fp32, else converted into scratch.
-template <class T>
-inline const float* row_of(float* scratch, const void* from, int64_t offset, int64_t width) {
-  load_row<T>(scratch, from, offset, width);
-  return scratch;
-}
-template <>
-inline const float* row_of<Fp32>(float*, const void* from, int64_t offset, int64_t) {
-  return static_cast<const float*>(from) + offset;
-}
-// Where d_hidden is formed: in its own row if that is fp32, else in scratch, to be stored rounded afterwards.
-template <class T>
-inline float* form_in(float* scratch, void*, int64_t) { return scratch; }
-template <>
-inline float* form_in<Fp32>(float*, void* out, int64_t offset) { return static_cast<float*>(out) + offset; }
-template <class T>
-inline void add_row(float* to, const void* from, int64_t offset, int64_t width) {
-  const typename T::T* in = static_cast<const typename T::T*>(from) + offset;
-  each_column(width, [=](auto lane, int64_t c) {
-    accumulate(to + c, T::template load<decltype(lane)::count>(in + c));
-  });
-}
-template <class T>
-inline void store_row(void* to, int64_t offset, const float* from, int64_t width) {
-  typename T::T* out = static_cast<typename T::T*>(to) + offset;
-  if (static_cast<const void*>(out) == from) return;  // formed in place
-  each_column(width, [=](auto lane, int64_t c) {
-    T::template store<decltype(lane)::count>(out + c, load_as<typename decltype(lane)::F>(from + c));
-  });
-}
-inline void zero_row(float* to, int64_t width) { memset(to, 0, static_cast<size_t>(width) * sizeof(float)); }
 
 }  // namespace
 }  // namespace FASTEDIT_ISA

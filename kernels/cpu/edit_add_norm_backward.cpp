@@ -35,6 +35,10 @@ struct NormRow {
         inner(0.0f),
         level(0.0f),
         gemma(a.kind == GEMMA) {
+    if (rstd != rstd) rstd = NAN;  // it may be any NaN
+  }
+  // The two means along the row.
+  void sum(const EditAddNormBackwardArgs& a) {
     const NormRow self = *this;
     const float width = static_cast<float>(a.width);
     inner = sum_columns<Wide>(a.width, [=](auto lane, int64_t c) {
@@ -57,28 +61,28 @@ struct NormRow {
   template <class W>
   auto scaled(W lane, int64_t c) const { return normed_grad(lane, c) * gain(lane, c); }
   // The gradient of residual': the norm's part and what came to residual' directly.
+  template <class F>
+  F total_of(F normed_grad, F gain, F stored, F also) const {
+    return (normed_grad * gain - (stored - mean) * rstd * inner - level) * rstd + also;
+  }
   template <class W>
   auto total(W lane, int64_t c) const {
     const typename W::F also = direct ? R0::template load<W::count>(direct + c) : typename W::F{};
-    return (scaled(lane, c) - unit(lane, c) * inner - level) * rstd + also;
+    return total_of(normed_grad(lane, c), gain(lane, c), R0::template load<W::count>(out + c), also);
   }
 };
 
-// total[] gets the gradient of residual'; sums[] (width of d_weight, then of d_norm_bias, as wanted) are added to.
+// d_weight's and d_norm_bias's sums, where wanted, of one row.
 template <class R0, int Wide>
-void norm_backward(const EditAddNormBackwardArgs& a, int64_t row, float* total, float* sums) {
-  const NormRow<R0, Wide> norm(a, row);
-  each_column<Wide>(a.width, [=](auto lane, int64_t c) { Fp32::store<decltype(lane)::count>(total + c, norm.total(lane, c)); });
-  if (!sums) return;
-  if (a.d_weight) {
-    each_column<Wide>(a.width, [=](auto lane, int64_t c) {
-      accumulate_columns<decltype(lane)::count>(sums + c, norm.normed_grad(lane, c) * norm.unit(lane, c));
+void norm_sums(const NormRow<R0, Wide> norm, float* d_weight, float* d_norm_bias, int64_t width) {
+  if (d_weight) {
+    each_column<Wide>(width, [=](auto lane, int64_t c) {
+      accumulate_columns<decltype(lane)::count>(d_weight + c, norm.normed_grad(lane, c) * norm.unit(lane, c));
     });
-    sums += a.width;
   }
-  if (a.d_norm_bias) {
-    each_column<Wide>(a.width, [=](auto lane, int64_t c) {
-      accumulate_columns<decltype(lane)::count>(sums + c, norm.normed_grad(lane, c));
+  if (d_norm_bias) {
+    each_column<Wide>(width, [=](auto lane, int64_t c) {
+      accumulate_columns<decltype(lane)::count>(d_norm_bias + c, norm.normed_grad(lane, c));
     });
   }
 }
@@ -89,89 +93,100 @@ template <class X, class R0, int Wide>
 int plain_norm_backward(const EditAddNormBackwardArgs& a) {
   typedef typename X::T E;
   typedef typename R0::T E0;
+  constexpr bool kSafe = sizeof(E) == 2 && sizeof(E0) == 2;
   const int64_t width = a.width;
   const WantedSums<4> wanted{{a.d_form.scale, a.d_form.bias, a.d_weight, a.d_norm_bias}, width};
-  return over_blocks(a.rows, wanted, [&]<int R>(int64_t row, float* const (&sums)[4]) {
-    const auto x = rows_at<const E, R>(a.x, row, a.x_stride);
-    const auto residual = rows_at<const E0, R>(a.residual, row, a.residual_stride);
-    const auto d_x = rows_at<E, R>(a.d_x, row, width);
-    const auto d_residual = rows_at<E0, R>(a.d_residual, row, width);
-    const bool edit_sum = a.residual, on_sum = a.on_sum, want_x = a.d_x, want_residual = a.d_residual;
-    const float* scale = a.form.scale;
-    float *d_scale = sums[0], *d_bias = sums[1], *d_weight = sums[2], *d_norm_bias = sums[3];
+  const bool whole = a.x && a.grad_residual && a.d_x && a.d_residual && a.d_form.scale && a.d_form.bias;
+  return over_blocks(a.rows, wanted, whole, [&]<int R>(int64_t row, float* const (&sums)[4], float* spare) {
+    const auto x = rows_or<const E, R>(a.x, spare, row, a.x_stride);
+    const auto normed = rows_or<const E0, R>(a.grad_normed, spare, row, a.grad_normed_stride);
+    const auto direct = rows_or<const E0, R>(a.grad_residual, spare, row, a.grad_residual_stride);
+    const auto out = rows_or<const E0, R>(a.residual_out, spare, row, width);
+    const auto d_x = rows_or<E, R>(a.d_x, spare + 2 * width, row, width);
+    const auto d_residual = rows_or<E0, R>(a.d_residual, spare + 2 * width, row, width);
+    float *d_scale = sums[0], *d_bias = sums[1];
     NormRow<R0, Wide> norm[R];
-    for (int r = 0; r < R; ++r) norm[r] = {a, row + r};
-    each_column<Wide>(width, [=](auto lane, int64_t c) {
-      constexpr int L = decltype(lane)::count;
-      typedef typename Lane<L>::F F;
-      F total[R], product[R];
-      for (int r = 0; r < R; ++r) total[r] = norm[r].total(lane, c);
-      if (d_weight) {
-        for (int r = 0; r < R; ++r) product[r] = norm[r].normed_grad(lane, c) * norm[r].unit(lane, c);
-        accumulate_columns<L>(d_weight + c, sum_of<L>(product));
-      }
-      if (d_norm_bias) {
-        for (int r = 0; r < R; ++r) product[r] = norm[r].normed_grad(lane, c);
-        accumulate_columns<L>(d_norm_bias + c, sum_of<L>(product));
-      }
-      if (d_scale) {
+    for (int r = 0; r < R; ++r) {
+      norm[r] = {a, row + r};
+      norm[r].sum(a);
+      norm_sums(norm[r], a.d_weight ? sums[2] : nullptr, a.d_norm_bias ? sums[3] : nullptr, width);
+    }
+    const E0* weight = static_cast<const E0*>(a.weight);
+    const float more = a.kind == GEMMA ? 1.0f : 0.0f;
+    auto sweep = [=](auto gain_of) {
+      each_column<Wide>(width, [=](auto lane, int64_t c) {
+        constexpr int L = decltype(lane)::count;
+        typedef typename Lane<L>::F F;
+        const F norm_gain = R0::template load<L>(weight + c) + more;
+        F total[R], product[R];
         for (int r = 0; r < R; ++r) {
-          F h = X::template load<L>(x.at[r] + c);
-          if (edit_sum) h += R0::template load<L>(residual.at[r] + c);
-          product[r] = total[r] * h;
+          total[r] = norm[r].total_of(R0::template load<L>(normed.at[r] + c), norm_gain, R0::template load<L>(out.at[r] + c),
+                                      R0::template load<L>(direct.at[r] + c));
         }
+        for (int r = 0; r < R; ++r) product[r] = total[r] * X::template load<L>(x.at[r] + c);
         accumulate_columns<L>(d_scale + c, sum_of<L>(product));
-      }
-      if (d_bias) accumulate_columns<L>(d_bias + c, sum_of<L>(total));
-      const F edit_gain = scale ? Fp32::load<L>(scale + c) : splat<L>(1.0f);
-      for (int r = 0; r < R; ++r) {
-        const F back = edit_gain * total[r];
-        if (want_x) X::template store<L>(d_x.at[r] + c, back);
-        if (want_residual) R0::template store<L>(d_residual.at[r] + c, on_sum ? back : total[r]);
-      }
-    });
+        accumulate_columns<L>(d_bias + c, sum_of<L>(total));
+        const F gain = gain_of(lane, c);
+        for (int r = 0; r < R; ++r) store_of<X, kSafe, L>(d_x.at[r] + c, gain * total[r]);
+        for (int r = 0; r < R; ++r) store_of<R0, kSafe, L>(d_residual.at[r] + c, total[r]);
+      });
+    };
+    if (const float* scale = a.form.scale) {
+      sweep([=](auto lane, int64_t c) { return canonical<decltype(lane)::count>(Fp32::load<decltype(lane)::count>(scale + c)); });
+    } else {
+      sweep([](auto lane, int64_t) { return splat<decltype(lane)::count>(1.0f); });
+    }
   });
 }
+
+struct NormGrad : GradSource {
+  const EditAddNormBackwardArgs& a;
+  explicit NormGrad(const EditAddNormBackwardArgs& args) : a(args) { dtype = F32; }
+  const void* row(int64_t row, float* space, float* own_sums) const override {
+    if (a.grad_normed) {
+      with_dtype(a.residual_dtype, [&]<class R0>() {
+        constexpr int Wide = R0::kWide;
+        NormRow<R0, Wide> norm(a, row);
+        norm.sum(a);
+        each_column<Wide>(a.width, [=](auto lane, int64_t c) {
+          Fp32::store<decltype(lane)::count>(space + c, norm.total(lane, c));
+        });
+        if (!own_sums) return;
+        float* d_norm_bias = a.d_norm_bias ? own_sums + (a.d_weight ? a.width : 0) : nullptr;
+        norm_sums(norm, a.d_weight ? own_sums : nullptr, d_norm_bias, a.width);
+      });
+      return space;
+    }
+    const Stream grad{a.residual_dtype, a.grad_residual, a.grad_residual_stride};
+    if (a.grad_residual) return widen(grad.dtype, grad.row(row), 0, space, a.width);
+    memset(space, 0, static_cast<size_t>(a.width) * sizeof(float));
+    return space;
+  }
+};
 
 }  // namespace
 
 int64_t edit_add_norm_backward_workspace(const EditAddNormBackwardArgs&) { return 0; }
 
 int edit_add_norm_backward(const EditAddNormBackwardArgs& a, void*, void*) {
-  int error = 0;
-  with_dtypes(a.x_dtype, a.residual_dtype, [&]<class X, class R0>() {
-    if (a.grad_normed && is_plain(a.form, a.d_form)) {
+  if (a.grad_normed && a.weight && !a.on_sum && is_plain(a.form, a.d_form)) {
+    int error = 0;
+    with_dtypes(a.x_dtype, a.residual_dtype, [&]<class X, class R0>() {
       error = plain_norm_backward<X, R0, X::kWide == R0::kWide ? X::kWide : kLanes>(a);
-      return;
-    }
-    const FormBackward backward{a.form, a.rows, a.width, a.z, a.grad_z, a.d_form, a.slot_order};
-    float* norm_out[2] = {a.d_weight, a.d_norm_bias};
-    const int64_t norm_columns = (a.d_weight ? a.width : 0) + (a.d_norm_bias ? a.width : 0);
-    error = backward.run(
-        a.d_x || (a.on_sum && a.d_residual), a.x != nullptr, norm_columns, norm_out,
-        [&](int64_t row, Row& to, float* norm_sums) {
-          if (a.grad_normed) {
-            norm_backward<R0, R0::kWide>(a, row, to.grad_scratch, norm_sums);
-          } else if (!a.grad_residual) {
-            zero_row(to.grad_scratch, a.width);
-          } else {
-            load_row<R0>(to.grad_scratch, a.grad_residual, row * a.grad_residual_stride, a.width);
-          }
-          if (to.d_hidden && a.d_x) to.d_hidden = form_in<X>(to.d_hidden, a.d_x, row * a.width);
-          if (!to.hidden) return;
-          if (a.residual) {
-            load_row<X>(to.hidden_scratch, a.x, row * a.x_stride, a.width);
-            add_row<R0>(to.hidden_scratch, a.residual, row * a.residual_stride, a.width);
-          } else {
-            to.hidden = row_of<X>(to.hidden_scratch, a.x, row * a.x_stride, a.width);
-          }
-        },
-        [&](int64_t row, const Row& from) {
-          if (a.d_x) store_row<X>(a.d_x, row * a.width, from.d_hidden, a.width);
-          if (a.d_residual) store_row<R0>(a.d_residual, row * a.width, a.on_sum ? from.d_hidden : from.grad, a.width);
-        });
-  });
-  return error;
+    });
+    return error;
+  }
+  const FormBackward backward{
+      .form = a.form, .rows = a.rows, .width = a.width, .z = a.z, .grad_z = a.grad_z, .d = a.d_form,
+      .slot_order = a.slot_order,
+      .hidden = {a.x_dtype, a.x, a.x_stride},
+      .residual = {a.residual_dtype, a.residual, a.residual_stride},
+      .d_hidden = {a.x_dtype, a.d_x, a.width},
+      .d_residual = {a.residual_dtype, a.d_residual, a.width},
+      .on_sum = a.on_sum != 0,
+  };
+  float* norm_out[2] = {a.d_weight, a.d_norm_bias};
+  return backward.run(NormGrad(a), (a.d_weight ? a.width : 0) + (a.d_norm_bias ? a.width : 0), norm_out);
 }
 
 }  // namespace FASTEDIT_ISA

@@ -11,8 +11,7 @@
 #include <omp.h>
 #endif
 
-#include "abi.h"
-#include "cpu/vec.h"
+#include "cpu/dots.h"
 
 namespace fastedit {
 namespace FASTEDIT_ISA {
@@ -114,46 +113,6 @@ inline void each_group(const Form& form, int64_t rows, int64_t width, Body body)
   });
 }
 
-// to(r, Σ weight ⊙ h_r) for R rows, in the type that products are summed in; weight(lane, column), hidden(r, lane, column).
-template <int R, class Weight, class Hidden, class To>
-inline void dot_rows(int64_t width, Weight weight, Hidden hidden, To to) {
-  typedef typename Lane<kLanes>::Sum Sum;
-  auto wide = [](auto v) { return __builtin_convertvector(v, Sum); };
-  Sum part[R][kSums] = {};
-  decltype(part[0][0][0] + part[0][0][0]) tail[R] = {};
-  int64_t column = 0;
-  for (; column + kSums * kLanes <= width; column += kSums * kLanes) {
-    for (int i = 0; i < kSums; ++i) {
-      const Sum a = wide(weight(Lane<kLanes>{}, column + i * kLanes));
-      for (int r = 0; r < R; ++r) part[r][i] += a * wide(hidden(r, Lane<kLanes>{}, column + i * kLanes));
-    }
-  }
-  for (int i = 0; column + kLanes <= width; column += kLanes, ++i) {
-    const Sum a = wide(weight(Lane<kLanes>{}, column));
-    for (int r = 0; r < R; ++r) part[r][i] += a * wide(hidden(r, Lane<kLanes>{}, column));
-  }
-  for (; column < width; ++column) {
-    for (int r = 0; r < R; ++r) tail[r] += weight(Lane<1>{}, column)[0] * hidden(r, Lane<1>{}, column)[0];
-  }
-  for (int r = 0; r < R; ++r) to(r, sum_registers(part[r]) + tail[r]);
-}
-
-template <int R, class Hidden, class To>
-inline void dot_rows(const float* weight, int64_t width, Hidden hidden, To to) {
-  dot_rows<R>(width, [=](auto lane, int64_t c) { return Fp32::load<decltype(lane)::count>(weight + c); }, hidden, to);
-}
-
-// z[r][j] = Σ h_r ⊙ read_j + offset_j. hidden(r, lane, column) gives h.
-template <int R, class Hidden>
-inline void project_rows(const float* read, const float* offset, int64_t rank, int64_t width, Hidden hidden,
-                         float z[][kMaxRank]) {
-  for (int64_t j = 0; j < rank; ++j) {
-    dot_rows<R>(read + j * width, width, hidden, [=](int r, auto sum) {
-      z[r][j] = static_cast<float>(sum + (offset ? offset[j] : 0.0f));
-    });
-  }
-}
-
 inline float gate_at(const float* rule, float s) {
   const float threshold = rule[0], sharpness = rule[1];
   if (sharpness > 0.0f) return 1.0f / (1.0f + expf(-sharpness * (s - threshold)));
@@ -222,21 +181,12 @@ inline void store_z(float* out, const float* z, int64_t row, int64_t rank) {
   if (out) memcpy(out + row * rank, z, static_cast<size_t>(rank) * sizeof(float));
 }
 
-// The R row pointers of a stream. Bodies capture them, and all else, by value: behind a reference the compiler must
-// read every pointer and stride again after each store (that cost 1.16 of a plain add's time where this costs 1).
-template <class T, int R>
-struct RowPointers {
-  T* at[R];
-  RowPointers(T* first, int64_t stride) {
-    for (int r = 0; r < R; ++r) at[r] = first + r * stride;
-  }
-};
-
 // sink(r, lane, column, finish(r, lane, column, h')) over R rows under one form. k == 0 leaves h alone, k == 1 is
 // scale ⊙ h + bias + z @ write. Wide: the columns that hidden, finish and sink can take at once.
 //
 // All of the group's rows are read and finished before one is stored: rows lie a multiple of 4 KB apart as a rule, and a
 // load that agrees with a store before it in the address's last 12 bits waits for it (a fifth of edit_add_norm's time).
+// No loop over columns has a branch in it: GCC at -O1 would keep the group's values on the stack.
 template <int R, int Wide, class Hidden, class Finish, class Sink>
 inline void edit_rows(const Params& params, float k, int64_t width, const float z[][kMaxRank], Hidden hidden, Finish finish,
                       Sink sink) {
@@ -245,7 +195,7 @@ inline void edit_rows(const Params& params, float k, int64_t width, const float 
     return;
   }
   const Params p = params;
-  if (p.rank == 0 && k == 1.0f && p.scale && p.bias) {  // RED, with no branch in the loop
+  if (p.rank == 0 && k == 1.0f && p.scale && p.bias) {  // RED
     each_column<Wide>(width, [=](auto lane, int64_t c) {
       constexpr int L = decltype(lane)::count;
       const auto scale = Fp32::load<L>(p.scale + c), bias = Fp32::load<L>(p.bias + c);
@@ -255,33 +205,32 @@ inline void edit_rows(const Params& params, float k, int64_t width, const float 
     });
     return;
   }
-  each_column(width, [=](auto lane, int64_t c) {
-    constexpr int L = decltype(lane)::count;
-    typedef typename Lane<L>::F F;
-    typedef typename Lane<L>::Sum Sum;
-    const F scale = p.scale ? load_as<F>(p.scale + c) : splat<L>(1.0f);
-    const F bias = p.bias ? load_as<F>(p.bias + c) : F{};
-    F edited[R];
-    for (int r = 0; r < R; ++r) {
-      const F h = hidden(r, lane, c);
-      edited[r] = (R == 1 && k != 1.0f) ? (scale - 1.0f) * h + bias : scale * h + bias;
-    }
+  alignas(64) float sums[R * kRun];
+  for (int64_t from = 0; from < width; from += kRun) {
+    const int64_t count = from + kRun < width ? kRun : width - from;
+    const float* scale = p.scale ? p.scale + from : kOnes.at;
+    const float* add = p.bias ? p.bias + from : kZeros;
+    int64_t apart = 0;
     if (p.rank) {
-      Sum added[R] = {};
-      for (int64_t j = 0; j < p.rank; ++j) {
-        const Sum write = __builtin_convertvector(load_as<F>(p.write + j * width + c), Sum);
-        for (int r = 0; r < R; ++r) added[r] += z[r][j] * write;
-      }
-      for (int r = 0; r < R; ++r) {
-        edited[r] = __builtin_convertvector(__builtin_convertvector(edited[r], Sum) + added[r], F);
-      }
+      spread<R>(z, p.rank, p.write + from, width, count, add, 0, sums);
+      add = sums, apart = kRun;
     }
-    for (int r = 0; r < R; ++r) {
-      if (R == 1 && k != 1.0f) edited[r] = hidden(r, lane, c) + k * edited[r];
-      edited[r] = finish(r, lane, c, edited[r]);
-    }
-    for (int r = 0; r < R; ++r) sink(r, lane, c, edited[r]);
-  });
+    each_column<Wide>(count, [=](auto lane, int64_t at) {
+      constexpr int L = decltype(lane)::count;
+      const int64_t c = from + at;
+      const auto gain = Fp32::load<L>(scale + at);
+      decltype(hidden(0, lane, c)) edited[R];
+      if (R == 1 && k != 1.0f) {
+        const auto h = hidden(0, lane, c);
+        edited[0] = finish(0, lane, c, h + ((gain - 1.0f) * h + Fp32::load<L>(add + at)) * k);
+      } else {
+        for (int r = 0; r < R; ++r) {
+          edited[r] = finish(r, lane, c, gain * hidden(r, lane, c) + Fp32::load<L>(add + r * apart + at));
+        }
+      }
+      for (int r = 0; r < R; ++r) sink(r, lane, c, edited[r]);
+    });
+  }
 }
 
 struct AsItIs {

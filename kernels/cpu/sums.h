@@ -17,6 +17,12 @@ inline int64_t block_rows(int64_t rows) {
   return sixteenth < 32 ? 32 : (sixteenth + kGroup - 1) / kGroup * kGroup;
 }
 
+template <class F>
+inline void accumulate(float* at, F value) {
+  const F sum = load_as<F>(at) + value;
+  memcpy(at, &sum, sizeof sum);
+}
+
 inline void add_scaled(float* to, const float* from, float factor, int64_t width) {
   each_column(width, [=](auto lane, int64_t c) {
     typedef typename decltype(lane)::F F;

@@ -66,17 +66,31 @@ template <int L>
 inline typename Lane<L>::F splat(float x) {
   return typename Lane<L>::F{} + x;
 }
+// Halves onto halves, down to the first lane.
 template <class F>
 inline auto sum_lanes(F v) {
   typedef decltype(v[0] + v[0]) E;
   constexpr int n = sizeof(F) / sizeof(E);
-  E part[n];
-  memcpy(part, &v, sizeof v);
-  for (int half = n / 2; half >= 1; half /= 2) {
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  }
-  return part[0];
+  if constexpr (n == 16) v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  if constexpr (n == 16) v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+  if constexpr (n == 8) v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  if constexpr (n >= 4) return (v[0] + v[2]) + (v[1] + v[3]);
+  else if constexpr (n == 2) return v[0] + v[1];
+  else return v[0];
 }
+
+// The lanes' sum in double.
+inline double sum_exactly(Lane<kLanes>::F v) {
+  typedef Lane<kLanes / 2>::F Half;
+  typedef double Wide __attribute__((vector_size(4 * kLanes)));
+  Half low, high;
+  memcpy(&low, &v, sizeof low);
+  memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  return sum_lanes(__builtin_convertvector(low, Wide) + __builtin_convertvector(high, Wide));
+}
+#if !defined(__FMA__) && !defined(__ARM_FEATURE_FMA)
+inline double sum_exactly(Lane<kLanes>::Sum v) { return sum_lanes(v); }
+#endif
 
 // A row's element type: load<L>(p, i) gives L floats from column i on, store<L> rounds to nearest even.
 struct Fp32 {
@@ -135,6 +149,26 @@ struct Fp32 {
   }
 };
 
+// 16-bit columns as 32-bit lanes, and the low halves of such lanes back. (GCC 12 makes up to six instructions of
+// __builtin_convertvector here, and one of these.)
+template <int L>
+inline typename Lane<L>::U widen_halves(typename Lane<L>::H h) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return (typename Lane<L>::U)_mm512_cvtepu16_epi32((__m256i)h);
+#endif
+#if defined(__AVX2__)
+  if constexpr (L == 8) return (typename Lane<L>::U)_mm256_cvtepu16_epi32((__m128i)h);
+#endif
+  return __builtin_convertvector(h, typename Lane<L>::U);
+}
+template <int L>
+inline typename Lane<L>::H low_halves(typename Lane<L>::U raw) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return (typename Lane<L>::H)_mm512_cvtepi32_epi16((__m512i)raw);
+#endif
+  return __builtin_convertvector(raw, typename Lane<L>::H);
+}
+
 struct Bf16 {
   typedef uint16_t T;
   static constexpr int kWide = 2 * kLanes;
@@ -145,8 +179,7 @@ struct Bf16 {
       const U both = load_as<U>(p);
       return {(Pair::V)(both << 16), (Pair::V)(both & 0xffff0000u)};
     } else {
-      typedef typename Lane<L>::U U;
-      return (typename Lane<L>::F)(__builtin_convertvector(load_as<typename Lane<L>::H>(p), U) << 16);
+      return (typename Lane<L>::F)(widen_halves<L>(load_as<typename Lane<L>::H>(p)) << 16);
     }
   }
   template <int L>
@@ -166,7 +199,7 @@ struct Bf16 {
       const U both = ((U)kept.even >> 16) | (U)kept.odd;
       memcpy(p, &both, sizeof both);
     } else {
-      const auto half = __builtin_convertvector((typename Lane<L>::U)kept >> 16, typename Lane<L>::H);
+      const auto half = low_halves<L>((typename Lane<L>::U)kept >> 16);
       memcpy(p, &half, sizeof half);
     }
     return kept;
@@ -208,7 +241,7 @@ struct Bf16 {
       const auto both = (round(v.even) >> 16) | (round(v.odd) & 0xffff0000u);
       memcpy(p, &both, sizeof both);
     } else {
-      const auto half = __builtin_convertvector(round(v) >> 16, typename Lane<L>::H);
+      const auto half = low_halves<L>(round(v) >> 16);
       memcpy(p, &half, sizeof half);
     }
   }
@@ -272,6 +305,16 @@ struct Fp16 {
   template <int L>
   static inline void store_product(T* p, typename Lane<L>::F v) { store<L>(p, v); }
 };
+
+template <int L>
+inline typename Lane<L>::F canonical(typename Lane<L>::F v) {
+  if constexpr (L == 2 * kLanes) {
+    return {canonical<L / 2>(v.even), canonical<L / 2>(v.odd)};
+  } else {
+    typedef typename Lane<L>::U U;
+    return (typename Lane<L>::F)((v == v) ? (U)v : (U{} + 0x7fc00000u));
+  }
+}
 
 // body(Lane<L>{}, column) over a row: pairs of registers where Wide = 2 kLanes, whole registers, then single columns.
 template <int Wide = kLanes, class Body>
