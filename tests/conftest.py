@@ -26,12 +26,13 @@ def seed():
 
 
 SLOW = (  # from eighty seconds of processor time to ten
-    "triton_aot", "modes_compiled", "triton_interpreter", "cuda_streams", "every_family", "distributed", "cuda_build",
-    "jax", "cli_demo", "recontrol_compiled", "red_training", "cli_steering", "bench_models", "cuda_emulated_gradients",
-    "gates_handles", "patch_compiled", "positions", "triton_gate_aot", "tenants", "recontrol_control", "cuda_emulated",
-    "reft_training", "gates_in_kernels_patched", "positions_handles", "instructions", "ops", "method_pages", "capture",
-    "bench_effects", "gates", "jax_transforms", "bank", "patch_checkpointing", "probes", "cuda_emulated_rows",
-    "bank_gates", "gates_in_kernels",
+    "triton_aot", "modes_compiled", "triton_interpreter", "cuda_streams", "every_family", "distributed",
+    "cuda_build", "instruction_sets", "jax", "cli_demo", "recontrol_compiled", "red_training", "cli_steering",
+    "bench_models", "cuda_emulated_gradients", "gates_handles", "patch_compiled", "positions", "triton_gate_aot",
+    "tenants", "recontrol_control", "cuda_emulated", "reft_training", "gates_in_kernels_patched",
+    "positions_handles", "instructions", "ops", "method_pages", "capture", "bench_effects", "gates",
+    "jax_transforms", "bank", "patch_checkpointing", "probes", "cuda_emulated_rows", "bank_gates",
+    "gates_in_kernels",
 )  # fmt: skip
 
 
