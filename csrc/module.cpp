@@ -61,6 +61,11 @@ class Reader {
   Py_ssize_t count_, at_ = 0;
 };
 
+void check_rank(int64_t rank) {
+  if (rank >= 0 && rank <= kMaxRank) return;
+  raise(PyExc_ValueError, "rank is %lld, the kernels take 0 to %d", static_cast<long long>(rank), int(kMaxRank));
+}
+
 void read(Reader& in, Form& form) {
   form.scale = in.pointer<const float>();
   form.bias = in.pointer<const float>();
@@ -72,9 +77,7 @@ void read(Reader& in, Form& form) {
   form.slot = in.pointer<const int32_t>();
   form.coefficient = in.pointer<const float>();
   form.coefficient_stride = in.integer();
-  if (form.rank < 0 || form.rank > kMaxRank) {
-    raise(PyExc_ValueError, "rank is %lld, the kernels take 0 to %d", static_cast<long long>(form.rank), int(kMaxRank));
-  }
+  check_rank(form.rank);
 }
 
 void read(Reader& in, const void*& data, int64_t& stride) {
@@ -172,6 +175,7 @@ void read(Reader& in, ProjectArgs& a) {
   a.rows = in.integer();
   a.width = in.integer();
   a.rank = in.integer();
+  check_rank(a.rank);
   a.dtype = in.code();
   read(in, a.hidden, a.hidden_stride);
   a.read = in.pointer<const float>();
@@ -183,6 +187,7 @@ void read(Reader& in, ProjectBackwardArgs& a) {
   a.rows = in.integer();
   a.width = in.integer();
   a.rank = in.integer();
+  check_rank(a.rank);
   a.dtype = in.code();
   a.grad_z = in.pointer<const float>();
   read(in, a.hidden, a.hidden_stride);

@@ -18,6 +18,8 @@ if not hasattr(_native, "cpu_edit") or os.uname().machine != "x86_64":
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_keeps_the_numerics_promise(isa):
     usual = _native.instruction_set()
+    if isa == usual:
+        pytest.skip("every other test runs with it")
     try:
         _native.set_instruction_set(isa)
     except ValueError:

@@ -398,17 +398,24 @@ def test_empty(device):
         assert ops.project(x, form["read"]).shape == (*lead, 2)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(
+    "rank, kind, on, mixed",
+    [(0, "rms", "x", False), (3, "rms", "x", False), (5, "gemma", "sum", True), (0, "layer", "sum", False), (4, "layer", "x", True)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_run_to_run_and_row_by_row(device, dtype, rank):
+def test_run_to_run_and_row_by_row(device, dtype, rank, kind, on, mixed):
     """Bit-equal twice over, whatever ran between; row i alone equals row i among others (not the reference)."""
     h, residual, grad = (rows((1000,), 200, dtype, device) for _ in range(3))
     form, weight = form_on(device, 200, rank), torch.ones(200, dtype=dtype, device=device)
+    strength = strengths("rows", (1000,), device) if mixed else None
+    if mixed:
+        strength[500:600] = 1  # groups of rows, too
 
     def run(at=slice(None)):
         x, params = h[at].clone().requires_grad_(), leaves(form)
-        out, normed = ops.edit_add_norm(x, residual[at], weight, **params)
-        wanted = [x, *(p for p in params.values() if p is not None)]
+        k = None if strength is None else strength[at].clone().requires_grad_()
+        out, normed = ops.edit_add_norm(x, residual[at], weight, kind=kind, on=on, strength=k, **params)
+        wanted = [t for t in (x, k, *params.values()) if t is not None]
         return (out, normed, *torch.autograd.grad((out, normed), wanted, [grad[at], grad[at]]))
 
     first = run()
@@ -421,9 +428,10 @@ def test_run_to_run_and_row_by_row(device, dtype, rank):
     if _is_reference():
         return
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    for i in (0, 1, 3, 4, 500, 999):
-        alone = run(slice(i, i + 1))[:3]
-        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, first[:3], strict=True))
+    by_row = 4 if mixed else 3
+    for i in (0, 1, 3, 4, 500, 555, 999):
+        alone = run(slice(i, i + 1))[:by_row]
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, first[:by_row], strict=True))
 
 
 def test_column_sums_of_many_rows(device):

@@ -5,7 +5,7 @@
 //   d_coefficient Σ_width G ⊙ ((scale − 1) ⊙ h + bias + z @ write)
 //
 // Rows are brought into fp32 a run of columns at a time and stay in the first cache between the passes over it; a group
-// of rows shares each loaded parameter and each accumulator. Nothing here depends on dtypes but widen.h.
+// of rows shares each loaded parameter and each accumulator. What depends on dtypes is widen.h and project_stream.
 #pragma once
 #include "cpu/sums.h"
 #include "cpu/widen.h"
@@ -226,9 +226,9 @@ struct FormBackward {
       if (edited && d.coefficient) {
         for (int r = 0; r < R; ++r) coefficient[r] += update_sum(p, g.at[r], h.at[r], from, count);
       }
-      if (!d_hidden.data && !d_residual.data) continue;
+      const bool want_back = d_hidden.data || (d_residual.data && on_sum);
       RowPointers<const float, R> back = g;
-      if (edited) {
+      if (edited && want_back) {
         form_back<R>(p, k, q, g, from, count, space[3]);
         back = {space[3], kRun};
       }
@@ -248,9 +248,9 @@ struct FormBackward {
     if (into.scale) {
       each_column(count, [=, to = into.scale + from](auto lane, int64_t c) {
         typedef typename decltype(lane)::F F;
-        F total = load_as<F>(g.at[0] + c) * load_as<F>(h.at[0] + c);
+        F total = load_as<F>(g.at[0] + c) * k * load_as<F>(h.at[0] + c);
         for (int r = 1; r < R; ++r) total += load_as<F>(g.at[r] + c) * load_as<F>(h.at[r] + c);
-        accumulate(to + c, total * k);
+        accumulate<decltype(lane)::count>(to + c, total);
       });
     }
     if (into.bias) {
@@ -258,7 +258,7 @@ struct FormBackward {
         typedef typename decltype(lane)::F F;
         F total = load_as<F>(g.at[0] + c);
         for (int r = 1; r < R; ++r) total += load_as<F>(g.at[r] + c);
-        accumulate(to + c, total * k);
+        accumulate<decltype(lane)::count>(to + c, total * k);
       });
     }
     if (into.read) gather<R>(q, p.rank, 1.0f, h, into.read + from, width, count);
@@ -290,12 +290,12 @@ struct FormBackward {
 
   // Σ G ⊙ ((scale − 1) ⊙ h + bias) over a run of one row
   float update_sum(const Params& p, const float* g, const float* h, int64_t from, int64_t count) const {
-    return sum_columns(count, [&](auto lane, int64_t c) {
+    const float* scale = p.scale ? p.scale + from : kOnes.at;
+    const float* bias = p.bias ? p.bias + from : kZeros;
+    if (!p.scale) h = kZeros;  // it may be absent, or infinite
+    return sum_columns(count, [=](auto lane, int64_t c) {
       typedef typename decltype(lane)::F F;
-      F update{};
-      if (p.scale) update = (load_as<F>(p.scale + from + c) - 1.0f) * load_as<F>(h + c);
-      if (p.bias) update += load_as<F>(p.bias + from + c);
-      return load_as<F>(g + c) * update;
+      return load_as<F>(g + c) * ((load_as<F>(scale + c) - 1.0f) * load_as<F>(h + c) + load_as<F>(bias + c));
     });
   }
 };

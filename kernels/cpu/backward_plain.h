@@ -4,7 +4,7 @@
 //
 // Rows go from their own dtypes to their own dtypes with nothing between: backward.h, which serves ranks, slots and
 // coefficients, brings them into fp32 first (1.3 to 2.5 times the time). One loop without branches serves every set of
-// wanted results: what is not wanted, or not given, is a row of scratch.
+// wanted results: what is not wanted, or not given, is a row of scratch. A norm without a weight is left to backward.h.
 #pragma once
 #include "cpu/sums.h"
 
@@ -35,21 +35,32 @@ struct WantedSums {
   }
 };
 
+struct Spare {
+  float *zeros = nullptr, *ones = nullptr, *sums = nullptr, *outputs = nullptr;
+  Spare(float* at, int64_t width) {
+    if (!at) return;
+    zeros = at, sums = at + width, ones = at + 2 * width, outputs = at + 3 * width;
+    memset(zeros, 0, 2 * static_cast<size_t>(width) * sizeof(float));
+    for (int64_t c = 0; c < width; ++c) ones[c] = 1.0f;
+  }
+};
+
 // body.template operator()<R>(first row, where each sum goes, spare) over groups of rows, blocks being the threads' tasks.
-// spare: rows of zeros, of sums and of outputs that nobody wants; null where `whole`, every result wanted, every stream given.
+// spare: rows of zeros, of ones, of sums and of outputs that nobody wants; null where `whole`: all wanted, all given.
 template <int N, class Body>
 inline int over_blocks(int64_t rows, const WantedSums<N>& wanted, bool whole, Body body) {
   ColumnSums sums(rows, wanted.columns());
   if (!sums.ok()) return kOutOfMemory;
   each_task(sums.blocks(), rows * wanted.width, [&](int64_t block) {
-    Scratch spare(whole ? 0 : 3 * wanted.width);
-    if (!whole) memset(spare.floats(), 0, 2 * static_cast<size_t>(wanted.width) * sizeof(float));
+    const int64_t width = wanted.width;
+    Scratch scratch(whole ? 0 : 4 * width);
+    const Spare spare(scratch.floats(), width);
     float* at[N];
-    wanted.place(sums.partial(block), spare.floats() + wanted.width, at);
+    wanted.place(sums.partial(block), spare.sums, at);
     const int64_t last = sums.last(block);
     int64_t row = sums.first(block);
-    for (; row + kGroup <= last; row += kGroup) body.template operator()<kGroup>(row, at, spare.floats());
-    for (; row < last; ++row) body.template operator()<1>(row, at, spare.floats());
+    for (; row + kGroup <= last; row += kGroup) body.template operator()<kGroup>(row, at, spare);
+    for (; row < last; ++row) body.template operator()<1>(row, at, spare);
   });
   const float* total = wanted.columns() ? sums.reduce() : nullptr;
   for (int i = 0; i < N; ++i) {
@@ -70,10 +81,6 @@ template <class T, bool Safe, int L>
 inline void store_of(typename T::T* p, typename Lane<L>::F v) {
   if constexpr (Safe) T::template store_product<L>(p, v);
   else T::template store<L>(p, v);
-}
-template <int L>
-inline void accumulate_columns(float* at, typename Lane<L>::F value) {
-  Fp32::store<L>(at, Fp32::load<L>(at) + value);
 }
 template <int L, int R>
 inline typename Lane<L>::F sum_of(const typename Lane<L>::F (&value)[R]) {

@@ -15,7 +15,7 @@ namespace fastedit {
 namespace FASTEDIT_ISA {
 namespace {
 
-// The norm's backward at one row. Ranked and plain edits share every expression, so that a row's bits do not depend on
+// The norm's backward at one row. Ranked and plain edits share total_of, so that a row's bits do not depend on
 // which of the two took it.
 template <class R0, int Wide>
 struct NormRow {
@@ -35,7 +35,8 @@ struct NormRow {
         inner(0.0f),
         level(0.0f),
         gemma(a.kind == GEMMA) {
-    if (rstd != rstd) rstd = NAN;  // it may be any NaN
+    if (rstd != rstd) rstd = NAN;  // they may be any NaN
+    if (mean != mean) mean = NAN;
   }
   // The two means along the row.
   void sum(const EditAddNormBackwardArgs& a) {
@@ -77,33 +78,37 @@ template <class R0, int Wide>
 void norm_sums(const NormRow<R0, Wide> norm, float* d_weight, float* d_norm_bias, int64_t width) {
   if (d_weight) {
     each_column<Wide>(width, [=](auto lane, int64_t c) {
-      accumulate_columns<decltype(lane)::count>(d_weight + c, norm.normed_grad(lane, c) * norm.unit(lane, c));
+      accumulate<decltype(lane)::count>(d_weight + c, norm.normed_grad(lane, c) * norm.unit(lane, c));
     });
   }
   if (d_norm_bias) {
     each_column<Wide>(width, [=](auto lane, int64_t c) {
-      accumulate_columns<decltype(lane)::count>(d_norm_bias + c, norm.normed_grad(lane, c));
+      accumulate<decltype(lane)::count>(d_norm_bias + c, norm.normed_grad(lane, c));
     });
   }
 }
 
 // The whole backward under scale and bias alone, in two passes over a group of rows that stay in the cache: the
 // norm's sums, then everything else.
-template <class X, class R0, int Wide>
+template <class X, class R0, bool OnSum>
 int plain_norm_backward(const EditAddNormBackwardArgs& a) {
   typedef typename X::T E;
   typedef typename R0::T E0;
+  constexpr int Wide = X::kWide == R0::kWide ? X::kWide : kLanes;
   constexpr bool kSafe = sizeof(E) == 2 && sizeof(E0) == 2;
   const int64_t width = a.width;
   const WantedSums<4> wanted{{a.d_form.scale, a.d_form.bias, a.d_weight, a.d_norm_bias}, width};
-  const bool whole = a.x && a.grad_residual && a.d_x && a.d_residual && a.d_form.scale && a.d_form.bias;
-  return over_blocks(a.rows, wanted, whole, [&]<int R>(int64_t row, float* const (&sums)[4], float* spare) {
-    const auto x = rows_or<const E, R>(a.x, spare, row, a.x_stride);
-    const auto normed = rows_or<const E0, R>(a.grad_normed, spare, row, a.grad_normed_stride);
-    const auto direct = rows_or<const E0, R>(a.grad_residual, spare, row, a.grad_residual_stride);
-    const auto out = rows_or<const E0, R>(a.residual_out, spare, row, width);
-    const auto d_x = rows_or<E, R>(a.d_x, spare + 2 * width, row, width);
-    const auto d_residual = rows_or<E0, R>(a.d_residual, spare + 2 * width, row, width);
+  const bool given = a.x && a.grad_residual && a.form.scale && (a.residual || !OnSum);
+  const bool whole = given && a.d_x && (a.d_residual || OnSum) && a.d_form.scale && a.d_form.bias;
+  return over_blocks(a.rows, wanted, whole, [&]<int R>(int64_t row, float* const (&sums)[4], const Spare& spare) {
+    const auto x = rows_or<const E, R>(a.x, spare.zeros, row, a.x_stride);
+    const auto residual = rows_or<const E0, R>(a.residual, spare.zeros, row, a.residual_stride);
+    const auto normed = rows_or<const E0, R>(a.grad_normed, spare.zeros, row, a.grad_normed_stride);
+    const auto direct = rows_or<const E0, R>(a.grad_residual, spare.zeros, row, a.grad_residual_stride);
+    const auto out = rows_or<const E0, R>(a.residual_out, spare.zeros, row, width);
+    const auto d_x = rows_or<E, R>(a.d_x, spare.outputs, row, width);
+    const auto d_residual = rows_or<E0, R>(a.d_residual, spare.outputs, row, width);
+    const float* scale = a.form.scale ? a.form.scale : spare.ones;
     float *d_scale = sums[0], *d_bias = sums[1];
     NormRow<R0, Wide> norm[R];
     for (int r = 0; r < R; ++r) {
@@ -113,29 +118,27 @@ int plain_norm_backward(const EditAddNormBackwardArgs& a) {
     }
     const E0* weight = static_cast<const E0*>(a.weight);
     const float more = a.kind == GEMMA ? 1.0f : 0.0f;
-    auto sweep = [=](auto gain_of) {
-      each_column<Wide>(width, [=](auto lane, int64_t c) {
-        constexpr int L = decltype(lane)::count;
-        typedef typename Lane<L>::F F;
-        const F norm_gain = R0::template load<L>(weight + c) + more;
-        F total[R], product[R];
-        for (int r = 0; r < R; ++r) {
-          total[r] = norm[r].total_of(R0::template load<L>(normed.at[r] + c), norm_gain, R0::template load<L>(out.at[r] + c),
-                                      R0::template load<L>(direct.at[r] + c));
-        }
-        for (int r = 0; r < R; ++r) product[r] = total[r] * X::template load<L>(x.at[r] + c);
-        accumulate_columns<L>(d_scale + c, sum_of<L>(product));
-        accumulate_columns<L>(d_bias + c, sum_of<L>(total));
-        const F gain = gain_of(lane, c);
-        for (int r = 0; r < R; ++r) store_of<X, kSafe, L>(d_x.at[r] + c, gain * total[r]);
-        for (int r = 0; r < R; ++r) store_of<R0, kSafe, L>(d_residual.at[r] + c, total[r]);
-      });
-    };
-    if (const float* scale = a.form.scale) {
-      sweep([=](auto lane, int64_t c) { return canonical<decltype(lane)::count>(Fp32::load<decltype(lane)::count>(scale + c)); });
-    } else {
-      sweep([](auto lane, int64_t) { return splat<decltype(lane)::count>(1.0f); });
-    }
+    each_column<Wide>(width, [=](auto lane, int64_t c) {
+      constexpr int L = decltype(lane)::count;
+      typedef typename Lane<L>::F F;
+      const F norm_gain = R0::template load<L>(weight + c) + more;
+      F total[R], product[R];
+      for (int r = 0; r < R; ++r) {
+        total[r] = norm[r].total_of(R0::template load<L>(normed.at[r] + c), norm_gain, R0::template load<L>(out.at[r] + c),
+                                    R0::template load<L>(direct.at[r] + c));
+      }
+      for (int r = 0; r < R; ++r) {
+        F h = X::template load<L>(x.at[r] + c);
+        if constexpr (OnSum) h += R0::template load<L>(residual.at[r] + c);
+        product[r] = total[r] * h;
+      }
+      accumulate<L>(d_scale + c, sum_of<L>(product));
+      accumulate<L>(d_bias + c, sum_of<L>(total));
+      const F gain = canonical<L>(Fp32::load<L>(scale + c));
+      for (int r = 0; r < R; ++r) store_of<X, kSafe, L>(d_x.at[r] + c, gain * total[r]);
+      if constexpr (OnSum) return;  // d_residual is d_x
+      for (int r = 0; r < R; ++r) store_of<R0, kSafe, L>(d_residual.at[r] + c, total[r]);
+    });
   });
 }
 
@@ -169,10 +172,11 @@ struct NormGrad : GradSource {
 int64_t edit_add_norm_backward_workspace(const EditAddNormBackwardArgs&) { return 0; }
 
 int edit_add_norm_backward(const EditAddNormBackwardArgs& a, void*, void*) {
-  if (a.grad_normed && a.weight && !a.on_sum && is_plain(a.form, a.d_form)) {
+  const bool both = a.on_sum && a.d_residual;  // one result twice
+  if (a.grad_normed && a.weight && !both && is_plain(a.form, a.d_form)) {
     int error = 0;
     with_dtypes(a.x_dtype, a.residual_dtype, [&]<class X, class R0>() {
-      error = plain_norm_backward<X, R0, X::kWide == R0::kWide ? X::kWide : kLanes>(a);
+      error = a.on_sum ? plain_norm_backward<X, R0, true>(a) : plain_norm_backward<X, R0, false>(a);
     });
     return error;
   }

@@ -1,6 +1,7 @@
 // edit_backward, of edit and of edit_add (backward.h has the formulas; h = hidden + residual on the sum).
 //
-// Streams: grad and hidden in (hidden only where a gradient reads it), d_hidden out. One pass over both; with
+// Streams: grad and hidden in (hidden only where a gradient reads it), d_hidden out. One pass over both; a rank reads grad
+// once more before it, from cache; with
 // slots the parameter sums take a second pass, over rows sorted by slot. Threads over fixed blocks of rows.
 #include "cpu/add.h"
 #include "cpu/backward.h"
@@ -11,37 +12,36 @@ namespace FASTEDIT_ISA {
 
 namespace {
 
-template <class X, class G>
+template <class X, class G, bool OnSum>
 int plain_backward(const EditBackwardArgs& a) {
   typedef typename X::T E;
   constexpr int Wide = X::kWide == G::kWide ? X::kWide : kLanes;
   constexpr bool kSafe = sizeof(E) == 2 && sizeof(typename G::T) == 2;
   const int64_t width = a.width;
   const WantedSums<2> wanted{{a.d_form.scale, a.d_form.bias}, width};
-  const bool whole = a.hidden && a.d_hidden && a.d_form.scale && a.d_form.bias;
-  return over_blocks(a.rows, wanted, whole, [&]<int R>(int64_t row, float* const (&sums)[2], float* spare) {
-    const auto grad = rows_or<const typename G::T, R>(a.grad, spare, row, a.grad_stride);
-    const auto hidden = rows_or<const E, R>(a.hidden, spare, row, a.hidden_stride);
-    const auto back = rows_or<E, R>(a.d_hidden, spare + 2 * width, row, width);
+  const bool whole = a.hidden && a.d_hidden && a.form.scale && a.d_form.scale && a.d_form.bias;
+  return over_blocks(a.rows, wanted, whole, [&]<int R>(int64_t row, float* const (&sums)[2], const Spare& spare) {
+    const auto grad = rows_or<const typename G::T, R>(a.grad, spare.zeros, row, a.grad_stride);
+    const auto hidden = rows_or<const E, R>(a.hidden, spare.zeros, row, a.hidden_stride);
+    const auto residual = rows_or<const E, R>(a.residual, spare.zeros, row, a.residual_stride);
+    const auto back = rows_or<E, R>(a.d_hidden, spare.outputs, row, width);
+    const float* scale = a.form.scale ? a.form.scale : spare.ones;
     float *d_scale = sums[0], *d_bias = sums[1];
-    auto sweep = [=](auto gain_of) {
-      each_column<Wide>(width, [=](auto lane, int64_t c) {
-        constexpr int L = decltype(lane)::count;
-        typedef typename Lane<L>::F F;
-        F g[R], product[R];
-        for (int r = 0; r < R; ++r) g[r] = G::template load<L>(grad.at[r] + c);
-        for (int r = 0; r < R; ++r) product[r] = g[r] * X::template load<L>(hidden.at[r] + c);
-        accumulate_columns<L>(d_scale + c, sum_of<L>(product));
-        accumulate_columns<L>(d_bias + c, sum_of<L>(g));
-        const F gain = gain_of(lane, c);
-        for (int r = 0; r < R; ++r) store_of<X, kSafe, L>(back.at[r] + c, gain * g[r]);
-      });
-    };
-    if (const float* scale = a.form.scale) {
-      sweep([=](auto lane, int64_t c) { return canonical<decltype(lane)::count>(Fp32::load<decltype(lane)::count>(scale + c)); });
-    } else {
-      sweep([](auto lane, int64_t) { return splat<decltype(lane)::count>(1.0f); });
-    }
+    each_column<Wide>(width, [=](auto lane, int64_t c) {
+      constexpr int L = decltype(lane)::count;
+      typedef typename Lane<L>::F F;
+      F g[R], product[R];
+      for (int r = 0; r < R; ++r) g[r] = G::template load<L>(grad.at[r] + c);
+      for (int r = 0; r < R; ++r) {
+        F h = X::template load<L>(hidden.at[r] + c);
+        if constexpr (OnSum) h += X::template load<L>(residual.at[r] + c);
+        product[r] = g[r] * h;
+      }
+      accumulate<L>(d_scale + c, sum_of<L>(product));
+      accumulate<L>(d_bias + c, sum_of<L>(g));
+      const F gain = canonical<L>(Fp32::load<L>(scale + c));
+      for (int r = 0; r < R; ++r) store_of<X, kSafe, L>(back.at[r] + c, gain * g[r]);
+    });
   });
 }
 
@@ -63,9 +63,11 @@ struct Grad : GradSource {
 int64_t edit_backward_workspace(const EditBackwardArgs&) { return 0; }
 
 int edit_backward(const EditBackwardArgs& a, void*, void*) {
-  if (a.grad && !a.residual && is_plain(a.form, a.d_form)) {
+  if (a.grad && is_plain(a.form, a.d_form)) {
     int error = 0;
-    with_dtypes(a.hidden_dtype, a.grad_dtype, [&]<class X, class G>() { error = plain_backward<X, G>(a); });
+    with_dtypes(a.hidden_dtype, a.grad_dtype, [&]<class X, class G>() {
+      error = a.residual ? plain_backward<X, G, true>(a) : plain_backward<X, G, false>(a);
+    });
     return error;
   }
   const FormBackward backward{

@@ -40,12 +40,13 @@ void rows_backward(const ProjectBackwardArgs& a, int64_t first, float* d_read, d
       gather<R>(q, rank, 1.0f, rows_of<R>(hidden, row, from, count, space), d_read + from, width, count);
     }
     if (!a.d_hidden) continue;
-    if (a.dtype == F32) {
+    if (a.dtype == F32 && rank) {
       float* to = static_cast<float*>(d_hidden.out(first)) + from;
       spread<R>(q, rank, a.read + from, width, count, kZeros, 0, to, width);
       continue;
     }
-    spread<R>(q, rank, a.read + from, width, count, kZeros, 0, space);
+    if (rank) spread<R>(q, rank, a.read + from, width, count, kZeros, 0, space);
+    else memset(space, 0, sizeof space);
     for (int r = 0; r < R; ++r) narrow(a.dtype, space + r * kRun, d_hidden.out(row[r]), from, count);
   }
 }

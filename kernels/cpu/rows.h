@@ -215,21 +215,26 @@ inline void edit_rows(const Params& params, float k, int64_t width, const float 
       spread<R>(z, p.rank, p.write + from, width, count, add, 0, sums);
       add = sums, apart = kRun;
     }
-    each_column<Wide>(count, [=](auto lane, int64_t at) {
-      constexpr int L = decltype(lane)::count;
-      const int64_t c = from + at;
-      const auto gain = Fp32::load<L>(scale + at);
-      decltype(hidden(0, lane, c)) edited[R];
-      if (R == 1 && k != 1.0f) {
+    // body(r, lane, column, column in the run) → h'
+    auto each = [=](auto body) {
+      each_column<Wide>(count, [=](auto lane, int64_t at) {
+        decltype(hidden(0, lane, at)) edited[R];
+        for (int r = 0; r < R; ++r) edited[r] = finish(r, lane, from + at, body(r, lane, from + at, at));
+        for (int r = 0; r < R; ++r) sink(r, lane, from + at, edited[r]);
+      });
+    };
+    if (R == 1 && k != 1.0f) {
+      each([=](int, auto lane, int64_t c, int64_t at) {
+        constexpr int L = decltype(lane)::count;
         const auto h = hidden(0, lane, c);
-        edited[0] = finish(0, lane, c, h + ((gain - 1.0f) * h + Fp32::load<L>(add + at)) * k);
-      } else {
-        for (int r = 0; r < R; ++r) {
-          edited[r] = finish(r, lane, c, gain * hidden(r, lane, c) + Fp32::load<L>(add + r * apart + at));
-        }
-      }
-      for (int r = 0; r < R; ++r) sink(r, lane, c, edited[r]);
-    });
+        return h + ((Fp32::load<L>(scale + at) - 1.0f) * h + Fp32::load<L>(add + at)) * k;
+      });
+    } else {
+      each([=](int r, auto lane, int64_t c, int64_t at) {
+        constexpr int L = decltype(lane)::count;
+        return Fp32::load<L>(scale + at) * hidden(r, lane, c) + Fp32::load<L>(add + r * apart + at);
+      });
+    }
   }
 }
 

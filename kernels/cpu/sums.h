@@ -17,10 +17,9 @@ inline int64_t block_rows(int64_t rows) {
   return sixteenth < 32 ? 32 : (sixteenth + kGroup - 1) / kGroup * kGroup;
 }
 
-template <class F>
-inline void accumulate(float* at, F value) {
-  const F sum = load_as<F>(at) + value;
-  memcpy(at, &sum, sizeof sum);
+template <int L>
+inline void accumulate(float* at, typename Lane<L>::F value) {
+  Fp32::store<L>(at, Fp32::load<L>(at) + value);
 }
 
 inline void add_scaled(float* to, const float* from, float factor, int64_t width) {

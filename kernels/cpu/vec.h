@@ -204,7 +204,7 @@ struct Bf16 {
     }
     return kept;
   }
-  // The same for values computed from 16-bit ones alone: a NaN among them ends in zeros (or is the processor's own),
+  // The same for values computed from 16-bit and canonical ones: a NaN among them ends in zeros (or is the processor's own),
   // which rounding cannot carry over into the sign, so it need not be looked for.
   template <int L>
   static inline typename Lane<L>::F rounded_product(typename Lane<L>::F v) {
@@ -306,6 +306,7 @@ struct Fp16 {
   static inline void store_product(T* p, typename Lane<L>::F v) { store<L>(p, v); }
 };
 
+// Every NaN as 0x7fc00000.
 template <int L>
 inline typename Lane<L>::F canonical(typename Lane<L>::F v) {
   if constexpr (L == 2 * kLanes) {
