@@ -400,8 +400,11 @@ def test_empty(device):
 
 @pytest.mark.parametrize(
     "rank, kind, on, mixed",
-    [(0, "rms", "x", False), (3, "rms", "x", False), (5, "gemma", "sum", True), (0, "layer", "sum", False), (4, "layer", "x", True)],
-)
+    [
+        (0, "rms", "x", False), (3, "rms", "x", False), (5, "gemma", "sum", True), (0, "layer", "sum", False),
+        (4, "layer", "x", True),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_run_to_run_and_row_by_row(device, dtype, rank, kind, on, mixed):
     """Bit-equal twice over, whatever ran between; row i alone equals row i among others (not the reference)."""
