@@ -100,6 +100,20 @@ def test_gradients_of_other_rows_stay_clean(device, rank):
     assert given["scale"].grad.isnan().any(), "a bad step must be seen, so that a loss scaler can skip it"
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rounding_makes_a_number_of_a_scales_nan(device, dtype, bits):
+    """A payload of ones would carry over into the sign, and come out as a zero."""
+    scale, x = torch.ones(WIDTH, device=device), torch.randn(ROWS, WIDTH).to(device, dtype).requires_grad_()
+    bad = torch.zeros(ROWS, WIDTH, dtype=torch.bool, device=device)
+    for column in (0, 57, WIDTH - 1):  # the last is of no whole register
+        scale.view(torch.int32)[column], bad[:, column] = bits, True
+    for out in (ops.edit(x, scale), ops.edit_add_norm(x, x.detach(), torch.ones_like(x[0]), scale)[0]):
+        assert torch.equal(out.isnan(), bad)
+        (back,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        assert torch.equal(back.isnan(), bad)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_models_nan_reaches_the_logits(kind, fused):

@@ -70,7 +70,7 @@ struct GradSource {
   virtual const void* row(int64_t row, float* space, float* own_sums) const = 0;
 };
 
-// into_j += factor Σ_r by[r][j] row_r for `count` columns; the J sums lie `width` apart.
+// into_j += factor Σ_r by[r][j] row_r for `count` columns; the sums of one j and the next lie `width` apart.
 template <int R>
 inline void gather(const float by[][kMaxRank], int64_t rank, float factor, const RowPointers<const float, R> rows,
                    float* into, int64_t width, int64_t count) {

@@ -1,8 +1,8 @@
 // edit_backward, of edit and of edit_add (backward.h has the formulas; h = hidden + residual on the sum).
 //
-// Streams: grad and hidden in (hidden only where a gradient reads it), d_hidden out. One pass over both; a rank reads grad
-// once more before it, from cache; with
-// slots the parameter sums take a second pass, over rows sorted by slot. Threads over fixed blocks of rows.
+// Streams: grad and hidden in (hidden only where a gradient reads it), d_hidden out. One pass over both, before which a
+// rank reads the group's grad for q; with slots the parameter sums take a second pass, over rows sorted by slot. Threads
+// over fixed blocks of rows, whose sums are added as a fixed tree (sums.h).
 #include "cpu/add.h"
 #include "cpu/backward.h"
 #include "cpu/backward_plain.h"
