@@ -21,7 +21,7 @@ from .swapping import PLANNED, base_of, swap, swap_back, swappable
 NOWHERE = 0  # a coefficient that is 0 in every row; None is 1 in every row
 _INPUTS = ("input_ids", "inputs_embeds")
 _PROMPT, _GENERATED = Positions(prompt=True), Positions(generated=True)
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 
 
 class Generation:
