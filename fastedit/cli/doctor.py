@@ -50,6 +50,8 @@ def run(console=None):
     table.add_row("C++ compiler", cxx or "none found")
     table.add_row("CUDA compiler", cuda or "none found")
     table.add_row("GPU", _gpu())
+    if refused := _refused(architectures):
+        table.add_row("", f"[yellow]Triton or the reference serve it:[/] {refused}")
     console.print(table)
     wrong = problems(native is not None, architectures, cxx, cuda, os.environ)
     for problem in wrong:
@@ -59,6 +61,15 @@ def run(console=None):
     if not wrong:
         console.print("[green]✓[/] every kernel that could be built here is")
     return 1 if wrong else 0
+
+
+def _refused(architectures):
+    """Why the CUDA kernels that are built cannot run on the GPU that is here, if so."""
+    if not architectures:
+        return None
+    from .. import cuda_device
+
+    return cuda_device.why_not_here()
 
 
 def problems(native, architectures, cxx, cuda, environment):
