@@ -66,7 +66,8 @@ def decide(plan, sensor, fresh):
     """
     if plan.generation is not None:
         return _in_generate(plan, sensor, fresh)
-    plan.by_hand("a gate that decides once on the prompt")
+    if isinstance(plan.offset, torch.Tensor) or plan.offset == 0:
+        plan.by_hand("a gate that decides once on the prompt")
     if isinstance(plan.offset, torch.Tensor):
         return _on_static_cache(plan, sensor, fresh)
     if plan.offset == 0:  # also when a checkpoint computes this forward again: then with the gradient
