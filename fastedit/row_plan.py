@@ -81,14 +81,14 @@ class Stack:
 
     def coefficient(self, positions, shape, device):
         """(…,) fp32 for hidden states of `shape` (…, width); None for 1 throughout, NOWHERE for 0."""
-        return self.known_plan(f"an edit with positions {str(positions)!r}").coefficient(positions, shape, device)
+        return self.known_plan(positions).coefficient(positions, shape, device)
 
     def known_plan(self, what):
-        """The plan in force; `what` needs it."""
-        plan = self.plan()
+        """The plan in force; `what`, Positions or words, needs it."""
+        plan = self.traced if torch.compiler.is_compiling() else self.plans.get(threading.get_ident())
         if plan is None:
             raise RuntimeError(
-                f"{what} ran outside of {type(self.owner).__name__}.forward, which "
+                f"{_named(what)} ran outside of {type(self.owner).__name__}.forward, which "
                 "knows the tokens; call that, and checkpoint with model.gradient_checkpointing_enable()"
             )
         return plan
@@ -166,6 +166,7 @@ class RowPlan:
         """Refuse what a forward outside of `generate` may not be taken for; `what` depends on where its sequences begin."""
         if self._checked:
             return
+        what = _named(what)
         if self._offset is None:
             raise self._unknown(what)
         self._checked = True
@@ -219,7 +220,7 @@ class RowPlan:
         if self.shape is None or shape[:-1] == self.shape or shape[:-1] == (self.shape[0] * self.shape[1],):
             return
         raise ValueError(
-            f"{what}: the hidden states have shape {tuple(shape)}, expected {(*self.shape, shape[-1])} (batch, tokens, "
+            f"{_named(what)}: the hidden states have shape {tuple(shape)}, expected {(*self.shape, shape[-1])} (batch, tokens, "
             "width) of this forward; use positions='all' without a gate on the prompt at this site"
         )
 
@@ -234,17 +235,16 @@ class RowPlan:
         return (here if real is None else here & real).expand(batch, tokens)
 
     def coefficient(self, positions, shape, device):
-        what = f"positions {str(positions)!r}"
-        self.fit(shape, what)
-        if positions not in self.made:
+        self.fit(shape, positions)
+        made = self.made.get(positions, False)
+        if made is False:
             batch, tokens = self.shape or shape[:2]
-            self.made[positions] = self._make(positions, batch, tokens, device)
-        made = self.made[positions]
+            made = self.made[positions] = self._make(positions, batch, tokens, device)
         if made is None or made is NOWHERE:
             return made
         if made.numel() != shape[:-1].numel():
             raise ValueError(
-                f"{what}: the hidden states have shape {tuple(shape)}, expected "
+                f"{_named(positions)}: the hidden states have shape {tuple(shape)}, expected "
                 f"{tuple(made.shape)} tokens; use positions='all' at this site"
             )
         return made.to(device, non_blocking=True).view(shape[:-1])
@@ -281,7 +281,7 @@ class RowPlan:
     def _quick(self, positions):
         """None or NOWHERE where that needs no look at the tokens, else False."""
         if positions.of_prompt and self.generation is None:
-            self.by_hand(f"positions {str(positions)!r}")
+            self.by_hand(positions)
         if positions.tokens or positions.mask:
             return False
         if self.behind:
@@ -311,9 +311,8 @@ class RowPlan:
         if self.packing is not None:
             return self._in_pack(lengths, device)
         if self.unread and (positions is None or positions.first or positions.last):
-            what = "a gate on the prompt" if positions is None else f"positions {str(positions)!r}"
             raise ValueError(
-                f"{what} must tell real tokens from padding, but attention_mask is not a (batch, tokens) tensor; "
+                f"{_named(positions or 'a gate on the prompt')} must tell real tokens from padding, but attention_mask is not a (batch, tokens) tensor; "
                 "give the model that one, or say what is meant with positions='mask' and handle.mask"
             )
         if lengths is None and positions is not None:
@@ -346,7 +345,7 @@ class RowPlan:
             offset = int(offset)
         if isinstance(offset, torch.Tensor) or offset:
             raise RuntimeError(
-                f"positions {str(positions)!r} depend on where the prompt ends, which a forward on a filled cache does "
+                f"{_named(positions)} depend on where the prompt ends, which a forward on a filled cache does "
                 "not say; use model.generate, or say handle.prompt(lengths) before the forwards behind the prompt"
             )
 
@@ -365,6 +364,10 @@ class RowPlan:
         mask = self._told(mask.to(device, torch.float32), batch, "handle.mask's mask")
         known = mask.shape[1]
         return mask[:, columns.clamp(max=known - 1)] * (columns < known)
+
+
+def _named(what):
+    return what if isinstance(what, str) else f"positions {str(what)!r}"
 
 
 def _by_column(mask, columns, width, batch):
