@@ -223,7 +223,8 @@ class Rows:
 
     def _trace(self):
         """What a compiled forward sees, which knows no threads."""
-        seen = {name: told[0].value if len(told) == 1 else Elsewhere(name) if told else None for name, told in self.told.items()}
+        seen = {name: None if not told else Elsewhere(name) for name, told in self.told.items()}
+        seen |= {name: told[0].value for name, told in self.told.items() if len(told) == 1}
         running = [calls[-1] for calls in list(self.running.values()) if calls]
         generation = None if not running else running[0] if len(running) == 1 else Elsewhere("generation")
         self.traced = Seen(generation, seen["lengths"], seen["mask"])
@@ -241,7 +242,8 @@ class Rows:
     # --- generate ---------------------------------------------------------------------------------------------------------
 
     def generate(self, own, module, args, kwargs):
-        """own, the module's; within one of the same module (an assistant that is the model itself) the prompt is the outer one's."""
+        """own, the module's. Within one of the same module (an assistant that is the model itself) the prompt is the outer
+        one's."""
         calls = self.running.setdefault(threading.get_ident(), [])
         if calls and calls[-1].module is module:
             return own(module, *args, **kwargs)
@@ -318,3 +320,37 @@ def around(owner):
                 return module
         frame = frame.f_back
     return None
+
+
+# --- what handles are told, checked ------------------------------------------------------------------------------------
+
+
+def _as_tensor(name, value):
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is {value!r:.60}, expected a tensor, or what torch.as_tensor takes") from None
+
+
+def check_lengths(lengths):
+    """`handle.prompt`'s argument: None, an int, or a long tensor."""
+    if lengths is None or (isinstance(lengths, int) and not isinstance(lengths, bool) and lengths > 0):
+        return lengths
+    tensor = _as_tensor("lengths", lengths)
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype is torch.bool or bool((tensor < 1).any()):
+        raise ValueError(f"lengths is {lengths!r}, expected a whole number from 1 on, or one for each sequence")
+    return tensor.long()
+
+
+def check_mask(mask):
+    """`handle.mask`'s argument: None, or an fp32 tensor."""
+    if mask is None:
+        return None
+    tensor = _as_tensor("mask", mask)
+    if tensor.dim() != 2 or tensor.is_complex() or not tensor.shape[1]:
+        raise ValueError(
+            f"mask has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected (sequences, columns), bool or real"
+        )
+    if not tensor.isfinite().all():
+        raise ValueError("mask holds values that are NaN or infinite")
+    return tensor.detach().float()

@@ -5,9 +5,11 @@ import warnings
 from torch import nn
 
 from .families import alternatives, find_layers
+from .generating import Rows
 from .installation import Installation, link
+from .planned import check_layout, install, owner_of, uninstall
 from .proof import fingerprint, prove
-from .row_plan import Rows, Stack, check_layout, install, owner_of, uninstall
+from .row_plan import Stack
 from .site_kinds import site_at
 from .swapping import base_of
 

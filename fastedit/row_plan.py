@@ -9,7 +9,6 @@ everything, of packed rows everything of each sequence (packing.py); else what `
 what its sources do not agree on, is refused where an edit depends on it.
 """
 
-import inspect
 import threading
 from functools import partial
 
@@ -17,17 +16,12 @@ import torch
 
 from .cached import cache_in, length_of
 from .decisions import Decisions
-from .generating import Elsewhere, Rows, Unknown, around
+from .generating import Elsewhere, Unknown, around
 from .packing import packing_of
 from .positions import Positions
-from .swapping import PLANNED, base_of, swap, swap_back, swappable
-
-__all__ = [
-    "NOWHERE", "RowPlan", "Rows", "Stack", "check_layout", "check_lengths", "check_mask", "install", "owner_of", "uninstall",
-]  # fmt: skip
 
 NOWHERE = 0  # a coefficient that is 0 in every row; None is 1 in every row
-_INPUTS = ("input_ids", "inputs_embeds")
+INPUTS = ("input_ids", "inputs_embeds")
 _PROMPT, _GENERATED = Positions(prompt=True), Positions(generated=True)
 
 
@@ -104,7 +98,7 @@ class RowPlan:
         seen = stack.rows.seen()
         self.owner, self.decisions, self.given = stack.owner, stack.decisions, given
         self.lengths, self.mask = seen.lengths, seen.mask
-        self.ids, embeds = (given.get(name) for name in _INPUTS)
+        self.ids, embeds = (given.get(name) for name in INPUTS)
         mask = given.get("attention_mask")
         self.unread = mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)
         self.attention_mask = None if self.unread else mask
@@ -312,8 +306,8 @@ class RowPlan:
             return self._in_pack(lengths, device)
         if self.unread and (positions is None or positions.first or positions.last):
             raise ValueError(
-                f"{_named(positions or 'a gate on the prompt')} must tell real tokens from padding, but attention_mask is not a (batch, tokens) tensor; "
-                "give the model that one, or say what is meant with positions='mask' and handle.mask"
+                f"{_named(positions or 'a gate on the prompt')} must tell real tokens from padding, but attention_mask is "
+                "not a (batch, tokens) tensor; give the model that one, or say what is meant with positions='mask' and handle.mask"
             )
         if lengths is None and positions is not None:
             self._check_empty(positions)
@@ -336,8 +330,8 @@ class RowPlan:
                 )
             lengths = lengths.to(device)
             length = lengths[packing.number.clamp(0, len(lengths) - 1)]
-        index, real, length = (t.to(device) if isinstance(t, torch.Tensor) else t for t in (packing.index, packing.real, length))
-        return index, real, length
+        found = packing.index, packing.real, length
+        return tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in found)
 
     def _check_empty(self, positions):
         offset = self.offset
@@ -402,97 +396,3 @@ def _for_batch(tensor, batch, name):
     if batch % tensor.shape[0]:
         raise ValueError(f"{name} has {tensor.shape[0]} rows, expected {batch}, one a sequence, or a divisor of it")
     return tensor.repeat_interleave(batch // tensor.shape[0], 0)
-
-
-def _as_tensor(name, value):
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} is {value!r:.60}, expected a tensor, or what torch.as_tensor takes") from None
-
-
-def check_lengths(lengths):
-    """`handle.prompt`'s argument: None, an int, or a long tensor."""
-    if lengths is None or (isinstance(lengths, int) and not isinstance(lengths, bool) and lengths > 0):
-        return lengths
-    tensor = _as_tensor("lengths", lengths)
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype is torch.bool or bool((tensor < 1).any()):
-        raise ValueError(f"lengths is {lengths!r}, expected a whole number from 1 on, or one for each sequence")
-    return tensor.long()
-
-
-def check_mask(mask):
-    """`handle.mask`'s argument: None, or an fp32 tensor."""
-    if mask is None:
-        return None
-    tensor = _as_tensor("mask", mask)
-    if tensor.dim() != 2 or tensor.is_complex() or not tensor.shape[1]:
-        raise ValueError(
-            f"mask has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected (sequences, columns), bool or real"
-        )
-    if not tensor.isfinite().all():
-        raise ValueError("mask holds values that are NaN or infinite")
-    return tensor.detach().float()
-
-
-# --- putting it on a model ----------------------------------------------------------------------------------------------
-
-
-class Planned:
-    """What a module swapped for PLANNED reads: its stack if it owns one, the model's Rows if it generates."""
-
-    def __init__(self, stack=None, rows=None):
-        self.stack, self.rows = stack, rows
-
-
-def check_layout(layer, site):
-    """Refuse a site whose hidden states are known not to be (batch, tokens, width), for edits that must know whose row is
-    whose. A layer that knows says so by `layout(site)`: "batch first", or in words what it is.
-
-    Raises:
-        ValueError: another layout.
-    """
-    layout = getattr(layer, "layout", None)
-    found = "batch first" if layout is None else layout(site)
-    if found != "batch first":
-        raise ValueError(
-            f"site {site!r} of layer {layer.name} has hidden states that are {found}, expected (batch, tokens, width): "
-            "positions, gates on the prompt, probes and tenants cannot tell whose row is whose there; use positions='all', "
-            "or another site"
-        )
-
-
-def install(model, stacks, rows):
-    """Swap the owners and the generating modules of `stacks`; the [module] to give to `uninstall`."""
-    generating = [m for m in model.modules() if hasattr(type(m), "prepare_inputs_for_generation")]
-    states = {id(m): (m, Planned(rows=rows)) for m in generating}
-    for stack in stacks:
-        states.setdefault(id(stack.owner), (stack.owner, Planned()))[1].stack = stack
-    done = []
-    for module, state in states.values():
-        if not swappable(module):
-            uninstall(done)
-            raise ValueError(
-                f"positions need {type(module).__name__}.forward, which was replaced on the instance; put that back, or "
-                "use positions='all'"
-            )
-        swap(module, PLANNED, state)
-        done.append(module)
-    return done
-
-
-def uninstall(modules):
-    for module in modules:
-        swap_back(module)
-
-
-def owner_of(model, layer):
-    """The innermost module around a layer whose forward is given the tokens; else the one that holds the layers."""
-    path = next(path for path, module in model.named_modules() if module is layer)
-    around, module = [model], model
-    for part in path.split(".")[:-1] if path else ():
-        module = module._modules[part]
-        if not isinstance(module, torch.nn.ModuleList):
-            around.append(module)
-    knowing = [m for m in around if set(_INPUTS) & set(inspect.signature(base_of(m).forward).parameters)]
-    return (knowing or around)[-1]

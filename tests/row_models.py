@@ -64,7 +64,7 @@ def site_of(model):
 
 
 class Slow:
-    """A copy of a model whose last decoder layer that has the site is steered by a plain hook where `rows` (sequences, columns) says."""
+    """A copy of a model, steered by a plain hook at its last_layer, where `rows` (sequences, columns) says."""
 
     def __init__(self, model):
         self.model, self.rows = copy.deepcopy(model), None

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from row_models import VECTOR, build, check, generated, ids_of, last_layer, site_of, steered
+from row_models import VECTOR, build, generated, ids_of, last_layer, site_of, steered
 
 import fastedit as fe
 from fastedit.families import find_layers
@@ -139,7 +139,7 @@ def test_tasks_have_masks_of_their_own_and_a_cell_the_one_before():
 
 
 def test_a_recomputation_has_what_was_told_then():
-    model, handle, _ = steered("llama", "generated")
+    model = build("llama")
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     red = fe.patch(model, fe.ScaleBias(site="block", layers=[1], positions="generated"))
     grads = []
@@ -193,9 +193,10 @@ def test_hidden_states_of_another_shape_are_refused(family):
                 later = root_of(model).layers[last].module.register_forward_hook(
                     lambda *_, s=site, n=shape: s.apply(torch.zeros(n, dtype=torch.double)) and None
                 )
-                with pytest.raises(ValueError, match=rf"hidden states have shape \({shape[0]}, .* expected \(2, 6, 32\)"):
-                    with handle.assign([0, 1]) if "tenants" in edit else contextlib.nullcontext():
-                        model(ids_of(), use_cache=False)
+                said = rf"hidden states have shape \({shape[0]}, .* expected \(2, 6, 32\)"
+                mine = handle.assign([0, 1]) if "tenants" in edit else contextlib.nullcontext()
+                with pytest.raises(ValueError, match=said), mine:
+                    model(ids_of(), use_cache=False)
                 later.remove()
 
 

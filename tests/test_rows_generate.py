@@ -97,13 +97,13 @@ def test_a_submodule_under_the_whole_models_generate(family):
             handle.remove()
     gate = fe.Gate(VECTOR, threshold=0.0, decide="prompt")
     fe.patch(inner, fe.Steer(VECTOR, site=site_of(model), layers=[0]).when(gate))
-    with pytest.raises(RuntimeError, match="gate that decides once on the prompt .* is not told"):
+    with pytest.raises(RuntimeError, match=r"gate that decides once on the prompt .* is not told"):
         generated(model, ids)
 
 
 def test_a_submodule_that_is_told():
     model, ids = build("llama"), ids_of()
-    whole, _, slow = steered("llama", "generated")
+    slow = steered("llama", "generated")[2]
     handle = fe.patch(model.model, fe.Steer(VECTOR, site="block", layers=[3], positions="generated"))
     handle.prompt(6)
     for use_cache in (True, False):
@@ -196,8 +196,6 @@ def test_prompt_gates_with_and_without_a_cache(family):
     gate = fe.Gate(VECTOR, threshold=0.1, decide="prompt")
     said = []
     for use_cache in (True, False):
-        model, _, slow = steered(family, None, gate)
-        ids = ids_of(3)
-        sequences, logits = generated(model, ids, use_cache=use_cache)
-        said.append(torch.stack(logits))
+        model = steered(family, None, gate)[0]
+        said.append(torch.stack(generated(model, ids_of(3), use_cache=use_cache)[1]))
     torch.testing.assert_close(said[0], said[1], rtol=1e-5, atol=1e-6)

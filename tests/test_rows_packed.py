@@ -32,8 +32,8 @@ def edited_at(model, positions, gate=None):
 def of_site(model, run):
     """(what reaches the edited site, what leaves it) in a forward."""
     seen = []
-    layer = last_layer(model)
-    hook = layer.at(site_of(model)).register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    module = last_layer(model).at(site_of(model))
+    hook = module.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         run()
     hook.remove()
