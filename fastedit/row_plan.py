@@ -306,8 +306,9 @@ class RowPlan:
             return self._in_pack(lengths, device)
         if self.unread and (positions is None or positions.first or positions.last):
             raise ValueError(
-                f"{_named(positions or 'a gate on the prompt')} must tell real tokens from padding, but attention_mask is "
-                "not a (batch, tokens) tensor; give the model that one, or say what is meant with positions='mask' and handle.mask"
+                f"{_named(positions or 'a gate on the prompt')} must tell real tokens from padding, but attention_mask is not "
+                "a (batch, tokens) tensor; give the model that one, or say what is meant with positions='mask' and "
+                "handle.mask"
             )
         if lengths is None and positions is not None:
             self._check_empty(positions)
