@@ -174,9 +174,10 @@ def _export(session, dials, version, page):
         if name not in session.edits:
             raise gr.Error("There is no edit to export.")
         folder = tempfile.mkdtemp(prefix="fastedit-")
-        paths = session.export(name, mine.get(name) or 1.0, folder)
+        dial = mine.get(name) or 1.0
+        paths = session.export(name, dial, folder)
         found = [p for path in paths for p in (sorted(path.iterdir()) if path.is_dir() else [path])]
-        lines = session.lines(name)
+        lines = session.lines(name, dial)
         return [str(path) for path in found], lines["Python"], lines["vLLM request"]
 
     go.click(export, [name, dials], [files, python, request])

@@ -14,6 +14,8 @@ import torch
 
 import fastedit
 
+from ..truncated import residual_stream
+
 PROBES = ("What do you think of Mondays?", "Tell me about your day.", "Describe a walk in the park.")
 
 
@@ -161,14 +163,26 @@ class Session:
         directions = self.edits[name].directions
         if directions is None:
             raise ValueError(f"{name!r} was loaded as an edit: only directions made here can color tokens")
-        ids = self.tokenizer(text, return_tensors="pt")["input_ids"].to(next(self.model.parameters()).device)
-        if not ids.numel():
-            raise ValueError("the text is empty")
-        with self.lock, self._dialed(dials or {}):
-            hidden = self.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        ids, pieces = self._pieces(text)
         layers = list(directions)
-        rows = [torch.cosine_similarity(hidden[layer + 1][0].float().cpu(), directions[layer], dim=-1) for layer in layers]
-        return [self.tokenizer.decode(i) for i in ids[0]], layers, torch.stack(rows)
+        with self.lock, self._dialed(dials or {}):
+            found = residual_stream(self.model, [layer + 1 for layer in layers], {"input_ids": ids})
+        rows = [
+            torch.cosine_similarity(hidden[0].float().cpu(), directions[layer], dim=-1)
+            for layer, hidden in zip(layers, found, strict=True)
+        ]
+        return pieces, layers, torch.stack(rows)
+
+    def _pieces(self, text):
+        """(token ids (1, tokens), the text of each token with the space before it)."""
+        given = self.tokenizer(text, return_offsets_mapping=self.tokenizer.is_fast)
+        ids, last, pieces = given["input_ids"], 0, []
+        if not text.strip() or not ids:
+            raise ValueError("the text is empty")
+        for token, (start, stop) in zip(ids, given.get("offset_mapping") or [(0, 0)] * len(ids), strict=True):
+            pieces.append(text[last:stop] if stop > start else self.tokenizer.decode(token))
+            last = max(last, stop)
+        return torch.tensor([ids], device=next(self.model.parameters()).device), pieces
 
     # --- export -----------------------------------------------------------------------------------------------
 
@@ -189,11 +203,14 @@ class Session:
             paths.append(folder / f"{name}.gguf")
         return paths
 
-    def lines(self, name):
-        """{what: text}: the Python lines and the vLLM request that use the exported edit."""
-        request = {"model": "MODEL", "messages": [{"role": "user", "content": "Hello"}], "vllm_xargs": {"fastedit": name}}
+    def lines(self, name, dial):
+        """{what: text}: the Python lines and the vLLM request that use the edit as `export` wrote it."""
+        request = {
+            "model": "MODEL", "messages": [{"role": "user", "content": "Hello"}],
+            "vllm_xargs": {"fastedit": name, "fastedit_strength": 1.0},
+        }  # fmt: skip
         return {
-            "Python": f"import fastedit as fe\n\nhandle = fe.load(model, {name!r})\nhandle.strength = 1.0",
+            "Python": f"import fastedit as fe\n\nhandle = fe.load(model, {name!r})  # at strength {dial:g}, as exported",
             "vLLM request": json.dumps(request, indent=2),
         }
 
