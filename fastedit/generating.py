@@ -63,7 +63,7 @@ class Generation:
         width = input_ids.shape[1]
         if not self.number:
             self._begin(width, given)
-        elif given.get("is_first_iteration") and self.done and length_of(cache_in(given)[0]) == 0:
+        elif given.get("is_first_iteration") and self.done and not self.assisted and length_of(cache_in(given)[0]) == 0:
             self.columns, self.ids, self.mask, self.done, self.decided = None, None, None, 0, {}  # another run in one call
             self._begin(width, given)
         self.number, self.width = self.number + 1, width

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from row_models import SEQ2SEQ, VECTOR, build, check, generated, ids_of, last_layer, site_of, steered, where
+from row_models import SEQ2SEQ, VECTOR, Slow, build, check, generated, ids_of, last_layer, site_of, steered, where
 
 import fastedit as fe
 
@@ -48,6 +48,78 @@ def test_candidates_of_prompt_lookup(family):
         model, _, slow = steered(family, positions)
         sequences, logits = generated(model, ids, prompt_lookup_num_tokens=2, max_matching_ngram_size=1)
         check(slow, positions, sequences, logits, ids.shape[1])
+
+
+def test_an_assistant_that_is_the_model_itself():
+    """Early exit drafts with the model's first layers: a `generate` within `generate`, on the same prompt."""
+    for positions in ("generated", "last 2"):
+        model, _, slow = steered("llama", positions)
+        sequences, logits = generated(model, ids_of(1), assistant_early_exit=2)
+        check(slow, positions, sequences, logits, 6)
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_an_encoder_under_generate_is_whole(family):
+    """Patched in the whole model and by itself: the same tokens of what it encodes are edited."""
+    said = []
+    for inside in (False, True):
+        model = build(family)
+        edit = fe.Steer(VECTOR, site="block", layers=[0], positions="first 2")
+        fe.patch(model.get_encoder() if inside else model, edit)
+        said.append(torch.stack(generated(model, ids_of())[1]))
+    assert torch.equal(*said)
+    assert not torch.equal(said[0], torch.stack(generated(build(family), ids_of())[1]))
+
+
+def _vision_language_model():
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+        projection_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=build("llama").config, image_token_index=59, image_seq_length=4,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config).eval().double()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def test_a_vision_language_model():
+    """Patched whole its generate is known, with a cache and without; its language model alone is not told."""
+    model, slow = _vision_language_model(), Slow(_vision_language_model())
+    layer = last_layer(model).index
+    handle = fe.patch(model, fe.Steer(VECTOR, site="block", layers=[layer], positions="generated"))
+    ids = torch.tensor([[5, 59, 59, 59, 59, 7, 8]])
+    image = {"pixel_values": torch.randn(1, 3, 8, 8, dtype=torch.double)}
+    for use_cache in (True, False):
+        sequences, logits = generated(model, ids, use_cache=use_cache, **image)
+        check(slow, "generated", sequences, logits, 7, **image)
+    handle.remove()
+    fe.patch(model.model.language_model, fe.Steer(VECTOR, site="block", layers=[0], positions="generated"))
+    with pytest.raises(RuntimeError, match=r"LlavaForConditionalGeneration\.generate knows, but LlamaModel.* is not told"):
+        generated(model, ids, **image)
+
+
+@pytest.mark.parametrize("order", ["whole", "base first", "inner"])
+def test_an_adapter_around_the_model(order):
+    peft = pytest.importorskip("peft")
+    slow = steered("llama", "generated")[2]
+    model, config = build("llama"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)
+    edit = fe.Steer(VECTOR, site="block", layers=[3], positions="generated")
+    if order == "base first":
+        fe.patch(model, edit)
+    adapted = peft.get_peft_model(model, config)
+    if order != "base first":
+        fe.patch(adapted if order == "whole" else adapted.base_model.model, edit)
+    adapted.double().eval()
+    for use_cache in (True, False):
+        out = adapted.generate(
+            input_ids=ids_of(), max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            use_cache=use_cache,
+        )  # fmt: skip
+        check(slow, "generated", out.sequences, out.logits, 6)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
