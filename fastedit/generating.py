@@ -42,7 +42,9 @@ class Generation:
         if self.behind_encoder:
             own = getattr(base_of(module).generate, "__qualname__", "") != "GenerationMixin.generate"
             if self.assisted and (own or kwargs.get("decoder_input_ids") is not None):
-                self.lost = "an assistant's candidates run with the first decoder tokens, whose number `generate` does not say"
+                self.lost = (
+                    "an assistant's candidates run with the first decoder tokens, whose number `generate` does not say"
+                )
             return None, None, None  # the first forward says
         embeds = kwargs.get("inputs_embeds")
         ids = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
@@ -64,7 +66,13 @@ class Generation:
         if not self.number:
             self._begin(width, given)
         elif given.get("is_first_iteration") and self.done and not self.assisted and length_of(cache_in(given)[0]) == 0:
-            self.columns, self.ids, self.mask, self.done, self.decided = None, None, None, 0, {}  # another run in one call
+            self.columns, self.ids, self.mask, self.done, self.decided = (
+                None,
+                None,
+                None,
+                0,
+                {},
+            )  # another run in one call
             self._begin(width, given)
         self.number, self.width = self.number + 1, width
         self.behind = self.done >= self.columns

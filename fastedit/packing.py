@@ -34,7 +34,9 @@ class Packing:
 
     def several(self):
         """Whether a row holds more than one; looks at the values."""
-        return bool((self.number[:, -1] - self.number[:, :1].T.flatten() > 0).any()) or self.sequences() > len(self.number)
+        return bool((self.number[:, -1] - self.number[:, :1].T.flatten() > 0).any()) or self.sequences() > len(
+            self.number
+        )
 
     def last(self, within):
         """(batch, tokens): of each token, where in its row the last token of its sequence is that `within` holds for."""

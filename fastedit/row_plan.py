@@ -30,7 +30,9 @@ class Stack:
 
     def __init__(self, name, owner, rows):
         self.name, self.owner, self.rows = name, owner, rows
-        self.encodes = name == "encoder" or "Encoder" in type(owner).__name__ or getattr(owner, "is_decoder", None) is False
+        self.encodes = (
+            name == "encoder" or "Encoder" in type(owner).__name__ or getattr(owner, "is_decoder", None) is False
+        )
         self.plans, self.traced = {}, None  # by thread; and under torch.compile, which has no threads
         self.decisions = Decisions()
 
