@@ -13,6 +13,7 @@ from .decisions import decide
 from .gates import outside_kernels
 from .kernels import reference
 from .masters import InFp32
+from .sinks import above_median
 
 
 class Sensor(InFp32):
@@ -29,6 +30,7 @@ class Sensor(InFp32):
         self.kind, self.decide, self.sharpness = gate.kind, gate.decide, gate.sharpness
         self.key, self.layer, self.site = key, layer, site
         self.kept = None  # the last decision on a prompt: decisions.py
+        self.left_out = None  # of the last prompt mean: (sequences,), how many attention sinks it is without
         for name, tensor in gate.values(spot, width).items():
             self.register_buffer(name, tensor.to(device, torch.float32, copy=True))
         self._rule = self._ruled = None
@@ -85,7 +87,10 @@ class Sensor(InFp32):
         if self.decide == "prompt":
             last = (here * torch.arange(1, tokens + 1, device=here.device)).argmax(1)
             return self.say(rows[torch.arange(batch, device=here.device), last])
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        wide, prompt = rows.to(torch.promote_types(rows.dtype, torch.float32)), here.bool()
+        here = prompt & ~above_median(wide, prompt)
+        if not torch.compiler.is_compiling():
+            self.left_out = (prompt & ~here).sum(1)
         share = here.to(wide.dtype) / here.sum(1, keepdim=True).clamp(min=1)
         with torch.autocast(rows.device.type, enabled=False):
             return self.say(torch.einsum("bt,btw->bw", share, wide))

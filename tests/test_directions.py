@@ -101,8 +101,8 @@ def test_probes_are_judged_on_what_they_were_not_fitted_to(model):
 SAVE = capturing._State.save
 
 
-def _save_now(self, moments, windows, now=True):
-    SAVE(self, moments, windows, now=True)
+def _save_now(self, *sums, now=True):
+    SAVE(self, *sums, now=True)
 
 
 @pytest.mark.parametrize("method", ["mean", "pca"])

@@ -24,7 +24,7 @@ def condition(vector, *, layer, threshold, when="above", over="mean", site="bloc
         threshold: a number in [−1, 1].
         when: "above": s > threshold opens the gate. "below": s ≤ threshold does. The released code's words are taken,
             too: its "larger" means that the threshold is larger than s, which is "below"; its "smaller" is "above".
-        over: "mean" of the prompt's tokens, padding left out, or "last" token.
+        over: "mean" of the prompt's tokens, padding and attention sinks (sinks.py) left out, or "last" token.
 
     Raises:
         ValueError: another `when` or `over`, or what fastedit.Gate refuses.
