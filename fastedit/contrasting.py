@@ -43,7 +43,7 @@ def contrast(
 
     Returns:
         Directions with statistics for each layer: "positive", "negative" (how many texts); "norm" of the difference of
-        means; "separation", that norm over the root of the mean within-class variance summed over features; where `at`
+        means; "residual", the root mean square of the measured rows' norms; "separation", that norm over the root of the mean within-class variance summed over features; where `at`
         is a mean, "sinks", how many tokens were left out of it, and "tokens", of how many; for "pca"
         "explained", the component's share of the sum of squares; for "probe" "accuracy" on the texts held out,
         "fitted_accuracy" on the others, "held_out" (how many), "offset".
@@ -122,7 +122,9 @@ def _of_moments(moments, difference):
     within = torch.nan_to_num(moments.variance()).sum(1).mean().sqrt().item()
     norm = difference.norm().item()
     separation = norm / within if within > 0 else None
-    return {POSITIVE: int(count[0]), NEGATIVE: int(count[1]), "norm": norm, "separation": separation}
+    square = moments.mean().square().sum(1) + moments.variance(correction=0).sum(1)
+    residual = ((square * count).sum() / count.sum()).sqrt().item()
+    return {POSITIVE: int(count[0]), NEGATIVE: int(count[1]), "norm": norm, "separation": separation, "residual": residual}
 
 
 def _component(positive, negative, difference, centre):

@@ -145,6 +145,39 @@ class Directions(Mapping):
             raise KeyError(f"no layer has the statistic {by!r}")
         return max(known, key=known.get)
 
+    def window(self, count, by=("accuracy", "separation")):
+        """(layer, …): the `count` neighbouring layers where a statistic is largest in the mean, the first of equals.
+
+        by: names of statistics, the later ones to decide between equals; those that no layer has are passed over.
+
+        Raises:
+            ValueError: fewer layers than `count`. KeyError: none of the statistics is known of every layer.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(self):
+            raise ValueError(f"count is {count!r}, expected a number of layers from 1 to {len(self)}")
+        names = [by] if isinstance(by, str) else by
+        known = [n for n in names if all(self.statistics.get(layer, {}).get(n) is not None for layer in self)]
+        if not known:
+            raise KeyError(f"no statistic of {', '.join(map(repr, names))} is known of every layer")
+        windows = [self.layers[at : at + count] for at in range(len(self) - count + 1)]
+        return max(windows, key=lambda layers: [sum(self.statistics[layer][n] for layer in layers) for n in known])
+
+    def relative(self, share):
+        """Vectors as long as `share` × the residual's norm at their layer, as "residual" in the statistics says it.
+
+        Raises:
+            ValueError: no finite share; a layer without that statistic; a vector that is zero.
+        """
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
+            raise ValueError(f"share is {share!r}, expected a finite number")
+        missing = [layer for layer in self if not self.statistics.get(layer, {}).get("residual")]
+        if missing:
+            raise ValueError(
+                f"the residual's norm is not known at layers {missing}: fastedit.contrast notes it as statistic 'residual'"
+            )
+        unit = self.normalised()
+        return self._derived({layer: unit[layer] * share * self.statistics[layer]["residual"] for layer in self})
+
     def _map(self, function):
         return self._derived({layer: function(vector) for layer, vector in self.items()})
 
