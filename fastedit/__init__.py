@@ -29,6 +29,7 @@ _HOME = {
     "interop.adopt": ("adopt",),
     "interop.red": ("load_red_checkpoint",),
     "interop.smollm2": ("chat_model",),
+    "sweeping": ("Sweep", "sweep"),
     "value_net": ("ValueNet",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

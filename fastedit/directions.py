@@ -145,22 +145,26 @@ class Directions(Mapping):
             raise KeyError(f"no layer has the statistic {by!r}")
         return max(known, key=known.get)
 
-    def window(self, count, by=("accuracy", "separation")):
-        """(layer, …): the `count` neighbouring layers where a statistic is largest in the mean, the first of equals.
+    def window(self, count):
+        """(layer, …): `count` neighbouring layers to steer at, the earliest of those that tell the classes apart best.
 
-        by: names of statistics, the later ones to decide between equals; those that no layer has are passed over.
+        Best is the mean held-out accuracy where probes give one, within one text held out; else the mean separation, within
+        5 %. Late layers often tell as well and steer less: what they add, few layers work on.
 
         Raises:
-            ValueError: fewer layers than `count`. KeyError: none of the statistics is known of every layer.
+            ValueError: fewer layers than `count`. KeyError: neither statistic is known of every layer.
         """
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(self):
             raise ValueError(f"count is {count!r}, expected a number of layers from 1 to {len(self)}")
-        names = [by] if isinstance(by, str) else by
-        known = [n for n in names if all(self.statistics.get(layer, {}).get(n) is not None for layer in self)]
-        if not known:
-            raise KeyError(f"no statistic of {', '.join(map(repr, names))} is known of every layer")
-        windows = [self.layers[at : at + count] for at in range(len(self) - count + 1)]
-        return max(windows, key=lambda layers: [sum(self.statistics[layer][n] for layer in layers) for n in known])
+        noted = [self.statistics.get(layer, {}) for layer in self]
+        name = next((n for n in ("accuracy", "separation") if all(found.get(n) is not None for found in noted)), None)
+        if name is None:
+            raise KeyError("neither accuracy nor separation is known of every layer")
+        values = [found[name] for found in noted]
+        means = [sum(values[at : at + count]) / count for at in range(len(self) - count + 1)]
+        slack = 1 / noted[0]["held_out"] if name == "accuracy" else 0.05 * max(means)
+        at = next(at for at, mean in enumerate(means) if mean >= max(means) - slack - 1e-12)
+        return self.layers[at : at + count]
 
     def relative(self, share):
         """Vectors as long as `share` × the residual's norm at their layer, as "residual" in the statistics says it.

