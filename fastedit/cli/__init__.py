@@ -1,4 +1,4 @@
-"""The command line: `fastedit demo | doctor | show | train | contrast | generate | serve`.
+"""The command line: `fastedit demo | doctor | show | train | contrast | generate | serve`, and methods.py's.
 
 A command's imports happen when it runs.
 """
@@ -170,6 +170,8 @@ def run_generate(
     seed: int = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are user turns of the tokenizer's template.")] = False,
     system: Annotated[str | None, typer.Option(help="The system turn; implies --chat.")] = None,
+    lexicons: Annotated[Path | None, typer.Option(help="Words by trait, as `fastedit ubpl` writes them.")] = None,
+    trait: Annotated[list[str] | None, typer.Option(help="Of --lexicons, such as happy=2; may be given several times.")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -184,8 +186,8 @@ def run_generate(
     from .generate import run
 
     run(
-        model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed, chat, system, device=device,
-        dtype=dtype, device_map=device_map, quantize=quantize,
+        model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed, chat, system, lexicons, trait,
+        device=device, dtype=dtype, device_map=device_map, quantize=quantize,
     )  # fmt: skip
 
 
@@ -213,3 +215,6 @@ def run_serve(
     from .serve import run
 
     run(model, edits, sites, rank, capacity, context.args, gates=gates)
+
+
+from . import methods  # noqa: E402, F401  its commands come behind these

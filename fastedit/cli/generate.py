@@ -12,7 +12,7 @@ from .texts import as_chat, read_texts
 
 def run(
     model, prompts, prompt_file, edit, strengths, count, max_new_tokens, temperature, top_p, seed, chat=False, system=None,
-    **loading,
+    lexicons=None, traits=None, **loading,
 ):  # fmt: skip
     console = Console()
     prompts = [*(prompts or ()), *(read_texts(prompt_file) if prompt_file else ())]
@@ -25,10 +25,13 @@ def run(
         raise typer.BadParameter("--strength is of an edit: give --edit, too")
     if not all(math.isfinite(strength) for strength in strengths or ()):
         raise typer.BadParameter("--strength is not a finite number")
+    if (lexicons is None) != (not traits):
+        raise typer.BadParameter("--lexicons and --trait go together: words, and how strongly")
     loaded, tokenizer = load_model(model, **loading)
     import fastedit
 
     try:
+        nudge = None if lexicons is None else _nudge(tokenizer, lexicons, traits)
         handle = None if edit is None else fastedit.load(loaded, edit)
         ids = [prompt_ids(tokenizer, prompt, f"prompt {n}") for n, prompt in enumerate(prompts, 1)]
     except (ValueError, OSError) as error:
@@ -38,11 +41,24 @@ def run(
             handle.strength = strength
             console.rule(f"strength {strength:g}")
         for prompt, given in zip(prompts, ids, strict=True):
-            for text in sample(loaded, tokenizer, prompt, given, count, max_new_tokens, temperature, top_p, seed):
+            for text in sample(loaded, tokenizer, prompt, given, count, max_new_tokens, temperature, top_p, seed, nudge):
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def sample(model, tokenizer, prompt, ids, count, max_new_tokens, temperature, top_p, seed):
+def _nudge(tokenizer, lexicons, traits):
+    from ..methods.ubpl import UBPL
+
+    weights = {}
+    for trait in traits:
+        name, _, weight = trait.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise ValueError(f"--trait is {trait!r}, expected a trait and a weight, such as happy=2") from None
+    return UBPL(tokenizer, lexicons, weights)
+
+
+def sample(model, tokenizer, prompt, ids, count, max_new_tokens, temperature, top_p, seed, nudge=None):
     """`count` texts, a string's prompt included; the same at every call and, number for number, at every strength."""
     import torch
 
@@ -50,6 +66,8 @@ def sample(model, tokenizer, prompt, ids, count, max_new_tokens, temperature, to
     options = {"do_sample": False}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_return_sequences": count}
+    if nudge is not None:
+        options["logits_processor"] = [nudge]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
