@@ -149,7 +149,7 @@ def test_rahf_is_measured_and_tabled(shared, tmp_path, capsys):
 
 
 def test_every_table_of_the_methods_page_is_known_and_of_the_csvs():
-    text = report.METHODS.read_text()
+    text = report.EFFECTS.read_text()
     names = [line[len("<!-- table: "):-len(" -->")] for line in text.splitlines() if line.startswith("<!-- table: ")]
     assert names == ["steering", "re-control", "sst2", "rahf"] and text.count("<!-- end -->") == len(names)
     assert report.filled(text, ROOT / "bench" / "results") == text
