@@ -43,10 +43,10 @@ def contrast(
 
     Returns:
         Directions with statistics for each layer: "positive", "negative" (how many texts); "norm" of the difference of
-        means; "residual", the root mean square of the measured rows' norms; "separation", that norm over the root of the mean within-class variance summed over features; where `at`
-        is a mean, "sinks", how many tokens were left out of it, and "tokens", of how many; for "pca"
-        "explained", the component's share of the sum of squares; for "probe" "accuracy" on the texts held out,
-        "fitted_accuracy" on the others, "held_out" (how many), "offset".
+        means; "residual", the root mean square of the measured rows' norms; "separation", the difference's norm over the root
+        of the mean within-class variance summed over features; where `at` is a mean, "sinks", how many tokens were left out
+        of it, and "tokens", of how many; for "pca" "explained", the component's share of the sum of squares; for "probe"
+        "accuracy" on the texts held out, "fitted_accuracy" on the others, "held_out" (how many), "offset".
 
     Raises:
         TypeError, ValueError: a method, probe or share that is not there, sets that are empty or not paired, and all

@@ -42,7 +42,8 @@ def lines(tmp_path_factory):
 def model(tmp_path_factory):
     """A tiny chat model with a tokenizer of these words, as a folder."""
     folder = tmp_path_factory.mktemp("model")
-    words = sorted({word for frame in FRAMES for word in frame.split()} | set("dog cake What was it ? Once upon time".split()))
+    more = {"dog", "cake", "What", "was", "it", "?", "Once", "upon", "time"}
+    words = sorted({word for frame in FRAMES for word in frame.split()} | more)
     said = tokenizer(words)
     tiny_models.build("llama", vocab_size=len(said), num_hidden_layers=6).save_pretrained(folder)
     said.save_pretrained(folder)
@@ -94,7 +95,7 @@ def test_chats_are_measured_at_their_responses_and_prompts_are_user_turns(model,
     invoke("contrast", model, *sets, "--out", tmp_path, "--layers", "1")
     found = fe.Directions.load(tmp_path)
     assert found.about["at"] == "response"
-    ids = [[1, 5, *texts.load_model(model)[1].convert_tokens_to_ids("What was it ? </s> <assistant>".split())]]
+    ids = [[1, 5, *texts.load_model(model)[1].convert_tokens_to_ids(["What", "was", "it", "?", "</s>", "<assistant>"])]]
     asked = [[{"role": "user", "content": "What was it ?"}]]
     loaded, said = texts.load_model(model)
     by_text, by_ids = fe.contrast(loaded, said, asked, ["It was"], layers=1), said("It was")["input_ids"]
@@ -106,7 +107,8 @@ def test_chats_are_measured_at_their_responses_and_prompts_are_user_turns(model,
 
 
 def test_where_texts_are_measured_by_default():
-    asked, answered = [{"role": "user", "content": "a"}], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    asked = [{"role": "user", "content": "a"}]
+    answered = [*asked, {"role": "assistant", "content": "b"}]
     for given, at in ((["a"], "mean"), ([asked], "last token"), ([answered], "response"), ([{"prompt": "a"}], "response")):
         assert where_to_measure(given, None) == at
     assert where_to_measure(["a"], "so") == "suffix"

@@ -92,7 +92,8 @@ def _say(console, directions, best, at, files, numbers, dose, relative):
         console.print(f"measured at {at!r} of {files[0]} and {files[1]}", markup=False)
     if numbers is None:
         why = "held-out accuracy" if "accuracy" in directions.statistics[best.layers[0]] else "distance ÷ spread within"
-        console.print(f"saved are layers {best.layers[0]} to {best.layers[-1]}, the earliest third with the best {why}; --layers others")
+        span = f"{best.layers[0]} to {best.layers[-1]}"
+        console.print(f"saved are layers {span}, the earliest third with the best {why}; --layers names others")
     if dose is not None:
         console.print(f"strength 1 is a mean KL of {dose.kl:.3g} nats a token, over {dose.tokens:,} tokens of continuations")
     elif relative is not None:

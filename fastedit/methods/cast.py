@@ -4,8 +4,8 @@
     s = cos(h̄, tanh((c cᵀ / cᵀc) h̄))
     h ← h + α v at the behaviour layers, for all tokens of the sequence, where s and the threshold say so
 
-`fit` finds a condition from two sets of prompts. A condition is a gate of kind "cast". Decided on the prompt's forward and kept for what is generated. Conditions combine
-with &, | and ~, and gate any edit, not steering alone.
+`fit` finds a condition from two sets of prompts. It is a gate of kind "cast", decided on the prompt's forward and kept for
+what is generated. Conditions combine with &, | and ~, and gate any edit, not steering alone.
 """
 
 import tempfile
