@@ -173,6 +173,7 @@ def ubpl(
     ),
     count: Annotated[int, typer.Option(min=1, help="Words at most.")] = 100,
     least: Annotated[int, typer.Option(min=1, help="A word must occur so often.")] = 2,
+    z: Annotated[float, typer.Option(help="How far a word must stand out; less for a few dozen texts.")] = 1.96,
 ):
     """Build a lexicon for UBPL (arXiv 2310.16582) from texts alone; `fastedit generate --lexicons` uses it.
 
@@ -186,7 +187,7 @@ def ubpl(
     if not all(isinstance(text, str) for some in sets for text in some):
         raise typer.BadParameter("a lexicon is built of texts, one a line; found chat messages")
     try:
-        words = build(*sets, count=count, least=least)
+        words = build(*sets, count=count, least=least, z=z)
         lexicons = read_lexicons(out) if out.exists() else {}
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None

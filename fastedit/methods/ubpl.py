@@ -55,7 +55,7 @@ def read_lexicons(path):
     return lexicons
 
 
-def build(texts, background, *, count=100, least=2):
+def build(texts, background, *, count=100, least=2, z=1.96):
     """{word: strength} of the words that mark texts against others; nobody labels a word.
 
     Ranked by the log-odds ratio with an informative Dirichlet prior (Monroe et al. 2008, eq. 22), which holds rare words
@@ -63,7 +63,8 @@ def build(texts, background, *, count=100, least=2):
 
     Args:
         texts: with the trait. background: without it; both sets together are the prior.
-        count: words at most; those with a z of 1.96 or more. least: a word must occur so often in the texts.
+        count: words at most. least: a word must occur so often in the texts. z: how far it must stand out; a few dozen texts
+            hardly reach the 1.96 of a thousand.
 
     Raises:
         ValueError: no word stands out.
@@ -77,10 +78,11 @@ def build(texts, background, *, count=100, least=2):
             continue
         odds = [math.log((n + a) / (size + total - n - a)) for n, size in ((ours[word], sizes[0]), (theirs[word], sizes[1]))]
         scores[word] = (odds[0] - odds[1]) / math.sqrt(1 / (ours[word] + a) + 1 / (theirs[word] + a))
-    best = sorted((word for word in scores if scores[word] >= 1.96), key=lambda word: (-scores[word], word))[:count]
+    best = sorted((word for word in scores if scores[word] >= z), key=lambda word: (-scores[word], word))[:count]
     if not best:
         raise ValueError(
-            f"no word of the {len(texts)} texts stands out from the {len(background)} others: give more texts, or least=1"
+            f"no word of the {len(texts)} texts stands out by a z of {z:g} from the {len(background)} others: the "
+            f"most is {max(scores.values(), default=0.0):.2f}. Give more texts, or a smaller z"
         )
     return {word: round(scores[word] / scores[best[0]], 4) for word in best}
 
