@@ -20,6 +20,15 @@ def above_median(hidden, tokens, factor=SINKS):
 
     tokens (…, columns) bool: which are real. The lower median, so that some token is always left.
     """
-    norm = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return longer_than_median(norms(hidden), tokens, factor)
+
+
+def norms(hidden):
+    """(…, columns), in fp32 at least."""
+    return torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def longer_than_median(norm, tokens, factor=SINKS):
+    """The same of norms (…, columns)."""
     median = norm.masked_fill(~tokens, torch.nan).nanmedian(-1, keepdim=True).values
     return tokens & (norm > factor * median)

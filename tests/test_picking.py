@@ -171,3 +171,22 @@ def test_a_template_that_is_not_there(model):
     plain.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         fe.capture(model, plain, [CHAT])
+
+
+def test_the_means_of_packed_prompts_are_without_their_own_sinks():
+    model, gate = sinking(), condition(vector(5), layer=1, threshold=0.0)
+    parts = [ids_of(text) for text in TEXTS[:2]]
+    rows = {"input_ids": torch.tensor([sum(parts, [])]), "position_ids": torch.tensor([[n for p in parts for n in range(len(p))]])}
+    c = vector(5).double()
+    means = [states(model, ids)[1:].mean(0) for ids in parts]
+    scores = [torch.cosine_similarity(m, torch.tanh(torch.outer(c, c) / (c @ c) @ m), dim=0).item() for m in means]
+    for which, other in ((0, 1), (1, 0)):
+        if scores[which] > scores[other]:
+            gate = condition(vector(5), layer=1, threshold=sum(scores) / 2)
+            with torch.no_grad():
+                plain = model(**rows, use_cache=False).logits
+                with fe.patch(model, cast(vector(6), gate, layers=[2])) as handle:
+                    moved = (model(**rows, use_cache=False).logits - plain).abs().amax(-1)[0] > 1e-3
+                    assert [sensor.left_out.tolist() for sensor in handle._sensors()] == [[1, 1]]
+            opened = [bool(moved[: len(parts[0])].all()), bool(moved[len(parts[0]) :].all())]
+            assert opened[which] and not opened[other]
