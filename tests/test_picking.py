@@ -174,9 +174,9 @@ def test_a_template_that_is_not_there(model):
 
 
 def test_the_means_of_packed_prompts_are_without_their_own_sinks():
-    model, gate = sinking(), condition(vector(5), layer=1, threshold=0.0)
-    parts = [ids_of(text) for text in TEXTS[:2]]
-    rows = {"input_ids": torch.tensor([sum(parts, [])]), "position_ids": torch.tensor([[n for p in parts for n in range(len(p))]])}
+    model, parts = sinking(), [ids_of(text) for text in TEXTS[:2]]
+    places = [n for part in parts for n in range(len(part))]
+    rows = {"input_ids": torch.tensor([[*parts[0], *parts[1]]]), "position_ids": torch.tensor([places])}
     c = vector(5).double()
     means = [states(model, ids)[1:].mean(0) for ids in parts]
     scores = [torch.cosine_similarity(m, torch.tanh(torch.outer(c, c) / (c @ c) @ m), dim=0).item() for m in means]
