@@ -44,7 +44,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fastedit").symlink_to(ROOT / "fastedit")
     for name, text in FILES.items():
-        (tmp_path / f"{name}.txt").write_text("\n".join(f"{text} {word}" for word in "so very big small red on".split()))
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{text} {word}" for word in ["so", "very", "big", "small", "red", "on"]))
     chat = model(tmp_path / "chat", 6)
     for name in ("target", "aligned"):
         (tmp_path / name).symlink_to(chat)
@@ -56,9 +56,7 @@ def test_the_commands_of_the_methods_page(here):
     wide, ran = model(here / "wide", 16), []
     for arguments in commands("methods.md"):
         given = [str(wide) if a == "meta-llama/Llama-3.1-8B-Instruct" else a for a in arguments]
-        if given[0] == "generate":
-            given += ["--max-new-tokens", "2"]
-        elif given[0] == "roleref":
+        if given[0] == "generate" or given[0] == "roleref":
             given += ["--max-new-tokens", "2"]
         elif given[0] == "inferaligner":
             given += ["--at-least", "0"]  # a random model's gates are guesses
