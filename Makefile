@@ -41,7 +41,7 @@ PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__i
 .PHONY: help setup demo test serving-test serving-test-short docs lint bench peers gpu clean distclean
 
 help:
-	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (6 minutes; demo-output/)"
+	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
 	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
 	@echo "make setup   only the set-up that these two begin with: $(VENV), torch $(TORCH), fastedit with its kernels"

@@ -26,7 +26,7 @@ def run_demo(
         bool, typer.Option(help="A few hundred sentences, one epoch: does it run, not how well.")
     ] = False,
 ):
-    """Steer a chat model, then fine-tune an encoder with RED beside a frozen head and LoRA; two pictures. About 6 minutes.
+    """Steer a chat model, then fine-tune an encoder with RED beside a frozen head and LoRA; two pictures.
 
     Steered: replies along the direction from sad sentences to happy ones, beside a random direction at the same KL.
     Fine-tuned: 4,500 sentences of Python's own documentation, half of them with two words swapped: which?
