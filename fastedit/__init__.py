@@ -28,6 +28,8 @@ _HOME = {
     "store": ("load", "EditFileError"),
     "interop.adopt": ("adopt",),
     "interop.red": ("load_red_checkpoint",),
+    "interop.smollm2": ("chat_model",),
+    "sweeping": ("Sweep", "sweep"),
     "value_net": ("ValueNet",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

@@ -145,6 +145,43 @@ class Directions(Mapping):
             raise KeyError(f"no layer has the statistic {by!r}")
         return max(known, key=known.get)
 
+    def window(self, count):
+        """(layer, …): `count` neighbouring layers to steer at, the earliest of those that tell the classes apart best.
+
+        Best is the mean held-out accuracy where probes give one, within one text held out; else the mean separation, within
+        5 %. Late layers often tell as well and steer less: what they add, few layers work on.
+
+        Raises:
+            ValueError: fewer layers than `count`. KeyError: neither statistic is known of every layer.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(self):
+            raise ValueError(f"count is {count!r}, expected a number of layers from 1 to {len(self)}")
+        noted = [self.statistics.get(layer, {}) for layer in self]
+        name = next((n for n in ("accuracy", "separation") if all(found.get(n) is not None for found in noted)), None)
+        if name is None:
+            raise KeyError("neither accuracy nor separation is known of every layer")
+        values = [found[name] for found in noted]
+        means = [sum(values[at : at + count]) / count for at in range(len(self) - count + 1)]
+        slack = 1 / noted[0]["held_out"] if name == "accuracy" else 0.05 * max(means)
+        at = next(at for at, mean in enumerate(means) if mean >= max(means) - slack - 1e-12)
+        return self.layers[at : at + count]
+
+    def relative(self, share):
+        """Vectors as long as `share` × the residual's norm at their layer, as "residual" in the statistics says it.
+
+        Raises:
+            ValueError: no finite share; a layer without that statistic; a vector that is zero.
+        """
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
+            raise ValueError(f"share is {share!r}, expected a finite number")
+        missing = [layer for layer in self if not self.statistics.get(layer, {}).get("residual")]
+        if missing:
+            raise ValueError(
+                f"the residual's norm is not known at layers {missing}: fastedit.contrast notes it as statistic 'residual'"
+            )
+        unit = self.normalised()
+        return self._derived({layer: unit[layer] * share * self.statistics[layer]["residual"] for layer in self})
+
     def _map(self, function):
         return self._derived({layer: function(vector) for layer, vector in self.items()})
 

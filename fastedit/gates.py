@@ -45,7 +45,7 @@ class Gate(Rule):
         kind: which s.
         decide: "token": for each token by itself. "prompt": once for a sequence, on its prompt's last token; all of
             its tokens in that forward and in those that follow on its cache are edited by that. "prompt mean": the
-            same, on the mean of the prompt's tokens.
+            same, on the mean of the prompt's tokens, attention sinks (sinks.py) left out.
         sharpness: None for a hard gate, else a number above 0, in units of 1/s.
         layer: where h is measured: None for what the edit itself is given; else a layer number or name, no later than
             the edit's: what arrives at that layer's site, before the edits there.

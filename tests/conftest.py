@@ -20,6 +20,17 @@ def shared():
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def chat_model():
+    """(model, tokenizer) of a real chat model, for slow tests; skips where its package is not installed."""
+    import fastedit
+
+    try:
+        return fastedit.chat_model()
+    except ImportError as missing:
+        pytest.skip(str(missing))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build, exact, site_module
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastedit as fe
 from fastedit import capturing, contrasting
@@ -63,6 +62,7 @@ def test_contrast_of_means(model):
         noted = found.statistics[layer]
         assert (noted["positive"], noted["negative"]) == (24, 20)
         assert noted["norm"] == pytest.approx(expected.norm().item(), rel=1e-6)
+        assert noted["residual"] == pytest.approx(torch.cat([high, low]).square().sum(1).mean().sqrt().item(), rel=1e-6)
         assert noted["separation"] == pytest.approx((expected.norm() / within).item(), rel=1e-6)
 
 
@@ -101,8 +101,8 @@ def test_probes_are_judged_on_what_they_were_not_fitted_to(model):
 SAVE = capturing._State.save
 
 
-def _save_now(self, moments, windows, now=True):
-    SAVE(self, moments, windows, now=True)
+def _save_now(self, *sums, now=True):
+    SAVE(self, *sums, now=True)
 
 
 @pytest.mark.parametrize("method", ["mean", "pca"])
@@ -182,15 +182,15 @@ def test_directions_steer_and_ablate_as_they_are(model):
         assert (last_tokens(model, 2, positive) @ found[2].double()).abs().max() < 1e-5
 
 
-def test_sorted_or_not_by_a_trained_model(shared):
-    """gpt-nano-sort: whether the letters so far are in order shows in its hidden states, and more so in later layers."""
-    folder = shared / "models" / "gpt-nano-sort"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    letters = [f"{a}{b}{c}{d}{e}{f}" for a in "ABC" for b in "ABC" for c in "ABC" for d in "ABC" for e in "ABC" for f in "ABC"]
-    counted = {text: text.count("C") for text in letters}
-    many, few = ([t for t in letters if test(counted[t])] for test in (lambda n: n >= 3, lambda n: n <= 1))
-    found = fe.contrast(model, tokenizer, many, few, method="probe", batch_size=64)
-    assert len(found) == 3 and found.statistics[found.best()]["accuracy"] >= 0.95
+@pytest.mark.slow
+def test_moods_in_a_real_model(chat_model):
+    """Whether a sentence is happy or sad shows at the mean of its tokens, once sinks are left out."""
+    from fastedit import examples
+
+    sets = [examples.lines(path) for path in (examples.HAPPY, examples.SAD)]
+    found = fe.contrast(*chat_model, *sets, at="mean", method="probe", probe="mass-mean")
+    assert found.statistics[found.best()]["accuracy"] >= 0.95
+    assert found.statistics[15]["sinks"] == 80 and found.statistics[15]["tokens"] > 900  # the first token of each
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------
@@ -217,6 +217,33 @@ def test_arithmetic():
         fe.Directions({2: torch.zeros(3)}).normalised()
     with pytest.raises(ValueError, match="finite number"):
         one * float("nan")
+
+
+def test_the_earliest_of_the_best_neighbours():
+    vectors = {layer: torch.ones(3) for layer in range(2, 8)}
+
+    def noted(name, values, **more):
+        return fe.Directions(vectors, {n: {name: v} | more for n, v in zip(vectors, values, strict=True)})
+
+    accurate = noted("accuracy", [0.5, 0.9, 0.9, 0.8, 1.0, 0.9], held_out=10)
+    assert accurate.window(2) == (3, 4) and accurate.window(1) == (3,)  # within one text of ten of the best
+    assert noted("accuracy", [0.5, 0.9, 0.9, 0.8, 1.0, 0.9], held_out=100).window(2) == (6, 7)
+    assert noted("separation", [0.1, 0.2, 0.39, 0.39, 0.4, 0.4]).window(2) == (4, 5)
+    for count in (0, 7, True):
+        with pytest.raises(ValueError, match="from 1 to 6"):
+            accurate.window(count)
+    with pytest.raises(KeyError, match="neither"):
+        noted("norm", [1.0] * 6).window(2)
+
+
+def test_lengths_relative_to_the_residuals():
+    found = fe.Directions(DIRECTIONS, {1: {"residual": 20.0}, 4: {"residual": 3.0}})
+    torch.testing.assert_close(found.relative(0.1)[1], torch.tensor([1.2, 0.0, 1.6]))
+    torch.testing.assert_close(found.relative(-0.5)[4], torch.tensor([0.0, -1.5, 0.0]))
+    with pytest.raises(ValueError, match=r"not known at layers \[4\]"):
+        fe.Directions(DIRECTIONS, {1: {"residual": 20.0}}).relative(0.1)
+    with pytest.raises(ValueError, match="share is nan"):
+        found.relative(float("nan"))
 
 
 def test_project_out_leaves_nothing_along_the_others():

@@ -1,4 +1,4 @@
-"""The command line: `fastedit demo | doctor | show | train | contrast | generate | serve`.
+"""The command line: `fastedit demo | doctor | show | train | contrast | generate | serve`, and methods.py's.
 
 A command's imports happen when it runs.
 """
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .loading import Device, DeviceMap, Dtype, Quantize
 
 app = typer.Typer(
     name="fastedit", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
@@ -24,9 +26,10 @@ def run_demo(
         bool, typer.Option(help="A few hundred sentences, one epoch: does it run, not how well.")
     ] = False,
 ):
-    """Fine-tune a real encoder with RED, beside a frozen head and LoRA, and draw a picture. About 5 minutes.
+    """Steer a chat model, then fine-tune an encoder with RED beside a frozen head and LoRA; two pictures.
 
-    The task: 4,500 sentences of Python's own documentation, half of them with two words swapped: which?
+    Steered: replies along the direction from sad sentences to happy ones, beside a random direction at the same KL.
+    Fine-tuned: 4,500 sentences of Python's own documentation, half of them with two words swapped: which?
 
     **Example:** `fastedit demo --out demo-output`
     """
@@ -110,7 +113,7 @@ def run_train(
 
 @app.command("contrast")
 def run_contrast(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")],
     positive: Annotated[Path, typer.Option(help="Texts of what to steer towards: .txt, .json or .jsonl.")],
     negative: Annotated[Path, typer.Option(help="Texts of what to steer away from.")],
     out: Out = Path("my-direction"),
@@ -118,28 +121,44 @@ def run_contrast(
     probe: Annotated[str, typer.Option(help="logistic or mass-mean.")] = "logistic",
     layers: Annotated[str | None, typer.Option(help="Such as 3, 8-15 or 0,4,-1; by default all.")] = None,
     site: Annotated[str, typer.Option(help="block, mlp or attn.")] = "block",
-    at: Annotated[str, typer.Option(help="last token, first token or mean.")] = "last token",
+    at: Annotated[
+        str | None, typer.Option(help="mean, last token, last 4, response, …; by default as the texts are: see below.")
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="Put this behind every text, and measure there.")] = None,
+    relative: Annotated[float | None, typer.Option(help="Strength 1 adds so many times the residual's norm.")] = None,
+    kl: Annotated[float | None, typer.Option(min=0.0, help="Strength 1 is this mean KL, nats a token.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="For --kl: prompts whose continuations are compared.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts to so many tokens.")] = None,
     gguf: Annotated[Path | None, typer.Option(help="Also write a control vector for llama.cpp here.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Keep what is done here, and go on from it.")] = None,
     seed: int = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ):
     """Find the direction from one set of texts to another; save it, the edit that steers along it, and a picture.
 
-    Files hold one text a line (.txt), a JSON list (.json) or objects with "text" (.jsonl).
+    Files hold one text a line (.txt), a JSON list (.json), or objects with "text", "messages" or "prompt" and "response"
+    (.jsonl, .parquet). Prose is measured at the mean of its tokens, a chat at its response, a question where the answer
+    begins. Without --layers the third of them is saved where the sets are best told apart.
 
-    **Examples:** `fastedit contrast ./model --positive happy.txt --negative sad.txt --out happy` and
-    `fastedit contrast ./model --positive happy.txt --negative sad.txt --method probe --layers 8-15 --at mean`
+    **Examples:** `fastedit contrast smollm2 --positive happy.txt --negative sad.txt --method probe --kl 0.5 --out happy` and
+    `fastedit contrast ./model --positive happy.txt --negative sad.txt --layers 8-15 --at "last token"`
     """
     from .contrast import run
 
-    run(model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, resume, seed)
+    run(
+        model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, resume, seed,
+        suffix=suffix, relative=relative, kl=kl, prompts=prompts, device=device, dtype=dtype, device_map=device_map,
+        quantize=quantize,
+    )  # fmt: skip
 
 
 @app.command("generate")
 def run_generate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")],
     prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts: .txt, .json or .jsonl.")] = None,
     edit: Annotated[str | None, typer.Option(help="What `handle.save` or `fastedit contrast` wrote.")] = None,
@@ -149,15 +168,27 @@ def run_generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token, one text a prompt.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     seed: int = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are user turns of the tokenizer's template.")] = False,
+    system: Annotated[str | None, typer.Option(help="The system turn; implies --chat.")] = None,
+    lexicons: Annotated[Path | None, typer.Option(help="Words by trait, as `fastedit ubpl` writes them.")] = None,
+    trait: Annotated[list[str] | None, typer.Option(help="Of --lexicons, such as happy=2; may be given several times.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ):
     """Generate with an edit on the model, at one strength or several.
 
-    **Examples:** `fastedit generate ./model --edit happy --strength 2 --prompt "Once upon a time"` and
+    **Examples:** `fastedit generate smollm2 --chat --edit happy --strength 1 --prompt "How was your weekend?"`,
+    `fastedit generate ./model --edit happy --strength 2 --prompt "Once upon a time"` and
     `fastedit generate ./model --edit happy --strength 0 --strength 1 --strength 4 --prompts prompts.txt`
     """
     from .generate import run
 
-    run(model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed)
+    run(
+        model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed, chat, system, lexicons, trait,
+        device=device, dtype=dtype, device_map=device_map, quantize=quantize,
+    )  # fmt: skip
 
 
 @app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -184,3 +215,22 @@ def run_serve(
     from .serve import run
 
     run(model, edits, sites, rank, capacity, context.args, gates=gates)
+
+
+@app.command("playground")
+def run_playground(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    edits: Annotated[Path | None, typer.Option(help="Folder of saved edits, one folder each; each gets a dial.")] = None,
+    host: Annotated[str, typer.Option(help="Address to bind. Anyone who reaches it can use the model.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+):
+    """Open a local page: chat with the unedited and the edited model side by side, and turn dials while they write.
+
+    **Example:** `fastedit playground HuggingFaceTB/SmolLM2-135M-Instruct --edits ./edits`
+    """
+    from .playground import run
+
+    run(model, edits, host, port)
+
+
+from . import methods  # noqa: E402, F401  its commands come behind these
