@@ -33,7 +33,7 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test serving-test serving-test-short lint bench peers gpu clean distclean
+.PHONY: help setup demo test serving-test serving-test-short fuzz crashes soak lint bench peers gpu clean distclean
 
 help:
 	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (3 minutes; demo-output/)"
@@ -43,6 +43,7 @@ help:
 	@echo "make bench   benchmarks on the CPU, CSVs into OUT=$(OUT); with the peers where make peers has run"
 	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, benchmarks into OUT=$(OUT); needs no network"
+	@echo "make fuzz, crashes, soak   attacked files, killed writers, a day in an hour; hours"
 	@echo "make lint    ruff"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
@@ -63,6 +64,17 @@ serving-test: $(SERVING)/.stamp
 
 serving-test-short: $(SERVING)/.stamp
 	for file in engine soak server; do $(SERVING)/bin/python -m pytest tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
+
+# Campaigns (docs/reliability.md): the full sizes by default; N=1000 for a short one.
+fuzz: $(STAMPS)/fastedit
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/pip install --quiet atheris || echo "no atheris: random mutations"
+	$(BIN)/python -m tools.fuzz --inputs $(or $(N),100000) --out $(OUT)/fuzz.csv
+
+crashes: $(STAMPS)/fastedit
+	$(BIN)/python -m tools.crashes --kills $(or $(N),10000) --out $(OUT)/crashes.csv
+
+soak: $(STAMPS)/fastedit
+	$(BIN)/python -m tools.soak --cycles $(or $(N),20000) --changes $(or $(N),100000) --out $(OUT)/soak.csv
 
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet ruff

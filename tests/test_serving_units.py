@@ -160,7 +160,8 @@ def test_plans_and_salts(library):
     assert [strength for _, strength in plan] == [1.0, 0.5]
     assert all((library.staging / digest).is_dir() for digest, _ in plan)
     assert library.plan([("red", 0.0)]) == []
-    salts = {library.salted(library.plan([(n, s)]), None) for n, s in (("red", 1.0), ("red", 0.5), ("steer", 1.0), ("generated", 1.0))}
+    asked = (("red", 1.0), ("red", 0.5), ("steer", 1.0), ("generated", 1.0))
+    salts = {library.salted(library.plan([one]), None) for one in asked}
     assert len(salts) == 4
     assert library.salted(plan, "mine") != library.salted(plan, None) != library.salted(plan[::-1], None)
 
@@ -235,7 +236,8 @@ def test_replaced_and_removed(library):
         ({"fastedit": "a", "fastedit_strength": True}, "finite"), ({"fastedit_strength": 1}, "without"),
         ({"fastedit": "a", "fastedit_strength": [1, 2]}, "2 numbers for 1"), ({"fastedit": "a", "fastedit_x": 1}, "unknown"),
         ({"fastedit": ["a"] * 17}, "a list of 17, expected at most 16"), ({"fastedit": []}, "expected an edit's name"),
-        ({"fastedit": "a", "fastedit_strength": [1.0] * 4000}, "a list of 4000"), ({"fastedi": "a"}, "unknown argument 'fastedi'"),
+        ({"fastedit": "a", "fastedit_strength": [1.0] * 4000}, "a list of 4000"),
+        ({"fastedi": "a"}, "unknown argument 'fastedi'"),
         ({"FastEdit": "a"}, "unknown"), ({"fast_edit": "a"}, "unknown"), ({"fasetdit": "a"}, "unknown"),
         ({"fastedit": "a", "fastedit_strenght": 1}, "unknown"), ({"fastedit": "a", "fastedit_strength": 10**400}, "finite"),
     ],
@@ -334,7 +336,8 @@ def test_a_salt_cannot_be_written_by_a_client(library):
     """Keyed by the process, and with the client's own inside: neither equals what a client may send."""
     plan, other = library.plan([("red", 1.0)]), Library(library.options)
     assert library.salted(plan, None) != other.salted(plan, None), "two processes have two keys"
-    salts = [library.salted(plan, salt) for salt in (None, "", "a", "fastedit:" + plan[0][0] + "*1.0", library.salted(plan, None))]
+    theirs = (None, "", "a", "fastedit:" + plan[0][0] + "*1.0", library.salted(plan, None))
+    salts = [library.salted(plan, salt) for salt in theirs]
     assert len({*salts}) == len(salts) and all(plan[0][0] not in salt for salt in salts)
 
 
@@ -347,7 +350,7 @@ def test_strengths_are_bounded_by_what_the_edit_makes_of_typical_rows(library):
     largest = library.max_change / rate
     assert library.plan([("steer", 0.999 * largest)]) and library.plan([("steer", -0.999 * largest)])
     for asked in ([("steer", 1.001 * largest)], [("steer", -1e38)], [("red", 1e39)], [("steer", 0.7 * largest)] * 2):
-        with pytest.raises(Refused, match="would change typical rows at site .* this server lets at most 1000"):
+        with pytest.raises(Refused, match=r"would change typical rows at site .* this server lets at most 1000"):
             library.plan(asked)
     narrow = Library(library.options | {"max_change": rate / 2})
     with pytest.raises(Refused, match="steer at strength 1 would change typical rows"):
@@ -361,7 +364,7 @@ def test_an_edit_saved_at_a_strength_that_overflows_is_refused_at_the_door(libra
     header, tensors = fe.store.read(library.folder / "steep")
     header = {key: value for key, value in header.items() if key not in ("format", "version", "tensors", "sha256")}
     fe.store.write(library.folder / "steep", header | {"strength": 1e39}, tensors)
-    with pytest.raises(Refused, match="edit 'steep' cannot be served: .*strength") as caught:
+    with pytest.raises(Refused, match=r"edit 'steep' cannot be served: .*strength") as caught:
         library.plan([("steep", 1.0)])
     assert str(library.folder) not in str(caught.value)
     shutil.rmtree(library.folder / "steep")
@@ -411,7 +414,7 @@ def test_tidy_leaves_what_it_did_not_make(library, tmp_path):
 
 def test_a_row_whose_edit_cannot_be_had_is_poisoned_and_its_neighbours_are_not():
     failed = {}
-    rows, tables = rows_of()
+    rows, _ = rows_of()
     rows.failed = failed.__setitem__
     bias = lambda key: torch.full((4,), float("nan") if key == 9 else float(key))  # noqa: E731
     rows.residency.shelf.forms = lambda key: ({("0", "mlp"): Form(bias=bias(key))}, {})
@@ -426,9 +429,8 @@ def test_a_row_whose_edit_cannot_be_had_is_poisoned_and_its_neighbours_are_not()
 
 def test_blocks_are_made_finite_and_finite_values_stay():
     def runner(caches, kind="auto"):
-        return types.SimpleNamespace(
-            kv_caches=caches, kv_cache_config=types.SimpleNamespace(num_blocks=5), cache_config=types.SimpleNamespace(cache_dtype=kind)
-        )
+        some = types.SimpleNamespace
+        return some(kv_caches=caches, kv_cache_config=some(num_blocks=5), cache_config=some(cache_dtype=kind))
 
     for shape in ((2, 5, 3, 4), (5, 2, 3, 4), (10, 3, 4)):  # the last: laid out otherwise
         cache = torch.randn(shape, generator=torch.Generator().manual_seed(0))

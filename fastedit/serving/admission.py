@@ -16,7 +16,6 @@ import hashlib
 import hmac
 import json
 import logging
-import math
 import os
 import re
 import secrets
@@ -176,7 +175,7 @@ class Library:
             said = " + ".join(f"{name} at strength {strength:g}" for name, strength in asked)
             raise Refused(
                 f"{said} would change typical rows at site {place[1]!r} of layer {place[0]} by {places[place] - 1:.3g} times "
-                f"their own size, and this server lets at most {self.max_change:g}: lower the strength (max_change sets the limit)"
+                f"their own size, and this server lets at most {self.max_change:g}: lower the strength (option max_change)"
             )
 
     def _stage(self, contents):

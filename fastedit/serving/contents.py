@@ -17,7 +17,7 @@ from ..gates import outside_kernels
 from ..gating import Sensor
 from ..per_layer import Spot
 from ..positions import Positions
-from ..store import rebuild
+from ..store import rebuild, strength_of
 
 SITES = ("mlp", "attn", "block")
 _GATE = "gate0"  # an edit's first gate, in a file's names
@@ -83,9 +83,7 @@ def read_contents(folder, width, depth):
     if len(chosen) > 1:
         said = " and ".join(sorted(str(p or "all") for p in chosen))
         raise EditFileError(f"{folder}: its edits are on different tokens ({said}); serve them as edits of their own")
-    strength = header.get("strength", 1.0)
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise EditFileError(f"{folder}: strength is {strength!r}, expected a number")
+    strength = strength_of(folder, header)
     parts, gates, rates = {}, {}, {}
     for number, by_place in enumerate(_masters(folder, edits, tensors)):
         for place, masters in by_place.items():
@@ -95,7 +93,7 @@ def read_contents(folder, width, depth):
             form = at_strength(edits[number].form(masters), edits[number].strength * strength)
             parts.setdefault(place, []).append(form)
             rates.setdefault(place, []).append(_rate(folder, form, place, width))
-    crowded = next((place for place in gates if len(parts[place]) > 1), None)
+    crowded = min((place for place in gates if len(parts[place]) > 1), default=None)
     if crowded is not None:
         raise EditFileError(
             f"{folder}: {len(parts[crowded])} edits are at site {crowded[1]!r} of layer {crowded[0]}, one of them behind a "

@@ -231,6 +231,6 @@ def _with_errors(outputs, ended):
             EngineCoreOutput(
                 request_id=request.request_id, new_token_ids=[], finish_reason=request.get_finished_reason(),
                 stop_reason=message, events=request.take_events(), trace_headers=request.trace_headers,
-            )  # fmt: skip
+            )
         )
     return outputs

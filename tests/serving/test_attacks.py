@@ -79,7 +79,8 @@ def test_a_workers_error_ends_that_request_alone(world):
     assert found["lost"].stop_reason.startswith("fastedit: edit 'lost' at strength 1.0 could not be put in place in a worker")
     assert str(folder) not in found["lost"].stop_reason
     assert list(found["plain"].token_ids) == support.answers(model, None, prompts)[2]
-    assert token_ids(finished(llm, [(prompts[1], "lost", 1.0)])) == [support.answers(model, support.edits(seed=31)["red"], prompts)[1]]
+    expected = support.answers(model, support.edits(seed=31)["red"], prompts)
+    assert token_ids(finished(llm, [(prompts[1], "lost", 1.0)])) == [expected[1]]
 
 
 def test_a_salt_that_a_client_wrote_reads_nothing(world):
