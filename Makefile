@@ -39,7 +39,7 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test serving-test serving-test-short docs lint bench peers gpu gpu-more clean distclean
+.PHONY: help setup demo test serving-test serving-test-short fuzz crashes soak docs lint bench peers gpu gpu-more clean distclean
 
 help:
 	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
@@ -50,6 +50,7 @@ help:
 	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
 	@echo "make gpu     on a machine with an NVIDIA GPU, no network: build, check, measure, profile, test into OUT=$(OUT)"
 	@echo "make gpu-more   there, afterwards: sanitizers, peers, a bank, models"
+	@echo "make fuzz, crashes, soak   attacked files, killed writers, a day in an hour; hours"
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
 	@echo "make lint    ruff"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
@@ -71,6 +72,17 @@ serving-test: $(SERVING)/.stamp
 
 serving-test-short: $(SERVING)/.stamp
 	for file in engine soak server; do $(SERVING)/bin/python -m pytest tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
+
+# Campaigns (docs/reliability.md): the full sizes by default; N=1000 for a short one.
+fuzz: $(STAMPS)/fastedit
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/pip install --quiet atheris || echo "no atheris: random mutations"
+	$(BIN)/python -m tools.fuzz --inputs $(or $(N),100000) --out $(OUT)/fuzz.csv
+
+crashes: $(STAMPS)/fastedit
+	$(BIN)/python -m tools.crashes --kills $(or $(N),10000) --out $(OUT)/crashes.csv
+
+soak: $(STAMPS)/fastedit
+	$(BIN)/python -m tools.soak --cycles $(or $(N),20000) --changes $(or $(N),100000) --out $(OUT)/soak.csv
 
 docs: $(STAMPS)/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

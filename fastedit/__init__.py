@@ -8,6 +8,8 @@ no torch.
 
 import importlib
 
+from . import forked
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -37,6 +39,9 @@ _MODULES = ("arrays", "dispatch", "distributed", "families", "interop", "methods
 _UNLISTED = ("jax",)  # not in __all__: a star import would hide the user's own jax, and fail where there is none
 
 __all__ = sorted([*_WHERE, *_MODULES, "__version__"])
+
+
+forked.watch()
 
 
 def __getattr__(name):

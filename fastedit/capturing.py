@@ -10,13 +10,12 @@ import contextlib
 import functools
 import inspect
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as to_bytes
 
 from .batches import Windows
 from .captured_rows import RowWriter
@@ -24,6 +23,7 @@ from .edit_file import replace
 from .edits import Edit
 from .evaluating import evaluating
 from .families import Input, find_layers
+from .files.sealed import Damaged, open_tensors, parse_json, read_regular, seal_tensors
 from .moments import Moments
 from .picking import Pick, check_at, has_span
 from .planning import choose, device_at, width_at
@@ -31,6 +31,8 @@ from .root import root_of
 from .sinks import SINKS, check_sinks
 from .sites import check_site
 from .truncated import forward_until
+
+logger = logging.getLogger("fastedit")
 
 
 class Captured(Mapping):
@@ -226,18 +228,36 @@ class _State:
         """How many items of the data are in the sums already."""
         if not self.path.exists():
             return 0
-        with safe_open(self.path, "pt") as file:
-            note = json.loads(file.metadata()["capture"])
-            if note["job"] != self.job:
-                found = note["job"]
-                other = [f"{name} {found.get(name)!r}" for name in self.job if found.get(name) != self.job[name]]
-                raise ValueError(f"{self.path} is of another pass ({', '.join(other)}); remove it, or resume elsewhere")
-            if windows.skip(note["position"]) != note["position"] or windows.digest.hexdigest() != note["digest"]:
-                raise ValueError(f"{self.path} is of other data than this; remove it, or resume elsewhere")
-            for layer, found in moments.items():
-                left_out[layer] = file.get_tensor(f"{layer}.left_out")
-                found.load_state_dict({name: file.get_tensor(f"{layer}.{name}") for name in ("count", "mean", "m2")})
+        note, tensors = self._read()
+        if note["job"] != self.job:
+            other = [f"{name} {value!r:.80}" for name, value in note["job"].items() if value != self.job.get(name)]
+            raise ValueError(f"{self.path} is of another pass ({', '.join(other)}); remove it, or resume elsewhere")
+        states = {
+            layer: {name: tensors.get(f"{layer}.{name}") for name in ("count", "mean", "m2", "left_out")}
+            for layer in moments
+        }
+        if any(tensor is None for state in states.values() for tensor in state.values()):
+            raise ValueError(f"{self.path} lacks sums of this pass; remove it, or resume elsewhere")
+        if windows.skip(note["position"]) != note["position"] or windows.digest.hexdigest() != note["digest"]:
+            raise ValueError(f"{self.path} is of other data than this; remove it, or resume elsewhere")
+        for layer, found in moments.items():
+            left_out[layer] = states[layer].pop("left_out")
+            found.load_state_dict(states[layer])
         return note["position"]
+
+    def _read(self):
+        """(note, tensors); ValueError for a file that is not one of sums, or damaged."""
+        try:
+            note, tensors, version = open_tensors(read_regular(self.path, 64 << 30), ("capture",))
+            note = parse_json(note["capture"])
+            sound = isinstance(note, dict) and isinstance(note.get("job"), dict) and isinstance(note.get("digest"), str)
+            if not sound or isinstance(note.get("position"), bool) or not isinstance(note.get("position"), int):
+                raise Damaged("is not what a capture writes")
+        except Damaged as error:
+            raise ValueError(f"{self.path} {error}; remove it, and begin anew") from None
+        if version == 1:
+            logger.warning("fastedit: %s is of format version 1, which has no checksum; its next save has one", self.path)
+        return note, tensors
 
     def save(self, moments, left_out, windows, now=False):
         if not now and time.monotonic() - self.saved < self.every:
@@ -248,7 +268,7 @@ class _State:
             for layer, found in moments.items()
             for name, tensor in (found.state_dict() | {"left_out": left_out[layer]}).items()
         }
-        replace(self.path, to_bytes(tensors, {"capture": json.dumps(note)}))
+        replace(self.path, seal_tensors(tensors, {"capture": json.dumps(note)}))
         self.saved = time.monotonic()
 
 

@@ -187,6 +187,9 @@ class Handle:
         if not math.isfinite(value):
             raise ValueError(f"strength is {value}, expected a finite number")
         self._changeable()
+        largest = max((abs(value * edit.strength) for edit in self.edits), default=0.0)
+        if not largest <= torch.finfo(torch.float32).max:  # before the first dial is set: all of them or none
+            raise ValueError(f"strength is {value}, which makes an edit's own strength {largest:g}: beyond what fp32 holds")
         with torch.no_grad():
             for edit, _, masters in self._each():
                 masters.set_strength(value * edit.strength)

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import nn
@@ -21,6 +22,7 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 from . import store
 from .edit_file import JSON, EditFileError, replace
 from .evaluating import evaluating
+from .files.sealed import Damaged, read_regular, stored_header
 
 __all__ = [
     "HEAD", "EditTrainer", "SentenceClassifier", "accuracy", "fit", "load_head", "load_trained", "predict",
@@ -129,16 +131,23 @@ def _others(model, handle):
 
 def _read_head(folder, header):
     path = Path(folder) / HEAD
-    if not path.is_file():
+    training = header.get("training")
+    try:
+        content = read_regular(path, 64 << 30)
+        if hashlib.sha256(content).hexdigest() != (training.get("head") if isinstance(training, dict) else None):
+            raise Damaged(f"is not the head of this edit: its checksum differs from the one in {JSON}")
+        stored_header(content)
+        return from_bytes(content)
+    except FileNotFoundError:
         raise EditFileError(
             f"{folder} has no {HEAD}: expected a folder written by EditTrainer or `fastedit train`"
-        )
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != (header.get("training") or {}).get("head"):
-        raise EditFileError(
-            f"{path} is not the head of this edit: its checksum differs from the one in {JSON}"
-        )
-    return from_bytes(content)
+        ) from None
+    except OSError as error:
+        raise EditFileError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Damaged as error:
+        raise EditFileError(f"{path} {error}") from None
+    except (SafetensorError, ValueError, RuntimeError, LookupError, TypeError, OverflowError) as error:
+        raise EditFileError(f"{path} is not a valid safetensors file: {error}") from None
 
 
 def _check_head(folder, head, own):

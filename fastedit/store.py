@@ -1,6 +1,6 @@
 """Edits on disk: `save` and `load` (DESIGN.md 6); how the two files are written and read is in edit_file.py.
 
-edit.json holds: format and version; `edits`, one config an edit (kind, site, layers, rank, tensors);
+edit.json holds: its own checksum; format and version; `edits`, one config an edit (kind, site, layers, rank, tensors);
 `strength`; `base`, the model that the edits were made on (id, type, width, depth, a digest of its shape);
 `training`, a summary or null; `tensors`, the checksum of edit.safetensors.
 """
@@ -8,6 +8,7 @@ edit.json holds: format and version; `edits`, one config an edit (kind, site, la
 import hashlib
 import json
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -107,14 +108,29 @@ def opened(model, folder):
     Raises:
         EditFileError: as `load`.
     """
-    header, tensors = read(folder)
-    edits = rebuild(folder, header["edits"])
+    checked = {}
+
+    def limit(header):
+        edits = rebuild(folder, header["edits"])
+        strength = strength_of(folder, header)
+        _check_base(folder, header.get("base"), describe_base(model))
+        shapes = _shapes(folder, edits, _layers(model))
+        checked.update(edits=edits, strength=strength, shapes=shapes)
+        return sum(4 * math.prod(shape) + len(name) + 200 for name, shape in shapes.items()) + 4096
+
+    _, tensors = read(folder, limit)
+    _check_tensors(folder, checked["shapes"], tensors)
+    return checked["edits"], tensors, checked["strength"]
+
+
+def strength_of(folder, header):
+    """The dial that a file was saved at; EditFileError for what is no number that fp32 holds."""
     strength = header.get("strength", 1.0)
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise EditFileError(f"{folder / JSON}: strength is {strength!r}, expected a number")
-    _check_base(folder, header.get("base"), describe_base(model))
-    _check_tensors(folder, edits, _layers(model), tensors)
-    return edits, tensors, strength
+        raise EditFileError(f"{folder / JSON}: strength is {strength!r:.60}, expected a number")
+    if not abs(strength) <= torch.finfo(torch.float32).max:
+        raise EditFileError(f"{folder / JSON}: strength is {strength!r:.20}, beyond what fp32 holds")
+    return float(strength)
 
 
 def _layers(model):
@@ -172,7 +188,7 @@ def rebuild(folder, configs):
                 )
     try:
         return from_config(configs)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, NotImplementedError) as error:
         raise EditFileError(f"{folder / JSON}: {error}") from None
 
 
@@ -183,8 +199,8 @@ def _check_base(folder, saved, found):
     for key in ("width", "depth"):
         if saved.get(key) != found[key]:
             raise EditFileError(
-                f"{where}: the edit was made on a base of {key} {saved.get(key)} ({saved.get('model')}, "
-                f"{saved.get('type')}), but this model has {key} {found[key]} ({found['model']}, "
+                f"{where}: the edit was made on a base of {key} {saved.get(key)!r:.60} ({saved.get('model')!r:.80}, "
+                f"{saved.get('type')!r:.60}), but this model has {key} {found[key]} ({found['model']}, "
                 f"{found['type']}); load the base it was made on"
             )
     what = {"type": "a model of type", "shape": "a base of shape", "model": "the base"}
@@ -201,9 +217,8 @@ def _check_base(folder, saved, found):
             return
 
 
-def _check_tensors(folder, edits, layers, tensors):
-    """Names and shapes against the configs and this model, before anything is built from either."""
-    where = folder / "edit.safetensors"
+def _shapes(folder, edits, layers):
+    """{name: shape} of the tensors that the configs promise on this model."""
     expected = {}
     for number, edit in enumerate(edits):
         for index in edit.layers or ():
@@ -223,6 +238,12 @@ def _check_tensors(folder, edits, layers, tensors):
                 key = f"{number}.{layer.name}.{edit.site}" if gate.layer is None else f"{number}"
                 measured = width if gate.layer is None else width_at(find(gate.layer, layers)[0], gate.site or edit.site)
                 expected |= {f"{key}.gate{leaf}.condition": (measured,), f"{key}.gate{leaf}.threshold": (1,)}
+    return expected
+
+
+def _check_tensors(folder, expected, tensors):
+    """Names and shapes against what the configs promise, before anything is built from either."""
+    where = folder / "edit.safetensors"
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise EditFileError(

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -229,3 +230,27 @@ def test_doctor_exit_code_and_hints(monkeypatch):
     monkeypatch.setattr(doctor, "cxx_compiler", lambda: None)
     output = invoke("doctor")
     assert "no C++ compiler: pure Python serves" in output and "no CUDA compiler: Triton serves" in output
+
+
+def test_show_prints_no_terminal_escapes(trained, tmp_path):
+    """A title of the window, a colour, a reversed reading order: written out, not obeyed."""
+    from fastedit import edit_file
+
+    folder, _ = trained
+    header, tensors = edit_file.read(folder)
+    header = {key: header[key] for key in ("fastedit", "edits", "strength", "base")}
+    header["base"] |= {"model": "a\x1b]0;owned\x07b"}
+    edit_file.write(tmp_path, header | {"training": {"n\x1b[31m": "\u202eevil"}}, tensors)
+    output = invoke("show", str(tmp_path))
+    assert "\x1b]" not in output and "\x1b[31m" not in output and "\u202e" not in output and "\x07" not in output
+    assert "\\x1b]0;owned\\x07" in output and "\\u202eevil" in output
+
+
+def test_show_reseals_what_a_hand_changed(trained, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder, tmp_path / "edit")
+    path = tmp_path / "edit" / "edit.json"
+    path.write_text(path.read_text().replace('"strength": 1.0,\n  "base"', '"strength": 0.5,\n  "base"'))
+    assert "show --reseal" in invoke("show", tmp_path / "edit", code=1).replace("\n", " ")
+    assert "strength: 0.5" in invoke("show", "--reseal", tmp_path / "edit")
+    assert "strength: 0.5" in invoke("show", tmp_path / "edit")

@@ -1,6 +1,6 @@
 """Directions: how they are found, their arithmetic and their files."""
 
-import json
+import os
 import types
 
 import numpy as np
@@ -285,46 +285,48 @@ def test_saved_and_loaded(tmp_path):
     saved.save(tmp_path / "new" / "folder")
     loaded = fe.Directions.load(tmp_path / "new" / "folder")
     assert loaded == saved and loaded.statistics == saved.statistics and loaded.about == saved.about
-    assert len(list((tmp_path / "new" / "folder").iterdir())) == 2
-
-
-def test_a_crash_between_the_files_leaves_the_old_directions(tmp_path, monkeypatch):
-    from fastedit import directions
-
-    old = fe.Directions(DIRECTIONS)
-    old.save(tmp_path)
-    real = directions.replace
-
-    def dies(path, content):
-        if path.suffix == ".json":
-            raise KeyboardInterrupt
-        real(path, content)
-
-    monkeypatch.setattr(directions, "replace", dies)
-    with pytest.raises(KeyboardInterrupt):
-        (3 * old).save(tmp_path)
-    assert fe.Directions.load(tmp_path) == old
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["directions.safetensors"]
 
 
 def test_damaged_files_are_refused(tmp_path):
-    with pytest.raises(fe.DirectionsFileError, match=r"has no directions\.json"):
+    with pytest.raises(fe.DirectionsFileError, match=r"has no directions\.safetensors"):
         fe.Directions.load(tmp_path)
     fe.Directions(DIRECTIONS).save(tmp_path)
-    tensors = next(tmp_path.glob("*.safetensors"))
-    whole, note = tensors.read_bytes(), (tmp_path / "directions.json").read_text()
-    tensors.write_bytes(whole[:-1] + b"\x01")
-    with pytest.raises(fe.DirectionsFileError, match="checksum"):
-        fe.Directions.load(tmp_path)
-    tensors.unlink()
-    with pytest.raises(fe.DirectionsFileError, match="could not be read"):
-        fe.Directions.load(tmp_path)
-    for broken in ("{", "[]", json.dumps({"format": "fastedit directions", "version": 1})):
-        (tmp_path / "directions.json").write_text(broken)
-        with pytest.raises(fe.DirectionsFileError, match="not what Directions"):
+    path = tmp_path / "directions.safetensors"
+    whole = path.read_bytes()
+    for content, said in (
+        (whole[:-1] + b"\x01", "checksum"), (whole[:-1], "checksum"), (b"", "announces a header"),
+        (whole.replace(b'"version":"2"', b'"version":"9"'), "version '9'"), (whole.replace(b'"sha256"', b'"sha257"'), "metadata"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(fe.DirectionsFileError, match=said):
             fe.Directions.load(tmp_path)
-    (tmp_path / "directions.json").write_text(note.replace('"version": 1', '"version": 9'))
-    with pytest.raises(fe.DirectionsFileError, match="version 9"):
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(fe.DirectionsFileError, match="is not a regular file"):
         fe.Directions.load(tmp_path)
+
+
+def test_two_writers_of_one_folder_leave_one_of_theirs(tmp_path):
+    """Each saves its own again and again; whatever order, what is there is whole, and one of the two."""
+    from test_store_files import fork
+
+    made = [fe.Directions({1: torch.full((64,), float(n + 1))}) for n in range(2)]
+    children = []
+    for directions in made:
+        pid = fork()
+        if pid == 0:
+            for _ in range(30):
+                directions.save(tmp_path)
+            os._exit(0)
+        children.append(pid)
+    seen = 0
+    while seen < 20 or children:
+        if (tmp_path / "directions.safetensors").exists():
+            assert fe.Directions.load(tmp_path) in made
+            seen += 1
+        children = [pid for pid in children if os.waitpid(pid, os.WNOHANG) == (0, 0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["directions.safetensors"]
 
 
 # --- control vectors ----------------------------------------------------------------------------------------

@@ -52,14 +52,17 @@ def run_doctor():
 
 
 @app.command("show")
-def run_show(folder: Annotated[str, typer.Argument(help="What `handle.save` wrote, or a Hub repo id.")]):
+def run_show(
+    folder: Annotated[str, typer.Argument(help="What `handle.save` wrote, or a Hub repo id.")],
+    reseal: Annotated[bool, typer.Option("--reseal", help="First give an edit.json changed by hand its checksum again.")] = False,
+):
     """Print an edit: what it does where, its base, how it was trained, how far it is from doing nothing.
 
     **Example:** `fastedit show demo-output/edit`
     """
     from .show import run
 
-    run(folder)
+    run(folder, reseal)
 
 
 @app.command("train")
@@ -204,6 +207,10 @@ def run_serve(
     gates: Annotated[
         bool | None, typer.Option(help="Whether edits may be behind gates; by default as the folder needs.")
     ] = None,
+    max_names: Annotated[int | None, typer.Option(min=1, help="Names that one request may list; 16 by default.")] = None,
+    max_change: Annotated[
+        float | None, typer.Option(help="How often its own length a request may change a typical row; 1000 by default.")
+    ] = None,
 ):
     """Serve a model with vLLM; each request may name an edit. Arguments not listed here go to `vllm serve`.
 
@@ -214,7 +221,7 @@ def run_serve(
     """
     from .serve import run
 
-    run(model, edits, sites, rank, capacity, context.args, gates=gates)
+    run(model, edits, sites, rank, capacity, context.args, gates=gates, max_names=max_names, max_change=max_change)
 
 
 @app.command("playground")

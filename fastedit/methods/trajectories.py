@@ -9,23 +9,24 @@ States are those of `final`, what the LM head reads, at the position that predic
 import contextlib
 import itertools
 import json
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
 from ..edit_file import EditFileError, replace
 from ..edits import Edit
 from ..evaluating import evaluating
 from ..families import find_layers
+from ..files.sealed import open_tensors, parse_json, read_regular, seal_tensors
 from ..planning import choose
 from ..root import root_of
 from ..site_kinds import watch
 
 _FORMAT = "fastedit trajectories 1"
+logger = logging.getLogger("fastedit")
 
 
 @dataclass
@@ -68,20 +69,26 @@ class Trajectories:
         """Write one safetensors file, in one step that survives a crash."""
         tensors = {name: getattr(self, name).contiguous() for name in ("states", "lengths", "rewards")}
         texts = {"prompts": json.dumps(self.prompts), "responses": json.dumps(self.responses)}
-        replace(Path(path), to_bytes(tensors, {"format": _FORMAT, **texts}))
+        replace(Path(path), seal_tensors(tensors, {"format": _FORMAT, **texts}))
 
     @classmethod
     def load(cls, path):
         """What `save` wrote; EditFileError for any other file."""
         try:
-            with safe_open(path, "pt") as file:
-                note = file.metadata() or {}
-                if note.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {note.get('format')!r}, expected {_FORMAT!r}")
-                tensors = [file.get_tensor(name) for name in ("states", "lengths", "rewards")]
-            return cls(*tensors, *(json.loads(note[name]) for name in ("prompts", "responses")))
-        except (SafetensorError, ValueError, TypeError, LookupError) as error:
+            note, tensors, version = open_tensors(read_regular(path, 64 << 30), ("format", "prompts", "responses"))
+            if note["format"] != _FORMAT:
+                raise ValueError(f"its format is {note['format']!r:.60}, expected {_FORMAT!r}")
+            loaded = cls(
+                *(tensors[name] for name in ("states", "lengths", "rewards")),
+                *(parse_json(note[name]) for name in ("prompts", "responses")),
+            )  # fmt: skip
+        except OSError as error:
+            raise EditFileError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
             raise EditFileError(f"{path} holds no trajectories: {error}") from error
+        if version == 1:
+            logger.warning("fastedit: %s is of format version 1, which has no checksum; save it again for one", path)
+        return loaded
 
 
 def collect(
