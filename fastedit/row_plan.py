@@ -4,8 +4,10 @@ The module that owns a stack of layers (LlamaModel, BertModel, a T5Stack) is giv
 class is swapped (swapping.py) for one that first makes a plan of them. From a plan the layers' edits take their
 coefficients (positions.py): fp32, one a row, made at first use and kept for the layers after.
 
-What is prompt: in `generate` what it was given, however the forwards cut it (chunks, candidates of an assistant); in a
-forward on an empty cache everything; else what `handle.prompt` says.
+What is prompt: in `generate` what it was given, however the forwards cut it (chunks, candidates of an assistant); else what
+`handle.prompt` says; else, for a causal model given `labels`, what stands before the first that is not −100; else, in a
+forward on an empty cache, everything. Training without either is refused, where it matters where the prompt ends: what
+would be edited there is the response.
 """
 
 import inspect
@@ -38,10 +40,21 @@ class Generation:
 
 
 class Rows:
-    """What a model's stacks share. lengths: of the prompts, in real tokens, as the user says; mask: by column."""
+    """What a model's stacks share. lengths: of the prompts, in real tokens, as the user says; mask: by column; labels: of
+    the forward that runs, (sequences, columns); answers: whether the model writes answers to prompts.
+    """
 
     def __init__(self):
-        self.lengths = self.mask = self.generation = None
+        self.lengths = self.mask = self.generation = self.labels = None
+        self.answers = False
+
+    def labelled(self, labels, function, /, *args, **kwargs):
+        """function(...), whose forwards know these labels."""
+        before, self.labels = self.labels, labels
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.labels = before
 
     def given(self, module, args, kwargs):
         """The Generation of one call."""
@@ -122,6 +135,7 @@ class Stack:
         """The owner's forward, under a plan of what it was given {name: value}."""
         generation = None if self.encodes else self.rows.generation
         plan = RowPlan(self.rows, generation, given, self.decisions)
+        plan.trains = self.owner.training and self.rows.answers and torch.is_grad_enabled()
         output = self.during(function, plan, *args, **kwargs)
         if plan.decided and not torch.compiler.is_compiling():
             self.decisions.remember(plan, output)
@@ -170,6 +184,9 @@ class RowPlan:
         empty = not isinstance(self.offset, torch.Tensor) and self.offset == 0
         if generation is not None and generation.behind_encoder and (empty or generation.columns is None):
             generation.columns = 1 if self.shape is None else self.shape[1]
+        labels = rows.labels
+        self.labels = labels if labels is not None and labels.shape == self.shape else None
+        self.position_ids, self.trains = given.get("position_ids"), False
         self.made = {}
         self.measured, self.decided = {}, {}  # by gates in this forward: of each token, of each sequence
 
@@ -229,7 +246,8 @@ class RowPlan:
             return False
         if self.generation is not None and self.generation.columns <= offset:
             return None if positions.generated else NOWHERE
-        if self.generation is None and self.rows.lengths is None and offset == 0:
+        unsaid = self.rows.lengths is None and self.labels is None and not self.trains
+        if self.generation is None and unsaid and offset == 0:
             if positions == _GENERATED:
                 return NOWHERE
             if positions == _PROMPT and self.attention_mask is None:
@@ -251,9 +269,18 @@ class RowPlan:
             )
         else:
             width, mask, lengths = None, self.attention_mask, self.rows.lengths
-            if lengths is None:
+            what = "a gate on the prompt" if positions is None else f"positions {str(positions)!r}"
+            _check_not_packed(what, self.position_ids, mask)
+            if lengths is None and self.labels is not None:
+                lengths = _before_labels(what, positions, self.labels.to(device), mask)
+            elif lengths is None:
                 if positions is not None:
                     self._check_empty(positions)
+                if self.trains and (positions is None or not positions.only_first):
+                    raise RuntimeError(
+                        f"{what} depend on where the prompt ends, which this forward in training does not say: give the "
+                        "model labels with -100 over the prompt, or say handle.prompt(lengths) before each forward"
+                    )
                 width = tokens
         if mask is None:
             real, index, length = None, columns[None], width
@@ -296,6 +323,41 @@ class RowPlan:
         mask = self._given(mask.to(device, torch.float32), batch, "handle.mask's mask")
         known = mask.shape[1]
         return mask[:, columns.clamp(max=known - 1)] * (columns < known)
+
+
+def _before_labels(what, positions, labels, mask):
+    """(sequences,) how many real tokens stand before the first label that is not −100."""
+    answers = labels != -100
+    before = answers.cumsum(1) == 0
+    length = (before if mask is None else before & (mask.to(labels.device) != 0)).sum(1)
+    if not torch.compiler.is_compiling():
+        starts = answers[:, :1].sum(1) + (answers[:, 1:] & ~answers[:, :-1]).sum(1)
+        if bool((starts > 1).any()):
+            raise ValueError(
+                f"{what}: sequence {int((starts > 1).int().argmax())} has several responses in its labels (turns, or a packed "
+                "row), each with a prompt of its own; give one response a row, or use positions='all'"
+            )
+        if positions is not None and (positions.first or positions.last or positions.prompt) and bool((length == 0).any()):
+            raise ValueError(
+                f"{what}: sequence {int((length == 0).int().argmax())} has no prompt by its labels; put -100 over the prompt's "
+                "labels, or use positions='all'"
+            )
+    return length
+
+
+def _check_not_packed(what, position_ids, mask):
+    """Refuse rows that hold several texts, whose position ids begin again."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] < 2 or torch.compiler.is_compiling():
+        return
+    again = position_ids[:, 1:] <= position_ids[:, :-1]
+    if mask is not None and mask.shape[1] == position_ids.shape[1] and len(mask) % len(position_ids) == 0:
+        real = mask.to(again.device) != 0
+        again = again & real[:, 1:] & real[:, :-1]
+    if bool(again.any()):
+        raise ValueError(
+            f"{what}: this row is packed, its position ids begin again, and each of its texts has a prompt of its own; train "
+            "without packing and padding_free, or use positions='all'"
+        )
 
 
 def _is_one_of(ids, tokens):
@@ -360,6 +422,7 @@ class Planned:
 def install(model, stacks, rows):
     """Swap the owners and the generating modules of `stacks`; the [module] to give to `uninstall`."""
     generating = [m for m in model.modules() if hasattr(type(m), "prepare_inputs_for_generation")]
+    rows.answers = bool(generating) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     states = {id(m): (m, Planned(rows=rows)) for m in generating}
     for stack in stacks:
         states.setdefault(id(stack.owner), (stack.owner, Planned()))[1].stack = stack

@@ -43,6 +43,7 @@ def swapped_class(base, recipe):
     }
     if recipe == PLANNED and hasattr(base, "generate"):
         members["generate"] = functools.wraps(base.generate)(_generating(base))
+        members["__call__"] = _labelled(base)
     if hasattr(base, "gradient_checkpointing"):
         members[_CHECKPOINT] = property(_checkpoint_of, _set_checkpoint)
     return type(base.__name__, (base,), members)
@@ -88,6 +89,18 @@ def _generating(base):
         return state.rows.generate(base, self, args, kwargs)
 
     return generate
+
+
+def _labelled(base):
+    """A call, and not a forward: TRL puts a forward of its own on the instance, and gives that the labels."""
+
+    def __call__(self, *args, **kwargs):
+        state, labels = self.__dict__.get(STATE), kwargs.get("labels")
+        if labels is None or state is None or state.rows is None or not state.rows.answers:
+            return base.__call__(self, *args, **kwargs)
+        return state.rows.labelled(labels, base.__call__, self, *args, **kwargs)
+
+    return __call__
 
 
 _FORWARDS = {None: _edited, PLANNED: _planned, CARRIED: _carried}
