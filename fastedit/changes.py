@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 LOW_RATE = 1e-4  # at or below it an edit does not leave the identity: the Trainer's 5e-5 leaves RED at chance
 _steps = 0
 _seen = weakref.WeakSet()  # optimizers that have stepped
-_stepped = WeakIdKeyDictionary()  # the parameters they hold
+_stepped = WeakIdKeyDictionary()  # the parameters they hold → the number of the step at which the latest of them began
 _rates = WeakIdKeyDictionary()  # masters that train → what to say of a rate that is too low for them
 
 
@@ -22,7 +22,7 @@ def _count(optimizer, args, kwargs):
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad:
-                _stepped[parameter] = True
+                _stepped[parameter] = _steps
     _warn_of_rate(optimizer.param_groups)
 
 
@@ -40,9 +40,9 @@ def _warn_of_rate(groups):
         )
 
 
-def has_stepped(parameter):
-    """Whether an optimizer that holds the parameter has taken a step in this process."""
-    return parameter in _stepped
+def has_stepped(parameter, since=0):
+    """Whether an optimizer that holds the parameter has begun in this process, after step number `since`."""
+    return _stepped.get(parameter, 0) > since
 
 
 def advise_rate(parameters, advice):

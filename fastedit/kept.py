@@ -27,8 +27,8 @@ HEAD = "head.safetensors"
 def beside(handle):
     """({name: parameter} of what trains or was trained beside the edits and is kept with them, names of what is not kept).
 
-    With freeze=True all that trains is kept. Without, heads and adapters that an optimizer has moved; base weights it has
-    moved are not: those are a model of its own.
+    With freeze=True all that trains is kept. Without, heads and adapters that an optimizer has moved since the patch; base
+    weights it has moved are not: those are a model of its own.
     """
     edits = {id(p) for p in handle._root.parameters()}
     new = {id(p) for module in heads(handle.model) for p in module.parameters()} | {
@@ -38,8 +38,8 @@ def beside(handle):
     for name, parameter in handle.model.named_parameters():
         if id(parameter) in edits:
             continue
-        moved = has_stepped(parameter)
-        if (handle.freeze and (moved or parameter.requires_grad)) or (moved and id(parameter) in new):
+        moved = has_stepped(parameter, handle.since)
+        if (handle.freeze and parameter.requires_grad) or (moved and id(parameter) in new):
             kept[name] = parameter
         elif moved:
             left.append(name)

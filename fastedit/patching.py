@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import nn
 
-from .changes import advise_rate
+from .changes import advise_rate, optimizer_steps
 from .edits import Edit
 from .heads import heads
 from .merging import MergeError, merge_handle
@@ -101,7 +101,7 @@ class Handle:
             if freeze:
                 self._freeze()
             advise_rate(self.parameters(), RATES)
-            self._start = self._sums()
+            self._start, self.since = self._sums(), optimizer_steps()
         except BaseException:
             self.remove()
             raise
@@ -177,8 +177,8 @@ class Handle:
     def _sums(self):
         """Two numbers a tensor, which tell whether any has moved; None where there is nothing to add up."""
         found = [tensor.detach() for _, tensor in self._named()]
-        if any(type(t) is not torch.Tensor or t.is_meta for t in found):
-            return None
+        if any(type(t) is not torch.Tensor or t.device.type in ("meta", "mps") for t in found):
+            return None  # mps has no fp64
         return [torch.stack([t.sum(dtype=torch.float64), t.square().sum(dtype=torch.float64)]) for t in found]
 
     def num_parameters(self):

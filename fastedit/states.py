@@ -20,9 +20,10 @@ _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 def note(root):
     """What is saved of a model's handles as a uint8 tensor, or None: no handles, or those of several tenants."""
     from .kept import beside
+    from .patching import Handle
     from .store import describe_base
 
-    active = [h for h in root.handles.values() if hasattr(h, "config") and h.name in root._modules and not h.tenancy]
+    active = [h for h in root.handles.values() if isinstance(h, Handle) and h.name in root._modules and h.tenancy is None]
     if not active:
         return None
     found = [

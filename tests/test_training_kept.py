@@ -228,6 +228,20 @@ def test_base_weights_that_were_trained_along_are_warned_of(tmp_path):
     fe.load(tiny.build("llama"), tmp_path / "edit")
 
 
+def test_a_base_that_was_trained_before_is_no_part_of_an_edit_on_it(tmp_path):
+    model = tiny.build("llama").train()
+    Trainer(model=model, args=arguments(tmp_path / "run", save_strategy="no"), train_dataset=ROWS).train()
+    for freeze in (True, False):
+        handle = fe.patch(model, fe.RED(), freeze=freeze)
+        with torch.no_grad():
+            next(handle.parameters()).add_(0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            handle.save(tmp_path / "edit")
+        assert not (tmp_path / "edit/head.safetensors").exists()
+        handle.remove()
+
+
 def test_an_edit_that_never_moved_is_said_and_a_trained_or_loaded_one_not(tmp_path):
     handle = fe.patch(tiny.build("llama"), fe.RED(), freeze=True)
     with pytest.warns(UserWarning, match="has not moved since it was patched"):

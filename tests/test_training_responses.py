@@ -232,3 +232,18 @@ def test_bad_rows_are_named_before_any_training(call, said):
     assert all(
         math.isclose(float(v.sum()), 32 if n.endswith("scale") else 0) for n, v in handle.named_tensors().items()
     )
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_train_as_one(tmp_path):
+    import training_worker
+    from processes import HERE, accelerated
+
+    done = accelerated(HERE / "training_worker.py", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    training_worker.main(tmp_path / "one")
+    for name in ("sft", "dpo", "run/checkpoint-2"):
+        (_, alone), (_, both) = (fe.store.read(tmp_path / run / name) for run in ("one", "two"))
+        for key, tensor in alone.items():
+            torch.testing.assert_close(both[key], tensor, rtol=1e-5, atol=1e-7)
+            assert name != "sft" or not torch.equal(tensor, torch.full_like(tensor, float(key.endswith("scale"))))
