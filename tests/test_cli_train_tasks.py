@@ -140,6 +140,8 @@ def test_pairs_and_regression(encoder, tmp_path):  # noqa: F811
     (["--task", "sft", "--dtype", "int8"], "expected one of float32, bfloat16"),
     (["--task", "sft", "--quantize", "2bit"], "expected 8bit or 4bit"),
     (["--task", "sft", "--method", "red+", "--site", "mlp"], "red+ acts on q, k, v"),
+    (["--task", "sft", "--rank", 2], "--rank is of low-rank edits, and red has none"),
+    (["--task", "preference", "--loss", "orpo", "--store"], "orpo has no reference"),
     (["--task", "preference"], "there is no column 'chosen'"),
     (["--method", "rahf", "--task", "sft"], "is a task of its own"),
 ])  # fmt: skip

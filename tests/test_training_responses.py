@@ -173,6 +173,26 @@ def test_a_step_is_the_autograd_of_the_formula(loss, checkpointing, tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_reference_between_forward_and_backward_harms_neither():
+    """As TRL's DPOTrainer runs it: the policy, then the reference, then backward. A frozen handle is part of both."""
+    tokenizer = tokenizer_of()
+    batch = Padded(0)(encode_pairs(tokenizer, PAIRS[:2]))
+    model = tiny.exact(model_of())
+    fe.patch(model, fe.Steer(torch.ones(32), layers=0))
+    with torch.no_grad():
+        expected, _ = response_logps(model.eval(), model, batch)
+    handle = fe.patch(model, fe.RED(), freeze=True)
+    for between in (False, True):
+        policy, _ = response_logps(model.train(), model, batch)
+        if between:
+            with training.at_zero(model):
+                reference, _ = response_logps(model, model, batch)
+            assert torch.equal(torch.stack(reference), torch.stack(expected)) and handle.strength == 1.0
+        grads = torch.autograd.grad(policy[0].sum(), list(handle.parameters()))
+        assert between is False or all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
+        plain = grads
+
+
 def test_stored_log_probabilities_give_the_same_run_and_are_tied_to_model_and_rows(tmp_path):
     found = []
     for stored in (None, tmp_path / "ref.safetensors"):

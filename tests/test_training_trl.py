@@ -46,11 +46,11 @@ def test_sft_trains_the_edit_where_it_is_to_act(positions, tmp_path):
     assert torch.equal(fresh(ids).logits, model.eval()(ids).logits)
 
 
-@pytest.mark.parametrize("packing", [{"packing": True}, {"padding_free": True}])
+@pytest.mark.parametrize("packing", [{"packing": True, "max_length": 48}, {"padding_free": True, "max_length": None}])
 def test_packed_rows_are_refused_where_positions_need_the_prompt(packing, tmp_path):
     model = model_of()
     fe.patch(model, fe.RED(positions="last 2"), freeze=True)
-    args = trl.SFTConfig(**options(tmp_path, max_length=48, **packing))
+    args = trl.SFTConfig(**options(tmp_path, **packing))
     trainer = trl.SFTTrainer(
         model=model, args=args, train_dataset=datasets.Dataset.from_list(ROWS), processing_class=tokenizer_of()
     )

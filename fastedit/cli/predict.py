@@ -56,7 +56,7 @@ def _labels(encoder, tokenizer, folder, note, texts, other, _):
     names = note.get("labels") or []
     if note["task"] == "reward":
         model = RewardModel(encoder)
-        load_edit(model, folder)
+        load_edit(encoder, folder)
         scores = model.scorer(tokenizer)([""] * len(texts), texts)
         return [{"reward": round(score, 4), "text": text} for text, score in zip(texts, scores, strict=True)]
     model = with_head(encoder, len(names) or 1, note.get("pooling", "mean"))

@@ -23,6 +23,8 @@ def run(model, data, out, method, task, given):
     task = task or "classify"
     if task not in TASKS:
         raise typer.BadParameter(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+    if given.get("rank") is not None and method in ("red", "red+", "vector"):
+        raise typer.BadParameter(f"--rank is of low-rank edits, and {method} has none")
     module = importlib.import_module(f".train_{TASKS[task]}", __package__)
     with readable():
         return module.run(model, data, out, method, task, **_options(f"--task {task}", module.defaults(task), given))

@@ -23,6 +23,8 @@ def defaults(task):
 
 def run(model, data, out, method, task, *, rank, layers, positions, site, evaluate, lr, epochs, batch_size, rows, prompt_tokens,
         response_tokens, chat, seed, device, dtype, device_map, quantize, accumulate, checkpointing, resume, **own):  # fmt: skip
+    if own.get("loss") == "orpo" and own["store"]:
+        raise ValueError("--store keeps the reference's log-probabilities, and orpo has no reference")
     train, held = split(data, evaluate, rows, seed)
     if chat:
         train, held = ([as_chat(row) for row in part] for part in (train, held))

@@ -192,7 +192,7 @@ def hindsight_loss(model, own, opposite, response_mask, *, epsilon=0.2):
 def teacher(model):
     """The model without its student (adapters off, edits at strength 0), in eval mode and without gradients."""
     patched = [(handle, handle.strength) for handle in handles(model) if not handle.merged]
-    with torch.no_grad(), evaluating(model), _without_adapters(model):
+    with torch.no_grad(), evaluating(model), without_adapters(model):
         try:
             for handle, _ in patched:
                 handle.strength = 0.0
@@ -203,7 +203,7 @@ def teacher(model):
 
 
 @contextlib.contextmanager
-def _without_adapters(model):
+def without_adapters(model):
     """PEFT's adapters off, and each in the state that it was, trained or not.
 
     `PeftModel.disable_adapter` counts the model's parameters in each call, which took 4 % of a DUAL step; it serves

@@ -14,12 +14,50 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ..edit_file import EditFileError, replace
-from ..methods.rahf import teacher as at_zero
+from ..evaluating import evaluating
+from ..methods.rahf import without_adapters
+from ..patching import handles
 from .batches import Padded, response_logps
 
-__all__ = ["Reference", "at_zero", "load_reference", "model_digest", "rows_digest", "store_reference"]
+__all__ = ["Reference", "at_strength", "at_zero", "load_reference", "model_digest", "rows_digest", "store_reference"]
 
 _FORMAT = "fastedit reference 1"
+
+
+@contextlib.contextmanager
+def at_strength(handle, strength):
+    """A handle at another strength for a while. Its dials are others meanwhile, so a backward of a forward before this is
+    unharmed; the backward of a forward in here belongs in here, too.
+    """
+    handle._changeable()
+    before = [(masters, masters._buffers["dial"], masters.strength, masters.dialled) for _, _, masters in handle._each()]
+    kept = handle._strength
+    try:
+        for edit, _, masters in handle._each():
+            masters._buffers["dial"] = masters._buffers["dial"].clone()
+            masters.set_strength(strength * edit.strength)
+            masters.dialled = True
+        handle._strength = strength
+        yield
+    finally:
+        for masters, dial, own, dialled in before:
+            masters._buffers["dial"], masters.strength, masters.dialled = dial, own, dialled
+        handle._strength = kept
+
+
+@contextlib.contextmanager
+def at_zero(model):
+    """A model without what trains on it: edits that train at strength 0, adapters off, in eval mode and without gradients.
+
+    Handles whose edits do not train are part of the base and stay in force.
+    """
+    with contextlib.ExitStack() as stack:
+        for context in (torch.no_grad(), evaluating(model), without_adapters(model)):
+            stack.enter_context(context)
+        for handle in handles(model):
+            if not handle.merged and any(masters.trainable for _, _, masters in handle._each()):
+                stack.enter_context(at_strength(handle, 0.0))
+        yield
 
 
 class Reference(nn.Module):
@@ -122,14 +160,3 @@ def _note(path):
 
 def _with(rows, found):
     return [{**row, "reference": pair} for row, pair in zip(rows, found.tolist(), strict=True)]
-
-
-@contextlib.contextmanager
-def at_strength(handle, strength):
-    """The handle at another strength for a while."""
-    before = handle.strength
-    handle.strength = strength
-    try:
-        yield
-    finally:
-        handle.strength = before

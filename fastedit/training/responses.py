@@ -173,6 +173,8 @@ def _run(kind, handle, tokenizer, rows, evaluate, *, lr, epochs, batch_size, see
          arguments):  # fmt: skip
     if not rows:
         raise ValueError("there are no rows to train on")
+    if getattr(getattr(handle.model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(handle.model).__name__} is an encoder-decoder, expected a causal language model")
     if resume and output_dir is None:
         raise ValueError("resume needs the output_dir that holds the checkpoints")
     with tempfile.TemporaryDirectory() as unused:

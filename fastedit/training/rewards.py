@@ -21,7 +21,7 @@ from ..families import find_layers
 from ..patching import handles
 from ..root import root_of
 from ..truncated import forward_until
-from .batches import Padded
+from .batches import Padded, _takes
 from .responses import ResponseTrainer, _run, encode_pairs, pad_of
 
 
@@ -48,7 +48,8 @@ class RewardModel(nn.Module):
         layers = find_layers(self.model) if root is None else root.layers
         place = [(layers[0], "final", lambda hidden: found.append(hidden[:, -1]))]
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        given["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_min(0)
+        if "position_ids" in _takes(self.model):
+            given["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_min(0)
         if root is None:
             forward_until(self.model, place, given)
         else:  # to a reward the whole text is the prompt
