@@ -3,7 +3,6 @@
 import json
 
 import typer
-from rich.console import Console
 
 from .texts import read_texts
 from .train import readable
@@ -42,9 +41,8 @@ def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out):
         )
     if out is not None:
         out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    console = Console()
     for row in rows:
-        console.print("\t".join(str(value) for value in row.values()), markup=False, highlight=False, soft_wrap=True)
+        typer.echo("\t".join(str(value) for value in row.values()))
 
 
 def _labels(encoder, tokenizer, folder, note, texts, other, _):

@@ -16,9 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..chat import encode, prompt_ids
+from ..edits import Edit
 from ..evaluating import evaluating
 from ..families import find_layers
 from ..patching import handles
+from ..planning import choose
 from ..root import root_of
 from ..truncated import forward_until
 from .batches import Padded, _takes
@@ -46,7 +48,7 @@ class RewardModel(nn.Module):
     def forward(self, input_ids, attention_mask, **_):
         found, root = [], root_of(self.model)
         layers = find_layers(self.model) if root is None else root.layers
-        place = [(layers[0], "final", lambda hidden: found.append(hidden[:, -1]))]
+        place = [(choose(Edit((), site="final"), layers)[0], "final", lambda hidden: found.append(hidden[:, -1]))]
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if "position_ids" in _takes(self.model):
             given["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_min(0)
