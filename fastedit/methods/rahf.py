@@ -270,13 +270,17 @@ class Rahf(nn.Module):
             self.rejected.eval()
         return self
 
-    def activation_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **options):
-        """What the Trainer calls for gradient_checkpointing=True."""
-        given = {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs or {"use_reentrant": False}}
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
+        """What the Trainer calls for gradient_checkpointing=True; before transformers 5.24 by the name below."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        (getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable)(**(given | options))
+        given = activation_checkpointing_kwargs or {"use_reentrant": False}
+        if hasattr(inner, "activation_checkpointing_enable"):
+            inner.activation_checkpointing_enable(activation_checkpointing_kwargs=given, **options)
+        else:
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given, **options)
 
-    gradient_checkpointing_enable = activation_checkpointing_enable
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **options):
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def forward(self, input_ids, attention_mask, response_mask):
         if input_ids.dim() != 3 or len(input_ids) != self.stimuli:

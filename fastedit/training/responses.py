@@ -189,5 +189,9 @@ def _run(kind, handle, tokenizer, rows, evaluate, *, lr, epochs, batch_size, see
             eval_dataset=evaluate or None, data_collator=Padded(pad_of(tokenizer)), callbacks=list(callbacks), **trainer,
         )  # fmt: skip
         made.remove_callback(PrinterCallback)
-        made.train(resume_from_checkpoint=resume)
+        was = handle.model.training
+        try:
+            made.train(resume_from_checkpoint=resume)
+        finally:
+            handle.model.train(was)
     return made
