@@ -182,6 +182,7 @@ def test_a_reference_between_forward_and_backward_harms_neither():
     with torch.no_grad():
         expected, _ = response_logps(model.eval(), model, batch)
     handle = fe.patch(model, fe.RED(), freeze=True)
+    plain = None
     for between in (False, True):
         policy, _ = response_logps(model.train(), model, batch)
         if between:
