@@ -74,7 +74,7 @@ def test_training_that_does_not_say_where_the_prompt_ends_is_refused(spec):
         with pytest.raises(ValueError, match="sequence 0 has no prompt by its labels"):
             model(**given, labels=given["input_ids"])
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]).expand(3, -1)
-    with pytest.raises(ValueError, match="this row is packed"):
+    with pytest.raises(ValueError, match="the rows of this forward are packed"):
         model(input_ids=IDS, labels=labels, position_ids=packed)
     padded = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
     model(**given, labels=labels, position_ids=padded)

@@ -54,7 +54,7 @@ def test_packed_rows_are_refused_where_positions_need_the_prompt(packing, tmp_pa
     trainer = trl.SFTTrainer(
         model=model, args=args, train_dataset=datasets.Dataset.from_list(ROWS), processing_class=tokenizer_of()
     )
-    with pytest.raises(ValueError, match=r"is packed|several responses"):
+    with pytest.raises(ValueError, match=r"are packed|several responses"):
         trainer.train()
 
 
