@@ -1,11 +1,11 @@
 """Rows of text or chat messages as token ids, the template applied once.
 
-    Strings are taken as they are: the tokenizer adds its special tokens, and a string that begins with the BOS token gets
-    no second one. Messages go through the tokenizer's chat template, which writes every special token itself.
+Strings are taken as they are: the tokenizer adds its special tokens, and a string that begins with the BOS token gets
+no second one. Messages go through the tokenizer's chat template, which writes every special token itself.
 
-    A row is {"messages": [...]}, {"conversations": [...]} (from/value pairs, too), {"prompt", "response"} (or
-    "completion"), or for preferences {"prompt", "chosen", "rejected"}; prompt and answers are strings or message lists.
-    Chosen and rejected may also be whole conversations with no prompt beside them.
+A row is {"messages": [...]}, {"conversations": [...]} (from/value pairs, too), {"prompt", "response"} (or
+"completion"), or for preferences {"prompt", "chosen", "rejected"}; prompt and answers are strings or message lists.
+Chosen and rejected may also be whole conversations with no prompt beside them.
 """
 
 from dataclasses import dataclass
@@ -173,6 +173,10 @@ def encode(tokenizer, prompt, response, where="the row"):
     """
     text = _response_text(response, where)
     before = prompt_ids(tokenizer, prompt, where)
+    if not before:
+        raise ValueError(
+            f"{where}: the prompt has no token, and the first one of a response cannot be learned without one before"
+        )
     if isinstance(prompt, str):
         ids = before + _behind(tokenizer, prompt, before, text)
         return _ended(tokenizer, ids, len(before), text.endswith(tokenizer.eos_token or "\0"))

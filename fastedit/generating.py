@@ -180,14 +180,15 @@ class Rows:
     def __init__(self):
         self.running = {}  # by thread: [Generation], the innermost last
         self.told = {"lengths": [], "mask": []}
+        self.labels, self.answers = {}, False  # labels by thread, of a forward; whether the model writes answers to prompts
         self.traced = Seen()
 
     def __getstate__(self):
-        return {"lengths": _only(self.lengths), "mask": _only(self.mask)}
+        return {"lengths": _only(self.lengths), "mask": _only(self.mask), "answers": self.answers}
 
     def __setstate__(self, state):
         self.__init__()
-        self.lengths, self.mask = state["lengths"], state["mask"]
+        self.lengths, self.mask, self.answers = state["lengths"], state["mask"], state["answers"]
 
     # --- what handles were told -------------------------------------------------------------------------------------------
 
@@ -247,6 +248,24 @@ class Rows:
             return _NOTHING if generation is None else Seen(generation)
         return Seen(generation, self.lengths, self.mask)
 
+    # --- labels -----------------------------------------------------------------------------------------------------------
+
+    def labelled(self, labels, function, /, *args, **kwargs):
+        """function(...), whose forwards in this thread know these labels (sequences, columns)."""
+        key = _thread()
+        before = self.labels.get(key)
+        self.labels[key] = labels
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.labels.pop(key)
+            if before is not None:
+                self.labels[key] = before
+
+    def labels_now(self):
+        """The labels of the forward that runs in this thread, or None."""
+        return self.labels.get(_thread())
+
     # --- generate ---------------------------------------------------------------------------------------------------------
 
     def generate(self, own, module, args, kwargs):
@@ -283,6 +302,11 @@ class Rows:
             "tenant on this model must know the prompt of each, which it does not say: use model.generate, or vLLM "
             "(docs/serving.md), or edits at positions='all' without a gate on the prompt"
         )
+
+
+def _thread():
+    """Whose labels: under torch.compile, which knows no threads, everyone's."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _only(value):

@@ -34,9 +34,8 @@ class Packing:
 
     def several(self):
         """Whether a row holds more than one; looks at the values."""
-        return bool((self.number[:, -1] - self.number[:, :1].T.flatten() > 0).any()) or self.sequences() > len(
-            self.number
-        )
+        last = self.number[:, -1]  # minus the row's before: how many begin in it, padding in front or not
+        return bool((last.diff(prepend=last.new_full((1,), -1)) > 1).any())
 
     def last(self, within):
         """(batch, tokens): of each token, where in its row the last token of its sequence is that `within` holds for."""

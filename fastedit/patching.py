@@ -14,8 +14,10 @@ import sys
 import torch
 from torch import nn
 
+from .changes import advise_rate, optimizer_steps
 from .edits import Edit
 from .generating import check_lengths, check_mask
+from .heads import heads
 from .merging import MergeError, merge_handle
 from .planning import device_at, plan
 from .probes import readings
@@ -23,12 +25,7 @@ from .report import report
 from .root import Root, root_of
 from .tenants import Assignment, Tenancy, check_count, check_tenant
 
-HEADS = (
-    "classifier",
-    "score",
-    "qa_outputs",
-    "classification_head",
-)  # task heads that freeze=True leaves trainable
+RATES = "Published: RED 1e-3 to 2e-2, LoReFT and its kin 4e-4 to 4e-3, a vector 5e-4 or more."
 
 
 def patch(model, edits, *, freeze=False, fused=True, tenants=None):
@@ -37,7 +34,7 @@ def patch(model, edits, *, freeze=False, fused=True, tenants=None):
     Args:
         model: an nn.Module with a stack of layers (fastedit/families); on any device, meta included.
         edits: an Edit or a list of them: a stack, applied in order, after those of earlier handles.
-        freeze: let only the edits train, and a task head (classifier, score, qa_outputs).
+        freeze: let only the edits train, and what is newly initialised: a task head, a pooler, a projector (fastedit/heads.py).
         fused: False keeps to the plain path, where an edit is an op of its own.
         tenants: a number of tenants to train in one batch: every tensor gets a leading tenant dimension, and forwards
             run inside `handle.assign` (fastedit/tenants.py).
@@ -103,6 +100,8 @@ class Handle:
             self._activate()
             if freeze:
                 self._freeze()
+            advise_rate(self.parameters(), RATES)
+            self._start, self.since = self._sums(), optimizer_steps()
         except BaseException:
             self.remove()
             raise
@@ -154,6 +153,7 @@ class Handle:
                 raise TypeError(f"{name} has dtype {tensor.dtype}, expected float32")
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds values that are NaN or infinite")
+        self._start = None
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if type(own[name]) in (torch.Tensor, nn.Parameter):
@@ -166,6 +166,20 @@ class Handle:
     def parameters(self):
         """The trainable masters."""
         return self._tree.parameters()
+
+    def never_moved(self):
+        """Whether the edits are to be trained and are still where they began; False where that is not known."""
+        if self._start is None or not any(masters.trainable for _, _, masters in self._each()):
+            return False
+        now = self._sums()
+        return now is not None and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(self._start, now, strict=True))
+
+    def _sums(self):
+        """Two numbers a tensor, which tell whether any has moved; None where there is nothing to add up."""
+        found = [tensor.detach() for _, tensor in self._named()]
+        if any(type(t) is not torch.Tensor or t.device.type in ("meta", "mps") for t in found):
+            return None  # mps has no fp64
+        return [torch.stack([t.sum(dtype=torch.float64), t.square().sum(dtype=torch.float64)]) for t in found]
 
     def num_parameters(self):
         """How many numbers the edits hold, frozen ones included."""
@@ -225,7 +239,8 @@ class Handle:
         return readings(self._members)
 
     def save(self, folder, *, tenant=None):
-        """Write the edits to a folder (fastedit.store); of a handle with tenants one tenant's, as an ordinary edit.
+        """Write the edits to a folder (fastedit.store), and the head or adapter that was trained along (fastedit.kept); of
+        a handle with tenants one tenant's, as an ordinary edit.
 
         Over several processes (fastedit.distributed) all call this, and the first writes.
         """
@@ -408,12 +423,7 @@ class Handle:
         self._root.change(self.model, {key: [m for m in self._root.stack(*key) if id(m) not in own] for key in keys})
 
     def _freeze(self):
-        heads = [
-            getattr(self.model, name)
-            for name in HEADS
-            if isinstance(getattr(self.model, name, None), nn.Module)
-        ]
-        kept = {id(p) for module in (self._root, *heads) for p in module.parameters()}
+        kept = {id(p) for module in (self._root, *heads(self.model)) for p in module.parameters()}
         for parameter in self.model.parameters():
             if parameter.requires_grad and id(parameter) not in kept:
                 parameter.requires_grad_(False)

@@ -35,6 +35,7 @@ def check_layout(layer, site):
 def install(model, stacks, rows):
     """Swap the owners and the generating modules of `stacks`; the [module] to give to `uninstall`."""
     generating = [m for m in model.modules() if hasattr(type(m), "prepare_inputs_for_generation")]
+    rows.answers = bool(generating) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     states = {id(m): (m, Planned(rows=rows)) for m in generating}
     for stack in stacks:
         states.setdefault(id(stack.owner), (stack.owner, Planned()))[1].stack = stack

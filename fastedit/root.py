@@ -4,6 +4,7 @@ import warnings
 
 from torch import nn
 
+from . import states
 from .families import alternatives, find_layers
 from .generating import Rows
 from .installation import Installation, link
@@ -31,6 +32,16 @@ class Root(nn.Module):
         self.rows = Rows()
         self.stacks, self.planned = {}, []  # of edits with positions: {name: Stack}, and the modules swapped for them
         self.frozen = []  # the parameters that freeze=True found trainable
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """With a note of what the edits are, so that whoever saves the model saves them whole (states.py)."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (note := states.note(self)) is not None:
+            destination[prefix + states.KEY] = note
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(prefix + states.KEY, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def new_name(self, kind="patch"):
         return next(f"{kind}{n}" for n in range(len(self.handles) + 1) if f"{kind}{n}" not in self.handles)

@@ -5,8 +5,9 @@ class is swapped (swapping.py) for one that first makes a plan of them. From a p
 coefficients (positions.py): fp32, one a row, made at first use and kept for the layers after.
 
 What is prompt: in `generate` what it was given, however the forwards cut it (generating.py); in a forward on an empty cache
-everything, of packed rows everything of each sequence (packing.py); else what `handle.prompt` says. What is not known, or
-what its sources do not agree on, is refused where an edit depends on it.
+everything, of packed rows everything of each sequence (packing.py); else what `handle.prompt` says. A causal model that is
+given `labels` takes the prompt to be what stands before the first that is not −100; training without labels or lengths is
+refused where it matters. What is not known, or what its sources do not agree on, is refused where an edit depends on it.
 """
 
 import threading
@@ -114,6 +115,9 @@ class RowPlan:
         self.behind, self.unsure, self._checked, self._packing = False, None, False, False
         self.cache, self._cache_name = cache_in(given)
         self._offset = self._locate(stack.name)
+        labels = None if stack.encodes else stack.rows.labels_now()
+        self.labels = labels if labels is not None and labels.shape == self.shape else None
+        self.trains = stack.owner.training and stack.rows.answers and torch.is_grad_enabled()
         self.made = {}
         self.measured, self.decided = {}, {}  # by gates in this forward: of each token, of each sequence
 
@@ -290,7 +294,7 @@ class RowPlan:
             return False
         if self.generation is not None:
             return False if self.generation.columns > offset else None if positions.generated else NOWHERE
-        if self.lengths is None and offset == 0:
+        if self.lengths is None and self.labels is None and not self.trains and offset == 0:
             if positions == _GENERATED:
                 return NOWHERE
             if positions == _PROMPT and self.attention_mask is None:
@@ -307,6 +311,8 @@ class RowPlan:
         lengths = self.lengths
         if isinstance(lengths, Elsewhere):
             raise lengths.refuse()
+        if lengths is None:
+            lengths = self._by_labels(positions, device)
         if self.packing is not None:
             return self._in_pack(lengths, device)
         if self.unread and (positions is None or positions.first or positions.last):
@@ -339,6 +345,19 @@ class RowPlan:
         found = packing.index, packing.real, length
         return tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in found)
 
+    def _by_labels(self, positions, device):
+        """(sequences,) lengths of the prompts by the labels; None where nothing says them and nothing need to."""
+        what = _named(positions or "a gate on the prompt")
+        if self.labels is not None:
+            self.whole_rows("labels that say where prompts end")
+            return _before_labels(what, positions, self.labels.to(device), self.attention_mask)
+        if self.trains and (positions is None or not positions.only_first):
+            raise RuntimeError(
+                f"{what} depend on where the prompt ends, which this forward in training does not say: give the model labels "
+                "with -100 over the prompt, or say handle.prompt(lengths) before each forward"
+            )
+        return None
+
     def _check_empty(self, positions):
         offset = self.offset
         if isinstance(offset, torch.Tensor) and not torch.compiler.is_compiling():
@@ -364,6 +383,26 @@ class RowPlan:
         mask = self._told(mask.to(device, torch.float32), batch, "handle.mask's mask")
         known = mask.shape[1]
         return mask[:, columns.clamp(max=known - 1)] * (columns < known)
+
+
+def _before_labels(what, positions, labels, mask):
+    """(sequences,) how many real tokens stand before the first label that is not −100."""
+    answers = labels != -100
+    before = answers.cumsum(1) == 0
+    length = (before if mask is None else before & (mask.to(labels.device) != 0)).sum(1)
+    if not torch.compiler.is_compiling():
+        starts = answers[:, :1].sum(1) + (answers[:, 1:] & ~answers[:, :-1]).sum(1)
+        if bool((starts > 1).any()):
+            raise ValueError(
+                f"{what}: sequence {int((starts > 1).int().argmax())} has several responses in its labels (turns, or a packed "
+                "row), each with a prompt of its own; give one response a row, or use positions='all'"
+            )
+        if positions is not None and (positions.first or positions.last or positions.prompt) and bool((length == 0).any()):
+            raise ValueError(
+                f"{what}: sequence {int((length == 0).int().argmax())} has no prompt by its labels; put -100 over the prompt's "
+                "labels, or use positions='all'"
+            )
+    return length
 
 
 def _named(what):

@@ -47,6 +47,7 @@ def swapped_class(base, recipe):
     }
     if recipe == PLANNED:
         members |= {n: functools.wraps(getattr(base, n))(_asked(base, n)) for n in _ENTRIES if hasattr(base, n)}
+        members["__call__"] = _labelled(base)
     if hasattr(base, "gradient_checkpointing"):
         members[_CHECKPOINT] = property(_checkpoint_of, _set_checkpoint)
     return type(base.__name__, (base,), members)
@@ -95,6 +96,18 @@ def _asked(base, name):
         return getattr(state.rows, _ENTRIES[name])(own, self, args, kwargs)
 
     return method
+
+
+def _labelled(base):
+    """A call, and not a forward: TRL puts a forward of its own on the instance, and gives that the labels."""
+
+    def __call__(self, *args, **kwargs):
+        state, labels = self.__dict__.get(STATE), kwargs.get("labels")
+        if labels is None or state is None or state.rows is None or not state.rows.answers:
+            return base.__call__(self, *args, **kwargs)
+        return state.rows.labelled(labels, base.__call__, self, *args, **kwargs)
+
+    return __call__
 
 
 _FORWARDS = {None: _edited, PLANNED: _planned, CARRIED: _carried}

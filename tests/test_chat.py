@@ -62,7 +62,7 @@ def tokenizer_of(name=None, adds_eos=False):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_row_has_one_bos_and_learns_where_it_ends(name):
-    tokenizer, (_, bos, _, end, adds) = tokenizer_of(name), TEMPLATES[name]
+    tokenizer, (_, _, _, end, adds) = tokenizer_of(name), TEMPLATES[name]
     row = chat.encode(tokenizer, ASKED, "fine  \n")
     text = tokenizer.decode(row.ids)
     if adds:
@@ -72,7 +72,9 @@ def test_a_row_has_one_bos_and_learns_where_it_ends(name):
     assert tokenizer.decode(row.response[:-1]).strip() == "fine" and end not in tokenizer.decode(row.response[:-1])
     assert row.labels()[: row.prompt] == [-100] * row.prompt and row.labels()[row.prompt :] == row.response
     whole = tokenizer.apply_chat_template([*ASKED, {"role": "assistant", "content": "fine  \n"}], tokenize=False)
-    assert row.ids == tokenizer(whole.rstrip(), add_special_tokens=False)["input_ids"], "nothing but the template's text"
+    assert row.ids == tokenizer(whole.rstrip(), add_special_tokens=False)["input_ids"], (
+        "nothing but the template's text"
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -142,10 +144,14 @@ BAD = [
     ({"messages": []}, r"row 4, column 'messages': found \[\]"),
     ({"messages": [ASKED[0], ASKED[0]]}, r"roles out of order \(user, user\), expected assistant as turn 2"),
     ({"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}, "roles out of order"),
-    ({"messages": [*ASKED, {"role": "judge", "content": "x"}]}, "row 4, column 'messages', message 1: the role is 'judge'"),
+    (
+        {"messages": [*ASKED, {"role": "judge", "content": "x"}]},
+        "row 4, column 'messages', message 1: the role is 'judge'",
+    ),
     ({"messages": [*ASKED, {"role": "assistant", "content": " "}]}, "message 1: the content is ' '"),
     ({"prompt": ASKED, "response": ""}, "row 4, column 'response': the response is ''"),
     ({"prompt": ASKED}, r"row 4: there is no column 'response' \(found prompt\)"),
+    ({"prompt": "", "response": "a"}, "row 4, column 'response': the prompt has no token"),
     ({"text": "x"}, r"row 4: there is no column 'prompt' \(found text\)"),
     ("text", "row 4: found 'text', expected an object"),
 ]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import fastedit as fe
 from fastedit.cli import app, doctor
-from fastedit.cli.train import _split, read_rows
+from fastedit.cli.train_sentences import _split, read_rows
 from fastedit.recipes import SentenceClassifier, accuracy, load_head, predict
 
 WORDS = ["the", "film", "was", "very", "quite", "good", "bad", "and", "long", "short"]
@@ -64,7 +64,7 @@ def tsv(path, rows, columns=("text", "label")):
 
 def test_every_command_has_help_with_an_example():
     listed = invoke("--help")
-    for command in ("demo", "doctor", "show", "train", "contrast", "generate", "serve"):
+    for command in ("demo", "doctor", "show", "train", "predict", "contrast", "generate", "serve"):
         assert command in listed
         text = invoke(command, "--help")
         assert re.search(r"Examples?:", text) and f"fastedit {command}" in text
@@ -162,12 +162,12 @@ def test_train_on_jsonl_with_its_own_columns_and_held_out_file(encoder, tmp_path
 def test_mistakes_in_the_data_are_one_line(encoder, tmp_path):
     good = reviews(10)
     cases = {
-        "a.csv": ("text,label\n", "neither .tsv nor .jsonl"),
+        "a.xml": ("text,label\n", "is none of .jsonl, .json"),
         "empty.tsv": ("text\tlabel\n", "has no rows"),
         "columns.tsv": ("body\tlabel\na\t1\n", "has no 'text'"),
         "short.tsv": ("text\tlabel\nfine\t1\nbroken\n", "row 2 of"),
         "bad.jsonl": ('{"text": "a", "label": 1}\n{"text": \n', "line 2 of"),
-        "list.jsonl": ("[1]\n", "is not a JSON object"),
+        "list.jsonl": ("[1]\n", "expected an object with columns"),
         "one.tsv": ("text\tlabel\n" + "".join(f"{t}\tsame\n" for t, _ in good), "one label only"),
     }
     for name, (content, message) in cases.items():
@@ -177,7 +177,7 @@ def test_mistakes_in_the_data_are_one_line(encoder, tmp_path):
     output = invoke("train", encoder, tmp_path / "nowhere.tsv", code=2)
     assert "No such file" in output
     output = invoke("train", encoder, tsv(tmp_path / "r.tsv", good), "--method", "lora", code=2)
-    assert "expected one of red, direft, noreft" in output
+    assert "expected one of red, red+, loreft" in output
     assert not (tmp_path / "edit").exists()
 
 

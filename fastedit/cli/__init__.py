@@ -1,4 +1,4 @@
-"""The command line: `fastedit demo | doctor | show | train | contrast | generate | serve`, and methods.py's.
+"""The command line: `fastedit demo | doctor | show | train | predict | contrast | generate | serve`, and methods.py's.
 
 A command's imports happen when it runs.
 """
@@ -68,27 +68,58 @@ def run_show(
 @app.command("train")
 def run_train(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or Hub id: an encoder; a causal model for rahf and recontrol.")],
-    data: Annotated[Path, typer.Argument(help="Labelled texts, preference rows or prompts: see below.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id: an encoder for sentences, else a causal model.")],
+    data: Annotated[Path, typer.Argument(help="Rows: .jsonl, .json, .parquet, .tsv or .csv; see below.")],
     out: Out = Path("my-edit"),
-    method: Annotated[str, typer.Option(help="red, loreft, direft, noreft, rahf or recontrol.")] = "red",
+    method: Annotated[str, typer.Option(help="red, red+, loreft, direft, noreft, vector; or rahf, recontrol.")] = "red",
+    task: Annotated[str | None, typer.Option(help="classify (the default), pairs, regress, sft, preference or reward.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of loreft, direft, noreft (4), or rahf's student (8).")] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 3, 8-15 or 0,4,-1; by default all.")] = None,
+    positions: Annotated[str | None, typer.Option(help='Such as "last 4", of the prompt; by default all.')] = None,
+    site: Annotated[str | None, typer.Option(help="mlp, attn, block, …; by default the method's.")] = None,
     text: Annotated[str | None, typer.Option(help="Column of the texts; by default text or sentence.")] = None,
+    other: Annotated[str | None, typer.Option(help="pairs: column of the second texts.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the labels; by default label.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="sft: column of the prompts.")] = None,
+    response: Annotated[str | None, typer.Option(help="sft: column of the responses.")] = None,
+    chat: Annotated[bool | None, typer.Option("--chat", help="Prompts that are strings are user turns of the template.")] = None,
+    head: Annotated[str | None, typer.Option(help="mean, or token: the RED paper's on GLUE.")] = None,
     evaluate: Annotated[Path | None, typer.Option("--eval", help="Held-out file; by default a tenth of DATA.")] = None,
+    loss: Annotated[str | None, typer.Option(help="preference: dpo, bipo, orpo or reps.")] = None,
+    beta: Annotated[float | None, typer.Option(min=0.0, help="preference: of dpo and bipo; 0.1.")] = None,
+    store: Annotated[bool | None, typer.Option("--store", help="preference: store the reference's log-probabilities.")] = None,
+    shifted: Annotated[Path | None, typer.Option(help="reward: rows without labels for MetaRM's ascent step.")] = None,
+    ascent: Annotated[float | None, typer.Option(min=0.0, help="reward: MetaRM's step size; 0 for none.")] = None,
     lr: Annotated[
-        float | None, typer.Option(min=0.0, help="2e-2; rahf 3e-4 (scit), 9e-6 (dual); recontrol 1e-4.")
+        float | None, typer.Option(min=0.0, help="By task and method; rahf 3e-4 (scit), 9e-6 (dual); recontrol 1e-4.")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(min=0.0, help="2; recontrol 100 at most.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="32; rahf 64 (scit), 8 (dual); recontrol 512.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0.0, help="2; sft and preference 3; recontrol 100 at most.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="32; of causal models 8; rahf 64 (scit), 8 (dual); recontrol 512.")
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Batches a step; 1.")] = None,
+    checkpointing: Annotated[bool | None, typer.Option("--checkpointing", help="Compute activations again in backward.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many; 1024.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many; 512.")] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="auto: over several GPUs, by accelerate.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="Use this many rows of DATA at most.")] = None,
     mode: Annotated[str | None, typer.Option(help="rahf: scit or dual.")] = None,
     student: Annotated[str | None, typer.Option(help="rahf: lora, red or loreft.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="rahf: of the student; 450 (scit), 2500 (dual).")] = None,
     alpha: Annotated[float | None, typer.Option(help="rahf: of the target pattern; 5.")] = None,
-    teacher_steps: Annotated[int | None, typer.Option(min=0, help="rahf: of each teacher (450); 0 for ready ones.")] = None,
+    fitted: Annotated[str | None, typer.Option(help="rahf: chosen, random (scit) or all (dual) responses.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="rahf: rows a forward; up to 16.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="rahf: full, lora, red or red+, the way a teacher is trained.")] = None,
+    teacher_epochs: Annotated[float | None, typer.Option(min=0.0, help="rahf: 2 (scit), 3 (dual).")] = None,
+    teacher_steps: Annotated[
+        int | None, typer.Option(min=0, help="rahf: of each teacher, in place of epochs; 0 for ready ones.")
+    ] = None,
     teacher_lr: Annotated[float | None, typer.Option(min=0.0, help="rahf: 2e-5.")] = None,
-    reward: Annotated[str | None, typer.Option(help="recontrol: word:WORD, or module:function.")] = None,
+    reward: Annotated[str | None, typer.Option(help="recontrol: word:WORD, edit:FOLDER, or module:function.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="recontrol: responses a prompt; 4.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="recontrol: 64.")] = None,
     units: Annotated[int | None, typer.Option(min=1, help="recontrol: of the value net; 4096.")] = None,
@@ -97,21 +128,47 @@ def run_train(
     ascent_steps: Annotated[int | None, typer.Option(min=0, help="recontrol: n of the ascent; 30.")] = None,
     seed: int | None = None,
 ):
-    """Train an edit by a method, and save it.
+    """Train an edit by a method on a task, and save it with what was trained along.
 
-    red, loreft, direft, noreft: an edit and a linear head on labelled texts (.tsv with a header, or .jsonl).
-    rahf: preferences into an edit or LoRA; rows with prompt, chosen and rejected (.json or .jsonl).
+    classify, pairs, regress: an edit and a head on an encoder; columns text (and other) and label.
+    sft: an edit on a causal model; rows with messages, or prompt and response.
+    preference, reward: rows with prompt, chosen and rejected; the reference is the same model without the edit.
+    rahf: preferences into an edit or LoRA; rows with prompt, chosen and rejected.
     recontrol: a value net for sampled responses' rewards; prompts as .txt, .json or .jsonl.
 
     **Examples:** `fastedit train ./encoder reviews.tsv --out my-edit`,
-    `fastedit train ./encoder reviews.jsonl --method loreft --rank 4 --lr 1e-3 --epochs 3`,
+    `fastedit train ./encoder pairs.tsv --task pairs --method loreft --rank 4 --lr 1e-3 --head token`,
+    `fastedit train ./model chats.jsonl --task sft --method red --lr 2e-2 --out style`,
+    `fastedit train ./model prefs.jsonl --task preference --loss dpo --store --out aligned`,
     `fastedit train ./model pairs.jsonl --method rahf --mode scit --student red --out aligned` and
     `fastedit train ./model prompts.txt --method recontrol --reward word:dog --lam 0.9 --out control`
     """
     from .train import run
 
-    own = ("context", "model", "data", "out", "method")
-    run(model, data, out, method, {name: value for name, value in context.params.items() if name not in own})
+    own = ("context", "model", "data", "out", "method", "task")
+    run(model, data, out, method, task, {name: value for name, value in context.params.items() if name not in own})
+
+
+@app.command("predict")
+def run_predict(
+    folder: Annotated[str, typer.Argument(help="What `fastedit train` wrote, or a Hub repo id.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Sentences, or prompts.")] = None,
+    file: Annotated[Path | None, typer.Option("--texts", help="A file of them: .txt, .json or .jsonl.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base; by default the one that the edit names.")] = None,
+    other: Annotated[list[str] | None, typer.Option(help="Second texts, for an edit trained on pairs.")] = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 100,
+    out: Annotated[Path | None, typer.Option(help="Also write the answers here, as .jsonl.")] = None,
+):
+    """Use what was trained: the label, number or reward of each text, or the reply to each prompt.
+
+    **Examples:** `fastedit predict my-edit --model ./encoder "a fine film"` and
+    `fastedit predict style --model ./model --texts prompts.txt --out replies.jsonl`
+    """
+    from .predict import run
+
+    run(folder, texts, file, model, other, device, dtype, max_new_tokens, out)
 
 
 @app.command("contrast")

@@ -155,7 +155,7 @@ def _color(session, dials, version, page):
             raise gr.Error("Make a direction first.") from None
         except ValueError as error:
             raise gr.Error(str(error)) from None
-        from ..plots.tokens import html, heat_map
+        from ..plots.tokens import heat_map, html
 
         return html(tokens, values.mean(0)), heat_map(tokens, layers, values)
 
