@@ -29,6 +29,7 @@ _HOME = {
     "interop.adopt": ("adopt",),
     "interop.red": ("load_red_checkpoint",),
     "value_net": ("ValueNet",),
+    "verifying": ("verify",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = ("arrays", "dispatch", "distributed", "families", "interop", "methods", "ops", "recipes", "store")
