@@ -6,6 +6,8 @@ The reference (reference.py) is plain hooks on whole sequences, one request at a
 runs the model as people run it. A difference that the model without edits has in that mode, too, is not the edits'.
 """
 
+import contextlib
+import os
 import warnings
 
 import torch
@@ -14,6 +16,7 @@ from ..evaluating import evaluating
 from ..families import find_layers
 from ..patching import patch
 from ..root import root_of
+from ..store import load
 from . import modes as _modes
 from .inputs import as_requests, made
 from .outcome import Outcome, Row
@@ -29,7 +32,7 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
 
     Args:
         model: an nn.Module that `fastedit.patch` takes, not patched. It is given back bit for bit.
-        edits: an Edit or a list of them. Where an edit changes nothing yet (a fresh RED) small random numbers stand in.
+        edits: an Edit, a list of them, or a folder that `handle.save` wrote. Where an edit changes nothing yet (a fresh RED) small random numbers stand in.
         inputs: requests: token ids (a list of 1-D tensors or lists), or a list of dictionaries of arguments for the model,
             each a batch of one. None: two random ones by the model's config.
         modes: names among `fastedit.verifying.modes.MODES`; None for all that the model has.
@@ -48,11 +51,11 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
     wanted = _modes.named(modes, model)
     requests = made(model, seed) if inputs is None else as_requests(inputs, model)
     settings = _modes.Settings(new_tokens, backend, seed)
-    with evaluating(model), warnings.catch_warnings(), torch.random.fork_rng():
+    with evaluating(model), _as_it_was(model), warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         plain = {name: _modes.attempt(name, model, requests, settings) for name in wanted}
         try:
-            handle = patch(model, edits)
+            handle = load(model, edits) if isinstance(edits, (str, os.PathLike)) else patch(model, edits)
         except (ValueError, TypeError) as error:
             return Outcome(model, [Row("patch", "refused", note=str(error))])
         try:
@@ -62,11 +65,27 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
             edited = {name: _modes.attempt(name, model, requests, settings) for name in wanted}
         finally:
             handle.remove()
-            torch.compiler.reset()
+            if "compile" in wanted:
+                torch.compiler.reset()
         rows += [_compare(name, model, plain[name], edited[name], slow, bare) for name in wanted]
     if not any(row.effect for row in rows) and not any(row.verdict in ("refused", "wrong") for row in rows):
         raise ValueError("the edits changed nothing in any mode that the model has: there is nothing to verify")
     return Outcome(model, rows)
+
+
+@contextlib.contextmanager
+def _as_it_was(model):
+    """Afterwards no module has an attribute that it did not have: switching checkpointing on and off leaves some."""
+    held = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, before in held:
+            for name in [name for name in module.__dict__ if name not in before]:
+                del module.__dict__[name]
+            for name, value in before.items():
+                if module.__dict__.get(name) is not value:
+                    module.__dict__[name] = value
 
 
 def _stir(handle, seed):
