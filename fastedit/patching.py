@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from .edits import Edit
+from .generating import check_lengths, check_mask
 from .merging import MergeError, merge_handle
 from .planning import device_at, plan, width_at
 from .probes import readings
 from .report import report
 from .root import Root, root_of
-from .row_plan import check_lengths, check_mask
 from .tenants import Assignment, Tenancy, check_count, check_tenant
 
 HEADS = (

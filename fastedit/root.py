@@ -5,9 +5,11 @@ import warnings
 from torch import nn
 
 from .families import alternatives, find_layers, probe
+from .generating import Rows
 from .installation import Installation, link
+from .planned import check_layout, install, owner_of, uninstall
 from .proof import fingerprint, prove
-from .row_plan import Rows, Stack, install, owner_of, uninstall
+from .row_plan import Stack
 from .site_kinds import site_at
 from .swapping import base_of
 
@@ -117,6 +119,9 @@ class Root(nn.Module):
         """Row plans for the stacks of layers where an edit, a gate or a probe needs them, and for no others."""
         masters = {key: site.masters for key, site in self.sites.items()}
         masters |= {(layer.name, name): found for (layer, name), found in stacks.items()}
+        for (layer, name), found in stacks.items():
+            if any(m.needs_plan for m in found):
+                check_layout(layer, name)
         wanted = {key[0].partition(".")[0] for key, found in masters.items() if any(m.needs_plan for m in found)}
         if wanted == set(self.stacks):
             return

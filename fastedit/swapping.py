@@ -18,6 +18,10 @@ _BASE = "_fastedit_base"
 STACK = "_fastedit_stack"  # of a layer with edits at some positions: its row_plan.Stack
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps a layer's checkpointing function
 PLANNED, CARRIED = "planned", "carried"  # recipes beside those of families: row_plan.py
+_ENTRIES = {  # of a generating module: {its method: that of generating.Rows which is asked}
+    "generate": "generate", "prepare_inputs_for_generation": "prepare", "generate_batch": "batches",
+    "init_continuous_batching": "batches", "continuous_batching_context_manager": "batches",
+}  # fmt: skip
 
 
 def base_of(module):
@@ -41,8 +45,8 @@ def swapped_class(base, recipe):
         "__doc__": base.__doc__,
         _BASE: base,
     }
-    if recipe == PLANNED and hasattr(base, "generate"):
-        members["generate"] = functools.wraps(base.generate)(_generating(base))
+    if recipe == PLANNED:
+        members |= {n: functools.wraps(getattr(base, n))(_asked(base, n)) for n in _ENTRIES if hasattr(base, n)}
     if hasattr(base, "gradient_checkpointing"):
         members[_CHECKPOINT] = property(_checkpoint_of, _set_checkpoint)
     return type(base.__name__, (base,), members)
@@ -80,14 +84,17 @@ def _planned(base):
     return forward
 
 
-def _generating(base):
-    def generate(self, *args, **kwargs):
+def _asked(base, name):
+    """A method of a generating module that its Rows hear of, and answer in its place."""
+    own = getattr(base, name)
+
+    def method(self, *args, **kwargs):
         state = self.__dict__.get(STATE)
         if state is None or state.rows is None:
-            return base.generate(self, *args, **kwargs)
-        return state.rows.generate(base, self, args, kwargs)
+            return own(self, *args, **kwargs)
+        return getattr(state.rows, _ENTRIES[name])(own, self, args, kwargs)
 
-    return generate
+    return method
 
 
 _FORWARDS = {None: _edited, PLANNED: _planned, CARRIED: _carried}
