@@ -124,7 +124,7 @@ def _of_text(model, found):
     """Of a model that reads images or sound beside text, and says which part writes the text, the stacks in that part."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
-    if text is config or not hasattr(model, "get_decoder"):
+    if text is config or not hasattr(model, "get_decoder") or not model.can_generate():
         return []
     writes = model.get_decoder()
     path = next((p for p, m in model.named_modules() if m is writes), "")

@@ -73,33 +73,37 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
     return Outcome(model, rows)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
 @contextlib.contextmanager
 def _as_it_was(model):
-    """Afterwards no module has an attribute that it did not have: switching checkpointing on and off leaves some."""
-    held = [(module, dict(module.__dict__)) for module in model.modules()]
+    """Afterwards no module has an attribute or a hook that it did not have: switching checkpointing on leaves some."""
+    held = [(module, dict(module.__dict__), {name: set(getattr(module, name)) for name in _HOOKS}) for module in model.modules()]
     try:
         yield
     finally:
-        for module, before in held:
+        for module, before, hooks in held:
+            for name, keys in hooks.items():
+                for key in set(getattr(module, name)) - keys:
+                    del getattr(module, name)[key]
             for name in [name for name in module.__dict__ if name not in before]:
                 del module.__dict__[name]
-            for name, value in before.items():
-                if module.__dict__.get(name) is not value:
-                    module.__dict__[name] = value
+            module.__dict__.update(before)
 
 
 def _stir(handle, seed):
     """Random numbers where an edit changes nothing yet, so that what is compared is an edit."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, _, masters in handle._each():
+        for edit, _, masters in handle._each():
             form = masters.form()
-            idle = (
-                (form.scale is None or bool((form.scale == 1).all())) and (form.bias is None or not form.bias.any())
-                and (form.write is None or not form.write.any())
-            )  # fmt: skip
-            for name, tensor in masters.masters().items() if idle and not masters.is_probe else ():
-                tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator).to(tensor.device))
+            rows = torch.randn(3, form.width, generator=generator).to(masters.dial.device)
+            if masters.is_probe or not torch.allclose(form(rows), rows, atol=1e-5):
+                continue
+            for name, tensor in masters.masters().items():
+                if name != edit.constrained:
+                    tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator).to(tensor.device))
 
 
 def _layers_row(model, handle):
