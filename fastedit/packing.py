@@ -46,11 +46,17 @@ class Packing:
         return best[slot.flatten()].view_as(within)
 
 
+def about_packing(given):
+    """Those of a forward's arguments {name: value} that `packing_of` looks at."""
+    names = [n for n in given if n == "position_ids" or n.startswith("cu_seq") or n in _NUMBERED]
+    return {name: given[name] for name in names}
+
+
 def packing_of(given, mask, shape, device, looking):
     """The Packing of a forward that begins its sequences, or None where each row is one sequence.
 
-    given: the forward's arguments. mask: (batch, tokens) of 0 and 1, or of the sequences' numbers; or None. looking: whether
-    values may be looked at.
+    given: those of the forward's arguments. mask: (batch, tokens) of 0 and 1, or of the sequences' numbers; or None.
+    looking: whether values may be looked at.
 
     Raises:
         ValueError: what says where sequences start is no start, or two of them differ.

@@ -17,7 +17,7 @@ import torch
 from .cached import cache_in, length_of
 from .decisions import Decisions
 from .generating import Elsewhere, Unknown, around
-from .packing import packing_of
+from .packing import about_packing, packing_of
 from .positions import Positions
 
 NOWHERE = 0  # a coefficient that is 0 in every row; None is 1 in every row
@@ -29,7 +29,8 @@ class Stack:
     """One stack of layers, its owner and the plan that is in force, for each thread that runs it."""
 
     def __init__(self, name, owner, rows):
-        self.name, self.encodes, self.owner, self.rows = name, name == "encoder", owner, rows
+        self.name, self.owner, self.rows = name, owner, rows
+        self.encodes = name == "encoder" or "Encoder" in type(owner).__name__ or getattr(owner, "is_decoder", None) is False
         self.plans, self.traced = {}, None  # by thread; and under torch.compile, which has no threads
         self.decisions = Decisions()
 
@@ -96,7 +97,7 @@ class RowPlan:
 
     def __init__(self, stack, given):
         seen = stack.rows.seen()
-        self.owner, self.decisions, self.given = stack.owner, stack.decisions, given
+        self.owner, self.decisions = stack.owner, stack.decisions
         self.lengths, self.mask = seen.lengths, seen.mask
         self.ids, embeds = (given.get(name) for name in INPUTS)
         mask = given.get("attention_mask")
@@ -105,6 +106,9 @@ class RowPlan:
         shaped = self.ids if self.ids is not None else embeds
         self.shape = None if shaped is None else shaped.shape[:2]
         self.generation = None if stack.encodes or self.shape is None else seen.generation
+        self.unseen = seen.generation is None and not stack.encodes  # no `generate` is known to be around
+        self.device = None if shaped is None else shaped.device
+        self.starts = about_packing(given) if self.generation is None else {}
         self.behind, self.unsure, self._checked, self._packing = False, None, False, False
         self.cache, self._cache_name = cache_in(given)
         self._offset = self._locate(stack.name)
@@ -166,7 +170,7 @@ class RowPlan:
         self._checked = True
         if torch.compiler.is_compiling():
             return
-        whole = around(self.owner) if self.lengths is None else None
+        whole = around(self.owner) if self.unseen and self.lengths is None else None
         if whole is not None:
             raise RuntimeError(
                 f"{what} must know where the prompt ends, and {type(whole).__name__}.generate knows, but "
@@ -196,10 +200,9 @@ class RowPlan:
         looking = not torch.compiler.is_compiling()
         if isinstance(offset, torch.Tensor) or offset:
             return None
-        device = next(t for t in (self.ids, self.given.get("inputs_embeds")) if t is not None).device
-        if mask is not None and mask.shape[1] != self.shape[1]:
-            mask = None
-        return packing_of(self.given, None if mask is None else mask.to(device), self.shape, device, looking)
+        if mask is not None:
+            mask = None if mask.shape[1] != self.shape[1] else mask.to(self.device)
+        return packing_of(self.starts, mask, self.shape, self.device, looking)
 
     def whole_rows(self, what):
         """Refuse packed rows for `what`, which takes a row for one sequence."""
