@@ -149,7 +149,8 @@ def _no_site(edit, layer):
 def _instead(missed, there):
     """What to do about layers that a site does not reach."""
     names, numbers = ", ".join(layer.name for layer in missed), [layer.index for layer in there]
-    return f". It would leave out {len(missed)} of {len(missed) + len(there)} layers ({names}): say layers={numbers} to leave them out"
+    share = f"{len(missed)} of {len(missed) + len(there)}"
+    return f". It would leave out {share} layers ({names}): say layers={numbers} to leave them out"
 
 
 def width_at(layer, site):
@@ -194,7 +195,7 @@ def site_width(module, layer):
         if layer.width not in sizes:
             raise ValueError(
                 f"the width of layer {layer.name} is not known: the model's config says {layer.width}, and no weight of "
-                f"{type(layer.module).__name__} has such a side; its maps into the residual stream say {sorted(ends) or 'nothing'}"
+                f"{type(layer.module).__name__} has such a side; its maps into the stream say {sorted(ends) or 'nothing'}"
             )
     if len(found) != 1:
         raise ValueError(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-from bench.conformance import tiny
 
 import fastedit as fe
+from bench.conformance import tiny
 from fastedit.families import find_layers
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -123,7 +123,7 @@ def test_a_model_that_sees_is_edited_where_it_writes():
 
 
 def test_a_model_without_layers_says_what_was_found():
-    with pytest.raises(ValueError, match="has no layers to patch.*found no ModuleList at all"):
+    with pytest.raises(ValueError, match=r"has no layers to patch.*found no ModuleList at all"):
         fe.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)), fe.RED())
 
 

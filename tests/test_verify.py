@@ -47,7 +47,9 @@ EDITS = {
     "keep norm": lambda w: fe.Steer(vector(1, w), keep_norm=True, strength=0.5),
     "low rank": lambda w: fe.LoReFT(2, site="block", positions="prompt"),
     "gate": lambda w: fe.Steer(vector(1, w)).when(fe.Gate(vector(2, w), kind="cosine", sharpness=2.0)),
-    "gate elsewhere": lambda w: fe.Steer(vector(1, w), layers=[-1]).when(fe.Gate(vector(2, w), layer=0, decide="prompt mean", sharpness=1.0)),
+    "gate elsewhere": lambda w: fe.Steer(vector(1, w), layers=[-1]).when(
+        fe.Gate(vector(2, w), layer=0, decide="prompt mean", sharpness=1.0)
+    ),
     "input": lambda w: fe.ScaleBias(site="ffn_in"),
     "two": lambda w: [fe.Ablate(vector(1, w), site="attn"), fe.Steer(vector(2, w), positions="last 2")],
 }  # fmt: skip
@@ -139,7 +141,8 @@ def test_the_command_says_what_is_right(folder):
     result = CliRunner().invoke(app, [*given, "--json"])
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
-    assert said["ok"] and {row["mode"]: row["verdict"] for row in said["rows"]} == dict.fromkeys(("layers", "forward", "cache"), "right")
+    found = {row["mode"]: row["verdict"] for row in said["rows"]}
+    assert said["ok"] and found == dict.fromkeys(("layers", "forward", "cache"), "right")
     result = CliRunner().invoke(app, given[:2] + given[4:6], env={"COLUMNS": "200"})
     assert result.exit_code == 0 and "right" in result.output, result.output
 

@@ -5,8 +5,10 @@
     python -m bench.conformance --compile     Inductor, on a dozen classes; the others are not compiled, for time
 
 Two edits at once at `block` of every layer: one of all tokens, and one of the prompt's last and the generated tokens, which
-depends on where the prompt ends; the first alone where the second is refused ("by token"). verdict: "right" where the forward is right and no mode is wrong; "refused" by an error
-that says why; "not built" where no tiny model could be made of the class or its inputs are not known.
+depends on where the prompt ends; the first alone where the second is refused ("by token").
+
+verdict: "right" where the forward is right and no mode is wrong; "refused" by an error that says why; "not built" where no
+tiny model could be made of the class or its inputs are not known; "not run" after a crash or too long a time.
 """
 
 import torch

@@ -32,7 +32,8 @@ def main():
         if (kind, name) in done and not options.compile:
             continue
         row = apart(kind, name, options.limit, options.compile)
-        print(" ".join(f"{k}={row[k]}" for k in ("class", "verdict", "right", "refused", "left_out", "wrong", "note")), flush=True)
+        said = ("class", "verdict", "right", "refused", "left_out", "wrong", "note")
+        print(" ".join(f"{name}={row[name]}" for name in said), flush=True)
         if not options.words and not options.compile:
             keep(options.out, row)
 

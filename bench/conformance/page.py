@@ -21,8 +21,10 @@ def counts(rows):
 def text(rows):
     """The tables, in Markdown."""
     version, torch = ({row[name] for row in rows if row[name]} for name in ("transformers", "torch"))
+    if not rows:
+        return "The table has no rows yet: `make conformance` writes it.\n"
     lines = [f"transformers {', '.join(sorted(version))}, torch {', '.join(sorted(torch))}:", ""]
-    lines += ["| classes | registered | " + " | ".join(VERDICTS) + " |", "|---" * (len(VERDICTS) + 2) + "|"]
+    lines += ["| classes | tried | " + " | ".join(VERDICTS) + " |", "|---" * (len(VERDICTS) + 2) + "|"]
     for kind, by in counts(rows).items():
         lines.append(f"| {kind} | {sum(by.values())} | " + " | ".join(map(str, by.values())) + " |")
     lines += ["", "Those that are not right:", "", "| class | verdict | why |", "|---|---|---|"]

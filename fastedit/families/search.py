@@ -54,9 +54,11 @@ def stream_width(model, path):
 def _parts(config, path):
     """The config, and before it the part of it that describes the side at `path` where there are two."""
     side = next((p for p in reversed(path.split(".")) if p in _SIDES), None)
-    part = _read(config, side) if side else None
+    if side:
+        part = _read(config, side)
+        return [config] if part is None or isinstance(part, (int, str)) else [part, config]
     text = getattr(config, "get_text_config", None)
-    return [c for c in (part, config, text() if text is not None and not side else None) if c is not None and not isinstance(c, int)]
+    return [config] if text is None else [config, text()]
 
 
 def _read(config, name):

@@ -32,7 +32,8 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
 
     Args:
         model: an nn.Module that `fastedit.patch` takes, not patched. It is given back bit for bit.
-        edits: an Edit, a list of them, or a folder that `handle.save` wrote. Where an edit changes nothing yet (a fresh RED) small random numbers stand in.
+        edits: an Edit, a list of them, or a folder that `handle.save` wrote. Where an edit changes nothing yet (a fresh RED)
+            small random numbers stand in.
         inputs: requests: token ids (a list of 1-D tensors or lists), or a list of dictionaries of arguments for the model,
             each a batch of one. None: two random ones by the model's config.
         modes: names among `fastedit.verifying.modes.MODES`; None for all that the model has.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .inputs import takes
-from .reference import output_of
+from .reference import output_of, tensor_of
 
 
 @dataclass
@@ -87,9 +87,7 @@ def batch(model, requests, settings):
 
 
 def _of(model, given):
-    said = model(**given)
-    found = next((getattr(said, n) for n in ("logits", "last_hidden_state") if isinstance(getattr(said, n, None), torch.Tensor)), None)
-    return said[0] if found is None and not isinstance(said, torch.Tensor) else said if found is None else found
+    return tensor_of(model(**given), model)
 
 
 def _generation(**options):
@@ -242,7 +240,8 @@ def named(modes, model):
         modes = [modes] if isinstance(modes, str) else list(modes)
         unknown = [mode for mode in modes if mode not in MODES]
         if unknown or not modes:
-            raise ValueError(f"there is no mode {unknown[0]!r}; the modes are {', '.join(MODES)}" if unknown else "modes is empty")
+            known = ", ".join(MODES)
+            raise ValueError(f"there is no mode {unknown[0]!r}; the modes are {known}" if unknown else "modes is empty")
         return modes
     text = takes(model, "input_ids")
     generates = text and hasattr(model, "generate") and getattr(model, "can_generate", lambda: True)()

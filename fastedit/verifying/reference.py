@@ -80,7 +80,11 @@ class Reference:
 def output_of(model, given):
     """The logits of a forward without a cache, or the last hidden states of a model that has no head."""
     given = given | ({"use_cache": False} if takes(model, "use_cache") else {})
-    said = model(**given)
+    return tensor_of(model(**given), model)
+
+
+def tensor_of(said, model):
+    """The logits, or the last hidden states, of what a model returned."""
     for name in ("logits", "last_hidden_state"):
         if isinstance(getattr(said, name, None), torch.Tensor):
             return getattr(said, name)
@@ -187,7 +191,7 @@ def _hook(layer, site, parts, run):
 def _apply(parts, hidden, run):
     for part in parts:
         if part.form is None:
-            ids, prompt = run.tokens(part.layer)
+            _, prompt = run.tokens(part.layer)
             run.measured[part.sensor.key] = measure(part.sensor, hidden, hidden.shape[1] if prompt is None else prompt)
             continue
         wide = hidden.float()
