@@ -33,6 +33,7 @@ _HOME = {
     "interop.smollm2": ("chat_model",),
     "sweeping": ("Sweep", "sweep"),
     "value_net": ("ValueNet",),
+    "verifying": ("verify",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = ("arrays", "dispatch", "distributed", "families", "interop", "methods", "ops", "recipes", "store")

@@ -49,6 +49,7 @@ class Bank:
         Tables.check(capacity, rank)
         root = root_of(model) or Root(model)
         found, devices = places_of(root.layers, sites, layers)
+        root.check((layer, site, width, True, gates) for layer, site, width in found)
         self.tables = Tables([(layer.name, site, width) for layer, site, width in found], capacity, rank, devices, gates)
         self._books = Books(self.tables, host, folder)
         if fused:

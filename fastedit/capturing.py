@@ -22,12 +22,12 @@ from .captured_rows import RowWriter
 from .edit_file import replace
 from .edits import Edit
 from .evaluating import evaluating
-from .families import Input, find_layers
+from .families import Input
 from .files.sealed import Damaged, open_tensors, parse_json, read_regular, seal_tensors
 from .moments import Moments
 from .picking import Pick, check_at, has_span
 from .planning import choose, device_at, width_at
-from .root import root_of
+from .root import Root, root_of
 from .sinks import SINKS, check_sinks
 from .sites import check_site
 from .truncated import forward_until
@@ -275,10 +275,11 @@ class _State:
 def _choose(model, layers, site):
     """The layers, in the order in which they run."""
     check_site(site)
-    root = root_of(model)
-    found = choose(Edit((), site=site, layers=layers), find_layers(model) if root is None else root.layers)
+    root = root_of(model) or Root(model)
+    found = choose(Edit((), site=site, layers=layers), root.layers)
+    root.check((layer, site, width_at(layer, site), True, True) for layer in found)
     for layer in found:
-        if isinstance(layer.place(site), Input) and root is not None and root.stack(layer, site):
+        if isinstance(layer.place(site), Input) and root.stack(layer, site):
             raise ValueError(
                 f"site {site!r} of layer {layer.name} is edited where it enters its module, and a capture sees what comes "
                 "before that; remove that edit, or capture another site"

@@ -19,7 +19,7 @@ from .edits import Edit
 from .generating import check_lengths, check_mask
 from .heads import heads
 from .merging import MergeError, merge_handle
-from .planning import device_at, plan
+from .planning import device_at, plan, width_at
 from .probes import readings
 from .report import report
 from .root import Root, root_of
@@ -68,9 +68,14 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
     root = root_of(model) or Root(model)
     with torch.inference_mode(False):
         members = [plan(edit, root.layers, tenancy) for edit in edits]
+    root.check(
+        (layer, e.site, width_at(layer, e.site), m.needs_plan or tenancy is not None, m.is_probe or m.gating is not None)
+        for e, chosen in zip(edits, members, strict=True) for layer, m in chosen
+    )  # fmt: skip
+    sensors = [s for chosen in members for s in _shared(chosen).values()]
+    root.check((s.layer, s.site, width_at(s.layer, s.site), True, True) for s in sensors)
     if fused:
         places = [(layer, e.site) for e, chosen in zip(edits, members, strict=True) for layer, _ in chosen]
-        sensors = [s for chosen in members for s in _shared(chosen).values()]
         root.prove(places + [(sensor.layer, sensor.site) for sensor in sensors])
     return kind(model, root, edits, members, freeze, fused, tenancy)
 

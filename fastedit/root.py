@@ -5,7 +5,7 @@ import warnings
 from torch import nn
 
 from . import states
-from .families import alternatives, find_layers
+from .families import alternatives, find_layers, probe
 from .generating import Rows
 from .installation import Installation, link
 from .planned import check_layout, install, owner_of, uninstall
@@ -25,6 +25,7 @@ class Root(nn.Module):
         super().__init__()
         self.handles = {}  # name → Handle or Bank, in the order of patching
         self.layers = find_layers(model)
+        self.shapes = self._shapes(model)  # layer index → what it hands on, for layers that no recipe describes
         self.sites = {}  # (layer name, site name) → Site
         self.installed = {}  # layer name → Installation
         self.verdicts = {}  # (layer name, recipe) → Verdict
@@ -55,6 +56,24 @@ class Root(nn.Module):
             self.frozen = []
         if not self.handles:
             del model._modules["fastedit"]
+
+    def _shapes(self, model):
+        known = {}
+        for layer in self.layers:
+            recipes = {fingerprint(layer, recipe): recipe for recipe in layer.family.fused}
+            known |= {key: prove(layer, recipe).reason is None for key, recipe in recipes.items() if key not in known}
+            if not any(known[key] for key in recipes):
+                return probe.output_shapes(model, self.layers) or {}
+        return {}
+
+    def check(self, places):
+        """That edits act on what they are meant to act on: [(layer, site, width, by_token, reads)] (families/probe.py).
+
+        Raises:
+            ValueError: a layer that hands on something else than (batch, tokens, width).
+        """
+        for layer, site, width, by_token, reads in places:
+            probe.check(layer, site, width, self.shapes.get(layer.index, ()), by_token, reads)
 
     def prove(self, wanted):
         """Verdicts on the recipes that could carry the sites `wanted`, [(layer, site name)]."""

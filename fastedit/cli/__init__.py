@@ -1,4 +1,4 @@
-"""The command line: `fastedit demo | doctor | show | train | predict | contrast | generate | serve`, and methods.py's.
+"""The command line: `fastedit demo | doctor | show | train | predict | contrast | generate | verify | serve`, and methods.py's.
 
 A command's imports happen when it runs.
 """
@@ -249,6 +249,29 @@ def run_generate(
         model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed, chat, system, lexicons, trait,
         device=device, dtype=dtype, device_map=device_map, quantize=quantize,
     )  # fmt: skip
+
+
+@app.command("verify")
+def run_verify(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of any kind.")],
+    edit: Annotated[str | None, typer.Option(help="What `handle.save` wrote; by default a random vector at every block.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Several times for several; by default random tokens.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Generated a request.")] = 4,
+    backend: Annotated[str, typer.Option(help="Of torch.compile; eager traces and does not compile.")] = "inductor",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: int = 0,
+):
+    """Compare a model with an edit, in every mode that it has, with plain hooks on whole sequences.
+
+    Modes: forward, batch, cache, no cache, static cache, padding, beams, threads, packing, checkpointing, compile. Each is
+    right, refused, wrong, or left out since the model without edits differs there. Exit code 1: something is wrong.
+
+    **Examples:** `fastedit verify ./model --edit happy` and `fastedit verify ./model --mode cache --mode beams --json`
+    """
+    from .verify import run
+
+    raise typer.Exit(run(model, edit, prompt, mode, new_tokens, backend, as_json, seed))
 
 
 @app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
