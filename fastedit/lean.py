@@ -12,6 +12,7 @@ Llama took 0.82 of the unedited eager one's time with operators, 0.49 under a co
 import torch
 
 from . import ops
+from .changes import transformed
 from .dispatch import select
 from .kernels import reference
 from .native import DTYPE
@@ -75,7 +76,7 @@ def _arguments(tensors, slot, strength, gate, device, width):
 
 def edit(hidden, tensors, strength, looks=None):
     """E(hidden) in an op of its own; tensors, strength and looks as `add` has them."""
-    if _compiling():
+    if _compiling() or transformed():
         strength = _looked(looks, hidden, strength)
         return _expressed(reference.edit, (hidden,), tensors, strength)
     slot = slot_of(tensors, hidden)
@@ -107,7 +108,7 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, l
     has a gate for the kernel: gate() is its two tensors, say(rows) its g where no kernel takes it (gating.Sensor). Shapes
     have been checked when the masters were made; dtypes and devices are checked here, as a model may have been moved.
     """
-    if _compiling():
+    if _compiling() or transformed():
         strength = _looked(looks, x, strength, residual if on_sum else None)
         out = _expressed(reference.edit_add, (x, residual), tensors, strength, on_sum)
         return out if norm is None else (out, norm.module(out))

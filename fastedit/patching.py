@@ -19,7 +19,7 @@ from .merging import MergeError, merge_handle
 from .planning import device_at, plan
 from .probes import readings
 from .report import report
-from .root import Root, root_of
+from .root import Root, mark_first, root_of
 from .row_plan import check_lengths, check_mask
 from .tenants import Assignment, Tenancy, check_count, check_tenant
 
@@ -95,6 +95,7 @@ class Handle:
         self._root, self._members, self._strength = root, members, 1.0
         for masters in [*(m for _, _, m in self._each()), *self._sensors()]:
             masters.fused = fused
+        mark_first((layer, masters) for _, layer, masters in self._each())
         model._modules["fastedit"] = root
         root.handles[self.name] = self
         self._tree = self._build_tree()
@@ -235,8 +236,9 @@ class Handle:
         """A context inside which sequence i of a batch is edited by, and trains, tenants[i]; None or -1: by none.
 
         Args:
-            tenants: one tenant a sequence, numbers from 0. Backward may follow outside the context, but that of a
-                checkpointed model, which runs forwards again, belongs inside.
+            tenants: one tenant a sequence, numbers from 0 (in `generate`, beams and samples of a sequence share its
+                tenant). It holds as Bank.assign's does. Backward may follow outside; that of a checkpoint made by hand
+                (torch.utils.checkpoint), which runs forwards again, belongs inside.
 
         Raises:
             ValueError: the handle has no tenants, or not that one.
@@ -289,15 +291,23 @@ class Handle:
         self._alive()
         if self.merged:
             raise MergeError("this handle is merged already")
+        self._root.look()
         self._merged = merge_handle(self, fp32)
         self._deactivate()
         del self._root._modules[self.name]
         self._root.merged.append(self)
 
     def unmerge(self):
-        """Put the original weights back, bit for bit, and the edits in force again."""
+        """Put the original weights back, bit for bit, and the edits in force again.
+
+        Raises:
+            MergeError: not merged, not the last one merged there, or a module with merged weights was replaced since.
+        """
         if not self.merged:
             raise MergeError("this handle is not merged")
+        present = set(self.model.modules())
+        if any(module not in present for module, *_ in self._merged.parameters):
+            raise MergeError("a module that the edits were merged into was replaced since: what replaced it keeps them")
         later = self._root.merged[self._root.merged.index(self) + 1 :]
         if any(self._modules() & other._modules() for other in later):
             raise MergeError("another handle was merged behind this one; unmerge that first")

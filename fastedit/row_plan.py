@@ -351,21 +351,27 @@ def check_mask(mask):
 
 
 class Planned:
-    """What a module swapped for PLANNED reads: its stack if it owns one, the model's Rows if it generates."""
+    """What a module swapped for PLANNED reads: its stack, and the Root to look at, if it owns layers with edits; the model's
+    Rows if it generates."""
 
-    def __init__(self, stack=None, rows=None):
-        self.stack, self.rows = stack, rows
+    def __init__(self, stack=None, rows=None, root=None):
+        self.stack, self.rows, self.root = stack, rows, root
 
 
-def install(model, stacks, rows):
-    """Swap the owners and the generating modules of `stacks`; the [module] to give to `uninstall`."""
+def install(model, stacks, rows, owners, root):
+    """Swap the owners of layers with edits, and modules that generate, where `rows` or an owner's assignments need to know;
+    the [module] to give to `uninstall`."""
     generating = [m for m in model.modules() if hasattr(type(m), "prepare_inputs_for_generation")]
-    states = {id(m): (m, Planned(rows=rows)) for m in generating}
+    states = {id(m): (m, Planned(rows=rows)) for m in generating if rows is not None or root.owned}
+    for owner in owners:
+        states.setdefault(id(owner), (owner, Planned()))[1].root = root
     for stack in stacks:
-        states.setdefault(id(stack.owner), (stack.owner, Planned()))[1].stack = stack
+        states[id(stack.owner)][1].stack = stack
     done = []
     for module, state in states.values():
         if not swappable(module):
+            if state.stack is None and state.rows is None:
+                continue  # its `generate` is not seen: a sequence is one row; what is replaced in it is seen by `report`
             uninstall(done)
             raise ValueError(
                 f"positions need {type(module).__name__}.forward, which was replaced on the instance; put that back, or "
