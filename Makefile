@@ -25,6 +25,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 GPU_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
 CUDA_ARCHITECTURES = $(or $(FASTEDIT_CUDA_ARCHITECTURES),$(GPU_ARCH),80)
 
+# Where the environment forbids bytecode, each process compiles torch and transformers again: 31 s of processor time for one
+# import, 11 s with it.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Of one goal two steps at a time: pip downloads while the kernels compile. Of several goals one after the other.
 ifneq ($(filter 0 1,$(words $(MAKECMDGOALS))),)
 MAKEFLAGS += --jobs=2
@@ -33,7 +37,7 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test serving-test serving-test-short lint bench peers gpu clean distclean
+.PHONY: help setup demo test serving-test serving-test-short docs lint bench peers gpu clean distclean
 
 help:
 	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (3 minutes; demo-output/)"
@@ -43,6 +47,7 @@ help:
 	@echo "make bench   benchmarks on the CPU, CSVs into OUT=$(OUT); with the peers where make peers has run"
 	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, benchmarks into OUT=$(OUT); needs no network"
+	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
 	@echo "make lint    ruff"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
@@ -64,6 +69,10 @@ serving-test: $(SERVING)/.stamp
 serving-test-short: $(SERVING)/.stamp
 	for file in engine soak server; do $(SERVING)/bin/python -m pytest tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
 
+docs: $(STAMPS)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "Built. Next: open docs/_build/html/index.html"
+
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet ruff
 	$(BIN)/ruff check .
@@ -75,7 +84,7 @@ peers: $(PEERS)/.stamp
 	@echo "Next: $(PEERS)/bin/python -m bench.models"
 
 clean:
-	rm -rf build dist demo-output .pytest_cache .benchmarks .hypothesis $(STAMPS)/native $(STAMPS)/fastedit $(SERVING)/.stamp
+	rm -rf build dist demo-output docs/_build .pytest_cache .benchmarks .hypothesis $(STAMPS)/native $(STAMPS)/fastedit $(SERVING)/.stamp
 
 distclean: clean
 	rm -rf $(VENV) $(PEERS) $(SERVING)
@@ -105,6 +114,10 @@ $(STAMPS)/requirements: $(STAMPS)/torch pyproject.toml | $(STAMPS)/native
 	@touch $@
 
 $(STAMPS)/fastedit: $(STAMPS)/native $(STAMPS)/requirements
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/fastedit
+	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation -e ".[docs]"
 	@touch $@
 
 # The oldest transformers that is served, with the older hub client it insists on: tests run models on it, too.

@@ -176,7 +176,7 @@ def _logistic_regression():
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise ImportError("probe='logistic' needs scikit-learn: pip install 'fastedit[train]'") from None
+        raise ImportError("probe='logistic' needs scikit-learn: pip install scikit-learn") from None
     return LogisticRegression
 
 

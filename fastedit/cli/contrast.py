@@ -61,6 +61,6 @@ def _picture(console, directions, out):
     try:
         from ..plots.directions import draw
     except ImportError:
-        console.print("no picture: pip install 'fastedit[train]' for matplotlib", markup=False)
+        console.print("no picture: it needs matplotlib (pip install matplotlib)", markup=False)
         return
     draw(directions, out / "directions.png")

