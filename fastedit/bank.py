@@ -160,8 +160,8 @@ class Bank:
         the backward has the assignment of its forward, wherever the backward runs.
 
         Args:
-            names: one a sequence (in `generate`, beams and samples of a sequence share its name), or for packed sequences a list of
-                names a sequence, one a token. In the place of a name, `Stack("a", "b")`: those edits, in this order.
+            names: one a sequence (in `generate`, beams and samples of a sequence share its name), or for packed sequences a
+                list of names a sequence, one a token. In the place of a name, `Stack("a", "b")`: those edits, in this order.
             strengths: a number, or one for each name: h + strength · (edited − h). 1 by default. For a Stack a number
                 dials the whole, a list of numbers its parts.
             tokens: for packed sequences instead of nested lists: integers (batch, tokens), which of `names` a token is

@@ -251,7 +251,7 @@ def flat_names(names):
 
 def dialled(names, strengths):
     """(names, a factor for each): a Stack whose parts have strengths is another Stack, at factor 1."""
-    if strengths is None or isinstance(strengths, (int, float)):
+    if strengths is None or isinstance(strengths, (int, float)) or getattr(strengths, "shape", None) == ():
         strengths = [1.0 if strengths is None else strengths] * len(names)
     strengths = list(strengths)
     if len(strengths) != len(names):

@@ -172,6 +172,16 @@ class Handle:
         """How many numbers the edits hold, frozen ones included."""
         return sum(tensor.numel() for _, tensor in self._named())
 
+    def print_trainable_parameters(self):
+        """Print how many numbers train, of the edits and of the whole model, as PEFT's models do."""
+        mine = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        model = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        total, trained = sum(n for n, _ in model), sum(n for n, needs in model if needs)
+        print(
+            f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / max(total, 1):.4f} || "
+            f"of these edits: {mine:,d}"
+        )
+
     @property
     def strength(self):
         """A factor on every edit's own strength, 1 as patched. Setting it needs no re-trace or recapture."""

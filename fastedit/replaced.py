@@ -48,7 +48,7 @@ class Watch:
         _watches[self.number] = self
 
     def intact(self):
-        for holder, name, module, _ in self.links:  # noqa: SIM110, a generator costs as much again
+        for holder, name, module, _ in self.links:
             if holder._modules.get(name) is not module:
                 return False
         return not self.lost

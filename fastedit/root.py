@@ -31,6 +31,7 @@ class Root(nn.Module):
         self.rows = Rows()
         self.stacks, self.planned = {}, []  # of edits with positions: {name: Stack}, and the modules swapped for them
         self.owned, self.watch = False, None  # whether rows are assigned to banks or tenants; a replaced.Watch
+        self.warned = set()  # what was said of this model already
         self.owners = {}  # {stack name: the module that is given its tokens}
         self.frozen = []  # the parameters that freeze=True found trainable
 
@@ -66,12 +67,11 @@ class Root(nn.Module):
             if verdict.reason is None:
                 return
         if fresh:
-            reasons = "; ".join(self.verdicts[layer.name, recipe].reason for recipe in recipes)
-            warnings.warn(
-                f"fastedit: plain path for {', '.join(recipes[0].sites)} of "
-                f"{base_of(layer.module).__name__}: {reasons}",
-                stacklevel=5,
-            )
+            reasons = "; ".join(dict.fromkeys(self.verdicts[layer.name, recipe].reason for recipe in recipes))
+            message = f"fastedit: plain path for {', '.join(recipes[0].sites)} of {base_of(layer.module).__name__}: {reasons}"
+            if message not in self.warned:
+                self.warned.add(message)
+                warnings.warn(message, stacklevel=5)
 
     def change(self, model, stacks):
         """Put new stacks of masters at some sites, {(layer, site name): [Masters]}; [] empties a site."""

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import tiny_models as tiny
 import torch
-from bank_cases import bank_of, ids, logits, red, three
+from bank_cases import bank_of, ids, red, three
 from patch_cases import scrambled
 from torch.utils.checkpoint import checkpoint
 
@@ -17,18 +17,18 @@ import fastedit as fe
 FAMILIES = ("llama", "gpt2", "t5")
 
 
-def build(family):
-    return tiny.build(family, **({"dropout_rate": 0.0} if family == "t5" else {}))
+def build(family, **changes):
+    return tiny.build(family, **changes, **({"dropout_rate": 0.0} if family == "t5" else {}))
 
 
-def served(family, **options):
-    model = build(family)
-    count = tiny.number_of_layers(family)
+def served(family, count=None, **options):
+    count = count or tiny.number_of_layers(family)
+    model = build(family, **({"num_hidden_layers": count} if family == "llama" else {}))
     return model, bank_of(model, {"anna": red(1, count=count), "ben": red(2, count=count)}, **options)
 
 
-def tenants_of(family):
-    model = build(family)
+def tenants_of(family, count=tiny.LAYERS):
+    model = build(family, **({"num_hidden_layers": count} if family == "llama" else {}))
     return model, scrambled(fe.patch(model, fe.RED(), tenants=2))
 
 
@@ -139,8 +139,7 @@ def test_assignments_end_in_any_order_and_in_any_context():
 def test_a_compiled_forward_is_only_run_where_it_is_assigned(face):
     torch._dynamo.reset()
     make, owners = FACES[face]
-    model, holder = make("llama")
-    del model.model.layers[1:]  # compilation takes its time
+    model, holder = make("llama", count=1)  # compilation takes its time
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for owner in owners[:1]:
         with holder.assign([owner] * 2):

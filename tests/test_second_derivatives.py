@@ -5,13 +5,13 @@ import copy
 import pytest
 import tiny_models as tiny
 import torch
+from fastedit.kernels import reference
 from patch_cases import scrambled
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import fastedit as fe
 from fastedit import ops
-from fastedit.kernels import reference
 
 ROWS, WIDTH, RANK = 5, 8, 2
 FORM = ("scale", "bias", "read", "offset", "write")
