@@ -274,6 +274,23 @@ class Handle:
         """Each edit's site, path (fused, or plain and why), backend, parameters and bytes; print it."""
         return report(self)
 
+    def explain(self, inputs):
+        """Run a forward and tell which tokens of which rows were edited, by which edit, how strongly, behind which gate.
+
+        Args:
+            inputs: input_ids (batch, tokens), or a mapping with what the model's forward takes.
+
+        Returns:
+            An Explanation: print it for a table, `plot()` for a picture; `told` has the numbers. Probes and a Control are
+            not in it.
+
+        Raises:
+            RuntimeError: the handle is removed or merged. TypeError: inputs without tokens.
+        """
+        from .explaining import explain
+
+        return explain(self, inputs)
+
     # --- merge ----------------------------------------------------------------------------------------------
 
     @property
