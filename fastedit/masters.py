@@ -68,7 +68,7 @@ class Masters(InFp32):
     @property
     def needs_plan(self):
         """Whether it must know a forward's tokens."""
-        if self.is_probe or self.stage is not None:
+        if self.is_probe or self.stage is not None or self.tenancy is not None:
             return True
         return self.positions is not None or (self.gating is not None and self.gating.needs_plan)
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from .edits import Edit
+from .generating import check_lengths, check_mask
 from .merging import MergeError, merge_handle
 from .planning import device_at, plan
 from .probes import readings
 from .report import report
 from .root import Root, mark_first, root_of
-from .row_plan import check_lengths, check_mask
 from .tenants import Assignment, Tenancy, check_count, check_tenant
 
 HEADS = (
@@ -206,8 +206,9 @@ class Handle:
     def prompt(self, lengths):
         """How long the prompts are, for forwards on a filled cache: positions such as "generated" depend on it.
 
-        lengths: real tokens, an int for every sequence or whole numbers (sequences,); None to take it back. For all
-        handles of the model. `generate` knows its own prompts and needs no telling.
+        lengths: real tokens, an int for every sequence or whole numbers (sequences,), of packed rows one per sequence in
+        their order; None to take it back. For all handles of the model, in this thread and asyncio task. `generate` knows
+        its own prompts and needs no telling.
         """
         self._alive()
         self._root.rows.lengths = check_lengths(lengths)
@@ -216,7 +217,7 @@ class Handle:
         """Where edits with positions="mask" act, in the forwards and calls of `generate` from now on.
 
         mask: (sequences, columns), bool, or fp32 as a factor on the edit; columns behind it are not edited. None to take
-        it back. For all handles of the model.
+        it back. For all handles of the model, in this thread and asyncio task.
         """
         self._alive()
         mask = check_mask(mask)
@@ -224,7 +225,7 @@ class Handle:
 
     @property
     def readings(self):
-        """What the probes among the edits read in the last forward: a list of fp32 tensors, one a Probe.
+        """What the probes among the edits read in this thread's last forward: a list of fp32 tensors, one a Probe.
 
         Each is (layers, batch, tokens, probes). Within a call of `generate` the forwards are joined by token, except
         under torch.compile. [] before the first forward; no gradient flows through them.

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from .families import alternatives, find_layers
+from .generating import Rows
 from .installation import Installation, link
+from .planned import check_layout, install, owner_of, uninstall
 from .proof import fingerprint, prove
 from .replaced import Watch, follow, in_trace
-from .row_plan import Rows, Stack, install, owner_of, uninstall
+from .row_plan import Stack
 from .site_kinds import site_at
 from .swapping import base_of
 
@@ -110,21 +112,25 @@ class Root(nn.Module):
         """Row plans for the stacks of layers where an edit, a gate or a probe needs them, and for no others."""
         masters = {key: site.masters for key, site in self.sites.items()}
         masters |= {(layer.name, name): found for (layer, name), found in stacks.items()}
+        for (layer, name), found in stacks.items():
+            if any(m.needs_plan for m in found):
+                check_layout(layer, name)
         wanted = {key[0].partition(".")[0] for key, found in masters.items() if any(m.needs_plan for m in found)}
         owned = any(getattr(m, "tenancy", None) is not None for found in masters.values() for m in found)
         edited = {key[0].partition(".")[0] for key, found in masters.items() if found}
         owners = {}
         for layer in self.layers:
             name = layer.name.partition(".")[0]
-            if name in edited and name not in owners:
-                owners[name] = owner_of(model, layer.module)
+            if name in edited and name not in owners and (owner := owner_of(model, layer.module)) is not None:
+                owners[name] = owner
         if wanted == set(self.stacks) and owned == self.owned and owners == self.owners:
             return
         uninstall(self.planned)
         kept = self.stacks
-        self.stacks = {n: kept.get(n) or Stack(n, owners[n], self.rows) for n in owners if n in wanted}
+        same = {name for name, stack in kept.items() if stack.owner is owners.get(name)}
+        self.stacks = {n: kept[n] if n in same else Stack(n, owners[n], self.rows) for n in owners if n in wanted}
         self.owned, self.owners = owned, owners
-        self.planned = install(model, self.stacks.values(), self.rows if wanted else None, owners.values(), self)
+        self.planned = install(model, self.stacks.values(), self.rows, owners.values(), self)
 
     def stack(self, layer, site):
         """The masters at a site, in order."""

@@ -24,6 +24,7 @@ class Stage:
         first = masters[0]
         self.masters, self.positions, self.gating, self.keep_norm = masters, first.positions, first.gating, first.keep_norm
         self.stack = stack if first.needs_plan else None
+        self.tenants = first.tenancy is not None and first.needs_plan and not first.alone
         self.looks = kernel_gate(first)  # the Sensor whose gate goes into the kernel
         self.on_x = not self.keep_norm
         self.on_sum = self.on_x and (self.gating is None or not self.gating.looks or self.looks is not None)
@@ -39,6 +40,10 @@ class Stage:
         strengths first, into tensors that do not move; under grad or torch.compile they are folded in the
         graph. At some positions, or behind a gate, strength is a number for each row.
         """
+        if self.tenants:
+            plan = self.stack.known_plan("tenants")
+            plan.fit(hidden.shape, "tenants")
+            plan.whole_rows("tenants")
         if self.positions is None and self.gating is None:
             return self.form_and_dial()
         gate = coefficient = None
