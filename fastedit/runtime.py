@@ -1,9 +1,10 @@
 """What runs at one site of one layer: a stack of masters, folded into as few passes as the rank allows."""
 
 import torch
+from torch.autograd import forward_ad
 
 from . import lean
-from .changes import optimizer_steps, stamp, transformed
+from .changes import optimizer_steps, stamp
 from .checks import MAX_RANK
 from .form import at_strength, fold_all
 from .gating import Tap, kernel_gate
@@ -12,6 +13,8 @@ from .planning import width_at
 from .probes import Reading
 from .recomputing import by_hand, dials
 from .row_plan import NOWHERE
+
+_transforms = torch._C._are_functorch_transforms_active
 
 
 class Stage:
@@ -81,7 +84,7 @@ class Stage:
                 return only.tensors(), dial
         if grad and (self.trainable or (then is not None and any(then[m][0] is not m.at for m in self.masters))):
             return self.fold(grad, then), None
-        if transformed():
+        if _transforms() or forward_ad._current_level >= 0:  # changes.transformed, without a call
             return self.fold(grad), None
         for held, name, tensor, before in self.watched:
             if held.get(name) is not tensor or stamp(tensor) != before:
