@@ -55,6 +55,11 @@ class Assignment:
         self.bank, self.names, self.strengths, self.shape = bank, names, strengths, shape
         self.entered = None
 
+    @property
+    def slots(self):
+        """int32, as the names were given; inside the assignment."""
+        return self.entered.slots
+
     def __enter__(self):
         if self.entered is not None:
             raise RuntimeError("this assignment is in force already; ask bank.assign for another one")
