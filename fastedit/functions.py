@@ -1,7 +1,8 @@
 """Autograd of the ops, once for both faces: the eager autograd.Function and the registered operators.
 
 `setup_*` decides what is saved (bias-only training saves no hidden states), `backward_*` calls the fused
-backward for exactly the gradients that are wanted. Formulas: DESIGN.md 2, Backward. Once differentiable.
+backward for exactly the gradients that are wanted. Formulas: DESIGN.md 2, Backward. Where a gradient of gradients is wanted
+(create_graph=True), the backward is the reference's, in operations that autograd sees.
 
 The eager Functions take ctx in forward: with a setup_context of its own, torch inspects forward's signature at every
 call (119 µs for one row of 64 columns where this took 46, other work beside).
@@ -9,7 +10,6 @@ call (119 µs for one row of 64 columns where this took 46, other work beside).
 
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import torch_library
 from .dispatch import select
@@ -22,9 +22,16 @@ from .implementation import (
     run_project,
     run_project_backward,
 )
+from .kernels import reference
+from .kernels.reference.edit_add_norm import norm as norm_by_definition
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _EXACT = (torch.float32, torch.float64)
+
+
+def _again():
+    """Whether this backward is to be differentiated itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _traced(*tensors):
@@ -99,7 +106,9 @@ def edit_gradients(
 ):
     """Seven gradients of an edit, d_hidden in `shape`; the plain call, or the operator while tracing."""
     args = (grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z)
-    if _traced(grad, grad_z):
+    if _again():
+        grads = list(run_edit_backward(*args, needs, dtype, reference))
+    elif _traced(grad, grad_z):
         grads = torch_library.edit_backward(*args, list(needs), dtype)
         grads = [g if n else None for g, n in zip(grads, needs, strict=True)]
     else:
@@ -133,7 +142,7 @@ class EditFunction(Function):
         setup_edit(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(backward_edit))
+    backward = staticmethod(backward_edit)
 
 
 # --- edit_add -------------------------------------------------------------------------------------------------
@@ -184,14 +193,14 @@ class EditAddFunction(Function):
         setup_edit_add(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(backward_edit_add))
+    backward = staticmethod(backward_edit_add)
 
 
 # --- edit_add_norm --------------------------------------------------------------------------------------------
 
 
 def setup_edit_add_norm(ctx, inputs, output):
-    x, residual, weight, _, scale, bias, read, offset, write, slot, coefficient, on_sum, kind, _ = inputs
+    x, residual, weight, _, scale, bias, read, offset, write, slot, coefficient, on_sum, kind, ctx.eps = inputs
     out, _, z, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
@@ -218,13 +227,18 @@ def backward_edit_add_norm(ctx, grad_residual, grad_normed, grad_z, _mean, _rstd
         grad_z if form[2] is not None else None, z, ctx.on_sum, ctx.kind,
     )  # fmt: skip
     dtypes = (ctx.x_dtype, ctx.residual_dtype)
-    plain = _plain_norm_backward(args, needs, needs_norm, dtypes)
+    plain = None if _again() else _plain_norm_backward(args, needs, needs_norm, dtypes)
     if plain is not None:
         d_x, d_residual, d_scale, d_bias, d_weight, d_norm_bias = plain
         if not need_x:
             d_x = None
         return d_x, d_residual, *_norm_dtypes(d_weight, d_norm_bias, weight, out), d_scale, d_bias, *[None] * 8
-    if _traced(grad_residual, grad_normed, grad_z):
+    if _again():
+        rows = out.reshape(-1, out.shape[-1])
+        _, mean, rstd = norm_by_definition(rows, weight, None, ctx.kind, ctx.eps)  # those that were saved have no history
+        args = (*args[:6], mean, rstd, *args[8:])
+        grads = list(run_edit_add_norm_backward(*args, needs, needs_norm, *dtypes, reference))
+    elif _traced(grad_residual, grad_normed, grad_z):
         grads = torch_library.edit_add_norm_backward(*args, list(needs), list(needs_norm), *dtypes)
         wanted = (need_x, need_residual, *ctx.form_needs, *needs_norm)
         grads = [g if n else None for g, n in zip(grads, wanted, strict=True)]
@@ -275,7 +289,7 @@ class EditAddNormFunction(Function):
         setup_edit_add_norm(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(backward_edit_add_norm))
+    backward = staticmethod(backward_edit_add_norm)
 
 
 # --- project --------------------------------------------------------------------------------------------------
@@ -291,7 +305,9 @@ def setup_project(ctx, inputs, output):
 def backward_project(ctx, grad_z):
     hidden, read = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:3])
-    if _traced(grad_z):
+    if _again():
+        d_hidden, d_read, d_offset = run_project_backward(grad_z, hidden, read, needs, ctx.dtype, reference)
+    elif _traced(grad_z):
         grads = torch_library.project_backward(grad_z, hidden, read, list(needs), ctx.dtype)
         d_hidden, d_read, d_offset = (g if n else None for g, n in zip(grads, needs, strict=True))
     else:
@@ -306,7 +322,7 @@ class ProjectFunction(Function):
         setup_project(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(backward_project))
+    backward = staticmethod(backward_project)
 
 
 def register():

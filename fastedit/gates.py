@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from .arguments import as_number
 from .per_layer import PerLayer
 from .sites import check_site
 
@@ -204,7 +205,7 @@ def _thresholds(threshold):
     """What PerLayer takes: (1,), (layers, 1), or a mapping from layer numbers to (1,)."""
     if isinstance(threshold, Mapping):
         return {layer: _threshold(value) for layer, value in threshold.items()}
-    one = isinstance(threshold, str) or (isinstance(threshold, torch.Tensor) and threshold.dim() == 0)
+    one = isinstance(threshold, str) or getattr(threshold, "shape", None) == ()
     if isinstance(threshold, Iterable) and not one:
         found = [_threshold(value) for value in threshold]
         if not found:
@@ -223,4 +224,7 @@ def _threshold(value):
 
 
 def _is_number(value):
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    try:
+        return math.isfinite(as_number("it", value))
+    except ValueError:
+        return False

@@ -143,14 +143,14 @@ def run_value_ascent(hidden, weight, bias, weight2, bias2, head, gram, steps, st
 
 
 def run_edit_backward(
-    grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype
+    grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype, backend=None
 ):
     """Seven gradients or None: hidden in `dtype` (rows, width); parameters fp32 in their own shapes."""
     some = next(t for t in (grad, hidden, grad_z) if t is not None)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
     width = next(t for t in (grad, hidden, read) if t is not None).shape[-1]
     key = (some.device.type, dtype, None if grad is None else _second(dtype, grad.dtype), False)
-    backend = _backend(width, *key)
+    backend = backend or _backend(width, *key)
     grads = backend.edit_backward(
         flat(grad), flat(hidden), flat(residual), *form, flat(grad_z), flat(z), needs, dtype
     )
@@ -168,10 +168,10 @@ def _shape_parameters(grads, parameters):
 
 def run_edit_add_norm_backward(
     grad_residual, grad_normed, residual_out, x, residual, weight, mean, rstd, scale, bias, read, offset, write,
-    slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm, x_dtype, residual_dtype,
+    slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm, x_dtype, residual_dtype, backend=None,
 ):  # fmt: skip
     """(d_x, d_residual, six parameter gradients, d_weight, d_norm_bias), each a tensor or None."""
-    backend = _backend(residual_out.shape[-1], residual_out.device.type, x_dtype, residual_dtype, on_sum)
+    backend = backend or _backend(residual_out.shape[-1], residual_out.device.type, x_dtype, residual_dtype, on_sum)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
     d_x, d_residual, *rest = backend.edit_add_norm_backward(
         flat(grad_residual), flat(grad_normed), flat(residual_out), flat(x), flat(residual), _contiguous(weight),
@@ -181,6 +181,6 @@ def run_edit_add_norm_backward(
     return d_x, d_residual, *d_form, *rest[6:]
 
 
-def run_project_backward(grad_z, hidden, read, needs, dtype):
-    backend = _backend(read.shape[-1], grad_z.device.type, dtype)
+def run_project_backward(grad_z, hidden, read, needs, dtype, backend=None):
+    backend = backend or _backend(read.shape[-1], grad_z.device.type, dtype)
     return backend.project_backward(flat(grad_z), flat(hidden), _contiguous(read), needs, dtype)

@@ -10,6 +10,7 @@ Llama took 0.82 of the unedited eager one's time with operators, 0.49 under a co
 """
 
 import torch
+from torch.autograd import forward_ad
 
 from . import ops
 from .dispatch import select
@@ -20,6 +21,7 @@ from .tenants import slot_of
 _Tensor, _fp32 = torch.Tensor, torch.float32
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 _grad_enabled, _compiling, _empty_like = torch.is_grad_enabled, torch.compiler.is_compiling, torch.empty_like
+_transforms = torch._C._are_functorch_transforms_active
 _native_ops = {}  # (is_cuda, dtype) → (edit, edit_add, edit_add_norm, dtype code), or None: another backend serves
 
 
@@ -75,7 +77,7 @@ def _arguments(tensors, slot, strength, gate, device, width):
 
 def edit(hidden, tensors, strength, looks=None):
     """E(hidden) in an op of its own; tensors, strength and looks as `add` has them."""
-    if _compiling():
+    if _compiling() or _transforms() or forward_ad._current_level >= 0:  # changes.transformed, without a call
         strength = _looked(looks, hidden, strength)
         return _expressed(reference.edit, (hidden,), tensors, strength)
     slot = slot_of(tensors, hidden)
@@ -107,7 +109,7 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, l
     has a gate for the kernel: gate() is its two tensors, say(rows) its g where no kernel takes it (gating.Sensor). Shapes
     have been checked when the masters were made; dtypes and devices are checked here, as a model may have been moved.
     """
-    if _compiling():
+    if _compiling() or _transforms() or forward_ad._current_level >= 0:  # changes.transformed, without a call
         strength = _looked(looks, x, strength, residual if on_sum else None)
         out = _expressed(reference.edit_add, (x, residual), tensors, strength, on_sum)
         return out if norm is None else (out, norm.module(out))

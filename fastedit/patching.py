@@ -22,7 +22,7 @@ from .merging import MergeError, merge_handle
 from .planning import device_at, plan, width_at
 from .probes import readings
 from .report import report
-from .root import Root, root_of
+from .root import Root, mark_first, root_of
 from .tenants import Assignment, Tenancy, check_count, check_tenant
 
 RATES = "Published: RED 1e-3 to 2e-2, LoReFT and its kin 4e-4 to 4e-3, a vector 5e-4 or more."
@@ -97,6 +97,7 @@ class Handle:
         self._root, self._members, self._strength = root, members, 1.0
         for masters in [*(m for _, _, m in self._each()), *self._sensors()]:
             masters.fused = fused
+        mark_first((layer, masters) for _, layer, masters in self._each())
         model._modules["fastedit"] = root
         root.handles[self.name] = self
         self._tree = self._build_tree()
@@ -190,6 +191,16 @@ class Handle:
         """How many numbers the edits hold, frozen ones included."""
         return sum(tensor.numel() for _, tensor in self._named())
 
+    def print_trainable_parameters(self):
+        """Print how many numbers train, of the edits and of the whole model, as PEFT's models do."""
+        mine = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        model = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        total, trained = sum(n for n, _ in model), sum(n for n, needs in model if needs)
+        print(
+            f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / max(total, 1):.4f} || "
+            f"of these edits: {mine:,d}"
+        )
+
     @property
     def strength(self):
         """A factor on every edit's own strength, 1 as patched. Setting it needs no re-trace or recapture."""
@@ -259,8 +270,9 @@ class Handle:
         """A context inside which sequence i of a batch is edited by, and trains, tenants[i]; None or -1: by none.
 
         Args:
-            tenants: one tenant a sequence, numbers from 0. Backward may follow outside the context, but that of a
-                checkpointed model, which runs forwards again, belongs inside.
+            tenants: one tenant a sequence, numbers from 0 (in `generate`, beams and samples of a sequence share its
+                tenant). It holds as Bank.assign's does. Backward may follow outside; that of a checkpoint made by hand
+                (torch.utils.checkpoint), which runs forwards again, belongs inside.
 
         Raises:
             ValueError: the handle has no tenants, or not that one.
@@ -285,6 +297,23 @@ class Handle:
     def report(self):
         """Each edit's site, path (fused, or plain and why), backend, parameters and bytes; print it."""
         return report(self)
+
+    def explain(self, inputs):
+        """Run a forward and tell which tokens of which rows were edited, by which edit, how strongly, behind which gate.
+
+        Args:
+            inputs: input_ids (batch, tokens), or a mapping with what the model's forward takes.
+
+        Returns:
+            An Explanation: print it for a table, `plot()` for a picture; `told` has the numbers. Probes and a Control are
+            not in it.
+
+        Raises:
+            RuntimeError: the handle is removed or merged. TypeError: inputs without tokens.
+        """
+        from .explaining import explain
+
+        return explain(self, inputs)
 
     # --- merge ----------------------------------------------------------------------------------------------
 
@@ -313,15 +342,23 @@ class Handle:
         self._alive()
         if self.merged:
             raise MergeError("this handle is merged already")
+        self._root.look()
         self._merged = merge_handle(self, fp32)
         self._deactivate()
         del self._root._modules[self.name]
         self._root.merged.append(self)
 
     def unmerge(self):
-        """Put the original weights back, bit for bit, and the edits in force again."""
+        """Put the original weights back, bit for bit, and the edits in force again.
+
+        Raises:
+            MergeError: not merged, not the last one merged there, or a module with merged weights was replaced since.
+        """
         if not self.merged:
             raise MergeError("this handle is not merged")
+        present = set(self.model.modules())
+        if any(module not in present for module, *_ in self._merged.parameters):
+            raise MergeError("a module that the edits were merged into was replaced since: what replaced it keeps them")
         later = self._root.merged[self._root.merged.index(self) + 1 :]
         if any(self._modules() & other._modules() for other in later):
             raise MergeError("another handle was merged behind this one; unmerge that first")

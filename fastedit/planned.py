@@ -9,10 +9,11 @@ from .swapping import PLANNED, base_of, swap, swap_back, swappable
 
 
 class Planned:
-    """What a module swapped for PLANNED reads: its stack if it owns one, the model's Rows if it generates."""
+    """What a module swapped for PLANNED reads: its stack, and the Root to look at, if it owns layers with edits; the model's
+    Rows if it generates."""
 
-    def __init__(self, stack=None, rows=None):
-        self.stack, self.rows = stack, rows
+    def __init__(self, stack=None, rows=None, root=None):
+        self.stack, self.rows, self.root = stack, rows, root
 
 
 def check_layout(layer, site):
@@ -32,16 +33,21 @@ def check_layout(layer, site):
         )
 
 
-def install(model, stacks, rows):
-    """Swap the owners and the generating modules of `stacks`; the [module] to give to `uninstall`."""
+def install(model, stacks, rows, owners, root):
+    """Swap the owners of layers with edits, and modules that generate where a plan or an assignment needs to know of it;
+    the [module] to give to `uninstall`."""
     generating = [m for m in model.modules() if hasattr(type(m), "prepare_inputs_for_generation")]
     rows.answers = bool(generating) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    states = {id(m): (m, Planned(rows=rows)) for m in generating}
+    states = {id(m): (m, Planned(rows=rows)) for m in generating if stacks or root.owned}
+    for owner in owners:
+        states.setdefault(id(owner), (owner, Planned()))[1].root = root
     for stack in stacks:
-        states.setdefault(id(stack.owner), (stack.owner, Planned()))[1].stack = stack
+        states[id(stack.owner)][1].stack = stack
     done = []
     for module, state in states.values():
         if not swappable(module):
+            if not stacks:
+                continue  # its `generate` is not seen: a sequence is one row; what is replaced in it is seen by `report`
             uninstall(done)
             raise ValueError(
                 f"positions need {type(module).__name__}.forward, which was replaced on the instance; put that back, or "
@@ -58,8 +64,11 @@ def uninstall(modules):
 
 
 def owner_of(model, layer):
-    """The innermost module around a layer whose forward is given the tokens; else the one that holds the layers."""
-    path = next(path for path, module in model.named_modules() if module is layer)
+    """The innermost module around a layer whose forward is given the tokens; else the one that holds the layers; None for a
+    layer that is not in the model any more."""
+    path = next((path for path, module in model.named_modules() if module is layer), None)
+    if path is None:
+        return None
     around, module = [model], model
     for part in path.split(".")[:-1] if path else ():
         module = module._modules[part]

@@ -101,9 +101,12 @@ def _choose_of_model(edit, layers):
         raise ValueError(_no_site(edit, layers[-1]))
     if edit.layers is None:
         return holders
+    numbers = []
+    for wanted in edit.layers:
+        numbers += range(*wanted.indices(len(layers))) if isinstance(wanted, slice) else [wanted]
     there = {layer.index for layer in holders}
     stacks = {layer.name.partition(".")[0] for layer in holders}
-    for wanted in edit.layers:
+    for wanted in numbers:
         index = wanted + len(layers) if isinstance(wanted, int) and wanted < 0 else wanted
         if index not in there and wanted not in stacks and wanted not in [layer.name for layer in holders]:
             names = ", ".join(layer.name for layer in holders)
@@ -113,7 +116,7 @@ def _choose_of_model(edit, layers):
             )
     return [
         layer for layer in holders
-        if {layer.index, layer.index - len(layers), layer.name, layer.name.partition(".")[0]} & set(edit.layers)
+        if {layer.index, layer.index - len(layers), layer.name, layer.name.partition(".")[0]} & set(numbers)
     ]  # fmt: skip
 
 
@@ -127,7 +130,9 @@ _WHY = {
 
 def find(wanted, layers):
     """The layers that a number or a name means."""
-    if isinstance(wanted, str):
+    if isinstance(wanted, slice):
+        found = list(layers[wanted])
+    elif isinstance(wanted, str):
         found = [layer for layer in layers if wanted in (layer.name, layer.name.partition(".")[0])]
     else:
         found = [layers[wanted]] if -len(layers) <= wanted < len(layers) else []

@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from torch import nn
 
 from . import states
@@ -10,6 +11,7 @@ from .generating import Rows
 from .installation import Installation, link
 from .planned import check_layout, install, owner_of, uninstall
 from .proof import fingerprint, prove
+from .replaced import Watch, follow, in_trace
 from .row_plan import Stack
 from .site_kinds import site_at
 from .swapping import base_of
@@ -32,6 +34,9 @@ class Root(nn.Module):
         self.merged = []  # handles whose edits are in the weights, in the order of merging
         self.rows = Rows()
         self.stacks, self.planned = {}, []  # of edits with positions: {name: Stack}, and the modules swapped for them
+        self.owned, self.watch = False, None  # whether rows are assigned to banks or tenants; a replaced.Watch
+        self.warned = set()  # what was said of this model already
+        self.owners = {}  # {stack name: the module that is given its tokens}
         self.frozen = []  # the parameters that freeze=True found trainable
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -94,12 +99,11 @@ class Root(nn.Module):
             if verdict.reason is None:
                 return
         if fresh:
-            reasons = "; ".join(self.verdicts[layer.name, recipe].reason for recipe in recipes)
-            warnings.warn(
-                f"fastedit: plain path for {', '.join(recipes[0].sites)} of "
-                f"{base_of(layer.module).__name__}: {reasons}",
-                stacklevel=5,
-            )
+            reasons = "; ".join(dict.fromkeys(self.verdicts[layer.name, recipe].reason for recipe in recipes))
+            message = f"fastedit: plain path for {', '.join(recipes[0].sites)} of {base_of(layer.module).__name__}: {reasons}"
+            if message not in self.warned:
+                self.warned.add(message)
+                warnings.warn(message, stacklevel=5)
 
     def change(self, model, stacks):
         """Put new stacks of masters at some sites, {(layer, site name): [Masters]}; [] empties a site."""
@@ -122,6 +126,14 @@ class Root(nn.Module):
                 stack = self._stack_of(layer) if placed else None
                 self.installed[layer.name] = Installation(layer, sites, verdicts, fused, stack)
         link([self.installed[layer.name] for layer in self.layers if layer.name in self.installed])
+        self.watch = Watch(self, model)
+
+    def look(self):
+        """Follow modules that were replaced since the model was patched (replaced.py)."""
+        if torch.compiler.is_compiling():
+            in_trace(self.watch.number)
+        elif not self.watch.intact():
+            follow(self, next(iter(self.handles.values())).model)
 
     def _stack_of(self, layer):
         return self.stacks.get(layer.name.partition(".")[0])
@@ -134,22 +146,34 @@ class Root(nn.Module):
             if any(m.needs_plan for m in found):
                 check_layout(layer, name)
         wanted = {key[0].partition(".")[0] for key, found in masters.items() if any(m.needs_plan for m in found)}
-        if wanted == set(self.stacks):
-            return
+        owned = any(getattr(m, "tenancy", None) is not None for found in masters.values() for m in found)
+        edited = {key[0].partition(".")[0] for key, found in masters.items() if found}
         owners = {}
         for layer in self.layers:
             name = layer.name.partition(".")[0]
-            if name in wanted and name not in owners:
-                owners[name] = owner_of(model, layer.module)
+            if name in edited and name not in owners and (owner := owner_of(model, layer.module)) is not None:
+                owners[name] = owner
+        if wanted == set(self.stacks) and owned == self.owned and owners == self.owners:
+            return
         uninstall(self.planned)
         kept = self.stacks
-        self.stacks = {n: kept.get(n) or Stack(n, owner, self.rows) for n, owner in owners.items()}
-        self.planned = install(model, self.stacks.values(), self.rows) if wanted else []
+        same = {name for name, stack in kept.items() if stack.owner is owners.get(name)}
+        self.stacks = {n: kept[n] if n in same else Stack(n, owners[n], self.rows) for n in owners if n in wanted}
+        self.owned, self.owners = owned, owners
+        self.planned = install(model, self.stacks.values(), self.rows, owners.values(), self)
 
     def stack(self, layer, site):
         """The masters at a site, in order."""
         found = self.sites.get((layer.name, site))
         return [] if found is None else found.masters
+
+
+def mark_first(members):
+    """Tell the first of [(layer, what stands there)] in each stack that a forward comes to it first."""
+    seen = set()
+    for layer, masters in members:
+        stack = layer.name.partition(".")[0]
+        masters.first, _ = stack not in seen, seen.add(stack)
 
 
 def root_of(model):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import fastedit as fe
 from fastedit.playground.session import Session, best_layers
 
-WORDS = ["the", "a", "girl", "boy", "was", "happy", "sad", "smiled", "cried", "laughed", "wept", "glad", "upset", "and", "he", "she", "they"]
+WORDS = "the a girl boy was happy sad smiled cried laughed wept glad upset and he she they".split()  # noqa: SIM905
 POSITIVE = ["the girl was happy and smiled", "he laughed", "they was glad"]
 NEGATIVE = ["the girl was sad and cried", "he wept", "they was upset"]
 ASK = [{"role": "user", "content": "the girl was"}]

@@ -16,6 +16,22 @@ app = typer.Typer(
     help="Representation editing inside transformer layers at the cost of the residual add.",
 )  # fmt: skip
 
+
+def _say_version(wanted: bool):
+    if wanted:
+        from .. import __version__
+
+        print(f"fastedit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")] = False,
+):
+    """Representation editing inside transformer layers at the cost of the residual add."""
+
+
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 
 
