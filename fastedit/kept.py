@@ -28,7 +28,7 @@ HEAD = "head.safetensors"
 def beside(handle):
     """({name: parameter} of what trains or was trained beside the edits and is kept with them, names of what is not kept).
 
-    With freeze=True all that trains is kept. Without, heads and adapters that an optimizer has moved since the patch; base
+    With freeze=True all that trains is kept: heads and adapters, and what an optimizer has moved. Without, heads and adapters that an optimizer has moved since the patch; base
     weights it has moved are not: those are a model of its own.
     """
     edits = {id(p) for p in handle._root.parameters()}
@@ -40,7 +40,8 @@ def beside(handle):
         if id(parameter) in edits:
             continue
         moved = has_stepped(parameter, handle.since)
-        if (handle.freeze and parameter.requires_grad) or (moved and id(parameter) in new):
+        trained = moved or id(parameter) in new  # a sharded weight may have its gradient on though nothing trains it
+        if (handle.freeze and parameter.requires_grad and trained) or (moved and id(parameter) in new):
             kept[name] = parameter
         elif moved:
             left.append(name)
@@ -63,7 +64,14 @@ def adapter_parameters(model):
 
 
 def payload(tensors):
-    """(the file's bytes, their sha256) of {name: tensor}; ValueError for values that are not finite."""
+    """(the file's bytes, their sha256) of {name: tensor}; ValueError for values that are not finite.
+
+    Tensors laid out over several processes are gathered: all of these call this together.
+    """
+    if any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors.values()):
+        from . import distributed
+
+        tensors = distributed.gathered(tensors)
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     for name, tensor in held.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -13,6 +13,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .changes import advise_rate, optimizer_steps
 from .edits import Edit
@@ -465,6 +466,9 @@ class Handle:
         self._root.change(self.model, {key: [m for m in self._root.stack(*key) if id(m) not in own] for key in keys})
 
     def _freeze(self):
+        for module in self.model.modules():  # what fully_shard has gathered for a forward is not what an optimizer is given
+            if isinstance(module, FSDPModule):
+                module.reshard()
         kept = {id(p) for module in (self._root, *heads(self.model)) for p in module.parameters()}
         for parameter in self.model.parameters():
             if parameter.requires_grad and id(parameter) not in kept:
