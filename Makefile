@@ -33,7 +33,7 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test serving-test serving-test-short lint bench peers gpu clean distclean
+.PHONY: help setup demo test serving-test serving-test-short lint bench sanitize peers gpu clean distclean
 
 help:
 	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (3 minutes; demo-output/)"
@@ -43,6 +43,7 @@ help:
 	@echo "make bench   benchmarks on the CPU, CSVs into OUT=$(OUT); with the peers where make peers has run"
 	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, benchmarks into OUT=$(OUT); needs no network"
+	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS="
 	@echo "make lint    ruff"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
@@ -70,6 +71,19 @@ lint: $(STAMPS)/fastedit
 
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)
+
+# The module is built anew with the sanitizers, into build/sanitize; -P there, so that the checkout does not come first.
+CALLS ?= 100000
+SECONDS_OF_THREADS ?= 30
+sanitize: $(STAMPS)/fastedit
+	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -pthread -DFASTEDIT_ISA=baseline -Ikernels tests/sanitize/threads.cpp \
+		kernels/cpu/edit*.cpp kernels/cpu/project.cpp kernels/cpu/moments.cpp kernels/cpu/value_ascent.cpp \
+		kernels/cpu/isa.cpp -o $(VENV)/threads && $(VENV)/threads
+	rm -rf build/sanitize
+	FASTEDIT_CUDA=OFF FASTEDIT_NATIVE=ON FASTEDIT_SANITIZE=address,undefined $(BIN)/$(INSTALL) --no-build-isolation --no-deps \
+		--quiet --config-settings=build-dir=build/sanitized --target build/sanitize .
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
+		$$($(CXX) -print-file-name=libubsan.so)" $(BIN)/python tests/sanitize/calls.py $(CALLS) $(SECONDS_OF_THREADS)
 
 peers: $(PEERS)/.stamp
 	@echo "Next: $(PEERS)/bin/python -m bench.models"
