@@ -129,9 +129,9 @@ std::string View::about() const {
 }
 
 bool View::contiguous() const {
+  if (numel() == 0) return true;
   int64_t step = 1;
   for (int i = ndim - 1; i >= 0; step *= shape[i--]) {
-    if (shape[i] == 0) return true;
     if (shape[i] != 1 && strides[i] != step) return false;
   }
   return true;
