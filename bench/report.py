@@ -10,14 +10,14 @@ import re
 import sys
 
 from . import bank, host
-from .effects import rahf, recontrol, sst2, steering
+from .effects import chat, rahf, recontrol, sst2, steering
 from .kernels import table as kernels
 from .models import rows as models
 from .models import table as models_table
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
-PAGE, METHODS = DOCS / "performance.md", DOCS / "methods.md"
-PAGES = (PAGE, DOCS / "bank.md", METHODS)
+PAGE, EFFECTS = DOCS / "performance.md", DOCS / "effects.md"
+PAGES = (PAGE, DOCS / "bank.md", EFFECTS)
 
 
 def models_of_red(path):
@@ -39,6 +39,8 @@ TABLES = {
     "red in models": ("models-cpu.csv", models_of_red),
     "models": ("models-cpu.csv", models_table.markdown),
     "bank": ("bank.csv", bank.table),
+    "chat": ("effects-chat.csv", chat.markdown),
+    "chat gates": ("effects-chat-gates.csv", chat.gates_markdown),
     "steering": ("effects-steering.csv", steering.markdown),
     "re-control": ("effects-recontrol.csv", recontrol.markdown),
     "sst2": ("sst2_red.csv", sst2.markdown),

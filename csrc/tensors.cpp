@@ -11,7 +11,8 @@ char kNothing[64];  // where an empty tensor is: null would mean that it was not
 struct Torch {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   const dlpack::Exchange* exchange = nullptr;
-  PyObject *empty = nullptr, *empty_like = nullptr, *grad_enabled = nullptr, *is_neg = nullptr, *contiguous_format = nullptr;
+  PyObject *empty = nullptr, *empty_like = nullptr, *grad_enabled = nullptr, *is_neg = nullptr, *contiguous_format = nullptr,
+           *transforms = nullptr, *forward_ad = nullptr;
   PyObject* dtypes[3] = {};
   bool exact(PyObject* object) const { return Py_TYPE(object) == tensor || Py_TYPE(object) == parameter; }
 } torch_;
@@ -19,7 +20,8 @@ struct Torch {
 bool served_[2] = {false, false};  // cpu, cuda
 
 struct Names {
-  PyObject *requires_grad = PyUnicode_InternFromString("requires_grad"), *device = PyUnicode_InternFromString("device"),
+  PyObject *requires_grad = PyUnicode_InternFromString("requires_grad"), *level = PyUnicode_InternFromString("_current_level"),
+           *device = PyUnicode_InternFromString("device"),
            *dlpack = PyUnicode_InternFromString("__dlpack__"), *dtype = PyUnicode_InternFromString("dtype"),
            *memory_format = Py_BuildValue("(s)", "memory_format"), *where = Py_BuildValue("(ss)", "dtype", "device");
 };
@@ -106,6 +108,14 @@ bool is_numpy(PyObject* object) {
   return Py_TYPE(object) == array;
 }
 
+// changes.transformed: tensors may be wrapped, or have tangents that no kernel sees.
+bool transformed() {
+  const py::object active = taken(PyObject_CallNoArgs(torch_.transforms));
+  if (active.ptr() == Py_True) return true;
+  const py::object level = taken(PyObject_GetAttr(torch_.forward_ad, names().level));
+  return PyLong_AsLong(level.ptr()) >= 0;
+}
+
 }  // namespace
 
 void refuse_type(std::string text) { throw Refused{PyExc_TypeError, std::move(text)}; }
@@ -144,6 +154,7 @@ bool Call::unasked(std::initializer_list<PyObject*> all) {
   for (PyObject* object : all) {
     if (object != Py_None && !torch_.exact(object)) return true;
   }
+  if (transformed()) return true;
   const py::object enabled = taken(PyObject_CallNoArgs(torch_.grad_enabled));
   if (enabled.ptr() != Py_True) return false;
   for (PyObject* object : all) {
@@ -321,6 +332,8 @@ void use_torch(const py::module_& torch) {
   torch_.empty_like = keep("empty_like");
   torch_.grad_enabled = keep("is_grad_enabled");
   torch_.contiguous_format = keep("contiguous_format");
+  torch_.transforms = torch.attr("_C").attr("_are_functorch_transforms_active").cast<py::object>().release().ptr();
+  torch_.forward_ad = torch.attr("autograd").attr("forward_ad").cast<py::object>().release().ptr();
   torch_.is_neg = tensor.attr("is_neg").cast<py::object>().release().ptr();
   torch_.dtypes[F32] = keep("float32");
   torch_.dtypes[BF16] = keep("bfloat16");

@@ -60,8 +60,8 @@ class Call {
  public:
   explicit Call(bool sure) : sure_(sure) {}
 
-  // Whether a caller who only asks is to be sent away at once: a gradient is wanted, a tracer looks on, or another backend
-  // serves this device. `all` are the call's tensors, the leading rows first.
+  // Whether a caller who only asks is to be sent away at once: a gradient is wanted, torch.func or forward-mode differentiation
+  // or a tracer is at work, or another backend serves this device. `all` are the call's tensors, the leading rows first.
   static bool unasked(std::initializer_list<PyObject*> all);
 
   void lead(View& view, PyObject* object, const char* name);            // the first rows: they say where we are

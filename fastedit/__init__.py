@@ -8,6 +8,8 @@ no torch.
 
 import importlib
 
+from . import forked
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -28,13 +30,19 @@ _HOME = {
     "store": ("load", "EditFileError"),
     "interop.adopt": ("adopt",),
     "interop.red": ("load_red_checkpoint",),
+    "interop.smollm2": ("chat_model",),
+    "sweeping": ("Sweep", "sweep"),
     "value_net": ("ValueNet",),
+    "verifying": ("verify",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = ("arrays", "dispatch", "distributed", "families", "interop", "methods", "ops", "recipes", "store")
 _UNLISTED = ("jax",)  # not in __all__: a star import would hide the user's own jax, and fail where there is none
 
 __all__ = sorted([*_WHERE, *_MODULES, "__version__"])
+
+
+forked.watch()
 
 
 def __getattr__(name):

@@ -1,8 +1,57 @@
 """Checks of arguments that are no arrays, for every face: they import neither torch nor jax."""
 
 import math
+import operator
+from collections.abc import Iterable
 
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
+
+
+def as_number(name, value):
+    """A finite float: of a number, a NumPy scalar, or an array or tensor without dimensions.
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        scalar = not isinstance(value, (bool, str, bytes)) and not getattr(value, "shape", ())
+        number = float(value) if scalar and "bool" not in str(getattr(value, "dtype", "")) else math.nan
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {value!r:.60}, expected a finite number")
+    return number
+
+
+def as_layers(layers):
+    """None, or a tuple of layer numbers and names: of one, of an iterable of them (NumPy's and torch's among them), or of a
+    slice, which may end at an open end and is cut to the model's layers when it is patched.
+
+    Raises:
+        TypeError, ValueError: anything else, or none at all.
+    """
+    if layers is None:
+        return None
+    if isinstance(layers, slice):
+        return (layers,)
+    one = isinstance(layers, str) or not isinstance(layers, Iterable) or getattr(layers, "shape", None) == ()
+    wanted = tuple(_layer(layer) for layer in ((layers,) if one else layers))
+    if not wanted:
+        raise ValueError("layers is empty: the edit would act nowhere; leave it out for every layer")
+    return wanted
+
+
+def _layer(layer):
+    if isinstance(layer, str):
+        return str(layer)
+    try:
+        if isinstance(layer, bool) or "bool" in str(getattr(layer, "dtype", "")):
+            raise TypeError
+        return operator.index(layer)
+    except TypeError:
+        raise TypeError(
+            f"layers has {layer!r:.60}, expected None, an int, a range, a slice, or a list of ints or layer names"
+        ) from None
 
 
 def check_on(on):

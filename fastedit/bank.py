@@ -13,7 +13,7 @@ from .bank_books import BankFullError, Books, Stats
 from .bank_entries import Entry, forms_of, places_of
 from .bank_rows import Assigned, Assignment, Served, by_token, check_name, dialled, flat_names
 from .bank_tables import Tables
-from .root import Root, root_of
+from .root import Root, mark_first, root_of
 from .stacks import Stack
 
 __all__ = ["Bank", "BankFullError", "Stats"]
@@ -35,6 +35,8 @@ class Bank:
         host: how many bytes of edits host memory keeps; None for no limit. Beyond it the least recently used ones are
             written to `folder`, which then is needed.
         fused: False keeps to the plain path.
+        unassigned: what becomes of a forward from a thread or task without an assignment while another one has one: it is
+            refused ("refuse"), or runs unedited with a warning ("warn"; a compiled forward is refused all the same).
 
     Raises:
         TypeError, ValueError: what cannot be served, before anything on the model has changed.
@@ -44,21 +46,25 @@ class Bank:
 
     def __init__(
         self, model, capacity, *, sites=("mlp",), rank=0, layers=None, positions=False, gates=False, host=None, folder=None,
-        fused=True,
+        fused=True, unassigned="refuse",
     ):  # fmt: skip
         Tables.check(capacity, rank)
+        if unassigned not in ("refuse", "warn"):
+            raise ValueError(f"unassigned is {unassigned!r}, expected 'refuse' or 'warn'")
         root = root_of(model) or Root(model)
         found, devices = places_of(root.layers, sites, layers)
+        root.check((layer, site, width, True, gates) for layer, site, width in found)
         self.tables = Tables([(layer.name, site, width) for layer, site, width in found], capacity, rank, devices, gates)
         self._books = Books(self.tables, host, folder)
         if fused:
             root.prove([(layer, site) for layer, site, _ in found])
         self.model, self.capacity, self.positions = model, capacity, bool(positions)
         self.closed, self.name, self._root = False, root.new_name("bank"), root
-        self._assigned = Assigned()
+        self._assigned = Assigned(unassigned)
         self._served = [
             (layer, Served(self.tables, layer.name, site, self._assigned, self.positions, fused)) for layer, site, _ in found
         ]
+        mark_first(self._served)
         self._install()
 
     # --- the edits ------------------------------------------------------------------------------------------
@@ -142,16 +148,21 @@ class Bank:
     def stats(self):
         """Stats, all of one moment."""
         self._alive()
+        self._assigned.settle(self._books)
         return self._books.stats()
 
     # --- who is edited by what ------------------------------------------------------------------------------
 
     def assign(self, names, strengths=None, *, tokens=None):
-        """A context inside which this thread's forwards edit sequence i of a batch by names[i]; None: not at all.
+        """A context inside which forwards edit sequence i of a batch by names[i]; None: not at all.
+
+        It holds for this context (contextvars): for this thread, or asyncio task, for tasks started in it and for
+        asyncio.to_thread, not for a thread started by hand. A layer that `gradient_checkpointing_enable` computes again in
+        the backward has the assignment of its forward, wherever the backward runs.
 
         Args:
-            names: one a sequence (beams and samples of a sequence share its name), or for packed sequences a list of
-                names a sequence, one a token. In the place of a name, `Stack("a", "b")`: those edits, in this order.
+            names: one a sequence (in `generate`, beams and samples of a sequence share its name), or for packed sequences a
+                list of names a sequence, one a token. In the place of a name, `Stack("a", "b")`: those edits, in this order.
             strengths: a number, or one for each name: h + strength · (edited − h). 1 by default. For a Stack a number
                 dials the whole, a list of numbers its parts.
             tokens: for packed sequences instead of nested lists: integers (batch, tokens), which of `names` a token is
@@ -190,7 +201,7 @@ class Bank:
         if self.closed:
             return
         with self._books.writing, self._books.lock:
-            if self._assigned.by_thread:
+            if self._assigned.entered:
                 raise RuntimeError("an assignment of this bank is in force: leave it before close()")
             self._root.change(self.model, self._stacks(lambda there, served: [m for m in there if m is not served]))
             self._root.drop(self.model, self.name)

@@ -109,11 +109,21 @@ class Books:
             self.check_new(entry.name)
             self.entries[entry.name] = entry
             self.host_bytes += entry.nbytes
-        self._load(entry, must=False)
-        self._trim()
+        try:
+            self._load(entry, must=False)
+            self._trim()
+        except BaseException:  # a full disk, say: what is refused leaves no name
+            with self.lock:
+                if self.entries.get(entry.name) is entry:
+                    del self.entries[entry.name]
+                self._retire(entry)
+            raise
 
     def replace(self, entry):
         name = entry.name
+        self._trim(coming=entry.nbytes)  # a disk that is full is found before the old edit is let go
+        if self.host is not None and self.host_bytes + entry.nbytes > self.host:
+            entry.path = self.spill.write(entry.staged)
         with self.writing:
             slot = self._room()
             if slot is not None:
@@ -125,6 +135,8 @@ class Books:
                     self._switch(old, entry, slot)
                 elif slot is not None:
                     self.tables.give(slot)
+        if (old is None or full) and entry.path is not None:
+            self.spill.forget(entry.path)
         if old is None:
             self.entry(name)
         if full:
@@ -193,13 +205,13 @@ class Books:
             for entry in missing:
                 self._load(entry)
             self._wait_for(held.values())
+            if missing:
+                self._trim()
         except BaseException:
             self.release(held.values())
             raise
         finally:
             self._folded(parts)
-        if missing:
-            self._trim()
         return held
 
     def _use(self, entry):
@@ -335,15 +347,15 @@ class Books:
         devices = [device for device in self.tables.devices() if device.type == "cuda"]
         return [torch.cuda.current_stream(device).record_event() for device in devices]
 
-    def _trim(self):
-        """Beyond `host` bytes, the least recently used edits to files."""
-        if self.host is None or self.host_bytes <= self.host:
+    def _trim(self, coming=0):
+        """Beyond `host` bytes, `coming` ones included, the least recently used edits to files."""
+        if self.host is None or self.host_bytes + coming <= self.host:
             return
         with self._spilling:
             while True:
                 with self.lock:
                     entry = next((e for e in self.entries.values() if e.staged is not None), None)
-                    if self.host_bytes <= self.host or entry is None:
+                    if self.host_bytes + coming <= self.host or entry is None:
                         return
                     if entry.path is not None:
                         self._drop_host(entry)

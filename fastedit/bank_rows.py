@@ -1,57 +1,35 @@
 """Which rows of a forward are whose edit's: a bank's assignments, and the stage that reads its tables.
 
-An assignment is a thread's own: forwards of other threads do not see it. Its slots and strengths are spread over the
-rows once for all layers and steps of a shape.
+An assignment belongs to the context that entered it (in_force.py): forwards of other threads and tasks do not see it. Its
+slots and strengths are spread over the rows once for all layers and steps of a shape.
 """
 
-import threading
+import weakref
+from collections import deque
 
 import torch
 
+from .in_force import Entered, Owner, check_batch, spread
 from .kernels.reference.form import gated_coefficient
 from .runtime import Stage
 from .stacks import Stack, finite
-from .tenants import Slotted, spread
-
-_ident = threading.get_ident
+from .tenants import Slotted
 
 
-class Assigned:
-    """The assignments in force at a bank, one stack of them a thread."""
+class Assigned(Owner):
+    """The assignments in force at a bank."""
 
-    def __init__(self):
-        self.by_thread = {}  # thread → [Assignment]
-        self.traced = None  # what torch.compile sees, which knows no threads
+    def __setstate__(self, state):
+        super().__setstate__(state)
         self.spare = {}  # (shape, device) → [(slots, factors)] not in use: a captured graph holds their addresses
+        self.over = deque()  # entries whose last forward will not be computed again
 
     def __getstate__(self):
-        return {"by_thread": {}, "traced": None, "spare": {}}
-
-    def now(self):
-        if torch.compiler.is_compiling():
-            return self.traced
-        found = self.by_thread.get(_ident())
-        return found[-1] if found else None
+        return {name: value for name, value in super().__getstate__().items() if name not in ("spare", "over")}
 
     def slot(self, hidden):
         """int32, one a row of hidden (…, width)."""
         return self.now().slot(hidden)
-
-    def push(self, assignment):
-        self.by_thread.setdefault(_ident(), []).append(assignment)
-        self._trace()
-
-    def pop(self, assignment):
-        for thread, stack in list(self.by_thread.items()):
-            if assignment in stack:
-                stack.remove(assignment)
-                if not stack:
-                    del self.by_thread[thread]
-        self._trace()
-
-    def _trace(self):
-        found = list(self.by_thread.values())
-        self.traced = None if not found else found[0][-1] if len(found) == 1 else _Several()
 
     def buffers(self, shape, device):
         """(slots int32, factors fp32) of `shape`, those of an earlier assignment if there are any."""
@@ -64,15 +42,10 @@ class Assigned:
     def give_back(self, shape, device, pair):
         self.spare.setdefault((shape, device), []).append(pair)
 
-
-class _Several:
-    """What a compiled forward finds where several threads have assignments in force."""
-
-    def coefficient(self, hidden, stack):
-        raise RuntimeError(
-            "several threads have an assignment of this bank in force, and a compiled forward cannot tell threads apart: "
-            "run compiled forwards from one thread, or the model uncompiled"
-        )
+    def settle(self, books):
+        """Give back the slots of assignments that a checkpoint held on to; not where garbage is collected, under any lock."""
+        while self.over:
+            books.release(self.over.popleft())
 
 
 class Assignment:
@@ -80,45 +53,64 @@ class Assignment:
 
     def __init__(self, bank, names, strengths, shape):
         self.bank, self.names, self.strengths, self.shape = bank, names, strengths, shape
-        self.held, self.device, self.pair = None, None, None
+        self.entered = None
+
+    @property
+    def slots(self):
+        """int32, as the names were given; inside the assignment."""
+        return self.entered.slots
 
     def __enter__(self):
-        if self.held is not None:
+        if self.entered is not None:
             raise RuntimeError("this assignment is in force already; ask bank.assign for another one")
         bank = self.bank
+        bank._assigned.settle(bank._books)
         held = bank._books.acquire({name for name in self.names if name is not None})
         try:
-            self._fill(held)
-            bank._assigned.push(self)
+            entered = EnteredNames(self, held)
+            bank._assigned.push(entered)
         except BaseException:
             bank._books.release(held.values())
             raise
-        self.held = held
+        self.entered, self.held = entered, held
         return self
 
     def __exit__(self, *exception):
-        held, self.held = self.held, None
-        self.bank._assigned.pop(self)
-        self.bank._assigned.give_back(self.shape, self.device, self.pair)
-        self.bank._books.release(held.values())
-        self.pair = self.slots = self.factors = self.which = None
-        self.kept = {}
+        (entered, self.entered), (held, self.held) = (self.entered, None), (self.held, None)
+        assigned, books = self.bank._assigned, self.bank._books
+        assigned.pop(entered)
+        if entered.carried:  # a checkpoint may come back to it: its slots are nobody else's until that is forgotten
+            weakref.finalize(entered, assigned.over.append, list(held.values())).atexit = False
+            return
+        assigned.give_back(self.shape, entered.device, entered.pair)
+        books.release(held.values())
+        entered.clear()
 
-    def _fill(self, held):
-        places = [-1 if name is None else held[name].slot for name in self.names]
-        kinds = [None if name is None else held[name].positions for name in self.names]
-        self.positions = list(dict.fromkeys(k for name, k in zip(self.names, kinds, strict=True) if name is not None))
+
+class EnteredNames(Entered):
+    """What an assignment is while it is in force: the rows' slots, strengths and positions on the device."""
+
+    def __init__(self, assignment, held):
+        super().__init__()
+        bank, names, strengths, shape = assignment.bank, assignment.names, assignment.strengths, assignment.shape
+        places = [-1 if name is None else held[name].slot for name in names]
+        kinds = [None if name is None else held[name].positions for name in names]
+        self.positions = list(dict.fromkeys(k for name, k in zip(names, kinds, strict=True) if name is not None))
         self.idle = all(place < 0 for place in places)
-        self.plain = all(factor == 1.0 for factor in self.strengths) and self.positions in ([], [None])
-        self.device = self.bank.device
-        self.pair = self.slots, self.factors = self.bank._assigned.buffers(self.shape, self.device)
+        self.plain = all(factor == 1.0 for factor in strengths) and self.positions in ([], [None])
+        self.device = bank.device
+        self.pair = self.slots, self.factors = bank._assigned.buffers(shape, self.device)
         with torch.inference_mode(False), torch.no_grad():
-            self.slots.copy_(torch.tensor(places, dtype=torch.int32).view(self.shape))
-            self.factors.copy_(torch.tensor(self.strengths).view(self.shape))
+            self.slots.copy_(torch.tensor(places, dtype=torch.int32).view(shape))
+            self.factors.copy_(torch.tensor(strengths).view(shape))
             self.which = None
             if self.positions not in ([], [None]):
                 numbers = [self.positions.index(k) if k in self.positions else 0 for k in kinds]
-                self.which = torch.tensor(numbers, dtype=torch.int32, device=self.device).view(self.shape)
+                self.which = torch.tensor(numbers, dtype=torch.int32, device=self.device).view(shape)
+        self.kept = {}
+
+    def clear(self):
+        self.pair = self.slots = self.factors = self.which = None
         self.kept = {}
 
     def slot(self, hidden):
@@ -148,6 +140,8 @@ class Assignment:
         return total
 
     def _spread(self, name, rows, hidden):
+        if rows.dim() == 1:
+            check_batch(hidden, len(rows), "names")
         if torch.compiler.is_compiling() or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
             return self._over(rows, hidden)  # a graph reads the assignment that is in force when it is replayed
         key = name, hidden.shape[:-1], hidden.device
@@ -159,14 +153,14 @@ class Assignment:
 
     def _over(self, rows, hidden):
         if rows.dim() == 1:
-            return spread(rows, hidden, "names")
+            return spread(rows, hidden)
         if rows.numel() != hidden.shape[:-1].numel() or rows.shape[0] != hidden.shape[0] != rows.numel():
             raise ValueError(
                 f"assign() was given a name a token for {tuple(rows.shape)} (batch, tokens), but the hidden states have "
                 f"shape {tuple(hidden.shape)}: packed sequences run in one forward, without a cache of earlier ones; "
                 f"{_STACKS}"
             )
-        return rows.to(hidden.device).reshape(hidden.shape[:-1])
+        return rows.to(hidden.device, copy=True).reshape(hidden.shape[:-1])  # a backward may save it
 
 
 class Served:
@@ -175,6 +169,7 @@ class Served:
     is_sensor = is_probe = trainable = keep_norm = dialled = False
     positions = gating = None
     direct = alone = True
+    first = False  # of the places that a forward comes to
 
     def __init__(self, tables, layer, site, assigned, needs_plan, fused):
         self.tables, self.place, self.tenancy = tables, (layer, site), assigned
@@ -185,7 +180,7 @@ class Served:
         return TableStage([masters], stack)
 
     def tensors(self):
-        return Slotted(self.tables.tensors(*self.place), self.tenancy)
+        return Slotted(self.tables.tensors(*self.place), self.tenancy, self.first)
 
 
 class TableGate:
@@ -261,7 +256,7 @@ def flat_names(names):
 
 def dialled(names, strengths):
     """(names, a factor for each): a Stack whose parts have strengths is another Stack, at factor 1."""
-    if strengths is None or isinstance(strengths, (int, float)):
+    if strengths is None or isinstance(strengths, (int, float)) or getattr(strengths, "shape", None) == ():
         strengths = [1.0 if strengths is None else strengths] * len(names)
     strengths = list(strengths)
     if len(strengths) != len(names):

@@ -8,6 +8,7 @@ import torch
 from .captured_rows import Rows
 from .capturing import capture
 from .directions import Directions
+from .sinks import SINKS
 
 METHODS = ("mean", "pca", "probe")
 POSITIVE, NEGATIVE = "positive", "negative"
@@ -16,6 +17,7 @@ POSITIVE, NEGATIVE = "positive", "negative"
 def contrast(
     model, tokenizer, positive, negative, *, method="mean", layers=None, site="block", at="last token",
     probe="logistic", centre=False, held_out=0.25, seed=0, batch_size=16, max_length=None, resume=None, progress=None,
+    suffix=None, spans=None, sinks=SINKS,
 ):  # fmt: skip
     """Directions that lead from the negative texts to the positive ones, one for each layer.
 
@@ -32,17 +34,19 @@ def contrast(
     the offset half-way between (arXiv 2310.06824).
 
     Args:
-        model, tokenizer, layers, site, at, batch_size, max_length, resume, progress: as of `fastedit.capture`; `at` is
-            one row a text, so not "all tokens". The folder `resume` also keeps the rows that PCA and probes need, which
-            else are in a temporary one.
+        model, tokenizer, layers, site, at, batch_size, max_length, resume, progress, suffix, sinks: as of
+            `fastedit.capture`; `at` is one row a text, so not "all tokens". The folder `resume` also keeps the rows that
+            PCA and probes need, which else are in a temporary one.
         positive, negative: lists of texts (or of lists of token ids).
+        spans: with at="span", (start, stop) for each text, the positive ones first.
         held_out: the share of texts (of pairs, where there are as many of both) a probe is judged on. seed: which.
 
     Returns:
         Directions with statistics for each layer: "positive", "negative" (how many texts); "norm" of the difference of
-        means; "separation", that norm over the root of the mean within-class variance summed over features; for "pca"
-        "explained", the component's share of the sum of squares; for "probe" "accuracy" on the texts held out,
-        "fitted_accuracy" on the others, "held_out" (how many), "offset".
+        means; "residual", the root mean square of the measured rows' norms; "separation", the difference's norm over the root
+        of the mean within-class variance summed over features; where `at` is a mean, "sinks", how many tokens were left out
+        of it, and "tokens", of how many; for "pca" "explained", the component's share of the sum of squares; for "probe"
+        "accuracy" on the texts held out, "fitted_accuracy" on the others, "held_out" (how many), "offset".
 
     Raises:
         TypeError, ValueError: a method, probe or share that is not there, sets that are empty or not paired, and all
@@ -56,7 +60,7 @@ def contrast(
         captured = capture(
             model, tokenizer, data, layers=layers, site=site, at=at, groups=groups, group_names=[POSITIVE, NEGATIVE],
             batch_size=batch_size, max_length=max_length, progress=progress, resume=resume,
-            rows=None if method == "mean" else folder,
+            rows=None if method == "mean" else folder, suffix=suffix, spans=spans, sinks=sinks,
         )  # fmt: skip
         vectors, statistics = {}, {}
         rows = None if method == "mean" else Rows(folder)
@@ -64,6 +68,8 @@ def contrast(
             mean = moments.mean()
             difference = (mean[0] - mean[1]).cpu()
             statistics[layer] = _of_moments(moments, difference)
+            if captured.left_out[layer][1]:
+                statistics[layer]["sinks"], statistics[layer]["tokens"] = captured.left_out[layer]
             if method == "mean":
                 vectors[layer] = difference
             else:
@@ -88,12 +94,18 @@ def _checked(positive, negative, method, at, probe, held_out):
     if probe not in ("logistic", "mass-mean"):
         raise ValueError(f"probe is {probe!r}, expected 'logistic' or 'mass-mean'")
     if at == "all tokens":
-        raise ValueError("at is 'all tokens', expected one row a text: 'last token', 'first token' or 'mean'")
+        raise ValueError("at is 'all tokens', expected one row a text: 'last token', 'mean', 'last 4', 'response', …")
     sets = []
     for name, texts in ((POSITIVE, positive), (NEGATIVE, negative)):
         if isinstance(texts, str):
             raise TypeError(f"{name} is one text, expected a list of them")
         sets.append(list(texts))
+        if any(isinstance(text, dict) or (isinstance(text, (list, tuple)) and text and isinstance(text[0], dict))
+               for text in sets[-1]):  # fmt: skip
+            raise TypeError(
+                f"{name} holds rows of a chat ({sets[-1][0]!r:.60}), expected texts: make one of each conversation with "
+                "tokenizer.apply_chat_template(row, tokenize=False)"
+            )
         if not sets[-1]:
             raise ValueError(f"{name} is empty: a contrast needs texts on both sides")
     if method == "pca" and (len(sets[0]) != len(sets[1]) or len(sets[0]) < 2):
@@ -116,7 +128,9 @@ def _of_moments(moments, difference):
     within = torch.nan_to_num(moments.variance()).sum(1).mean().sqrt().item()
     norm = difference.norm().item()
     separation = norm / within if within > 0 else None
-    return {POSITIVE: int(count[0]), NEGATIVE: int(count[1]), "norm": norm, "separation": separation}
+    square = moments.mean().square().sum(1) + moments.variance(correction=0).sum(1)
+    residual = ((square * count).sum() / count.sum()).sqrt().item()
+    return {POSITIVE: int(count[0]), NEGATIVE: int(count[1]), "norm": norm, "separation": separation, "residual": residual}
 
 
 def _component(positive, negative, difference, centre):
@@ -176,7 +190,7 @@ def _logistic_regression():
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise ImportError("probe='logistic' needs scikit-learn: pip install 'fastedit[train]'") from None
+        raise ImportError("probe='logistic' needs scikit-learn: pip install scikit-learn") from None
     return LogisticRegression
 
 

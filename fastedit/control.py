@@ -124,6 +124,7 @@ def _rows(plan, hidden):
             return 1  # a whole prompt or one token; candidates of an assistant are not run on a compiled static cache
         count = tokens + int(plan.offset) - (plan.generation.columns - 1)
         return min(count, tokens) if count > 0 else None
+    plan.whole_rows("controls")
     if tokens == 1 or (plan.attention_mask is None and not plan.unread):
         return 1
     if plan.unread:

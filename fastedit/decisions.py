@@ -22,15 +22,25 @@ class Decisions:
     def remember(self, plan, output):
         """After a forward by hand: what it decided belongs to the cache that it filled."""
         cache = plan.cache if plan.cache is not None else _cache_of(output)
-        if cache is not None:
+        if cache is not None and (plan.packing is None or not plan.packing.several()):
             held = self.by_cache.setdefault(cache, {})
             for key, value in plan.decided.items():
                 held[key] = _into(held.get(key), value)
 
 
-def _keep(sensor, value):
-    """The sensor's last decision; while tracing by assignment alone, since to look would guard on what was there."""
-    sensor.kept = value.detach() if torch.compiler.is_compiling() else _into(sensor.kept, value)
+def _keep(sensor, value, generation=None):
+    """The sensor's last decision; while tracing by assignment alone, since to look would guard on what was there.
+
+    A call of `generate` has a tensor of its own while another thread's call still reads the one kept.
+    """
+    if torch.compiler.is_compiling():
+        sensor.kept = value.detach()
+        return sensor.kept
+    other = None if sensor.keeper is None else sensor.keeper()
+    if other is not None and other is not generation and not other.over:
+        return value if generation is None else _into(None, value)
+    sensor.keeper = None if generation is None else weakref.ref(generation)
+    sensor.kept = _into(sensor.kept, value)
     return sensor.kept
 
 
@@ -56,6 +66,8 @@ def decide(plan, sensor, fresh):
     """
     if plan.generation is not None:
         return _in_generate(plan, sensor, fresh)
+    if isinstance(plan.offset, torch.Tensor) or plan.offset == 0:
+        plan.by_hand("a gate that decides once on the prompt")
     if isinstance(plan.offset, torch.Tensor):
         return _on_static_cache(plan, sensor, fresh)
     if plan.offset == 0:  # also when a checkpoint computes this forward again: then with the gradient
@@ -80,13 +92,21 @@ def _in_generate(plan, sensor, fresh):
     if sensor.key in held:
         return held[sensor.key]
     missing = plan.generation.columns - (0 if plan.shape is None else plan.shape[1])
-    if missing > 0 and _number(plan.offset) < missing:
+    offset = _number(plan.offset) if missing > 0 else 0
+    if offset >= plan.generation.columns:
+        raise _undecided()
+    if missing > 0 and offset < missing:
         raise RuntimeError(
             "a gate decides on the prompt's last token or its mean, but this forward ends before the prompt does "
             "(prefill_chunk_size?): its first tokens would be edited before the decision; prefill in one forward"
         )
+    if offset and sensor.decide == "prompt mean":
+        raise RuntimeError(
+            f"a gate decides on the mean of the prompt, whose first {offset} tokens are in the cache that generate was "
+            "given: generate without that cache, or decide='prompt', on the last token"
+        )
     value = fresh()
-    held[sensor.key] = _keep(sensor, value)
+    held[sensor.key] = _keep(sensor, value, plan.generation)
     return value
 
 

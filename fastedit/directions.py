@@ -7,19 +7,25 @@
 import contextlib
 import hashlib
 import json
+import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 
 from .edit_file import replace
 from .edits import orthonormal_rows
+from .files.sealed import Damaged, open_tensors, parse_json, read_regular, seal_tensors
 from .per_layer import as_values
 
-JSON, VERSION = "directions.json", 1
+FILE = "directions.safetensors"
+_KEYS = ("format", "about", "statistics")  # of its metadata, beside version and checksum
+_OLD_JSON, _OLD_TENSORS = "directions.json", re.compile(r"directions-[0-9a-f]{16}\.safetensors")  # version 1: two files
+_LIMIT = 4 << 30
+
+logger = logging.getLogger("fastedit")
 
 
 class DirectionsFileError(ValueError):
@@ -145,6 +151,43 @@ class Directions(Mapping):
             raise KeyError(f"no layer has the statistic {by!r}")
         return max(known, key=known.get)
 
+    def window(self, count):
+        """(layer, …): `count` neighbouring layers to steer at, the earliest of those that tell the classes apart best.
+
+        Best is the mean held-out accuracy where probes give one, within one text held out; else the mean separation, within
+        5 %. Late layers often tell as well and steer less: what they add, few layers work on.
+
+        Raises:
+            ValueError: fewer layers than `count`. KeyError: neither statistic is known of every layer.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(self):
+            raise ValueError(f"count is {count!r}, expected a number of layers from 1 to {len(self)}")
+        noted = [self.statistics.get(layer, {}) for layer in self]
+        name = next((n for n in ("accuracy", "separation") if all(found.get(n) is not None for found in noted)), None)
+        if name is None:
+            raise KeyError("neither accuracy nor separation is known of every layer")
+        values = [found[name] for found in noted]
+        means = [sum(values[at : at + count]) / count for at in range(len(self) - count + 1)]
+        slack = 1 / noted[0]["held_out"] if name == "accuracy" else 0.05 * max(means)
+        at = next(at for at, mean in enumerate(means) if mean >= max(means) - slack - 1e-12)
+        return self.layers[at : at + count]
+
+    def relative(self, share):
+        """Vectors as long as `share` × the residual's norm at their layer, as "residual" in the statistics says it.
+
+        Raises:
+            ValueError: no finite share; a layer without that statistic; a vector that is zero.
+        """
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
+            raise ValueError(f"share is {share!r}, expected a finite number")
+        missing = [layer for layer in self if not self.statistics.get(layer, {}).get("residual")]
+        if missing:
+            raise ValueError(
+                f"the residual's norm is not known at layers {missing}: fastedit.contrast notes it as statistic 'residual'"
+            )
+        unit = self.normalised()
+        return self._derived({layer: unit[layer] * share * self.statistics[layer]["residual"] for layer in self})
+
     def _map(self, function):
         return self._derived({layer: function(vector) for layer, vector in self.items()})
 
@@ -160,29 +203,25 @@ class Directions(Mapping):
     # --- files ----------------------------------------------------------------------------------------------
 
     def save(self, folder):
-        """Write directions.json and the tensors it names; a crash leaves the old ones or the new. Returns the Path.
+        """Write directions.safetensors; a crash leaves the old ones or the new, and of two writers the last wins whole.
+
+        Returns the folder's Path.
 
         Raises:
             OSError: it could not be written. ValueError: statistics or `about` are not JSON-able.
         """
         folder = Path(folder)
-        payload = to_bytes({f"layers.{layer}": vector.contiguous() for layer, vector in self.items()})
-        digest = hashlib.sha256(payload).hexdigest()
-        name = f"directions-{digest[:16]}.safetensors"
-        note = {
-            "format": "fastedit directions", "version": VERSION, "about": self.about,
-            "statistics": {str(layer): found for layer, found in self.statistics.items()},
-            "tensors": {"file": name, "sha256": digest},
-        }  # fmt: skip
+        statistics = {str(layer): found for layer, found in self.statistics.items()}
         try:
-            text = json.dumps(note, indent=2, allow_nan=False).encode() + b"\n"
+            about, statistics = (json.dumps(said, allow_nan=False) for said in (self.about, statistics))
         except (TypeError, ValueError) as error:
             raise ValueError(f"statistics or about are not JSON-able: {error}") from None
+        note = {"format": "fastedit directions", "about": about, "statistics": statistics}
+        payload = seal_tensors({f"layers.{layer}": vector.contiguous() for layer, vector in self.items()}, note)
         folder.mkdir(parents=True, exist_ok=True)
-        replace(folder / name, payload)
-        replace(folder / JSON, text)
-        for old in folder.glob("directions-*.safetensors"):
-            if old.name != name:
+        replace(folder / FILE, payload)
+        for old in folder.iterdir():  # of version 1, whose place this takes
+            if old.name == _OLD_JSON or _OLD_TENSORS.fullmatch(old.name):
                 with contextlib.suppress(OSError):
                     old.unlink()
         return folder
@@ -190,23 +229,20 @@ class Directions(Mapping):
     @classmethod
     def load(cls, folder):
         """What `save` wrote, checked; DirectionsFileError says what is wrong with it."""
-        path = Path(folder) / JSON
-        if not path.is_file():
-            raise DirectionsFileError(f"{folder} has no {JSON}; expected a folder written by Directions.save")
+        path = Path(folder) / FILE
         try:
-            note = json.loads(path.read_bytes())
-            if note["format"] != "fastedit directions" or note["version"] != VERSION:
-                raise DirectionsFileError(
-                    f"{path} is {note['format']!r} version {note['version']!r}, expected 'fastedit directions' {VERSION}"
-                )
-            name, digest = note["tensors"]["file"], note["tensors"]["sha256"]
-            statistics = {int(layer): dict(found) for layer, found in note["statistics"].items()}
-            about = dict(note["about"])
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            if not path.exists():
+                return cls(*_version_1(Path(folder)))
+            note, tensors, _ = open_tensors(read_regular(path, _LIMIT), _KEYS)
+            if note["format"] != "fastedit directions":
+                raise Damaged(f"is {note['format']!r:.60}, expected 'fastedit directions'")
+            return cls(_vectors(tensors), *_said(*(parse_json(note[key]) for key in ("statistics", "about"))))
+        except OSError as error:
+            raise DirectionsFileError(f"{path} could not be read: {error.strerror or error}") from None
+        except (ValueError, TypeError) as error:  # Damaged, and what vectors of the file are no directions
             if isinstance(error, DirectionsFileError):
                 raise
-            raise DirectionsFileError(f"{path} is not what Directions.save writes: {error!r}") from None
-        return cls(_read_tensors(Path(folder) / Path(name).name, digest), statistics, about)
+            raise DirectionsFileError(f"{path} {error}; save it again") from None
 
     def save_gguf(self, path, *, model=None):
         """Write a control vector for llama.cpp; fastedit.interop.control_vectors."""
@@ -226,14 +262,52 @@ class Directions(Mapping):
         return f"<directions{method}: layers {', '.join(map(str, self))}, width {self.width}>"
 
 
-def _read_tensors(path, digest):
+def _said(statistics, about):
     try:
-        payload = path.read_bytes()
+        return {int(layer): dict(found) for layer, found in statistics.items()}, dict(about)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Damaged(f"has statistics or about that are not what Directions.save writes: {error}") from None
+
+
+def _vectors(tensors):
+    found = {}
+    for name, tensor in tensors.items():
+        number = re.fullmatch(r"layers\.(\d{1,9})", name)
+        if number is None:
+            raise Damaged(f"holds the tensor {name!r:.80}, expected layers.<number>")
+        found[int(number[1])] = tensor
+    return found
+
+
+def _version_1(folder):
+    """(vectors, statistics, about) of directions.json and the tensors that it names."""
+    path = folder / _OLD_JSON
+    if not path.exists():
+        raise DirectionsFileError(f"{folder} has no {FILE}; expected a folder written by Directions.save")
+    try:
+        note = parse_json(read_regular(path, 16 << 20))
+        if note["format"] != "fastedit directions" or note["version"] != 1:
+            raise DirectionsFileError(
+                f"{path} is {note['format']!r:.60} version {note['version']!r:.40}, expected 'fastedit directions' 1"
+            )
+        name, digest = note["tensors"]["file"], note["tensors"]["sha256"]
+        said = _said(note["statistics"], note["about"])
+        if not _OLD_TENSORS.fullmatch(name):
+            raise Damaged(f"names the tensors {name!r:.80}")
+    except (Damaged, LookupError, TypeError) as error:
+        raise DirectionsFileError(f"{path} is not what Directions.save writes: {error}") from None
+    path = folder / name
+    try:
+        payload = read_regular(path, _LIMIT)
+        if hashlib.sha256(payload).hexdigest() != digest:
+            raise Damaged(f"does not have the checksum in {_OLD_JSON}: changed or damaged; save it again")
+        vectors = _vectors(open_tensors(payload, ())[1])
+    except Damaged as error:
+        raise DirectionsFileError(f"{path} {error}") from None
     except OSError as error:
-        raise DirectionsFileError(f"{path}, which {JSON} names, could not be read: {error.strerror}") from None
-    if hashlib.sha256(payload).hexdigest() != digest:
-        raise DirectionsFileError(f"{path} does not have the checksum in {JSON}: changed or damaged; save it again")
-    try:
-        return {int(name.removeprefix("layers.")): tensor for name, tensor in from_bytes(payload).items()}
-    except Exception as error:  # safetensors' own errors have no common base besides this
-        raise DirectionsFileError(f"{path} is not a file of directions: {error}") from None
+        raise DirectionsFileError(f"{path}, which {_OLD_JSON} names, could not be read: {error.strerror}") from None
+    logger.warning(
+        "fastedit: the directions in %s are of format version 1, whose %s has no checksum; save them again for one", folder,
+        _OLD_JSON,
+    )  # fmt: skip
+    return vectors, *said

@@ -1,7 +1,7 @@
 """Which backend serves a call: a pure function of device type and dtypes, remembered.
 
-CPU tensors go to the native cpu kernels, CUDA tensors to the native cuda kernels if built, else to
-Triton; anything else, and anything a kernel cannot take, to the reference. `FASTEDIT_BACKEND`
+CPU tensors go to the native cpu kernels, CUDA tensors to the native cuda kernels if they are built and run on the
+device (cuda_device.py), else to Triton; anything else, and anything a kernel cannot take, to the reference. `FASTEDIT_BACKEND`
 (reference, cpu, cuda or triton) forces one, which then serves or raises: no silent fallback.
 """
 
@@ -13,7 +13,7 @@ import types
 
 import torch
 
-from . import native
+from . import cuda_device, native
 
 logger = logging.getLogger("fastedit")
 
@@ -49,7 +49,7 @@ def why_not(name):
         load(name)
     except (ImportError, BackendError) as error:
         return str(error)
-    return None
+    return cuda_device.why_not_here() if name == "cuda" else None
 
 
 @functools.cache
@@ -94,6 +94,8 @@ def _choose(device_type, dtype, second_dtype=None, on_sum=False):
         return load("reference")
     for name in wanted:
         if why_not(name) is None:
+            if name == "triton" and cuda_device.why_not_here():
+                _announce(f"fastedit: Triton kernels on {device_type}, because the native ones cannot run: {why_not('cuda')}")
             return load(name)
     if wanted:
         reasons = "; ".join(f"{name}: {why_not(name)}" for name in wanted)

@@ -10,7 +10,7 @@ masters on the model; the edit object itself is never changed and may be used ag
 Arguments that all edits take:
     site: "mlp", "attn", "block", "q", "k", "v", "ffn_in", "embed" or "final" (fastedit/sites.py).
     layers: None for every layer (the one choice for "embed" and "final", which are of the model), or layer
-        numbers: an int, a range, a list; negative ones count from the end. A model with two stacks is numbered
+        numbers: an int, a range, a slice, a list; negative ones count from the end. A model with two stacks is numbered
         through, encoder first; "decoder" or "decoder.3" also work.
     positions: which tokens, as fastedit/positions.py lists: None or "all", "prompt", "generated", "first 4", "last 4", …
     strength: c, a number; `handle.strength` multiplies it at run time.
@@ -24,11 +24,10 @@ with one, as `directions` or `vectors`).
 """
 
 import copy
-import math
-from collections.abc import Iterable
 
 import torch
 
+from .arguments import as_layers, as_number
 from .checks import MAX_RANK
 from .form import Form
 from .gates import check_rule
@@ -60,11 +59,11 @@ class Edit:
 
     def __init__(self, names, rank=0, *, site=None, layers=None, positions=None, strength=1.0, keep_norm=False):
         self.site = check_site(self.default_site if site is None else site)
-        self.layers = _check_layers(layers)
+        self.layers = as_layers(layers)
         self.positions = as_positions(positions)
         if rank > MAX_RANK:
             raise ValueError(f"{type(self).__name__} has rank {rank}, but the kernels take up to {MAX_RANK}")
-        self.strength, self.names, self.rank = _number("strength", strength), tuple(names), rank
+        self.strength, self.names, self.rank = as_number("strength", strength), tuple(names), rank
         if not isinstance(keep_norm, bool):
             raise TypeError(f"keep_norm is {keep_norm!r}, expected True or False")
         self.neutral, self.keep_norm = False, keep_norm
@@ -122,7 +121,7 @@ class Edit:
         """A JSON-able description; with the tensors of `Handle.named_tensors` it is the whole edit."""
         described = {
             "kind": type(self).__name__, "site": self.site,
-            "layers": None if self.layers is None else list(self.layers),
+            "layers": None if self.layers is None else [n if isinstance(n, (int, str)) else str(n) for n in self.layers],
             "positions": "all" if self.positions is None else self.positions.spec(),
             "strength": self.strength, "rank": self.rank, "tensors": list(self.names), "trainable": self.trainable,
         }  # fmt: skip
@@ -213,7 +212,7 @@ class Clamp(Edit):
     def __init__(self, direction, value, **where):
         self.directions, self.value = (
             PerLayer("direction", direction, (1,)).map(orthonormal_rows),
-            _number("value", value),
+            as_number("value", value),
         )
         super().__init__(("read", "offset", "write"), rank=1, **_layers_of(where, self.directions))
 
@@ -233,7 +232,7 @@ class Amplify(Edit):
     def __init__(self, direction, factor, **where):
         self.directions, self.factor = (
             PerLayer("direction", direction, (1,)).map(orthonormal_rows),
-            _number("factor", factor),
+            as_number("factor", factor),
         )
         super().__init__(("read", "write"), rank=1, **_layers_of(where, self.directions))
 
@@ -257,7 +256,7 @@ class Rotate(Edit):
         planes = PerLayer("plane", plane, (2,))
         if any(len(p) != 2 for p in planes.all()):
             raise ValueError(f"plane has {len(planes.all()[0])} rows, expected the 2 directions that span it")
-        self.planes, self.angle = planes.map(orthonormal_rows), _number("angle", angle)
+        self.planes, self.angle = planes.map(orthonormal_rows), as_number("angle", angle)
         if any(len(p) != 2 for p in self.planes.all()):
             raise ValueError("the plane's two directions are parallel: they span a line, not a plane")
         names = ("plane", "angle") if trainable else ("read", "write")
@@ -333,29 +332,6 @@ def orthonormal_rows(directions):
     if not basis:
         raise ValueError("the directions are all zero: there is nothing to normalise")
     return torch.stack(basis).float()
-
-
-def _number(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, expected a finite number")
-    return float(value)
-
-
-def _check_layers(layers):
-    """None, or a tuple of layer numbers and names."""
-    if layers is None:
-        return None
-    wanted = (
-        (layers,) if isinstance(layers, (int, str)) or not isinstance(layers, Iterable) else tuple(layers)
-    )
-    for layer in wanted:
-        if isinstance(layer, bool) or not isinstance(layer, (int, str)):
-            raise TypeError(
-                f"layers has {layer!r}, expected None, an int, a range, or a list of ints or layer names"
-            )
-    if not wanted:
-        raise ValueError("layers is empty: the edit would act nowhere; leave it out for every layer")
-    return wanted
 
 
 def _layers_of(where, *values):

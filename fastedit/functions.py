@@ -1,7 +1,8 @@
 """Autograd of the ops, once for both faces: the eager autograd.Function and the registered operators.
 
 `setup_*` decides what is saved (bias-only training saves no hidden states), `backward_*` calls the fused
-backward for exactly the gradients that are wanted. Formulas: DESIGN.md 2, Backward. Once differentiable.
+backward for exactly the gradients that are wanted. Formulas: DESIGN.md 2, Backward. Where a gradient of gradients is wanted
+(create_graph=True), the backward is the reference's, in operations that autograd sees.
 
 The eager Functions take ctx in forward: with a setup_context of its own, torch inspects forward's signature at every
 call (119 µs for one row of 64 columns where this took 46, other work beside).
@@ -9,7 +10,6 @@ call (119 µs for one row of 64 columns where this took 46, other work beside).
 
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import torch_library
 from .implementation import (
@@ -21,9 +21,16 @@ from .implementation import (
     run_project,
     run_project_backward,
 )
+from .kernels import reference
+from .kernels.reference.edit_add_norm import norm as norm_by_definition
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _EXACT = (torch.float32, torch.float64)
+
+
+def _again():
+    """Whether this backward is to be differentiated itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _traced(*tensors):
@@ -99,10 +106,11 @@ def edit_gradients(
 ):
     """Seven gradients of an edit; the plain call, or the operator while tracing."""
     args = (grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z)
+    if _again():
+        return run_edit_backward(*args, needs, dtype, reference)
     if _traced(grad, grad_z):
         grads = torch_library.edit_backward(*args, list(needs), dtype)
-        grads = [g if n else None for g, n in zip(grads, needs, strict=True)]
-        return grads
+        return [g if n else None for g, n in zip(grads, needs, strict=True)]
     return run_edit_backward(*args, needs, dtype)
 
 
@@ -113,7 +121,7 @@ class EditFunction(Function):
         setup_edit(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(backward_edit))
+    backward = staticmethod(backward_edit)
 
 
 # --- edit_add -------------------------------------------------------------------------------------------------
@@ -164,14 +172,14 @@ class EditAddFunction(Function):
         setup_edit_add(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(backward_edit_add))
+    backward = staticmethod(backward_edit_add)
 
 
 # --- edit_add_norm --------------------------------------------------------------------------------------------
 
 
 def setup_edit_add_norm(ctx, inputs, output):
-    x, residual, weight, _, scale, bias, read, offset, write, slot, coefficient, on_sum, kind, _ = inputs
+    x, residual, weight, _, scale, bias, read, offset, write, slot, coefficient, on_sum, kind, ctx.eps = inputs
     out, _, z, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
@@ -198,7 +206,12 @@ def backward_edit_add_norm(ctx, grad_residual, grad_normed, grad_z, _mean, _rstd
         grad_z if form[2] is not None else None, z, ctx.on_sum, ctx.kind,
     )  # fmt: skip
     dtypes = (ctx.x_dtype, ctx.residual_dtype)
-    if _traced(grad_residual, grad_normed, grad_z):
+    if _again():
+        rows = out.reshape(-1, out.shape[-1])
+        _, mean, rstd = norm_by_definition(rows, weight, None, ctx.kind, ctx.eps)  # those that were saved have no history
+        args = (*args[:6], mean, rstd, *args[8:])
+        grads = list(run_edit_add_norm_backward(*args, needs, needs_norm, *dtypes, reference))
+    elif _traced(grad_residual, grad_normed, grad_z):
         grads = torch_library.edit_add_norm_backward(*args, list(needs), list(needs_norm), *dtypes)
         wanted = (need_x, need_residual, *ctx.form_needs, *needs_norm)
         grads = [g if n else None for g, n in zip(grads, wanted, strict=True)]
@@ -227,7 +240,7 @@ class EditAddNormFunction(Function):
         setup_edit_add_norm(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(backward_edit_add_norm))
+    backward = staticmethod(backward_edit_add_norm)
 
 
 # --- project --------------------------------------------------------------------------------------------------
@@ -243,7 +256,9 @@ def setup_project(ctx, inputs, output):
 def backward_project(ctx, grad_z):
     hidden, read = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:3])
-    if _traced(grad_z):
+    if _again():
+        d_hidden, d_read, d_offset = run_project_backward(grad_z, hidden, read, needs, ctx.dtype, reference)
+    elif _traced(grad_z):
         grads = torch_library.project_backward(grad_z, hidden, read, list(needs), ctx.dtype)
         d_hidden, d_read, d_offset = (g if n else None for g, n in zip(grads, needs, strict=True))
     else:
@@ -258,7 +273,7 @@ class ProjectFunction(Function):
         setup_project(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(backward_project))
+    backward = staticmethod(backward_project)
 
 
 def register():

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from .arguments import as_number
 from .per_layer import PerLayer
 from .sites import check_site
 
@@ -45,7 +46,7 @@ class Gate(Rule):
         kind: which s.
         decide: "token": for each token by itself. "prompt": once for a sequence, on its prompt's last token; all of
             its tokens in that forward and in those that follow on its cache are edited by that. "prompt mean": the
-            same, on the mean of the prompt's tokens.
+            same, on the mean of the prompt's tokens, attention sinks (sinks.py) left out.
         sharpness: None for a hard gate, else a number above 0, in units of 1/s.
         layer: where h is measured: None for what the edit itself is given; else a layer number or name, no later than
             the edit's: what arrives at that layer's site, before the edits there.
@@ -204,7 +205,7 @@ def _thresholds(threshold):
     """What PerLayer takes: (1,), (layers, 1), or a mapping from layer numbers to (1,)."""
     if isinstance(threshold, Mapping):
         return {layer: _threshold(value) for layer, value in threshold.items()}
-    one = isinstance(threshold, str) or (isinstance(threshold, torch.Tensor) and threshold.dim() == 0)
+    one = isinstance(threshold, str) or getattr(threshold, "shape", None) == ()
     if isinstance(threshold, Iterable) and not one:
         found = [_threshold(value) for value in threshold]
         if not found:
@@ -223,4 +224,7 @@ def _threshold(value):
 
 
 def _is_number(value):
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    try:
+        return math.isfinite(as_number("it", value))
+    except ValueError:
+        return False

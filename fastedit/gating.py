@@ -13,6 +13,7 @@ from .decisions import decide
 from .gates import outside_kernels
 from .kernels import reference
 from .masters import InFp32
+from .sinks import above_median, longer_than_median, norms
 
 
 class Sensor(InFp32):
@@ -28,7 +29,8 @@ class Sensor(InFp32):
         super().__init__()
         self.kind, self.decide, self.sharpness = gate.kind, gate.decide, gate.sharpness
         self.key, self.layer, self.site = key, layer, site
-        self.kept = None  # the last decision on a prompt: decisions.py
+        self.kept = self.keeper = None  # the last decision on a prompt, and the call of `generate` it is of: decisions.py
+        self.left_out = None  # of the last prompt mean: (sequences,), how many attention sinks it is without
         for name, tensor in gate.values(spot, width).items():
             self.register_buffer(name, tensor.to(device, torch.float32, copy=True))
         self._rule = self._ruled = None
@@ -37,7 +39,7 @@ class Sensor(InFp32):
         return dict(self._buffers)
 
     def __getstate__(self):
-        return self.__dict__ | {"_rule": None, "_ruled": None}  # a copy's threshold need not be its rule's
+        return self.__dict__ | {"_rule": None, "_ruled": None, "keeper": None}  # a copy's threshold need not be its rule's
 
     def gate(self):
         """(condition (width,), rule (3,)) as the kernels take them, at addresses that stay.
@@ -54,9 +56,14 @@ class Sensor(InFp32):
         return held["condition"], self._rule
 
     def measure(self, hidden, plan):
-        """g for hidden states (…, width): (…,), or (sequences, 1) where it is decided on the prompt."""
+        """g for hidden states (…, width): (…,), or (sequences, 1) where it is decided on the prompt; of packed rows
+        (batch, tokens)."""
         if self.decide == "token":
             return self.say(hidden)
+        plan.fit(hidden.shape, "a gate on the prompt")
+        if plan.packing is not None:
+            plan.by_hand("a gate that decides once on the prompt")
+            return self._of_packed(hidden, plan)
         return decide(plan, self, lambda: self._of_prompt(hidden, plan))[:, None]
 
     def say(self, rows):
@@ -85,10 +92,36 @@ class Sensor(InFp32):
         if self.decide == "prompt":
             last = (here * torch.arange(1, tokens + 1, device=here.device)).argmax(1)
             return self.say(rows[torch.arange(batch, device=here.device), last])
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        wide, prompt = rows.to(torch.promote_types(rows.dtype, torch.float32)), here.bool()
+        here = prompt & ~above_median(wide, prompt)
+        if not torch.compiler.is_compiling():
+            self.left_out = (prompt & ~here).sum(1)
         share = here.to(wide.dtype) / here.sum(1, keepdim=True).clamp(min=1)
         with torch.autocast(rows.device.type, enabled=False):
             return self.say(torch.einsum("bt,btw->bw", share, wide))
+
+    def _of_packed(self, hidden, plan):
+        """(batch, tokens): g of each token's own sequence."""
+        batch, tokens = plan.shape
+        rows, packing = hidden.reshape(batch, tokens, hidden.shape[-1]), plan.packing
+        here = plan.of_prompt(batch, tokens, hidden.device)
+        if self.decide == "prompt":
+            return self.say(rows).gather(1, packing.last(here))
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a gate decides on the mean of each packed sequence, whose number a compiled forward does not know: run it "
+                "uncompiled, leave position_ids out where rows are not packed, or decide='prompt', on the last token"
+            )
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        slot = packing.number.clamp(min=0).flatten().to(hidden.device)
+        kept, long = here.flatten().bool(), norms(wide).flatten()
+        sinks = [longer_than_median(long, kept & (slot == number)) for number in range(packing.sequences())]
+        self.left_out = torch.stack([found.sum() for found in sinks])
+        weight = (kept & ~torch.stack(sinks).any(0)).to(wide.dtype)
+        count = weight.new_zeros(packing.sequences()).index_add(0, slot, weight)
+        share = (weight / count.clamp(min=1)[slot])[:, None]
+        means = wide.new_zeros(len(count), wide.shape[-1]).index_add(0, slot, share * wide.flatten(0, 1))
+        return self.say(means)[slot].view(batch, tokens)
 
 
 def _project(rows, condition):
@@ -122,6 +155,7 @@ class Gating:
         if self.key not in plan.measured:
             plan.measured[self.key] = self._combine(hidden, plan)
         made = plan.measured[self.key]
+        plan.fit(hidden.shape, "an edit with a gate")
         if made.numel() != hidden.shape[:-1].numel():
             raise ValueError(
                 f"a gate was measured on {made.numel()} tokens, the edit's hidden states have shape {tuple(hidden.shape)}"

@@ -179,10 +179,13 @@ def run_value_ascent(hidden, weight, bias, weight2, bias2, head, gram, steps, st
 
 
 def run_edit_backward(
-    grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype
+    grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype, backend=None
 ):
-    """Seven gradients or None: hidden in `dtype`, rows in their own shape; parameters fp32 in their own shapes."""
-    grads = try_edit_backward(
+    """Seven gradients or None: hidden in `dtype`, rows in their own shape; parameters fp32 in their own shapes.
+
+    backend: the one to ask, or None for the one that serves.
+    """
+    grads = None if backend else try_edit_backward(
         grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype
     )
     some = next(t for t in (grad, hidden, grad_z) if t is not None)
@@ -190,7 +193,7 @@ def run_edit_backward(
         form = flat_form(scale, bias, read, offset, write, slot, coefficient)
         width = next(t for t in (grad, hidden, read) if t is not None).shape[-1]
         key = (some.device.type, dtype, None if grad is None else _second(dtype, grad.dtype), False)
-        backend = _backend(width and some.numel(), *key)  # no rows: nothing for a kernel
+        backend = backend or _backend(width and some.numel(), *key)  # no rows: nothing for a kernel
         grads = backend.edit_backward(
             flat(grad), flat(hidden), flat(residual), *form, flat(grad_z), flat(z), needs, dtype
         )
@@ -213,15 +216,16 @@ def _shaped(grads, streams, rows, parameters):
 
 def run_edit_add_norm_backward(
     grad_residual, grad_normed, residual_out, x, residual, weight, mean, rstd, scale, bias, read, offset, write,
-    slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm, x_dtype, residual_dtype,
+    slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm, x_dtype, residual_dtype, backend=None,
 ):  # fmt: skip
     """(d_x, d_residual, six parameter gradients, d_weight, d_norm_bias), each a tensor or None."""
-    grads = try_edit_add_norm_backward(
+    grads = None if backend else try_edit_add_norm_backward(
         grad_residual, grad_normed, residual_out, x, residual, weight, mean, rstd, scale, bias, read, offset, write,
         slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm, x_dtype, residual_dtype,
     )  # fmt: skip
     if grads is None:
-        backend = _backend(residual_out.numel(), residual_out.device.type, x_dtype, residual_dtype, on_sum)
+        key = (residual_out.device.type, x_dtype, residual_dtype, on_sum)
+        backend = backend or _backend(residual_out.numel(), *key)
         form = flat_form(scale, bias, read, offset, write, slot, coefficient)
         grads = backend.edit_add_norm_backward(
             flat(grad_residual), flat(grad_normed), flat(residual_out), flat(x), flat(residual), _contiguous(weight),
@@ -230,7 +234,7 @@ def run_edit_add_norm_backward(
     return _shaped(grads, 2, residual_out, (scale, bias, read, offset, write, coefficient))
 
 
-def run_project_backward(grad_z, hidden, read, needs, dtype):
-    backend = _backend(read.shape[-1] and grad_z.numel(), grad_z.device.type, dtype)
+def run_project_backward(grad_z, hidden, read, needs, dtype, backend=None):
+    backend = backend or _backend(read.shape[-1] and grad_z.numel(), grad_z.device.type, dtype)
     d_hidden, *rest = backend.project_backward(flat(grad_z), flat(hidden), _contiguous(read), needs, dtype)
     return None if d_hidden is None else d_hidden.view(*grad_z.shape[:-1], read.shape[-1]), *rest

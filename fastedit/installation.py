@@ -4,10 +4,12 @@ import itertools
 
 from .families import alternatives, submodule
 from .fused_steps import build_state
+from .masters import Masters
+from .recomputing import Carry
 from .runtime import Ride
 from .site_kinds import Gathered
 from .sites import SITES
-from .swapping import CARRIED, STACK, base_of, swap, swap_back, swappable
+from .swapping import CARRIED, CARRY, STACK, base_of, swap, swap_back, swappable
 
 _ADDED = ("mlp", "attn", "block")  # the sites that an add may follow
 
@@ -18,7 +20,7 @@ class Installation:
     def __init__(self, layer, sites, verdicts, fused=True, stack=None):
         """verdicts: {recipe: Verdict}, of those recipes that were tried. stack: the row_plan.Stack, where an edit has
         positions."""
-        self.layer, self.swapped, self.hooks = layer, [], []
+        self.layer, self.swapped, self.hooks, self.carry = layer, [], [], None
         self.states = {}  # recipe → State
         self.paths = {site: "fused=False was asked" if not fused else _no_add(layer, site) for site in sites}
         for site in sites.values():
@@ -28,8 +30,7 @@ class Installation:
                 self._fuse_one_of(recipes, sites, verdicts)
             for module, here in self._by_module(sites).items():
                 self._put(module, here)
-            if stack is not None:
-                self._carry(layer.module, stack)
+            self._carry(layer.module, stack, [m for site in sites.values() for m in site.masters if isinstance(m, Masters)])
         except BaseException:
             self.undo()
             raise
@@ -86,13 +87,15 @@ class Installation:
             for site in reversed(sites):  # the last hook put in front runs first
                 self.hooks.append(site.put_hook(module))
 
-    def _carry(self, module, stack):
-        """Let a layer's checkpointing take the row plan along."""
+    def _carry(self, module, stack, masters):
+        """Let a layer's checkpointing take along what its forward had: strengths, assignments, the row plan."""
         if hasattr(base_of(module), "gradient_checkpointing") and swappable(module):
             if module not in self.swapped:
                 swap(module, CARRIED, None)
                 self.swapped.append(module)
-            module.__dict__[STACK] = stack
+            if stack is not None:
+                module.__dict__[STACK] = stack
+            self.carry = module.__dict__[CARRY] = Carry(self.layer.name, masters)
 
     @property
     def stack(self):
@@ -110,6 +113,8 @@ class Installation:
         return next((s for s in self.states.values() if s.module is module), None)
 
     def undo(self):
+        if self.carry is not None:
+            self.carry.changed = True
         for module in self.swapped:
             swap_back(module)
         for hook in self.hooks:

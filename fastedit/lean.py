@@ -1,14 +1,16 @@
 """The edits and adds of patched layers: the native call where nothing has to see it, else fastedit.ops.
 
-Under torch.compile and export a patched layer is plain PyTorch instead: the compiler fuses scale, bias and norm into
-what stands around them, where an operator it cannot see into would hold it up (a compiled decode step of a 64-wide
-Llama took 0.82 of the unedited eager one's time with operators, 0.49 under a compiled hook).
+Under torch.compile, export and the transforms of torch.func a patched layer is plain PyTorch instead: the compiler
+fuses scale, bias and norm into what stands around them, where an operator it cannot see into would hold it up (a
+compiled decode step of a 64-wide Llama took 0.82 of the unedited eager one's time with operators, 0.49 under a
+compiled hook).
 """
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
 from . import ops
+from .changes import transformed
 from .kernels import reference
 from .native import try_edit, try_edit_add, try_edit_add_norm
 from .tenants import slot_of
@@ -24,7 +26,7 @@ def edit(hidden, tensors, strength, looks=None):
         done = try_edit(hidden, *tensors, slot, strength, False, *gate)
         if done is not None:
             return done[0]
-        if not torch.compiler.is_compiling():  # export traces with tensors of its own
+        if not (torch.compiler.is_compiling() or transformed()):  # export traces with tensors of its own
             if looks is not None and torch.is_grad_enabled() and hidden.requires_grad:
                 strength, gate = _looked(looks, hidden, strength), _NO_GATE
             gate, rule = gate
@@ -53,7 +55,7 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, l
             )  # fmt: skip
             if done is not None:
                 return done[:2]
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or transformed()):
             return _seen(x, residual, tensors, slot, strength, on_sum, norm, want_residual, looks, gate)
     strength = _looked(looks, x, strength, residual if on_sum else None)
     out = _expressed(reference.edit_add, (x, residual), tensors, strength, on_sum)
@@ -76,7 +78,7 @@ def _seen(x, residual, tensors, slot, strength, on_sum, norm, want_residual, loo
 
 
 def _expressed(op, streams, tensors, strength, *more):
-    """The reference's own operations, for a compiler to see; fp32 also under autocast."""
+    """The reference's own operations, for a compiler or a transform to see; fp32 also under autocast."""
     strength = None if strength is None else strength.reshape(-1)
     with torch.autocast(streams[0].device.type, enabled=False):
         slot = slot_of(tensors, streams[0])

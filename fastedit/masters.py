@@ -5,12 +5,12 @@ import contextlib
 import torch
 from torch import nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .changes import optimizer_steps, stamp
+from .changes import optimizer_steps, stamp, transformed
 from .edits import TENSORS, Edit
 from .form import Form
 from .orthonormal import Tangent, retract_, retracted, tangent
+from .recomputing import Runs
 from .tenants import Slotted
 
 
@@ -37,7 +37,8 @@ class InFp32(nn.Module):
 class Masters(InFp32):
     """An edit's tensors, parameters if it is trainable, else buffers; fp32 whatever the model becomes.
 
-    `dial` (1,) is the edit's strength now, fp32 and not saved; `strength` is the same number for Python.
+    `dial` (1,) is the edit's strength now, fp32 and not saved; `strength` is the same number for Python. `at` (1,) is it
+    again, for a forward with a backward: where the dial is turned in place, `at` is another tensor from then on.
     With a Tenancy the tensors have a leading tenant dimension, all tenants alike at the start.
     """
 
@@ -59,14 +60,15 @@ class Masters(InFp32):
             else:
                 self.register_buffer(name, tensor)
         self.register_buffer("dial", torch.full((1,), edit.strength, device=device), persistent=False)
-        self.strength = edit.strength
+        self.strength, self.first, self.runs = edit.strength, False, Runs()
         self.dialled = not self.trainable
+        self._note()
         self.whole = None  # fastedit.distributed.whole, for masters laid out over several processes
 
     @property
     def needs_plan(self):
         """Whether it must know a forward's tokens."""
-        if self.is_probe or self.stage is not None:
+        if self.is_probe or self.stage is not None or self.tenancy is not None:
             return True
         return self.positions is not None or (self.gating is not None and self.gating.needs_plan)
 
@@ -98,12 +100,17 @@ class Masters(InFp32):
         own = tuple(get(name) for name in TENSORS)
         if self.whole is not None:
             own = tuple(None if tensor is None else self.whole(tensor) for tensor in own)
-        return own if self.tenancy is None else Slotted(own, self.tenancy)
+        return own if self.tenancy is None else Slotted(own, self.tenancy, self.first)
 
     def set_strength(self, strength):
         self.strength = strength
         self.dialled = self.dialled or strength != 1.0
         self.dial.fill_(strength)
+        self._note()
+
+    def _note(self):
+        with torch.inference_mode(False):
+            self.at = torch.full((1,), self.strength, device=self.dial.device)
 
     def _apply(self, fn, recurse=True):
         was_meta = self.dial.is_meta
@@ -111,6 +118,8 @@ class Masters(InFp32):
         if was_meta and not self.dial.is_meta:  # to_empty: nothing will load what no state dict holds
             with torch.inference_mode(False):
                 self.dial.fill_(self.strength)
+        if self.at.device != self.dial.device:
+            self._note()
         return applied
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -118,6 +127,7 @@ class Masters(InFp32):
         device = next(iter(self.masters().values())).device
         if self.dial.is_meta and device.type != "meta":  # assign=True onto a model made on meta
             self.dial = torch.full((1,), self.strength, device=device)
+            self._note()
 
     def extra_repr(self):
         return ", ".join(f"{n} {tuple(t.shape)}" for n, t in self.masters().items())
@@ -153,7 +163,7 @@ class DerivedMasters(Masters):
         settle(self.group)
 
     def masters(self):
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or transformed()):
             self.settle()
         return super().masters()
 
@@ -162,17 +172,27 @@ class DerivedMasters(Masters):
 
     def tensors(self):
         own = self._form_tensors()
-        return own if self.tenancy is None else Slotted(own, self.tenancy)
+        return own if self.tenancy is None else Slotted(own, self.tenancy, self.first)
 
     def _form_tensors(self):
         if torch.compiler.is_compiling():
             return self._in_graph()
+        if transformed():
+            return self._under_a_transform()
         if self.whole is not None:
             return self.derive({name: self.whole(tensor) for name, tensor in self._parameters.items()})
         self.settle()
         if self.trainable and torch.is_grad_enabled():
             return Derived.apply(self, *self._parameters.values())
         return self.kept
+
+    def _under_a_transform(self):
+        if self.constrained is not None:
+            raise RuntimeError(
+                "an edit whose basis is kept orthonormal (LoReFT, a Rotate that trains) has a gradient along its manifold, "
+                "which torch.func and forward-mode differentiation cannot take: use torch.autograd.grad, or NoReFT"
+            )
+        return self.derive(super().masters())
 
     def _in_graph(self):
         masters = super().masters()
@@ -214,8 +234,7 @@ class Derived(Function):
         return tuple(None if t is None else t.detach() for t in owner.kept)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, *grads):  # of operations, so that it can be differentiated
         masters = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         found = ctx.owner.pull_back(masters, grads)
         constrained = ctx.owner.constrained

@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import nn
 
-from .families import Input, Part, submodule
+from .families import Input, Part, mixture, submodule
 from .form import Form, at_strength, fold_all, merge, merge_input
 from .swapping import base_of
 
@@ -124,6 +124,11 @@ def _check(handle, layer, site, masters):
     base = base_of(module)
     if not _is_linear(base) and not _is_conv1d(module):
         of = "input" if isinstance(layer.place(site), Input) else "output"
+        if site == "mlp" and (layer.family is mixture.FAMILY or hasattr(module, "experts")):
+            raise MergeError(
+                f"{where} is the {of} of a mixture of experts ({base.__name__}): its experts' outputs are weighted and "
+                "summed, so that no one map follows the whole; leave it to run"
+            )
         raise MergeError(
             f"{where} is the {of} of a {base.__name__}, expected a plain nn.Linear or Conv1D: quantised "
             "weights and adapters are not approximated; dequantise, or merge the adapter into its base first"

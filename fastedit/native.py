@@ -1,7 +1,7 @@
 """The native module's backends, `cpu` and `cuda`: its functions of tensors, with the names of fastedit.kernels.reference.
 
-`try_*` are for calls that only ask: None where autograd, a tracer or another backend must see the call, or where an
-argument is not as a kernel takes it. Nothing is done then.
+`try_*` are for calls that only ask: None where autograd, a transform, a tracer or another backend must see the call, or
+where an argument is not as a kernel takes it. Nothing is done then.
 """
 
 import types

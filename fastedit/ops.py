@@ -2,8 +2,8 @@
 
 In plain eager mode an op is one call of the native module, which reads the tensors, checks them and allocates the
 result. Where that says no (None), Python finds out why: a gradient is needed (an autograd.Function), a tracer looks on
-(the registered operators of torch_library.py), another backend serves (dispatch.py), or an argument is wrong, which the
-checks name.
+(the registered operators of torch_library.py), a transform of torch.func is at work (the reference), another backend
+serves (dispatch.py), or an argument is wrong, which the checks name.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import torch_library
 from .arguments import NORM_KINDS, check_on, check_projection
+from .changes import transformed
 from .checks import check_ascent, check_form, check_gate, check_group, check_norm, check_rows, check_same_rows
 from .functions import EditAddFunction, EditAddNormFunction, EditFunction, ProjectFunction
 from .implementation import (
@@ -21,6 +22,7 @@ from .implementation import (
     run_project,
     run_value_ascent,
 )
+from .kernels import reference
 from .native import try_edit, try_edit_add, try_edit_add_norm, try_project
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -96,10 +98,12 @@ def edit(
     check_projection(return_projection, read)
     if gate is not None or rule is not None:
         check_gate(hidden, gate, rule, scale, bias, read, slot)
-        if _traced(hidden) or _needs_grad(hidden, *form, gate, rule):
+        if _traced(hidden) or _needs_grad(hidden, *form, gate, rule) or transformed():
             form, gate, rule = (*form[:6], _behind(gate, rule, hidden, slot, coefficient)), None, None
     if _traced(hidden):
         out, z = torch_library.edit(hidden, *form)
+    elif transformed():
+        out, z = _defined(reference.edit, (hidden,), form, return_projection)
     elif _needs_grad(hidden, *form):
         out, z = EditFunction.apply(hidden, *form)
     else:
@@ -142,6 +146,8 @@ def edit_add(
         form, gate, rule = _gate_of_add(x, residual, form, gate, rule, on_sum)
     if _traced(x):
         out, z = torch_library.edit_add(x, residual, *form, on_sum)
+    elif transformed():
+        out, z = _defined(reference.edit_add, (x, residual), form, on_sum, return_projection)
     elif _needs_grad(x, residual, *form):
         out, z = EditAddFunction.apply(x, residual, *form, on_sum)
     else:
@@ -191,6 +197,9 @@ def edit_add_norm(
         form, gate, rule = _gate_of_add(x, residual, form, gate, rule, on_sum, norm)
     if _traced(x):
         out, normed, z, _, _ = torch_library.edit_add_norm(x, residual, *norm, *form, on_sum, code, eps)
+    elif transformed():
+        form = (*norm, *form)
+        out, normed, z = _defined(reference.edit_add_norm, (x, residual), form, on_sum, code, eps, return_projection)
     elif _needs_grad(x, residual, *norm, *form):
         out, normed, z, _, _ = EditAddNormFunction.apply(x, residual, *norm, *form, on_sum, code, eps)
     else:
@@ -221,6 +230,8 @@ def project(hidden, read, offset=None):
     check_form(hidden, None, None, read, offset, None, None, None, read_only=True)
     if _traced(hidden):
         return torch_library.project(hidden, read, offset)
+    if transformed():
+        return reference.project(hidden.reshape(-1, hidden.shape[-1]), read, offset).view(*hidden.shape[:-1], read.shape[0])
     if _needs_grad(hidden, read, offset):
         return ProjectFunction.apply(hidden, read, offset)
     return run_project(hidden, read, offset)
@@ -290,6 +301,16 @@ def value_ascent(hidden, value_net, steps, step_size):
     return run_value_ascent(*arguments, steps, float(step_size))
 
 
+def _defined(op, streams, form, *more):
+    """An op by its definition, for torch.func and forward-mode differentiation: its outputs but the statistics."""
+    rows, lead = (s.reshape(-1, s.shape[-1]) for s in streams), streams[0].shape[:-1]
+    *form, slot, k = form
+    slot = None if slot is None else slot.reshape(-1)
+    k = None if k is None else k.reshape(-1)
+    outputs = op(*rows, *form, slot, k, *more)[:3]
+    return tuple(None if t is None else t.reshape(*lead, t.shape[-1]) for t in outputs)
+
+
 def _check_add(x, residual, form, return_projection):
     check_rows(x, "x")
     check_same_rows(x, residual)
@@ -301,7 +322,7 @@ def _gate_of_add(x, residual, form, gate, rule, on_sum, norm=()):
     """(form, gate, rule) of an add: as they are for a kernel, else with the gate in the form's coefficient."""
     *parameters, slot, coefficient = form
     check_gate(x, gate, rule, *parameters[:3], slot)
-    if not _traced(x) and not _needs_grad(x, residual, *norm, *form, gate, rule):
+    if not _traced(x) and not _needs_grad(x, residual, *norm, *form, gate, rule) and not transformed():
         return form, gate, rule
     seen = x
     if on_sum:

@@ -14,21 +14,18 @@ import sys
 import torch
 from torch import nn
 
+from .changes import advise_rate, optimizer_steps
 from .edits import Edit
+from .generating import check_lengths, check_mask
+from .heads import heads
 from .merging import MergeError, merge_handle
-from .planning import device_at, plan
+from .planning import device_at, plan, width_at
 from .probes import readings
 from .report import report
-from .root import Root, root_of
-from .row_plan import check_lengths, check_mask
+from .root import Root, mark_first, root_of
 from .tenants import Assignment, Tenancy, check_count, check_tenant
 
-HEADS = (
-    "classifier",
-    "score",
-    "qa_outputs",
-    "classification_head",
-)  # task heads that freeze=True leaves trainable
+RATES = "Published: RED 1e-3 to 2e-2, LoReFT and its kin 4e-4 to 4e-3, a vector 5e-4 or more."
 
 
 def patch(model, edits, *, freeze=False, fused=True, tenants=None):
@@ -37,7 +34,7 @@ def patch(model, edits, *, freeze=False, fused=True, tenants=None):
     Args:
         model: an nn.Module with a stack of layers (fastedit/families); on any device, meta included.
         edits: an Edit or a list of them: a stack, applied in order, after those of earlier handles.
-        freeze: let only the edits train, and a task head (classifier, score, qa_outputs).
+        freeze: let only the edits train, and what is newly initialised: a task head, a pooler, a projector (fastedit/heads.py).
         fused: False keeps to the plain path, where an edit is an op of its own.
         tenants: a number of tenants to train in one batch: every tensor gets a leading tenant dimension, and forwards
             run inside `handle.assign` (fastedit/tenants.py).
@@ -71,9 +68,14 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
     root = root_of(model) or Root(model)
     with torch.inference_mode(False):
         members = [plan(edit, root.layers, tenancy) for edit in edits]
+    root.check(
+        (layer, e.site, width_at(layer, e.site), m.needs_plan or tenancy is not None, m.is_probe or m.gating is not None)
+        for e, chosen in zip(edits, members, strict=True) for layer, m in chosen
+    )  # fmt: skip
+    sensors = [s for chosen in members for s in _shared(chosen).values()]
+    root.check((s.layer, s.site, width_at(s.layer, s.site), True, True) for s in sensors)
     if fused:
         places = [(layer, e.site) for e, chosen in zip(edits, members, strict=True) for layer, _ in chosen]
-        sensors = [s for chosen in members for s in _shared(chosen).values()]
         root.prove(places + [(sensor.layer, sensor.site) for sensor in sensors])
     return kind(model, root, edits, members, freeze, fused, tenancy)
 
@@ -95,6 +97,7 @@ class Handle:
         self._root, self._members, self._strength = root, members, 1.0
         for masters in [*(m for _, _, m in self._each()), *self._sensors()]:
             masters.fused = fused
+        mark_first((layer, masters) for _, layer, masters in self._each())
         model._modules["fastedit"] = root
         root.handles[self.name] = self
         self._tree = self._build_tree()
@@ -103,6 +106,8 @@ class Handle:
             self._activate()
             if freeze:
                 self._freeze()
+            advise_rate(self.parameters(), RATES)
+            self._start, self.since = self._sums(), optimizer_steps()
         except BaseException:
             self.remove()
             raise
@@ -154,6 +159,7 @@ class Handle:
                 raise TypeError(f"{name} has dtype {tensor.dtype}, expected float32")
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds values that are NaN or infinite")
+        self._start = None
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if type(own[name]) in (torch.Tensor, nn.Parameter):
@@ -167,9 +173,33 @@ class Handle:
         """The trainable masters."""
         return self._tree.parameters()
 
+    def never_moved(self):
+        """Whether the edits are to be trained and are still where they began; False where that is not known."""
+        if self._start is None or not any(masters.trainable for _, _, masters in self._each()):
+            return False
+        now = self._sums()
+        return now is not None and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(self._start, now, strict=True))
+
+    def _sums(self):
+        """Two numbers a tensor, which tell whether any has moved; None where there is nothing to add up."""
+        found = [tensor.detach() for _, tensor in self._named()]
+        if any(type(t) is not torch.Tensor or t.device.type in ("meta", "mps") for t in found):
+            return None  # mps has no fp64
+        return [torch.stack([t.sum(dtype=torch.float64), t.square().sum(dtype=torch.float64)]) for t in found]
+
     def num_parameters(self):
         """How many numbers the edits hold, frozen ones included."""
         return sum(tensor.numel() for _, tensor in self._named())
+
+    def print_trainable_parameters(self):
+        """Print how many numbers train, of the edits and of the whole model, as PEFT's models do."""
+        mine = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        model = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        total, trained = sum(n for n, _ in model), sum(n for n, needs in model if needs)
+        print(
+            f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / max(total, 1):.4f} || "
+            f"of these edits: {mine:,d}"
+        )
 
     @property
     def strength(self):
@@ -187,6 +217,9 @@ class Handle:
         if not math.isfinite(value):
             raise ValueError(f"strength is {value}, expected a finite number")
         self._changeable()
+        largest = max((abs(value * edit.strength) for edit in self.edits), default=0.0)
+        if not largest <= torch.finfo(torch.float32).max:  # before the first dial is set: all of them or none
+            raise ValueError(f"strength is {value}, which makes an edit's own strength {largest:g}: beyond what fp32 holds")
         with torch.no_grad():
             for edit, _, masters in self._each():
                 masters.set_strength(value * edit.strength)
@@ -195,8 +228,9 @@ class Handle:
     def prompt(self, lengths):
         """How long the prompts are, for forwards on a filled cache: positions such as "generated" depend on it.
 
-        lengths: real tokens, an int for every sequence or whole numbers (sequences,); None to take it back. For all
-        handles of the model. `generate` knows its own prompts and needs no telling.
+        lengths: real tokens, an int for every sequence or whole numbers (sequences,), of packed rows one per sequence in
+        their order; None to take it back. For all handles of the model, in this thread and asyncio task. `generate` knows
+        its own prompts and needs no telling.
         """
         self._alive()
         self._root.rows.lengths = check_lengths(lengths)
@@ -205,7 +239,7 @@ class Handle:
         """Where edits with positions="mask" act, in the forwards and calls of `generate` from now on.
 
         mask: (sequences, columns), bool, or fp32 as a factor on the edit; columns behind it are not edited. None to take
-        it back. For all handles of the model.
+        it back. For all handles of the model, in this thread and asyncio task.
         """
         self._alive()
         mask = check_mask(mask)
@@ -213,7 +247,7 @@ class Handle:
 
     @property
     def readings(self):
-        """What the probes among the edits read in the last forward: a list of fp32 tensors, one a Probe.
+        """What the probes among the edits read in this thread's last forward: a list of fp32 tensors, one a Probe.
 
         Each is (layers, batch, tokens, probes). Within a call of `generate` the forwards are joined by token, except
         under torch.compile. [] before the first forward; no gradient flows through them.
@@ -221,7 +255,8 @@ class Handle:
         return readings(self._members)
 
     def save(self, folder, *, tenant=None):
-        """Write the edits to a folder (fastedit.store); of a handle with tenants one tenant's, as an ordinary edit.
+        """Write the edits to a folder (fastedit.store), and the head or adapter that was trained along (fastedit.kept); of
+        a handle with tenants one tenant's, as an ordinary edit.
 
         Over several processes (fastedit.distributed) all call this, and the first writes.
         """
@@ -235,8 +270,9 @@ class Handle:
         """A context inside which sequence i of a batch is edited by, and trains, tenants[i]; None or -1: by none.
 
         Args:
-            tenants: one tenant a sequence, numbers from 0. Backward may follow outside the context, but that of a
-                checkpointed model, which runs forwards again, belongs inside.
+            tenants: one tenant a sequence, numbers from 0 (in `generate`, beams and samples of a sequence share its
+                tenant). It holds as Bank.assign's does. Backward may follow outside; that of a checkpoint made by hand
+                (torch.utils.checkpoint), which runs forwards again, belongs inside.
 
         Raises:
             ValueError: the handle has no tenants, or not that one.
@@ -261,6 +297,23 @@ class Handle:
     def report(self):
         """Each edit's site, path (fused, or plain and why), backend, parameters and bytes; print it."""
         return report(self)
+
+    def explain(self, inputs):
+        """Run a forward and tell which tokens of which rows were edited, by which edit, how strongly, behind which gate.
+
+        Args:
+            inputs: input_ids (batch, tokens), or a mapping with what the model's forward takes.
+
+        Returns:
+            An Explanation: print it for a table, `plot()` for a picture; `told` has the numbers. Probes and a Control are
+            not in it.
+
+        Raises:
+            RuntimeError: the handle is removed or merged. TypeError: inputs without tokens.
+        """
+        from .explaining import explain
+
+        return explain(self, inputs)
 
     # --- merge ----------------------------------------------------------------------------------------------
 
@@ -289,15 +342,23 @@ class Handle:
         self._alive()
         if self.merged:
             raise MergeError("this handle is merged already")
+        self._root.look()
         self._merged = merge_handle(self, fp32)
         self._deactivate()
         del self._root._modules[self.name]
         self._root.merged.append(self)
 
     def unmerge(self):
-        """Put the original weights back, bit for bit, and the edits in force again."""
+        """Put the original weights back, bit for bit, and the edits in force again.
+
+        Raises:
+            MergeError: not merged, not the last one merged there, or a module with merged weights was replaced since.
+        """
         if not self.merged:
             raise MergeError("this handle is not merged")
+        present = set(self.model.modules())
+        if any(module not in present for module, *_ in self._merged.parameters):
+            raise MergeError("a module that the edits were merged into was replaced since: what replaced it keeps them")
         later = self._root.merged[self._root.merged.index(self) + 1 :]
         if any(self._modules() & other._modules() for other in later):
             raise MergeError("another handle was merged behind this one; unmerge that first")
@@ -404,12 +465,7 @@ class Handle:
         self._root.change(self.model, {key: [m for m in self._root.stack(*key) if id(m) not in own] for key in keys})
 
     def _freeze(self):
-        heads = [
-            getattr(self.model, name)
-            for name in HEADS
-            if isinstance(getattr(self.model, name, None), nn.Module)
-        ]
-        kept = {id(p) for module in (self._root, *heads) for p in module.parameters()}
+        kept = {id(p) for module in (self._root, *heads(self.model)) for p in module.parameters()}
         for parameter in self.model.parameters():
             if parameter.requires_grad and id(parameter) not in kept:
                 parameter.requires_grad_(False)

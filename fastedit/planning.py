@@ -80,10 +80,11 @@ def choose(edit, layers):
     if edit.site in MODEL_SITES:
         return _choose_of_model(edit, layers)
     if edit.layers is None:
-        chosen = [layer for layer in layers if layer.at(edit.site) is not None]
-        if not chosen:
-            raise ValueError(_no_site(edit, layers[0]))
-        return chosen
+        there = [layer for layer in layers if layer.at(edit.site) is not None]
+        missed = [layer for layer in layers if layer.at(edit.site) is None]
+        if missed:
+            raise ValueError(_no_site(edit, missed[0]) + (_instead(missed, there) if there else ""))
+        return there
     chosen = []
     for wanted in edit.layers:
         chosen += [layer for layer in find(wanted, layers) if layer not in chosen]
@@ -100,9 +101,12 @@ def _choose_of_model(edit, layers):
         raise ValueError(_no_site(edit, layers[-1]))
     if edit.layers is None:
         return holders
+    numbers = []
+    for wanted in edit.layers:
+        numbers += range(*wanted.indices(len(layers))) if isinstance(wanted, slice) else [wanted]
     there = {layer.index for layer in holders}
     stacks = {layer.name.partition(".")[0] for layer in holders}
-    for wanted in edit.layers:
+    for wanted in numbers:
         index = wanted + len(layers) if isinstance(wanted, int) and wanted < 0 else wanted
         if index not in there and wanted not in stacks and wanted not in [layer.name for layer in holders]:
             names = ", ".join(layer.name for layer in holders)
@@ -112,7 +116,7 @@ def _choose_of_model(edit, layers):
             )
     return [
         layer for layer in holders
-        if {layer.index, layer.index - len(layers), layer.name, layer.name.partition(".")[0]} & set(edit.layers)
+        if {layer.index, layer.index - len(layers), layer.name, layer.name.partition(".")[0]} & set(numbers)
     ]  # fmt: skip
 
 
@@ -126,7 +130,9 @@ _WHY = {
 
 def find(wanted, layers):
     """The layers that a number or a name means."""
-    if isinstance(wanted, str):
+    if isinstance(wanted, slice):
+        found = list(layers[wanted])
+    elif isinstance(wanted, str):
         found = [layer for layer in layers if wanted in (layer.name, layer.name.partition(".")[0])]
     else:
         found = [layers[wanted]] if -len(layers) <= wanted < len(layers) else []
@@ -143,6 +149,13 @@ def _no_site(edit, layer):
         f"site {edit.site!r} was not found in {type(layer.module).__name__} (layer {layer.name}): {why}; "
         f"found {found}. A table entry in fastedit/families says where it is"
     )
+
+
+def _instead(missed, there):
+    """What to do about layers that a site does not reach."""
+    names, numbers = ", ".join(layer.name for layer in missed), [layer.index for layer in there]
+    share = f"{len(missed)} of {len(missed) + len(there)}"
+    return f". It would leave out {share} layers ({names}): say layers={numbers} to leave them out"
 
 
 def width_at(layer, site):
@@ -170,18 +183,42 @@ def input_width(module, layer):
 
 
 def site_width(module, layer):
-    """How wide the hidden states at a site are."""
-    for linear in (module, layer.at("attn"), layer.at("mlp")):
-        for name in ("out_features", "nf"):
-            if isinstance(getattr(linear, name, None), int):
-                return getattr(linear, name)
-    for within in (module, layer.module):
-        widths = [p.shape[0] for p in within.parameters() if p.dim() == 1]
-        if widths:
-            break
-    if not widths:
-        raise ValueError(f"the width of layer {layer.name} was not found: it has no linear map and no norm")
-    return max(set(widths), key=widths.count)
+    """How wide the hidden states at a site are: a linear map's outputs, else the residual stream's width, by the model's
+    config, checked against the layer's own maps and norms.
+
+    Raises:
+        ValueError: the config says nothing and the layer has no linear map, or what they say differs.
+    """
+    if _outputs(module) is not None:
+        return _outputs(module)
+    ends = {_outputs(m) for m in (layer.at("attn"), layer.at("mlp")) if m is not None} - {None}
+    sizes = {size for p in layer.module.parameters() for size in p.shape} if layer.width else ()
+    if layer.width is None:
+        found = ends or _commonest(layer.module)
+    else:
+        found = ends if ends and layer.width not in ends else {layer.width}
+        if layer.width not in sizes:
+            raise ValueError(
+                f"the width of layer {layer.name} is not known: the model's config says {layer.width}, and no weight of "
+                f"{type(layer.module).__name__} has such a side; its maps into the stream say {sorted(ends) or 'nothing'}"
+            )
+    if len(found) != 1:
+        raise ValueError(
+            f"the width of layer {layer.name} was not found: looked for one number in the model's config and in the linear "
+            f"maps and norms of {type(layer.module).__name__}, found {sorted(found) or 'none'}"
+        )
+    return found.pop()
+
+
+def _outputs(module):
+    sizes = (getattr(module, name, None) for name in ("out_features", "nf"))
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def _commonest(module):
+    """{the commonest length of a vector}: of a module that is no transformers model, whose norms say it."""
+    widths = [p.shape[0] for p in module.parameters() if p.dim() == 1]
+    return {max(set(widths), key=widths.count)} if widths else set()
 
 
 def device_at(layer, site):

@@ -38,6 +38,11 @@ class Positions:
         """Whether it matters where the prompt ends."""
         return bool(self.first or self.last or self.prompt or self.generated)
 
+    @property
+    def only_first(self):
+        """Whether it is the same wherever a prompt that is long enough ends."""
+        return not (self.last or self.prompt or self.generated)
+
     def spec(self):
         """What `positions` makes this of, for JSON."""
         words = [f"{name} {getattr(self, name)}" for name in ("first", "last") if getattr(self, name)]

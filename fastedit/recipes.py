@@ -8,27 +8,23 @@ A plain Trainer saves the whole model, edits included. EditTrainer saves what tr
 decay pull a scale towards 0.
 """
 
-import hashlib
+import contextlib
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
-from . import store
-from .edit_file import JSON, EditFileError, replace
+from . import kept, store
+from .edit_file import JSON, EditFileError
 from .evaluating import evaluating
+from .kept import HEAD
 
 __all__ = [
     "HEAD", "EditTrainer", "SentenceClassifier", "accuracy", "fit", "load_head", "load_trained", "predict",
     "save_trained", "tokenized",
 ]  # fmt: skip
-
-HEAD = "head.safetensors"
-
 
 class EditTrainer(Trainer):
     """A Trainer for a handle's model.
@@ -48,7 +44,9 @@ class EditTrainer(Trainer):
         if checkpoints not in ("edit", "model"):
             raise ValueError(f"checkpoints is {checkpoints!r}, expected 'edit' or 'model'")
         self.handle, self.checkpoints = handle, checkpoints
-        super().__init__(model=handle.model if model is None else model, **others)
+        model = handle.model if model is None else model
+        with _edits_as_adapters(handle):
+            super().__init__(model=model, **others)
         if checkpoints == "edit" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("checkpoints='edit' does not go with FSDP or DeepSpeed: use checkpoints='model'")
 
@@ -78,17 +76,25 @@ class EditTrainer(Trainer):
         load_trained(self.model, self.handle, self.state.best_model_checkpoint)
 
 
-def save_trained(model, handle, folder, *, base_model=None, training=None):
-    """Save the handle's edit, and in head.safetensors every other parameter of `model` that trains.
+@contextlib.contextmanager
+def _edits_as_adapters(handle):
+    """The Trainer refuses a quantised base without adapters; edits are adapters, if the base itself does not train."""
+    model, edits = handle.model, {id(p) for p in handle._root.parameters()}
+    extra = edits | {id(p) for p in kept.beside(handle)[0].values()}
+    alone = all(id(p) in extra for p in model.parameters() if p.requires_grad)
+    if not getattr(model, "is_quantized", False) or not alone or getattr(model, "_hf_peft_config_loaded", False):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = False
 
-    edit.json notes the head's checksum, so a crash between the two is found on loading.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    head = to_bytes({name: p.detach().cpu().contiguous() for name, p in _others(model, handle)})
-    replace(folder / HEAD, head)
-    note = {**(training or {}), "head": hashlib.sha256(head).hexdigest()}
-    return store.save(handle, folder, base_model=base_model, training=note)
+
+def save_trained(model, handle, folder, *, base_model=None, training=None):
+    """`store.save` with a summary of the training: the edit, and every other parameter that trains (fastedit/kept.py)."""
+    return store.save(handle, folder, base_model=base_model, training=training)
 
 
 def load_trained(model, handle, folder):
@@ -98,14 +104,14 @@ def load_trained(model, handle, folder):
         EditFileError: the files are damaged, or of other edits or another head; nothing has changed.
     """
     header, tensors = store.read(folder)
-    head = _read_head(folder, header)
-    own = dict(_others(model, handle))
-    _check_head(folder, head, own)
+    own = kept.beside(handle)[0]
+    head = kept.read_head(folder, header) if own or (header.get("training") or {}).get("head") else {}
+    kept.check_head(folder, head, own)
     try:
         handle.load_tensors(tensors)
     except (KeyError, ValueError, TypeError) as error:
         raise EditFileError(f"{folder}: {error}") from error
-    _copy(head, own)
+    kept.copy_head(head, own)
 
 
 def load_head(model, folder):
@@ -115,55 +121,17 @@ def load_head(model, folder):
         EditFileError: it is damaged, or does not belong to the folder's edit, or not to this model.
     """
     header, _ = store.read(folder)
-    head = _read_head(folder, header)
+    head = kept.read_head(folder, header)
     own = {name: p for name, p in model.named_parameters() if name in head}
-    _check_head(folder, head, own)
-    _copy(head, own)
-
-
-def _others(model, handle):
-    """(name, parameter) of what trains besides the edit."""
-    own = {id(p) for p in handle.parameters()}
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-
-
-def _read_head(folder, header):
-    path = Path(folder) / HEAD
-    if not path.is_file():
-        raise EditFileError(
-            f"{folder} has no {HEAD}: expected a folder written by EditTrainer or `fastedit train`"
-        )
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != (header.get("training") or {}).get("head"):
-        raise EditFileError(
-            f"{path} is not the head of this edit: its checksum differs from the one in {JSON}"
-        )
-    return from_bytes(content)
-
-
-def _check_head(folder, head, own):
-    if head.keys() != own.keys():
-        missing, extra = sorted(own.keys() - head.keys()), sorted(head.keys() - own.keys())
-        raise EditFileError(f"{folder}/{HEAD}: missing {missing[:3]}, not in this model {extra[:3]}")
-    for name, tensor in sorted(head.items()):
-        if tensor.shape != own[name].shape:
-            raise EditFileError(
-                f"{folder}/{HEAD}: {name} has shape {tuple(tensor.shape)}, this model's is "
-                f"{tuple(own[name].shape)}"
-            )
-
-
-def _copy(tensors, own):
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    kept.check_head(folder, head, own)
+    kept.copy_head(head, own)
 
 
 class SentenceClassifier(nn.Module):
     """A linear head on an encoder's states, averaged over the attention mask.
 
-    forward(input_ids (batch, tokens), attention_mask, labels=None) → {"logits": (batch, labels)} and, with
-    labels, "loss": their cross-entropy.
+    forward(input_ids (batch, tokens), attention_mask, token_type_ids=None, labels=None) → {"logits": (batch, labels)} and,
+    with labels, "loss": their cross-entropy, or for floating labels the mean squared error of the one output.
     """
 
     def __init__(self, encoder, labels):
@@ -171,14 +139,21 @@ class SentenceClassifier(nn.Module):
         self.encoder, self.config = encoder, encoder.config
         self.classifier = nn.Linear(encoder.config.hidden_size, labels)
 
-    def forward(self, input_ids, attention_mask, labels=None):
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(states.dtype)
-        pooled = (states * mask).sum(1) / mask.sum(1)
-        logits = self.classifier(pooled)
+    def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        pooled = self.pooled(states, attention_mask)
+        logits = self.classifier(pooled.to(next(self.classifier.parameters()).dtype))  # the head stays fp32 over a bf16 encoder
         if labels is None:
             return {"logits": logits}
+        if labels.is_floating_point():
+            return {"loss": nn.functional.mse_loss(logits.float()[:, 0], labels.float()), "logits": logits}
         return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
+
+    def pooled(self, states, attention_mask):
+        """(batch, tokens, width) → (batch, width)"""
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * mask).sum(1) / mask.sum(1)
 
 
 def fit(model, handle, rows, tokenizer, *, lr, epochs, batch_size, seed, callbacks=(), **arguments):
@@ -209,30 +184,32 @@ def fit(model, handle, rows, tokenizer, *, lr, epochs, batch_size, seed, callbac
 
 
 def tokenized(rows, tokenizer, max_length=128):
-    """(text, label) rows as the dicts that Trainer batches."""
-    texts = tokenizer([text for text, _ in rows], truncation=True, max_length=max_length)
+    """(text, label) rows as the dicts that Trainer batches; a text may be a pair of texts."""
+    texts = _tokens([text for text, _ in rows], tokenizer, max_length)
     return [
-        {"input_ids": ids, "attention_mask": mask, "labels": label}
-        for ids, mask, (_, label) in zip(texts["input_ids"], texts["attention_mask"], rows, strict=True)
+        {**{name: values[n] for name, values in texts.items()}, "labels": label} for n, (_, label) in enumerate(rows)
     ]
+
+
+def _tokens(texts, tokenizer, max_length, **options):
+    """The tokenizer's fields; token_type_ids for pairs alone."""
+    pairs = bool(texts) and not isinstance(texts[0], str)
+    given = tuple(map(list, zip(*texts, strict=True))) if pairs else (texts,)
+    found = tokenizer(*given, truncation=True, max_length=max_length, **options)
+    fields = ("input_ids", "attention_mask", *(("token_type_ids",) if pairs else ()))
+    return {name: found[name] for name in fields if name in found}
 
 
 @torch.inference_mode()
 def predict(model, texts, tokenizer, batch_size=64, max_length=128):
-    """Logits (texts, labels) in the texts' order, computed in batches of like length, in eval mode."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    """Logits (texts, labels) in the texts' order, computed in batches of like length, in eval mode; texts or pairs of texts."""
+    order = sorted(range(len(texts)), key=lambda i: len("".join(texts[i])))
     device, found = next(model.parameters()).device, [None] * len(texts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer(
-            [texts[i] for i in chosen],
-            padding=True,
-            truncation=True,
-            max_length=max_length,
-            return_tensors="pt",
-        ).to(device)
+        batch = _tokens([texts[i] for i in chosen], tokenizer, max_length, padding=True, return_tensors="pt")
         with evaluating(model):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])["logits"]
+            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()})["logits"]
         for i, row in zip(chosen, logits.float().cpu(), strict=True):
             found[i] = row
     return torch.stack(found)

@@ -34,6 +34,8 @@ class Report:
 
 
 def report(handle):
+    if not (handle.removed or handle.merged):
+        handle._root.look()
     rows = []
     for number, (edit, members) in enumerate(zip(handle.edits, handle._members, strict=True)):
         for layer, masters in members:

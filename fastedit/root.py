@@ -2,12 +2,17 @@
 
 import warnings
 
+import torch
 from torch import nn
 
-from .families import alternatives, find_layers
+from . import states
+from .families import alternatives, find_layers, probe
+from .generating import Rows
 from .installation import Installation, link
+from .planned import check_layout, install, owner_of, uninstall
 from .proof import fingerprint, prove
-from .row_plan import Rows, Stack, install, owner_of, uninstall
+from .replaced import Watch, follow, in_trace
+from .row_plan import Stack
 from .site_kinds import site_at
 from .swapping import base_of
 
@@ -22,13 +27,27 @@ class Root(nn.Module):
         super().__init__()
         self.handles = {}  # name → Handle or Bank, in the order of patching
         self.layers = find_layers(model)
+        self.shapes = self._shapes(model)  # layer index → what it hands on, for layers that no recipe describes
         self.sites = {}  # (layer name, site name) → Site
         self.installed = {}  # layer name → Installation
         self.verdicts = {}  # (layer name, recipe) → Verdict
         self.merged = []  # handles whose edits are in the weights, in the order of merging
         self.rows = Rows()
         self.stacks, self.planned = {}, []  # of edits with positions: {name: Stack}, and the modules swapped for them
+        self.owned, self.watch = False, None  # whether rows are assigned to banks or tenants; a replaced.Watch
+        self.warned = set()  # what was said of this model already
+        self.owners = {}  # {stack name: the module that is given its tokens}
         self.frozen = []  # the parameters that freeze=True found trainable
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """With a note of what the edits are, so that whoever saves the model saves them whole (states.py)."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (note := states.note(self)) is not None:
+            destination[prefix + states.KEY] = note
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(prefix + states.KEY, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def new_name(self, kind="patch"):
         return next(f"{kind}{n}" for n in range(len(self.handles) + 1) if f"{kind}{n}" not in self.handles)
@@ -42,6 +61,24 @@ class Root(nn.Module):
             self.frozen = []
         if not self.handles:
             del model._modules["fastedit"]
+
+    def _shapes(self, model):
+        known = {}
+        for layer in self.layers:
+            recipes = {fingerprint(layer, recipe): recipe for recipe in layer.family.fused}
+            known |= {key: prove(layer, recipe).reason is None for key, recipe in recipes.items() if key not in known}
+            if not any(known[key] for key in recipes):
+                return probe.output_shapes(model, self.layers) or {}
+        return {}
+
+    def check(self, places):
+        """That edits act on what they are meant to act on: [(layer, site, width, by_token, reads)] (families/probe.py).
+
+        Raises:
+            ValueError: a layer that hands on something else than (batch, tokens, width).
+        """
+        for layer, site, width, by_token, reads in places:
+            probe.check(layer, site, width, self.shapes.get(layer.index, ()), by_token, reads)
 
     def prove(self, wanted):
         """Verdicts on the recipes that could carry the sites `wanted`, [(layer, site name)]."""
@@ -62,12 +99,11 @@ class Root(nn.Module):
             if verdict.reason is None:
                 return
         if fresh:
-            reasons = "; ".join(self.verdicts[layer.name, recipe].reason for recipe in recipes)
-            warnings.warn(
-                f"fastedit: plain path for {', '.join(recipes[0].sites)} of "
-                f"{base_of(layer.module).__name__}: {reasons}",
-                stacklevel=5,
-            )
+            reasons = "; ".join(dict.fromkeys(self.verdicts[layer.name, recipe].reason for recipe in recipes))
+            message = f"fastedit: plain path for {', '.join(recipes[0].sites)} of {base_of(layer.module).__name__}: {reasons}"
+            if message not in self.warned:
+                self.warned.add(message)
+                warnings.warn(message, stacklevel=5)
 
     def change(self, model, stacks):
         """Put new stacks of masters at some sites, {(layer, site name): [Masters]}; [] empties a site."""
@@ -90,6 +126,14 @@ class Root(nn.Module):
                 stack = self._stack_of(layer) if placed else None
                 self.installed[layer.name] = Installation(layer, sites, verdicts, fused, stack)
         link([self.installed[layer.name] for layer in self.layers if layer.name in self.installed])
+        self.watch = Watch(self, model)
+
+    def look(self):
+        """Follow modules that were replaced since the model was patched (replaced.py)."""
+        if torch.compiler.is_compiling():
+            in_trace(self.watch.number)
+        elif not self.watch.intact():
+            follow(self, next(iter(self.handles.values())).model)
 
     def _stack_of(self, layer):
         return self.stacks.get(layer.name.partition(".")[0])
@@ -98,23 +142,38 @@ class Root(nn.Module):
         """Row plans for the stacks of layers where an edit, a gate or a probe needs them, and for no others."""
         masters = {key: site.masters for key, site in self.sites.items()}
         masters |= {(layer.name, name): found for (layer, name), found in stacks.items()}
+        for (layer, name), found in stacks.items():
+            if any(m.needs_plan for m in found):
+                check_layout(layer, name)
         wanted = {key[0].partition(".")[0] for key, found in masters.items() if any(m.needs_plan for m in found)}
-        if wanted == set(self.stacks):
-            return
+        owned = any(getattr(m, "tenancy", None) is not None for found in masters.values() for m in found)
+        edited = {key[0].partition(".")[0] for key, found in masters.items() if found}
         owners = {}
         for layer in self.layers:
             name = layer.name.partition(".")[0]
-            if name in wanted and name not in owners:
-                owners[name] = owner_of(model, layer.module)
+            if name in edited and name not in owners and (owner := owner_of(model, layer.module)) is not None:
+                owners[name] = owner
+        if wanted == set(self.stacks) and owned == self.owned and owners == self.owners:
+            return
         uninstall(self.planned)
         kept = self.stacks
-        self.stacks = {n: kept.get(n) or Stack(n, owner, self.rows) for n, owner in owners.items()}
-        self.planned = install(model, self.stacks.values(), self.rows) if wanted else []
+        same = {name for name, stack in kept.items() if stack.owner is owners.get(name)}
+        self.stacks = {n: kept[n] if n in same else Stack(n, owners[n], self.rows) for n in owners if n in wanted}
+        self.owned, self.owners = owned, owners
+        self.planned = install(model, self.stacks.values(), self.rows, owners.values(), self)
 
     def stack(self, layer, site):
         """The masters at a site, in order."""
         found = self.sites.get((layer.name, site))
         return [] if found is None else found.masters
+
+
+def mark_first(members):
+    """Tell the first of [(layer, what stands there)] in each stack that a forward comes to it first."""
+    seen = set()
+    for layer, masters in members:
+        stack = layer.name.partition(".")[0]
+        masters.first, _ = stack not in seen, seen.add(stack)
 
 
 def root_of(model):

@@ -4,96 +4,36 @@ The module that owns a stack of layers (LlamaModel, BertModel, a T5Stack) is giv
 class is swapped (swapping.py) for one that first makes a plan of them. From a plan the layers' edits take their
 coefficients (positions.py): fp32, one a row, made at first use and kept for the layers after.
 
-What is prompt: in `generate` what it was given, however the forwards cut it (chunks, candidates of an assistant); in a
-forward on an empty cache everything; else what `handle.prompt` says.
+What is prompt: in `generate` what it was given, however the forwards cut it (generating.py); in a forward on an empty cache
+everything, of packed rows everything of each sequence (packing.py); else what `handle.prompt` says. A causal model that is
+given `labels` takes the prompt to be what stands before the first that is not −100; training without labels or lengths is
+refused where it matters. What is not known, or what its sources do not agree on, is refused where an edit depends on it.
 """
 
-import inspect
 import threading
 from functools import partial
 
 import torch
 
+from .cached import cache_in, length_of
 from .decisions import Decisions
+from .generating import Elsewhere, Unknown, around
+from .packing import about_packing, packing_of
 from .positions import Positions
-from .swapping import PLANNED, base_of, swap, swap_back, swappable
 
 NOWHERE = 0  # a coefficient that is 0 in every row; None is 1 in every row
-_INPUTS = ("input_ids", "inputs_embeds")
+INPUTS = ("input_ids", "inputs_embeds")
 _PROMPT, _GENERATED = Positions(prompt=True), Positions(generated=True)
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
-
-
-class Generation:
-    """What a call of `generate` was given: the prompt's columns and its mask (sequences, columns), None for all real.
-
-    columns None: a decoder behind an encoder, whose forward on an empty cache says how many.
-    """
-
-    def __init__(self, columns, mask):
-        self.columns, self.mask, self.behind_encoder = columns, mask, columns is None
-        self.thread = threading.get_ident()
-        self.decided = {}  # what gates said of the prompt: {gate: (sequences,)}
-        self.beams = 1
-
-
-class Rows:
-    """What a model's stacks share. lengths: of the prompts, in real tokens, as the user says; mask: by column."""
-
-    def __init__(self):
-        self.lengths = self.mask = self.generation = None
-
-    def given(self, module, args, kwargs):
-        """The Generation of one call."""
-        ids = next((v for v in (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-                    if isinstance(v, torch.Tensor)), None)  # fmt: skip
-        if getattr(module.config, "is_encoder_decoder", False):
-            return Generation(None, None)  # the decoder's first forward says
-        if ids is None:
-            return Generation(1, None)  # from the beginning-of-sequence token
-        mask = kwargs.get("attention_mask")
-        if mask is None and ids.dim() == 2:
-            mask = _mask_of_padding(module, ids, kwargs)
-        return Generation(ids.shape[1], mask)
-
-    def generate(self, base, module, args, kwargs):
-        """base.generate; one within another (an early-exit assistant is the model itself) has the outer one's prompt."""
-        if self.generation is not None:
-            if self.generation.thread != threading.get_ident():
-                raise RuntimeError(
-                    "another thread is generating on this model, whose edits depend on positions; one at a time, or a "
-                    "copy of the model for each thread"
-                )
-            return base.generate(module, *args, **kwargs)
-        self.generation = self.given(module, args, kwargs)
-        self.generation.beams = _beams(module, args, kwargs)
-        try:
-            return base.generate(module, *args, **kwargs)
-        finally:
-            self.generation = None
-
-
-def _mask_of_padding(module, ids, kwargs):
-    """As `generate` infers it: the padding token is padding, unless it also ends sequences."""
-    config = kwargs.get("generation_config") or module.generation_config
-    pad, eos = (kwargs.get(f"{name}_token_id", getattr(config, f"{name}_token_id", None)) for name in ("pad", "eos"))
-    if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else (eos,)):
-        return None
-    mask = ids != pad
-    return None if bool(mask.all()) else mask
-
-
-def _beams(module, args, kwargs):
-    """How many beams a call of `generate` searches with."""
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None) or module.generation_config
-    return kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
 
 
 class Stack:
     """One stack of layers, its owner and the plan that is in force, for each thread that runs it."""
 
     def __init__(self, name, owner, rows):
-        self.encodes, self.owner, self.rows = name == "encoder", owner, rows
+        self.name, self.owner, self.rows = name, owner, rows
+        self.encodes = (
+            name == "encoder" or "Encoder" in type(owner).__name__ or getattr(owner, "is_decoder", None) is False
+        )
         self.plans, self.traced = {}, None  # by thread; and under torch.compile, which has no threads
         self.decisions = Decisions()
 
@@ -120,8 +60,7 @@ class Stack:
 
     def forward(self, function, given, *args, **kwargs):
         """The owner's forward, under a plan of what it was given {name: value}."""
-        generation = None if self.encodes else self.rows.generation
-        plan = RowPlan(self.rows, generation, given, self.decisions)
+        plan = RowPlan(self, given)
         output = self.during(function, plan, *args, **kwargs)
         if plan.decided and not torch.compiler.is_compiling():
             self.decisions.remember(plan, output)
@@ -140,38 +79,155 @@ class Stack:
 
     def coefficient(self, positions, shape, device):
         """(…,) fp32 for hidden states of `shape` (…, width); None for 1 throughout, NOWHERE for 0."""
-        return self.known_plan(f"an edit with positions {str(positions)!r}").coefficient(positions, shape, device)
+        return self.known_plan(positions).coefficient(positions, shape, device)
 
     def known_plan(self, what):
-        """The plan in force; `what` needs it."""
-        plan = self.plan()
+        """The plan in force; `what`, Positions or words, needs it."""
+        plan = self.traced if torch.compiler.is_compiling() else self.plans.get(threading.get_ident())
         if plan is None:
             raise RuntimeError(
-                f"{what} ran outside of {type(self.owner).__name__}.forward, which "
+                f"{_named(what)} ran outside of {type(self.owner).__name__}.forward, which "
                 "knows the tokens; call that, and checkpoint with model.gradient_checkpointing_enable()"
             )
         return plan
 
 
 class RowPlan:
-    """One forward's tokens: `offset` columns are in the cache already (an int, or a tensor of a static cache)."""
+    """One forward's tokens, shape (batch, tokens), and all that was known of them when it began.
 
-    def __init__(self, rows, generation, given, decisions):
-        self.rows, self.generation, self.decisions = rows, generation, decisions
-        self.ids, embeds = (given.get(name) for name in _INPUTS)
+    generation: the call of `generate` that runs it, or None. lengths, mask: what handles were told.
+    """
+
+    def __init__(self, stack, given):
+        seen = stack.rows.seen()
+        self.owner, self.decisions = stack.owner, stack.decisions
+        self.lengths, self.mask = seen.lengths, seen.mask
+        self.ids, embeds = (given.get(name) for name in INPUTS)
         mask = given.get("attention_mask")
         self.unread = mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)
         self.attention_mask = None if self.unread else mask
         shaped = self.ids if self.ids is not None else embeds
         self.shape = None if shaped is None else shaped.shape[:2]
-        self.cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
-        length = 0 if self.cache is None else self.cache.get_seq_length()
-        self.offset = length.clone() if isinstance(length, torch.Tensor) else length  # a static cache counts in place
-        empty = not isinstance(self.offset, torch.Tensor) and self.offset == 0
-        if generation is not None and generation.behind_encoder and (empty or generation.columns is None):
-            generation.columns = 1 if self.shape is None else self.shape[1]
+        self.generation = None if stack.encodes or self.shape is None else seen.generation
+        self.unseen = seen.generation is None and not stack.encodes  # no `generate` is known to be around
+        self.device = None if shaped is None else shaped.device
+        self.starts = about_packing(given) if self.generation is None else {}
+        self.behind, self.unsure, self._checked, self._packing = False, None, False, False
+        self.cache, self._cache_name = cache_in(given)
+        self._offset = self._locate(stack.name)
+        labels = None if stack.encodes else stack.rows.labels_now()
+        self.labels = labels if labels is not None and labels.shape == self.shape else None
+        self.trains = stack.owner.training and stack.rows.answers and torch.is_grad_enabled()
         self.made = {}
         self.measured, self.decided = {}, {}  # by gates in this forward: of each token, of each sequence
+
+    # --- where it is ------------------------------------------------------------------------------------------------------
+
+    def _locate(self, stack):
+        """How many columns are in front: an int, or a tensor of a static cache; None where `unsure` says why not."""
+        length, generation = length_of(self.cache), self.generation
+        if isinstance(generation, Elsewhere):
+            raise generation.refuse()
+        if generation is None or torch.compiler.is_compiling():
+            self.behind = generation is not None and length is None and generation.behind
+            if length is None and not self.behind:
+                self.unsure = (
+                    f"the argument {self._cache_name!r} holds a cache, a {type(self.cache).__name__}, that does not say how "
+                    "many tokens it holds"
+                )
+            return length
+        try:
+            offset = generation.locate(stack, self.shape[1], length)
+        except Unknown as unknown:
+            self.unsure = str(unknown)
+            return None
+        self.behind = generation.columns <= offset
+        return offset
+
+    @property
+    def offset(self):
+        """How many columns are in front.
+
+        Raises:
+            RuntimeError: that is not known.
+        """
+        if self._offset is None:
+            raise self._unknown("this edit")
+        return self._offset
+
+    def _unknown(self, what):
+        if self.generation is not None:
+            return RuntimeError(
+                f"{what} must know which of the prompt's tokens a forward of {type(self.generation.module).__name__}.generate "
+                f"holds, but {self.unsure}. Use positions='all' there, or leave that setting out"
+            )
+        return RuntimeError(
+            f"{what} must know how many tokens are in front of this forward's, but {self.unsure}. Use model.generate, give "
+            "the model a cache of transformers (DynamicCache), or use positions='all'"
+        )
+
+    def by_hand(self, what):
+        """Refuse what a forward outside of `generate` may not be taken for; `what` depends on where its sequences begin."""
+        if self._checked:
+            return
+        what = _named(what)
+        if self._offset is None:
+            raise self._unknown(what)
+        self._checked = True
+        if torch.compiler.is_compiling():
+            return
+        whole = around(self.owner) if self.unseen and self.lengths is None else None
+        if whole is not None:
+            raise RuntimeError(
+                f"{what} must know where the prompt ends, and {type(whole).__name__}.generate knows, but "
+                f"{type(self.owner).__name__}, which is patched inside of it, is not told: patch the "
+                f"{type(whole).__name__}, or say handle.prompt(lengths) before generate"
+            )
+        offset, mask = self._offset, self.attention_mask
+        if mask is None or self.shape is None or isinstance(offset, torch.Tensor):
+            return
+        if mask.shape[1] != offset + self.shape[1]:
+            found = "no cache was found" if self.cache is None else f"the cache holds {offset}"
+            raise RuntimeError(
+                f"{what} must know how many tokens are in front of this forward's {self.shape[1]}: attention_mask has "
+                f"{mask.shape[1]} columns, and {found} among the arguments of {type(self.owner).__name__}.forward. Give it a "
+                "mask with one column for each token in the cache and each that is new"
+            )
+
+    @property
+    def packing(self):
+        """The Packing of rows that hold several sequences, or None."""
+        if self._packing is False:
+            self._packing = None if self.generation is not None or self.shape is None else self._packed()
+        return self._packing
+
+    def _packed(self):
+        offset, mask = self.offset, self.attention_mask
+        looking = not torch.compiler.is_compiling()
+        if isinstance(offset, torch.Tensor) or offset:
+            return None
+        if mask is not None:
+            mask = None if mask.shape[1] != self.shape[1] else mask.to(self.device)
+        return packing_of(self.starts, mask, self.shape, self.device, looking)
+
+    def whole_rows(self, what):
+        """Refuse packed rows for `what`, which takes a row for one sequence."""
+        if self.packing is not None and self.packing.several():
+            raise ValueError(
+                f"{what} are one a row, but the rows of this forward are packed, with {self.packing.sequences()} sequences "
+                f"in {self.shape[0]} rows: give each sequence a row of its own"
+            )
+
+    def fit(self, shape, what):
+        """Refuse hidden states of `shape` (…, width) whose rows are not this forward's (batch, tokens), in that order."""
+        if self.shape is None or shape[:-1] == self.shape or shape[:-1] == (self.shape[0] * self.shape[1],):
+            return
+        raise ValueError(
+            f"{_named(what)}: the hidden states have shape {tuple(shape)}, expected {(*self.shape, shape[-1])} (batch, tokens, "
+            "width) of this forward; use positions='all' without a gate on the prompt at this site"
+        )
+
+    # --- what is meant ----------------------------------------------------------------------------------------------------
 
     def of_prompt(self, batch, tokens, device):
         """(batch, tokens) bool: the prompt's tokens in this forward, padding left out; outside of `generate` the cache is
@@ -182,25 +238,28 @@ class RowPlan:
         return (here if real is None else here & real).expand(batch, tokens)
 
     def coefficient(self, positions, shape, device):
-        if positions not in self.made:
+        self.fit(shape, positions)
+        made = self.made.get(positions, False)
+        if made is False:
             batch, tokens = self.shape or shape[:2]
-            self.made[positions] = self._make(positions, batch, tokens, device)
-        made = self.made[positions]
+            made = self.made[positions] = self._make(positions, batch, tokens, device)
         if made is None or made is NOWHERE:
             return made
         if made.numel() != shape[:-1].numel():
             raise ValueError(
-                f"positions {str(positions)!r}: the hidden states have shape {tuple(shape)}, expected "
+                f"{_named(positions)}: the hidden states have shape {tuple(shape)}, expected "
                 f"{tuple(made.shape)} tokens; use positions='all' at this site"
             )
         return made.to(device, non_blocking=True).view(shape[:-1])
 
     def _make(self, positions, batch, tokens, device):
-        quick = self._quick(positions, tokens)
+        quick = self._quick(positions)
         if quick is not False:
             return quick
-        columns = self.offset + torch.arange(tokens, device=device)
         here = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
+        columns = None
+        if positions.of_prompt or positions.mask:
+            columns = self.offset + torch.arange(tokens, device=device)
         if positions.of_prompt:
             index, real, length = self._in_prompt(positions, columns, batch, tokens, device)
             in_prompt = index < length
@@ -222,14 +281,20 @@ class RowPlan:
             here = torch.maximum(here, self._mask(columns, batch, device))
         return here
 
-    def _quick(self, positions, tokens):
+    def _quick(self, positions):
         """None or NOWHERE where that needs no look at the tokens, else False."""
-        offset = self.offset
-        if positions.tokens or positions.mask or isinstance(offset, torch.Tensor):
+        if positions.of_prompt and self.generation is None:
+            self.by_hand(positions)
+        if positions.tokens or positions.mask:
             return False
-        if self.generation is not None and self.generation.columns <= offset:
+        if self.behind:
             return None if positions.generated else NOWHERE
-        if self.generation is None and self.rows.lengths is None and offset == 0:
+        offset = self.offset
+        if isinstance(offset, torch.Tensor):
+            return False
+        if self.generation is not None:
+            return False if self.generation.columns > offset else None if positions.generated else NOWHERE
+        if self.lengths is None and self.labels is None and not self.trains and offset == 0:
             if positions == _GENERATED:
                 return NOWHERE
             if positions == _PROMPT and self.attention_mask is None:
@@ -242,36 +307,56 @@ class RowPlan:
         positions: what for; None for a gate on the prompt.
         """
         if self.generation is not None:
-            width, mask, lengths = self.generation.columns, self.generation.mask, None
-        elif self.unread and (positions is None or positions.first or positions.last):
-            what = "a gate on the prompt" if positions is None else f"positions {str(positions)!r}"
+            return _by_column(self.generation.mask, columns, self.generation.columns, batch)
+        lengths = self.lengths
+        if isinstance(lengths, Elsewhere):
+            raise lengths.refuse()
+        if lengths is None:
+            lengths = self._by_labels(positions, device)
+        if self.packing is not None:
+            return self._in_pack(lengths, device)
+        if self.unread and (positions is None or positions.first or positions.last):
             raise ValueError(
-                f"{what} must tell real tokens from padding, but attention_mask is not a (batch, tokens) tensor; "
-                "give the model that one, or say what is meant with positions='mask' and handle.mask"
+                f"{_named(positions or 'a gate on the prompt')} must tell real tokens from padding, but attention_mask is not "
+                "a (batch, tokens) tensor; give the model that one, or say what is meant with positions='mask' and "
+                "handle.mask"
             )
-        else:
-            width, mask, lengths = None, self.attention_mask, self.rows.lengths
-            if lengths is None:
-                if positions is not None:
-                    self._check_empty(positions)
-                width = tokens
-        if mask is None:
-            real, index, length = None, columns[None], width
-        else:
-            mask = _for_batch(mask.to(device) != 0, batch, "attention_mask")
-            known = mask.shape[1]
-            count = mask.cumsum(1)
-            total = count[:, -1:]
-            column = columns.clamp(max=known - 1)
-            behind = columns[None] >= known
-            real = mask[:, column] | behind
-            index = torch.where(behind, total + columns[None] - known, count[:, column] - 1)
-            length = total
+        if lengths is None and positions is not None:
+            self._check_empty(positions)
+        index, real, length = _by_column(self.attention_mask, columns, tokens, batch)
         if lengths is not None:
             length = lengths
             if isinstance(lengths, torch.Tensor):
-                length = self._given(lengths.to(device)[:, None], batch, "handle.prompt's lengths")
+                length = self._told(lengths.to(device)[:, None], batch, "handle.prompt's lengths")
         return index, real, length
+
+    def _in_pack(self, lengths, device):
+        """`_in_prompt` of packed rows: each sequence is a prompt, or begins with one of the length that was said."""
+        packing = self.packing
+        length = packing.length if lengths is None else lengths
+        if isinstance(lengths, torch.Tensor):
+            if not torch.compiler.is_compiling() and len(lengths) not in (1, packing.sequences()):
+                raise ValueError(
+                    f"handle.prompt was given {len(lengths)} lengths, but this forward packs {packing.sequences()} "
+                    "sequences: expected one a sequence, in their order"
+                )
+            lengths = lengths.to(device)
+            length = lengths[packing.number.clamp(0, len(lengths) - 1)]
+        found = packing.index, packing.real, length
+        return tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in found)
+
+    def _by_labels(self, positions, device):
+        """(sequences,) lengths of the prompts by the labels; None where nothing says them and nothing need to."""
+        what = _named(positions or "a gate on the prompt")
+        if self.labels is not None:
+            self.whole_rows("labels that say where prompts end")
+            return _before_labels(what, positions, self.labels.to(device), self.attention_mask)
+        if self.trains and (positions is None or not positions.only_first):
+            raise RuntimeError(
+                f"{what} depend on where the prompt ends, which this forward in training does not say: give the model labels "
+                "with -100 over the prompt, or say handle.prompt(lengths) before each forward"
+            )
+        return None
 
     def _check_empty(self, positions):
         offset = self.offset
@@ -279,23 +364,65 @@ class RowPlan:
             offset = int(offset)
         if isinstance(offset, torch.Tensor) or offset:
             raise RuntimeError(
-                f"positions {str(positions)!r} depend on where the prompt ends, which a forward on a filled cache does "
+                f"{_named(positions)} depend on where the prompt ends, which a forward on a filled cache does "
                 "not say; use model.generate, or say handle.prompt(lengths) before the forwards behind the prompt"
             )
 
-    def _given(self, tensor, batch, name):
+    def _told(self, tensor, batch, name):
         """What a handle was told, a row a sequence; one of before must not pass for this batch's."""
         if self.generation is None and len(tensor) not in (1, batch):
             raise ValueError(f"{name} has {len(tensor)} rows, but this forward has {batch} sequences")
         return _for_batch(tensor, batch, name)
 
     def _mask(self, columns, batch, device):
-        mask = self.rows.mask
+        mask = self.mask
         if mask is None:
             raise RuntimeError("positions='mask': no mask was given; say handle.mask(mask) before the forward")
-        mask = self._given(mask.to(device, torch.float32), batch, "handle.mask's mask")
+        if isinstance(mask, Elsewhere):
+            raise mask.refuse()
+        mask = self._told(mask.to(device, torch.float32), batch, "handle.mask's mask")
         known = mask.shape[1]
         return mask[:, columns.clamp(max=known - 1)] * (columns < known)
+
+
+def _before_labels(what, positions, labels, mask):
+    """(sequences,) how many real tokens stand before the first label that is not −100."""
+    answers = labels != -100
+    before = answers.cumsum(1) == 0
+    length = (before if mask is None else before & (mask.to(labels.device) != 0)).sum(1)
+    if not torch.compiler.is_compiling():
+        starts = answers[:, :1].sum(1) + (answers[:, 1:] & ~answers[:, :-1]).sum(1)
+        if bool((starts > 1).any()):
+            raise ValueError(
+                f"{what}: sequence {int((starts > 1).int().argmax())} has several responses in its labels (turns, or a packed "
+                "row), each with a prompt of its own; give one response a row, or use positions='all'"
+            )
+        if positions is not None and (positions.first or positions.last or positions.prompt) and bool((length == 0).any()):
+            raise ValueError(
+                f"{what}: sequence {int((length == 0).int().argmax())} has no prompt by its labels; put -100 over the prompt's "
+                "labels, or use positions='all'"
+            )
+    return length
+
+
+def _named(what):
+    return what if isinstance(what, str) else f"positions {str(what)!r}"
+
+
+def _by_column(mask, columns, width, batch):
+    """(index among the real tokens, real or None for all, how many the mask has) of columns, by a mask (sequences, columns)
+    and real tokens behind it; without one `width` real tokens.
+    """
+    if mask is None:
+        return columns[None], None, width
+    mask = _for_batch(mask.to(columns.device) != 0, batch, "attention_mask")
+    known = mask.shape[1]
+    count = mask.cumsum(1)
+    total = count[:, -1:]
+    column = columns.clamp(max=known - 1)
+    behind = columns[None] >= known
+    real = mask[:, column] | behind
+    return torch.where(behind, total + columns[None] - known, count[:, column] - 1), real, total
 
 
 def _is_one_of(ids, tokens):
@@ -314,80 +441,3 @@ def _for_batch(tensor, batch, name):
     if batch % tensor.shape[0]:
         raise ValueError(f"{name} has {tensor.shape[0]} rows, expected {batch}, one a sequence, or a divisor of it")
     return tensor.repeat_interleave(batch // tensor.shape[0], 0)
-
-
-def _as_tensor(name, value):
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} is {value!r:.60}, expected a tensor, or what torch.as_tensor takes") from None
-
-
-def check_lengths(lengths):
-    """`handle.prompt`'s argument: None, an int, or a long tensor."""
-    if lengths is None or (isinstance(lengths, int) and not isinstance(lengths, bool) and lengths > 0):
-        return lengths
-    tensor = _as_tensor("lengths", lengths)
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype is torch.bool or bool((tensor < 1).any()):
-        raise ValueError(f"lengths is {lengths!r}, expected a whole number from 1 on, or one for each sequence")
-    return tensor.long()
-
-
-def check_mask(mask):
-    """`handle.mask`'s argument: None, or an fp32 tensor."""
-    if mask is None:
-        return None
-    tensor = _as_tensor("mask", mask)
-    if tensor.dim() != 2 or tensor.is_complex() or not tensor.shape[1]:
-        raise ValueError(
-            f"mask has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected (sequences, columns), bool or real"
-        )
-    if not tensor.isfinite().all():
-        raise ValueError("mask holds values that are NaN or infinite")
-    return tensor.detach().float()
-
-
-# --- putting it on a model ----------------------------------------------------------------------------------------------
-
-
-class Planned:
-    """What a module swapped for PLANNED reads: its stack if it owns one, the model's Rows if it generates."""
-
-    def __init__(self, stack=None, rows=None):
-        self.stack, self.rows = stack, rows
-
-
-def install(model, stacks, rows):
-    """Swap the owners and the generating modules of `stacks`; the [module] to give to `uninstall`."""
-    generating = [m for m in model.modules() if hasattr(type(m), "prepare_inputs_for_generation")]
-    states = {id(m): (m, Planned(rows=rows)) for m in generating}
-    for stack in stacks:
-        states.setdefault(id(stack.owner), (stack.owner, Planned()))[1].stack = stack
-    done = []
-    for module, state in states.values():
-        if not swappable(module):
-            uninstall(done)
-            raise ValueError(
-                f"positions need {type(module).__name__}.forward, which was replaced on the instance; put that back, or "
-                "use positions='all'"
-            )
-        swap(module, PLANNED, state)
-        done.append(module)
-    return done
-
-
-def uninstall(modules):
-    for module in modules:
-        swap_back(module)
-
-
-def owner_of(model, layer):
-    """The innermost module around a layer whose forward is given the tokens; else the one that holds the layers."""
-    path = next(path for path, module in model.named_modules() if module is layer)
-    around, module = [model], model
-    for part in path.split(".")[:-1] if path else ():
-        module = module._modules[part]
-        if not isinstance(module, torch.nn.ModuleList):
-            around.append(module)
-    knowing = [m for m in around if set(_INPUTS) & set(inspect.signature(base_of(m).forward).parameters)]
-    return (knowing or around)[-1]

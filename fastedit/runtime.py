@@ -1,6 +1,7 @@
 """What runs at one site of one layer: a stack of masters, folded into as few passes as the rank allows."""
 
 import torch
+from torch.autograd import forward_ad
 
 from . import lean
 from .changes import optimizer_steps, stamp
@@ -8,8 +9,12 @@ from .checks import MAX_RANK
 from .form import at_strength, fold_all
 from .gating import Tap, kernel_gate
 from .masters import as_written
+from .planning import width_at
 from .probes import Reading
+from .recomputing import by_hand, dials
 from .row_plan import NOWHERE
+
+_transforms = torch._C._are_functorch_transforms_active
 
 
 class Stage:
@@ -22,12 +27,13 @@ class Stage:
         first = masters[0]
         self.masters, self.positions, self.gating, self.keep_norm = masters, first.positions, first.gating, first.keep_norm
         self.stack = stack if first.needs_plan else None
+        self.tenants = first.tenancy is not None and first.needs_plan and not first.alone
         self.looks = kernel_gate(first)  # the Sensor whose gate goes into the kernel
         self.on_x = not self.keep_norm
         self.on_sum = self.on_x and (self.gating is None or not self.gating.looks or self.looks is not None)
         self.only = masters[0] if len(masters) == 1 and masters[0].direct else None  # tenants' never fold
         self.trainable = any(m.trainable for m in masters)
-        self.folded, self.watched, self.steps = None, [], None
+        self.folded, self.lent, self.watched, self.steps = None, None, [], None
 
     def arguments(self, hidden):
         """((scale, bias, read, offset, write), strength) for the ops on hidden states, beside `looks`; None where no row
@@ -37,6 +43,10 @@ class Stage:
         strengths first, into tensors that do not move; under grad or torch.compile they are folded in the
         graph. At some positions, or behind a gate, strength is a number for each row.
         """
+        if self.tenants:
+            plan = self.stack.known_plan("tenants")
+            plan.fit(hidden.shape, "tenants")
+            plan.whole_rows("tenants")
         if self.positions is None and self.gating is None:
             return self.form_and_dial()
         gate = coefficient = None
@@ -54,26 +64,56 @@ class Stage:
         return tensors, coefficient * dial
 
     def form_and_dial(self):
-        """The form's tensors, and the dial (1,) that is not in them yet, or None."""
-        only = self.only
-        compiling = torch.compiler.is_compiling()
-        if only is not None and (compiling or not only.dialled):
-            return only.tensors(), only.dial if compiling else None
-        if only is not None and (self.positions is None or only.tenancy is not None):
-            return only.tensors(), only.dial
-        if compiling or (self.trainable and torch.is_grad_enabled()):
-            return self.fold(), None
+        """The form's tensors, and the dial (1,) that is not in them yet, or None.
+
+        What a backward may save is of this forward: a dial that is turned since is another tensor (Masters.at), and a
+        checkpoint that computes it again has the strengths that it had.
+        """
+        only, grad = self.only, torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            return (self.fold(grad), None) if only is None else (only.tensors(), only.at if grad else only.dial)
+        then = self._strengths_then() if grad else None
+        for m in self.masters:
+            if m.runs.last != m.strength and then is None:
+                m.runs.note(m.strength)
+        if only is not None:
+            dial, dialled = (only.at if grad else only.dial, only.dialled) if then is None else then[only]
+            if not dialled:
+                return only.tensors(), None
+            if self.positions is None or only.tenancy is not None:
+                return only.tensors(), dial
+        if grad and (self.trainable or (then is not None and any(then[m][0] is not m.at for m in self.masters))):
+            return self.fold(grad, then), None
+        if _transforms() or forward_ad._current_level >= 0:  # changes.transformed, without a call
+            return self.fold(grad), None
         for held, name, tensor, before in self.watched:
             if held.get(name) is not tensor or stamp(tensor) != before:
                 break
         else:
             if self.watched and (not self.trainable or self.steps == optimizer_steps()):
-                return self.folded, None
+                return self._lent() if grad else self.folded, None
         with torch.inference_mode(False), torch.no_grad():
-            self.keep(self.fold())
+            self.keep(self.fold(False))
         self.watched = [(held, name, t, stamp(t)) for m in self.masters for held, name, t in m.sources()]
-        self.steps = optimizer_steps()
-        return self.folded, None
+        self.steps, self.lent = optimizer_steps(), None
+        return self._lent() if grad else self.folded, None
+
+    def _strengths_then(self):
+        """{Masters: strength of the forward that a checkpoint computes again}, None in a forward."""
+        if by_hand():
+            for m in self.masters:
+                m.runs.check(m.strength, "strengths")
+        return dials()
+
+    def _lent(self):
+        """The fold for a backward to save, which the next fold leaves alone; a captured graph has the tensors that it
+        writes to."""
+        if self.masters[0].dial.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self.folded
+        if self.lent is None:
+            with torch.inference_mode(False):
+                self.lent = tuple(None if t is None else t.clone() for t in self.folded)
+        return self.lent
 
     def apply(self, hidden):
         given = self.arguments(hidden)
@@ -82,9 +122,11 @@ class Stage:
         edited = lean.edit(hidden, *given, self.looks)
         return _with_norm_of(hidden, edited) if self.keep_norm else edited
 
-    def fold(self):
+    def fold(self, grad, then=None):
+        """The edits' one form, differentiably; then: at those strengths."""
         with as_written(self.masters[0].dial):
-            return fold_all([at_strength(m.form(), m.dial) for m in self.masters]).tensors()
+            dials = [m.at if grad else m.dial for m in self.masters] if then is None else [then[m][0] for m in self.masters]
+            return fold_all([at_strength(m.form(), d) for m, d in zip(self.masters, dials, strict=True)]).tensors()
 
     def keep(self, folded):
         """Into the tensors of the last fold, whose addresses a CUDA graph may hold, if they fit."""
@@ -144,6 +186,7 @@ class Site:
     def __init__(self, layer, site):
         self.layer, self.site = layer, site
         self.module = layer.at(site)  # the edits stay on it, even if another library wraps it later
+        self.width = width_at(layer, site)
         self.masters, self.stages = [], []
         self.ride = None
 

@@ -1,6 +1,6 @@
 """Edits on disk: `save` and `load` (DESIGN.md 6); how the two files are written and read is in edit_file.py.
 
-edit.json holds: format and version; `edits`, one config an edit (kind, site, layers, rank, tensors);
+edit.json holds: its own checksum; format and version; `edits`, one config an edit (kind, site, layers, rank, tensors);
 `strength`; `base`, the model that the edits were made on (id, type, width, depth, a digest of its shape);
 `training`, a summary or null; `tensors`, the checksum of edit.safetensors.
 """
@@ -8,12 +8,14 @@ edit.json holds: format and version; `edits`, one config an edit (kind, site, la
 import hashlib
 import json
 import logging
+import math
 import re
+import warnings
 from pathlib import Path
 
 import torch
 
-from . import __version__
+from . import __version__, kept, states
 from .edit_config import from_config
 from .edit_file import JSON, EditFileError, read, write
 from .families import find_layers
@@ -33,6 +35,9 @@ _SHAPE = (
 
 def save(handle, folder, *, base_model=None, training=None, tenant=None):
     """Write a handle's edits to a folder; a crash leaves the old edit there or the new. Returns the Path.
+
+    What was trained beside them, a head or an adapter, goes along (fastedit/kept.py). A warning says what was trained and is
+    not kept, and that an edit to be trained has never moved.
 
     Args:
         base_model: id of the base, for edit.json; by default the name the model was loaded under.
@@ -59,13 +64,39 @@ def save(handle, folder, *, base_model=None, training=None, tenant=None):
         raise ValueError(
             f"training is not JSON-able ({error}); pass numbers, strings, lists and dicts"
         ) from None
+    also, left = kept.beside(handle) if tenant is None else ({}, [])
+    _warn(handle, left)
+    digest = None
+    if also:
+        content, digest = kept.payload(also)
+        training = {**(training or {}), "head": digest}
+        if configs := kept.adapters(handle.model):
+            training["adapters"] = configs
     header = {
         "fastedit": __version__, "edits": handle.config(), "strength": handle.strength,
         "base": describe_base(handle.model, base_model), "training": training,
     }  # fmt: skip
     if _writes(handle):
+        if also:
+            kept.stage(folder, content, digest)
         write(folder, header, tensors)
+        kept.settle(folder, digest)
     return Path(folder)
+
+
+def _warn(handle, left):
+    if handle.never_moved():
+        warnings.warn(
+            "fastedit: this edit is to be trained and has not moved since it was patched: nothing has trained it (were its "
+            "parameters in the optimizer, and did they require gradients?)",
+            stacklevel=4,
+        )
+    if left:
+        warnings.warn(
+            f"fastedit: {len(left)} weights of the model were trained along and are not in this edit ({', '.join(left[:3])}, …); "
+            "keep them with model.save_pretrained, or patch with freeze=True",
+            stacklevel=4,
+        )
 
 
 def _writes(handle):
@@ -78,26 +109,55 @@ def _writes(handle):
     return distributed.writes(own)
 
 
-def load(model, folder, *, freeze=False, revision=None):
-    """Patch a model with the edits saved in a folder or Hub repo; returns the Handle.
+def load(model, folder, *, freeze=False, revision=None, head=True):
+    """Patch a model with the edits saved in a folder or Hub repo, and bring back what was trained along; returns the Handle.
 
     Args:
-        folder: what `handle.save` wrote, or a Hub repo id such as "anna/my-edit".
+        folder: what `handle.save` wrote, a checkpoint of a Trainer or what `save_pretrained` of a patched model wrote, or a
+            Hub repo id such as "anna/my-edit".
         freeze: as for `fastedit.patch`, to train on.
+        head: False for the edits alone.
         revision: of the Hub repo.
 
     Raises:
         EditFileError: the files are not a whole, sound edit, or do not fit this model. Nothing has changed.
     """
     folder = fetch(folder, revision)
+    if not (folder / JSON).exists() and (saved := states.find(folder)) is not None:
+        return _load_state(model, saved, freeze, head)
     edits, tensors, strength = opened(model, folder)
     handle = patch(model, edits, freeze=freeze)
     try:
         handle.load_tensors(tensors)
         handle.strength = strength
+        if head:
+            kept.restore(model, folder, read(folder)[0])
     except Exception as error:
         handle.remove()
         raise EditFileError(f"{folder}: {error}") from error
+    return handle
+
+
+def _load_state(model, saved, freeze, head):
+    """The edits in a model's own saved state (fastedit/states.py)."""
+    if len(saved.handles) != 1:
+        raise EditFileError(f"{saved.folder} holds the edits of {len(saved.handles)} handles, expected one: save each by itself")
+    record, tensors = saved.handles[0], saved.tensors(saved.handles[0])
+    edits = rebuild(saved.folder, record["edits"])
+    _check_base(saved.folder, record["base"], describe_base(model))
+    _check_tensors(saved.folder, edits, _layers(model), tensors)
+    handle = patch(model, edits, freeze=freeze)
+    try:
+        handle.load_tensors(tensors)
+        handle.strength = record["strength"]
+        if head and record["trained"]:
+            own = dict(model.named_parameters())
+            also = saved.others(record["trained"])
+            kept.check_head(saved.folder, also, {name: own[name] for name in also if name in own})
+            kept.copy_head(also, own)
+    except Exception as error:
+        handle.remove()
+        raise EditFileError(f"{saved.folder}: {error}") from error
     return handle
 
 
@@ -107,14 +167,29 @@ def opened(model, folder):
     Raises:
         EditFileError: as `load`.
     """
-    header, tensors = read(folder)
-    edits = rebuild(folder, header["edits"])
+    checked = {}
+
+    def limit(header):
+        edits = rebuild(folder, header["edits"])
+        strength = strength_of(folder, header)
+        _check_base(folder, header.get("base"), describe_base(model))
+        shapes = _shapes(folder, edits, _layers(model))
+        checked.update(edits=edits, strength=strength, shapes=shapes)
+        return sum(4 * math.prod(shape) + len(name) + 200 for name, shape in shapes.items()) + 4096
+
+    _, tensors = read(folder, limit)
+    _check_tensors(folder, checked["shapes"], tensors)
+    return checked["edits"], tensors, checked["strength"]
+
+
+def strength_of(folder, header):
+    """The dial that a file was saved at; EditFileError for what is no number that fp32 holds."""
     strength = header.get("strength", 1.0)
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise EditFileError(f"{folder / JSON}: strength is {strength!r}, expected a number")
-    _check_base(folder, header.get("base"), describe_base(model))
-    _check_tensors(folder, edits, _layers(model), tensors)
-    return edits, tensors, strength
+        raise EditFileError(f"{folder / JSON}: strength is {strength!r:.60}, expected a number")
+    if not abs(strength) <= torch.finfo(torch.float32).max:
+        raise EditFileError(f"{folder / JSON}: strength is {strength!r:.20}, beyond what fp32 holds")
+    return float(strength)
 
 
 def _layers(model):
@@ -150,7 +225,7 @@ def fetch(folder, revision=None):
 
     try:
         return Path(
-            snapshot_download(str(folder), revision=revision, allow_patterns=["edit*.safetensors", JSON])
+            snapshot_download(str(folder), revision=revision, allow_patterns=["edit*.safetensors", "head*.safetensors", JSON])
         )
     except Exception as error:  # the hub's errors have no common base besides this
         raise EditFileError(
@@ -172,7 +247,7 @@ def rebuild(folder, configs):
                 )
     try:
         return from_config(configs)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, NotImplementedError) as error:
         raise EditFileError(f"{folder / JSON}: {error}") from None
 
 
@@ -183,8 +258,8 @@ def _check_base(folder, saved, found):
     for key in ("width", "depth"):
         if saved.get(key) != found[key]:
             raise EditFileError(
-                f"{where}: the edit was made on a base of {key} {saved.get(key)} ({saved.get('model')}, "
-                f"{saved.get('type')}), but this model has {key} {found[key]} ({found['model']}, "
+                f"{where}: the edit was made on a base of {key} {saved.get(key)!r:.60} ({saved.get('model')!r:.80}, "
+                f"{saved.get('type')!r:.60}), but this model has {key} {found[key]} ({found['model']}, "
                 f"{found['type']}); load the base it was made on"
             )
     what = {"type": "a model of type", "shape": "a base of shape", "model": "the base"}
@@ -201,9 +276,8 @@ def _check_base(folder, saved, found):
             return
 
 
-def _check_tensors(folder, edits, layers, tensors):
-    """Names and shapes against the configs and this model, before anything is built from either."""
-    where = folder / "edit.safetensors"
+def _shapes(folder, edits, layers):
+    """{name: shape} of the tensors that the configs promise on this model."""
     expected = {}
     for number, edit in enumerate(edits):
         for index in edit.layers or ():
@@ -223,6 +297,12 @@ def _check_tensors(folder, edits, layers, tensors):
                 key = f"{number}.{layer.name}.{edit.site}" if gate.layer is None else f"{number}"
                 measured = width if gate.layer is None else width_at(find(gate.layer, layers)[0], gate.site or edit.site)
                 expected |= {f"{key}.gate{leaf}.condition": (measured,), f"{key}.gate{leaf}.threshold": (1,)}
+    return expected
+
+
+def _check_tensors(folder, expected, tensors):
+    """Names and shapes against what the configs promise, before anything is built from either."""
+    where = folder / "edit.safetensors"
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise EditFileError(

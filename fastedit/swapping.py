@@ -5,6 +5,7 @@ the class and would silently stop. A forward hook costs 3.5 µs a call where thi
 measured (a 64-wide Linear at 17 µs, one thread), and everyone's own hooks see the edited output.
 """
 
+import contextlib
 import functools
 import inspect
 import types
@@ -13,11 +14,17 @@ import torch
 
 from .fused import STATE
 from .fused_steps import FORWARDS
+from .in_force import copies
 
 _BASE = "_fastedit_base"
 STACK = "_fastedit_stack"  # of a layer with edits at some positions: its row_plan.Stack
+CARRY = "_fastedit_carry"  # of a layer with edits: its recomputing.Carry
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps a layer's checkpointing function
 PLANNED, CARRIED = "planned", "carried"  # recipes beside those of families: row_plan.py
+_ENTRIES = {  # of a generating module: {its method: that of generating.Rows which is asked}
+    "generate": "generate", "prepare_inputs_for_generation": "prepare", "generate_batch": "batches",
+    "init_continuous_batching": "batches", "continuous_batching_context_manager": "batches",
+}  # fmt: skip
 
 
 def base_of(module):
@@ -41,8 +48,9 @@ def swapped_class(base, recipe):
         "__doc__": base.__doc__,
         _BASE: base,
     }
-    if recipe == PLANNED and hasattr(base, "generate"):
-        members["generate"] = functools.wraps(base.generate)(_generating(base))
+    if recipe == PLANNED:
+        members |= {n: functools.wraps(getattr(base, n))(_asked(base, n)) for n in _ENTRIES if hasattr(base, n)}
+        members["__call__"] = _labelled(base)
     if hasattr(base, "gradient_checkpointing"):
         members[_CHECKPOINT] = property(_checkpoint_of, _set_checkpoint)
     return type(base.__name__, (base,), members)
@@ -72,7 +80,11 @@ def _planned(base):
 
     def forward(self, *args, **kwargs):
         state = self.__dict__.get(STATE)
-        if state is None or state.stack is None:
+        if state is None:
+            return base.forward(self, *args, **kwargs)
+        if state.root is not None:
+            state.root.look()
+        if state.stack is None:
             return base.forward(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         return state.stack.forward(base.forward, given, self, *args, **kwargs)
@@ -80,14 +92,30 @@ def _planned(base):
     return forward
 
 
-def _generating(base):
-    def generate(self, *args, **kwargs):
+def _asked(base, name):
+    """A method of a generating module that its Rows hear of, and answer in its place."""
+    own = getattr(base, name)
+
+    def method(self, *args, **kwargs):
         state = self.__dict__.get(STATE)
         if state is None or state.rows is None:
-            return base.generate(self, *args, **kwargs)
-        return state.rows.generate(base, self, args, kwargs)
+            return own(self, *args, **kwargs)
+        with copies(self, args, kwargs) if name == "generate" else contextlib.nullcontext():
+            return getattr(state.rows, _ENTRIES[name])(own, self, args, kwargs)
 
-    return generate
+    return method
+
+
+def _labelled(base):
+    """A call, and not a forward: TRL puts a forward of its own on the instance, and gives that the labels."""
+
+    def __call__(self, *args, **kwargs):
+        state, labels = self.__dict__.get(STATE), kwargs.get("labels")
+        if labels is None or state is None or state.rows is None or not state.rows.answers:
+            return base.__call__(self, *args, **kwargs)
+        return state.rows.labelled(labels, base.__call__, self, *args, **kwargs)
+
+    return __call__
 
 
 _FORWARDS = {None: _edited, PLANNED: _planned, CARRIED: _carried}
@@ -98,8 +126,9 @@ def _checkpoint_of(module):
         checkpoint = module.__dict__[_CHECKPOINT]
     except KeyError:
         raise AttributeError(f"{type(module).__name__} has no attribute {_CHECKPOINT!r}") from None
-    stack = module.__dict__.get(STACK)
-    return checkpoint if stack is None else stack.checkpointed(checkpoint)
+    stack, carry = module.__dict__.get(STACK), module.__dict__.get(CARRY)
+    checkpoint = checkpoint if stack is None else stack.checkpointed(checkpoint)
+    return checkpoint if carry is None else carry.through(checkpoint)
 
 
 def _set_checkpoint(module, checkpoint):
@@ -129,6 +158,7 @@ def swap_back(module):
     """The module's own class and forward. Under another class put on top, ours becomes inert."""
     module.__dict__.pop(STATE, None)
     module.__dict__.pop(STACK, None)
+    module.__dict__.pop(CARRY, None)
     if _BASE not in type(module).__dict__:
         return
     ours = type(module)

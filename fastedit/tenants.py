@@ -9,78 +9,84 @@ The kernels take the tenant of each row as its slot, forward and backward, so a 
 
 import torch
 
+from .in_force import Entered, Owner, check_batch, spread
 
-class Tenancy:
-    """How many tenants a handle has, and the assignment in force; one object for all of its masters."""
+
+class Tenancy(Owner):
+    """How many tenants a handle has, and the assignments in force; one object for all of its masters."""
+
+    what = "assignment of tenants"
 
     def __init__(self, count):
-        self.count, self.current = count, None
+        super().__init__()
+        self.count = count
 
     def slot(self, hidden):
         """int32, one a row of hidden (batch, …, width): shared by the layers of a forward."""
-        if self.current is None:
+        found = self.now()
+        if found is None:
             raise RuntimeError(
-                f"this handle holds {self.count} tenants: run the model, and the backward of a checkpointed one, inside "
-                "`with handle.assign([...])`, one tenant a sequence (None = untouched)"
+                f"this handle holds {self.count} tenants: run the model, and the backward of one that is checkpointed by "
+                "hand, inside `with handle.assign([...])`, one tenant a sequence (None = untouched)"
             )
-        return self.current.slot(hidden)
+        return found.slot(hidden)
+
+
+class EnteredTenants(Entered):
+    """rows: int32, one a sequence. slots: what was spread of it over the rows of a forward."""
+
+    def __init__(self, tenants):
+        super().__init__()
+        self.slots = {}
+        with torch.inference_mode(False):
+            self.rows = torch.tensor(tenants, dtype=torch.int32)
+
+    def slot(self, hidden):
+        check_batch(hidden, len(self.rows), "tenants")
+        if torch.compiler.is_compiling():
+            return spread(self.rows, hidden)
+        key = hidden.shape[:-1], hidden.device
+        found = self.slots.get(key)
+        if found is None:
+            with torch.inference_mode(False):  # inference tensors could not be saved for a backward
+                found = self.slots[key] = spread(self.rows, hidden)
+        return found
 
 
 class Assignment:
     """A context: inside it, sequence i of a batch belongs to tenants[i]."""
 
     def __init__(self, tenancy, tenants):
-        self.tenancy, self.tenants = tenancy, _checked(tenants, tenancy.count)
-        self.rows, self.slots, self._before = None, {}, []
-
-    def slot(self, hidden):
-        if torch.compiler.is_compiling():
-            return self._spread(hidden)
-        key = hidden.shape[:-1], hidden.device
-        found = self.slots.get(key)
-        if found is None:
-            with torch.inference_mode(False):  # inference tensors could not be saved for a backward
-                found = self.slots[key] = self._spread(hidden)
-        return found
-
-    def _spread(self, hidden):
-        return spread(self.rows, hidden, "tenants")
+        self.tenancy, self.tenants, self._entered = tenancy, _checked(tenants, tenancy.count), []
 
     def __enter__(self):
-        with torch.inference_mode(False):
-            self.rows = torch.tensor(self.tenants, dtype=torch.int32)
-        self._before.append(self.tenancy.current)
-        self.tenancy.current = self
-        return self
+        entered = EnteredTenants(self.tenants)
+        self.tenancy.push(entered)
+        self._entered.append(entered)
+        return entered
 
     def __exit__(self, *exception):
-        self.tenancy.current = self._before.pop()
+        self.tenancy.pop(self._entered.pop())
 
 
 class Slotted(tuple):
-    """(scale, bias, read, offset, write) with a leading tenant dimension, and the Tenancy that has the rows' slots."""
+    """(scale, bias, read, offset, write) with a leading tenant dimension, and the Owner that has the rows' slots.
 
-    def __new__(cls, tensors, tenancy):
+    first: of all that a forward comes to; there a compiled graph looks whose forward it is.
+    """
+
+    def __new__(cls, tensors, tenancy, first=False):
         new = super().__new__(cls, tensors)
-        new.tenancy = tenancy
+        new.tenancy, new.first = tenancy, first
         return new
-
-
-def spread(each, hidden, what):
-    """One value a row of hidden (batch, …, width), from one a sequence: beams and samples share their sequence's."""
-    batch, given = hidden.shape[0], each.shape[0]
-    if batch % given:
-        raise ValueError(
-            f"assign() was given {given} {what}, but the batch has {batch} sequences: expected one of the {what} a "
-            "sequence (or beams, a whole number for each)"
-        )
-    each = each.to(hidden.device).repeat_interleave(batch // given, output_size=batch)
-    return each.view(-1, *[1] * (hidden.dim() - 2)).expand(hidden.shape[:-1]).contiguous()
 
 
 def slot_of(tensors, hidden):
     """The rows' slots for hidden (…, width), or None where the parameters are one edit's."""
-    return tensors.tenancy.slot(hidden) if type(tensors) is Slotted else None
+    if type(tensors) is not Slotted:
+        return None
+    slot = tensors.tenancy.slot(hidden)
+    return tensors.tenancy.guarded(slot) if tensors.first else slot
 
 
 def check_count(tenants):

@@ -62,6 +62,32 @@ class ValueNet(nn.Module):
         return net
 
     @classmethod
+    def from_released(cls, path):
+        """The net of a file that RE-Control's authors released, or of one of its kind: fc1, fc2 (, fc3), the last to one value.
+
+        path: .safetensors, or a PyTorch file of a state dict, which is read without running any code of it.
+
+        Raises:
+            ValueError: other layers, an output that is not one value (the successor's nets have five), or no such file.
+        """
+        state = _read_state(path)
+        names = sorted({key.rpartition(".")[0] for key in state})
+        whole = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+        if names not in (["fc1", "fc2"], ["fc1", "fc2", "fc3"]) or set(state) != whole:
+            raise ValueError(
+                f"{path} holds {', '.join(sorted(state)[:6])}; expected weight and bias of fc1, fc2 (, fc3)"
+            )
+        layers = []
+        for number, name in enumerate(names):
+            weight, bias = (state[f"{name}.{kind}"].float() for kind in ("weight", "bias"))
+            layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
+            with torch.no_grad():
+                layer.weight.copy_(weight)
+                layer.bias.copy_(bias)
+            layers += [layer, nn.ReLU()] if number < len(names) - 1 else [layer]
+        return cls.from_sequential(nn.Sequential(*layers))
+
+    @classmethod
     def from_tensors(cls, weight, bias, weight2, bias2, head, offset):
         """The frozen net on these fp32 tensors themselves, no copies; weight2 and bias2 None for one hidden layer."""
         net = cls.__new__(cls)
@@ -123,6 +149,21 @@ class ValueNet(nn.Module):
     def extra_repr(self):
         units = [t.shape[0] for t in (self.weight, self.weight2) if t is not None]
         return f"width={self.width}, units={units[0] if len(units) == 1 else tuple(units)}"
+
+
+def _read_state(path):
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no such file fails in many ways
+        raise ValueError(f"{path} could not be read as a state dict: {error}") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict of tensors")
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
 
 def _version(tensor):

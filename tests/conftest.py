@@ -20,13 +20,24 @@ def shared():
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def chat_model():
+    """(model, tokenizer) of a real chat model, for slow tests; skips where its package is not installed."""
+    import fastedit
+
+    try:
+        return fastedit.chat_model()
+    except ImportError as missing:
+        pytest.skip(str(missing))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 
 
 SLOW = (  # from eighty seconds of processor time to ten
-    "triton_aot", "modes_compiled", "triton_interpreter", "cuda_streams", "every_family", "distributed",
+    "triton_aot", "modes_compiled", "triton_oldest", "triton_interpreter", "cuda_streams", "every_family", "distributed",
     "cuda_build", "instruction_sets", "jax", "cli_demo", "recontrol_compiled", "red_training", "cli_steering",
     "bench_models", "cuda_emulated_gradients", "gates_handles", "patch_compiled", "positions", "triton_gate_aot",
     "tenants", "recontrol_control", "cuda_emulated", "reft_training", "gates_in_kernels_patched",
@@ -43,5 +54,5 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # not a keyword: those hold the names of folders, too
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -37,13 +37,17 @@ def compile_unit(unit, folder, arch="sm_90"):
     return cubin, done.stderr
 
 
+def listing(cubin):
+    """{kernel's mangled name: [(address, opcode, operands)]}."""
+    command = [find_cuobjdump(), "-sass", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    pattern = r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);"
+    return {
+        part.split(None, 1)[0]: [(int(at, 16), op, operands) for at, op, operands in re.findall(pattern, part)]
+        for part in re.split(r"Function : ", text)[1:]
+    }
+
+
 def instructions(cubin):
     """{kernel's mangled name: [(opcode, operands)]}."""
-    command = [find_cuobjdump(), "-sass", str(cubin)]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {
-        text.split(None, 1)[0]: re.findall(
-            r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);", text
-        )
-        for text in re.split(r"Function : ", listing)[1:]
-    }
+    return {name: [entry[1:] for entry in code] for name, code in listing(cubin).items()}

@@ -284,3 +284,41 @@ def test_tables_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="names a place twice"):
         Tables([("layers.0", "mlp", 8)] * 2, capacity=1)
     assert tables.take() == 0 and tables.take() is None
+
+
+def test_a_full_disk_leaves_no_name_and_no_slot_behind(tmp_path, monkeypatch):
+    """What was refused can be added again later under its name; who holds nothing, holds nothing."""
+    model, bank = small(capacity=2, count=2, host=0, folder=tmp_path)
+    before = bank.stats()
+
+    def full(staged):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bank._books.spill, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            bank.add("e2", red(2))
+        assert "e2" not in bank and bank.stats().entries == 2 and bank.stats().host_bytes == 0
+        with pytest.raises(OSError, match="No space left"):
+            bank.replace("e0", red(5))
+    assert bank.stats().in_use == 0
+    for name in ("e0", "e1"):
+        assert torch.equal(said(model, bank, name, name), expected(name))
+    bank.add("e2", red(2))
+    assert torch.equal(said(model, bank, "e2", "e2"), expected("e2")) and bank.stats().in_use == before.in_use == 0
+
+
+def test_an_assignment_that_fails_holds_no_slot(tmp_path, monkeypatch):
+    _, bank = small(capacity=2, count=3, host=0, folder=tmp_path)
+    books = bank._books
+
+    def full(coming=0):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(books, "_trim", full)
+        with pytest.raises(OSError, match="No space left"), bank.assign(["e0", None]):
+            pass
+    assert bank.stats().in_use == 0
+    with bank.assign(["e1", "e2"]):
+        pass

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import fastedit as fe  # noqa: E402
 from bench import report  # noqa: E402
-from bench.effects import rahf, recontrol, sst2, statistics, steering, stories  # noqa: E402
+from bench.effects import chat, rahf, recontrol, sst2, statistics, steering, stories  # noqa: E402
 from bench.effects.rows import Rows  # noqa: E402
 
 
@@ -102,6 +102,55 @@ def test_every_method_of_the_plan_has_a_name_and_a_model():
         assert training == parameters + 2 * 385, method
 
 
+def test_the_chat_study_is_measured_once_and_what_was_not_run_is_said(tmp_path, monkeypatch):
+    from tiny_models import build
+    from word_tokenizer import tokenizer
+
+    from fastedit import examples
+
+    folders = [*examples.FOLDER.glob("*.txt"), *chat.TEXTS.glob("*.txt")]
+    said = tokenizer(sorted({word for path in folders for word in path.read_text().split()}))
+    model = build("llama", vocab_size=len(said), num_hidden_layers=4, max_position_embeddings=128)
+    cells = [("mood", "none", 0.0, 0), ("mood", "direction", 0.01, 0), ("mood", "shuffled", 0.01, 0), ("style", "asked", 0.0, 0)]
+    monkeypatch.setattr(chat, "plan", lambda: cells)
+    for name, value in (("SEEDS", (0,)), ("DOSES", (0.01,)), ("TOKENS", 3)):
+        monkeypatch.setattr(chat, name, value)
+    prompts = examples.lines(examples.PROMPTS)[:3]
+    chat.run(tmp_path, (model, said), prompts)
+    rows, gates = chat.tables_of(tmp_path)
+    found = {row["condition"]: row for row in rows.read()}
+    assert set(found) == {"none", "direction", "shuffled", "asked"} and {row["replies"] for row in found.values()} == {"3"}
+    assert float(found["direction"]["strength"]) > 0 == float(found["none"]["strength"])
+    written = rows.path.read_text(), gates.path.read_text()
+    chat.run(tmp_path, (None, None), prompts)  # measures nothing
+    assert (rows.path.read_text(), gates.path.read_text()) == written
+    lines = chat.markdown(rows.path).splitlines()
+    assert len(lines) == 2 + 2 * len(chat.NAMES) and len({line.count("|") for line in lines}) == 1
+    assert "| mood | random direction | not run |" in lines[5] and "(" in lines[4] and "not run" not in lines[4]
+    (gate,) = gates.read()
+    assert 0 <= float(gate["auroc"]) <= 1 and gate["held_out"] == "12" and chat.gates_markdown(gates.path).count("\n") == 2
+
+
+def test_every_cell_of_the_chat_study_is_planned_once():
+    assert len(chat.plan()) == len(set(chat.plan())) == 3 * 2 * (2 + 3 * 3)
+    ours = {study: chat.sides_of(study) for study in chat.ASKING}
+    assert all(len(a) == len(b) >= 24 and not set(a) & set(b) for a, b, _ in ours.values())
+    assert len(examples_of("sport")) == len(examples_of("other")) == 24
+
+
+def examples_of(name):
+    return (chat.TEXTS / f"{name}.txt").read_text().splitlines()
+
+
+def test_parts_whose_folder_is_not_there_are_skipped_by_name(tmp_path, monkeypatch, capsys):
+    from bench.effects import __main__ as command
+
+    monkeypatch.setattr(sys, "argv", ["effects", "--only", "sst2", "rahf", "--out", str(tmp_path)])
+    monkeypatch.setattr(command.report, "write", lambda *a: [])
+    command.main()
+    assert [line.split(":")[0] for line in capsys.readouterr().out.split("\n") if "skipped" in line] == ["sst2", "rahf"]
+
+
 def test_steering_is_measured_once_and_tabled(shared, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(stories.TOKENS, "stories260K", 6)
     rows = steering.table_of(tmp_path)
@@ -149,7 +198,7 @@ def test_rahf_is_measured_and_tabled(shared, tmp_path, capsys):
 
 
 def test_every_table_of_the_methods_page_is_known_and_of_the_csvs():
-    text = report.METHODS.read_text()
+    text = report.EFFECTS.read_text()
     names = [line[len("<!-- table: "):-len(" -->")] for line in text.splitlines() if line.startswith("<!-- table: ")]
-    assert names == ["steering", "re-control", "sst2", "rahf"] and text.count("<!-- end -->") == len(names)
+    assert names == ["chat", "chat gates", "steering", "re-control", "sst2", "rahf"] and text.count("<!-- end -->") == len(names)
     assert report.filled(text, ROOT / "bench" / "results") == text

@@ -114,3 +114,41 @@ def test_bad_arguments(changes, message):
         fe.calibrate(build("llama"), given.pop("edit"), given.pop("prompts"), **given)
     with pytest.raises(ValueError, match="another model"):
         fe.calibrate(build("llama"), fe.patch(build("llama"), push()), PROMPTS, target_kl=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_over_a_continuation_that_the_model_without_the_edit_samples(family):
+    model = build(family)
+    edit = push(positions="generated")  # which the token behind a prompt does not feel
+    state = torch.get_rng_state()
+    dose = fe.calibrate(model, edit, PROMPTS, target_kl=0.05, new_tokens=6, seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert dose.kl == pytest.approx(0.05, rel=0.01) and dose.prompts == 5 and 5 < dose.tokens <= 30
+    meter = None
+    with fe.patch(model, edit) as handle:
+        meter = calibration._Continued(handle, calibration._batches(model, PROMPTS, None, 16, None), new_tokens=6, seed=3)
+        assert handle._root.rows.lengths is None
+    total = count = 0
+    for inputs, picked in meter.batches:
+        for ids, mask, behind in zip(inputs["input_ids"], inputs["attention_mask"], picked, strict=True):
+            ids = ids[mask.bool()]
+            length, stop = int(behind.int().argmax()) + 1, int(behind.sum())
+            assert ids[:length].tolist() in PROMPTS and len(ids) == length + stop
+            assert 2 not in ids[length:-1].tolist() and (stop == 6 or ids[-1] == 2)  # up to the end, with it
+            with torch.no_grad():
+                base = model(input_ids=ids[None]).logits[0, length - 1 : -1].double().log_softmax(-1)
+                with fe.patch(model, edit) as handle:
+                    handle.strength = dose.strength
+                    handle.prompt(length)
+                    said = model(input_ids=ids[None]).logits[0, length - 1 : -1].double().log_softmax(-1)
+            torch.testing.assert_close(base[0], said[0], rtol=0, atol=1e-5)
+            total, count = total + (base.exp() * (base - said)).sum().item(), count + stop
+    assert count == dose.tokens and total / count == pytest.approx(dose.kl, rel=1e-3)
+
+
+def test_a_continuation_of_what_cannot_be_continued():
+    model, padded = build("llama"), {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    with pytest.raises(ValueError, match="pad on the left"):
+        fe.calibrate(model, push(), [padded], target_kl=0.1, new_tokens=2)
+    with pytest.raises(ValueError, match="new_tokens is 0"):
+        fe.calibrate(model, push(), PROMPTS, target_kl=0.1, new_tokens=0)

@@ -8,7 +8,7 @@ import torch
 from tiny_models import FAMILIES, VOCABULARY, build, exact, inputs, number_of_layers, site_module
 
 import fastedit as fe
-from fastedit import capturing
+from fastedit import capturing, picking
 from fastedit.batches import WINDOW
 from fastedit.captured_rows import Rows
 
@@ -66,7 +66,7 @@ def test_moments_are_those_of_two_passes_in_float64(family):
     labels = labels_of(data)
     places = [(site, layer) for site in ("block", "mlp", "attn") for layer in (0, number_of_layers(family) - 1)]
     whole = [hidden_states(model, family, places, ids) for ids in data]
-    for site, at in [*(("block", at) for at in capturing.AT), ("mlp", "last token"), ("attn", "all tokens")]:
+    for site, at in [*(("block", at) for at in picking.FIXED), ("mlp", "last token"), ("attn", "all tokens")]:
         found = fe.capture(model, None, data, site=site, at=at, groups=labels, layers=[0, -1], batch_size=4)
         assert list(found) == [0, number_of_layers(family) - 1] and found.names == ("odd", "even")
         for layer, moments in found.items():
@@ -227,6 +227,7 @@ def test_a_state_of_other_data_or_another_pass_is_refused(tmp_path):
 def test_the_shares_of_processes_make_up_the_whole(monkeypatch):
     model, data = exact(build("llama")), sequences(50)
     monkeypatch.setattr(capturing.Moments, "all_reduce", lambda self: self)
+    monkeypatch.setattr(capturing, "_summed", lambda counts, found: counts)
     shares = [
         fe.capture(model, None, data, batch_size=4, processes=types.SimpleNamespace(process_index=i, num_processes=3))
         for i in range(3)
@@ -280,7 +281,7 @@ def test_rows_of_an_interrupted_pass_are_whole(tmp_path):
         ({"data": ["a text"]}, "tokenizer is None"),
         ({"data": [[3], []]}, "item 1 has no tokens"),
         ({"data": [[3] * 65]}, "has 65 tokens, the model takes 64; max_length=64"),
-        ({"data": [[3], {"input_ids": torch.ones(1, 2)}]}, "ready batches beside texts"),
+        ({"data": [[3], {"input_ids": torch.ones(1, 2)}]}, "ready batches beside token ids"),
         ({"data": [{"attention_mask": torch.ones(1, 2)}]}, "expected a tensor input_ids"),
         ({"data": [{"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 4)}]}, "expected one number a token"),
         ({"data": [{"input_ids": torch.ones(2, 3), "attention_mask": torch.eye(2, 3) * 0}]}, "without a token"),

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import fastedit as fe
 from fastedit.cli import app, doctor
-from fastedit.cli.train import _split, read_rows
+from fastedit.cli.train_sentences import _split, read_rows
 from fastedit.recipes import SentenceClassifier, accuracy, load_head, predict
 
 WORDS = ["the", "film", "was", "very", "quite", "good", "bad", "and", "long", "short"]
@@ -63,7 +64,7 @@ def tsv(path, rows, columns=("text", "label")):
 
 def test_every_command_has_help_with_an_example():
     listed = invoke("--help")
-    for command in ("demo", "doctor", "show", "train", "contrast", "generate", "serve"):
+    for command in ("demo", "doctor", "show", "train", "predict", "contrast", "generate", "serve"):
         assert command in listed
         text = invoke(command, "--help")
         assert re.search(r"Examples?:", text) and f"fastedit {command}" in text
@@ -161,12 +162,12 @@ def test_train_on_jsonl_with_its_own_columns_and_held_out_file(encoder, tmp_path
 def test_mistakes_in_the_data_are_one_line(encoder, tmp_path):
     good = reviews(10)
     cases = {
-        "a.csv": ("text,label\n", "neither .tsv nor .jsonl"),
+        "a.xml": ("text,label\n", "is none of .jsonl, .json"),
         "empty.tsv": ("text\tlabel\n", "has no rows"),
         "columns.tsv": ("body\tlabel\na\t1\n", "has no 'text'"),
         "short.tsv": ("text\tlabel\nfine\t1\nbroken\n", "row 2 of"),
         "bad.jsonl": ('{"text": "a", "label": 1}\n{"text": \n', "line 2 of"),
-        "list.jsonl": ("[1]\n", "is not a JSON object"),
+        "list.jsonl": ("[1]\n", "expected an object with columns"),
         "one.tsv": ("text\tlabel\n" + "".join(f"{t}\tsame\n" for t, _ in good), "one label only"),
     }
     for name, (content, message) in cases.items():
@@ -176,7 +177,7 @@ def test_mistakes_in_the_data_are_one_line(encoder, tmp_path):
     output = invoke("train", encoder, tmp_path / "nowhere.tsv", code=2)
     assert "No such file" in output
     output = invoke("train", encoder, tsv(tmp_path / "r.tsv", good), "--method", "lora", code=2)
-    assert "expected one of red, direft, noreft" in output
+    assert "expected one of red, red+, loreft" in output
     assert not (tmp_path / "edit").exists()
 
 
@@ -229,3 +230,27 @@ def test_doctor_exit_code_and_hints(monkeypatch):
     monkeypatch.setattr(doctor, "cxx_compiler", lambda: None)
     output = invoke("doctor")
     assert "no C++ compiler: pure Python serves" in output and "no CUDA compiler: Triton serves" in output
+
+
+def test_show_prints_no_terminal_escapes(trained, tmp_path):
+    """A title of the window, a colour, a reversed reading order: written out, not obeyed."""
+    from fastedit import edit_file
+
+    folder, _ = trained
+    header, tensors = edit_file.read(folder)
+    header = {key: header[key] for key in ("fastedit", "edits", "strength", "base")}
+    header["base"] |= {"model": "a\x1b]0;owned\x07b"}
+    edit_file.write(tmp_path, header | {"training": {"n\x1b[31m": "\u202eevil"}}, tensors)
+    output = invoke("show", str(tmp_path))
+    assert "\x1b]" not in output and "\x1b[31m" not in output and "\u202e" not in output and "\x07" not in output
+    assert "\\x1b]0;owned\\x07" in output and "\\u202eevil" in output
+
+
+def test_show_reseals_what_a_hand_changed(trained, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder, tmp_path / "edit")
+    path = tmp_path / "edit" / "edit.json"
+    path.write_text(path.read_text().replace('"strength": 1.0,\n  "base"', '"strength": 0.5,\n  "base"'))
+    assert "show --reseal" in invoke("show", tmp_path / "edit", code=1).replace("\n", " ")
+    assert "strength: 0.5" in invoke("show", "--reseal", tmp_path / "edit")
+    assert "strength: 0.5" in invoke("show", tmp_path / "edit")

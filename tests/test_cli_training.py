@@ -3,14 +3,13 @@
 import json
 
 import pytest
-import tiny_models as tiny
 import torch
 from test_cli import invoke
 from test_cli_steering import refused
 from transformers import AutoModelForCausalLM
 
 import fastedit as fe
-from fastedit.cli import train_rahf, train_recontrol
+from fastedit.cli import train_recontrol
 from fastedit.methods import recontrol
 
 PROMPTS = [f"{who} {did}" for who in ("Tom", "The girl", "A dog", "Mom") for did in ("saw a", "had a", "went to the")]
@@ -83,7 +82,7 @@ def test_rahf_from_pairs_to_a_student(model, pairs, tmp_path, mode, student):
         "train", model, pairs, "--method", "rahf", "--mode", mode, "--student", student, "--rank", 2, "--out", out,
         "--teacher-steps", 3, "--teacher-lr", 1e-3, "--steps", 15, "--lr", 1e-2, "--batch-size", 2,
     )  # fmt: skip
-    assert "distance to the target pattern" in output and f"saved {out}" in output
+    assert "distance to the target pattern" in output and f"saved {out}" in output and "on 3 held-out pairs" in output
     base = AutoModelForCausalLM.from_pretrained(out / "model")
     before = AutoModelForCausalLM.from_pretrained(model)
     assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
@@ -103,16 +102,13 @@ def test_rahf_from_pairs_to_a_student(model, pairs, tmp_path, mode, student):
     assert "Who is" in invoke("generate", out / "model", "--edit", out, "--prompt", "Who is", "--max-new-tokens", 4)
 
 
-def test_hindsight_puts_each_response_under_its_own_instruction(monkeypatch):
+def test_hindsight_puts_each_response_under_its_own_instruction():
     """Rows in the order good-chosen, bad-rejected against bad-chosen, good-rejected."""
     from test_rahf import Letters
 
-    from fastedit.methods import rahf
+    from fastedit.methods import rahf, rahf_teachers
 
-    seen = {}
-    monkeypatch.setattr(rahf, "hindsight_loss", lambda model, own, opposite, mask: seen.update(own=own, opposite=opposite))
-    collator = rahf.Collator(Letters(), ("A", "B"), 50)
-    train_rahf._hindsight(tiny.build("llama"), collator, PAIRS[:2])
+    seen = rahf_teachers._Hindsight(rahf.Collator(Letters(), ("A", "B"), 50))(PAIRS[:2])
 
     def text(instruction, row, name):
         ids = Letters()
@@ -120,7 +116,7 @@ def test_hindsight_puts_each_response_under_its_own_instruction(monkeypatch):
 
     for side, (good, bad) in {"own": "AB", "opposite": "BA"}.items():
         expected = [text(good, row, "chosen") for row in PAIRS[:2]] + [text(bad, row, "rejected") for row in PAIRS[:2]]
-        rows = zip(seen[side]["input_ids"], seen[side]["attention_mask"], strict=True)
+        rows = zip(seen[f"{side}_ids"], seen[f"{side}_mask"], strict=True)
         assert [ids[mask.bool()].tolist() for ids, mask in rows] == expected
 
 
@@ -138,5 +134,5 @@ def test_mistakes_are_a_line(model, pairs, asked, tmp_path):
     assert "--teacher-steps from 1 on" in refused(*rahf, "--mode", "dual", "--teacher-steps", 0)
     (tmp_path / "bad.jsonl").write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps({"prompt": "a", "chosen": "b"}) + "\n")
     assert "row 2 of" in refused("train", model, tmp_path / "bad.jsonl", "--method", "rahf", *out)
-    assert "neither .json nor .jsonl" in refused("train", model, asked, "--method", "rahf", *out)
+    assert "is none of .jsonl, .json" in refused("train", model, asked, "--method", "rahf", *out)
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cuda_tools import KERNELS, UNITS, compile_unit, find_cuobjdump, find_nvcc, instructions
+from cuda_tools import KERNELS, UNITS, compile_unit, find_cuobjdump, find_nvcc, instructions, listing
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
 needs_cuobjdump = pytest.mark.skipif(
@@ -95,6 +95,31 @@ def test_streams_move_128_bits_at_a_time(sass):
         if "outer_sums" not in name:
             width = "64" if mixed and "column_sums" in name else "128"  # of d_x, hidden's dtype
             assert f"STG.E.{width}" in stores, (name, stores)
+
+
+# Where a loop may take more than half of the issue slots that its bytes leave at an H200's bandwidth: what it is bound by.
+# A forward's rank may take 80 %; these take more, and no more than is written here: kernels/cuda has two rows in a thread's
+# registers, and each multiply-add of a rank is issued for each row.
+SHARES = {("edit", "forward", 4): 0.98, ("edit", "backward", 4): 1.45, ("edit_add_norm", "backward", 4): 1.12}
+
+
+@needs_nvcc
+@needs_cuobjdump
+def test_loops_leave_memory_the_time_that_their_bytes_need(compiled):
+    from bench import slots
+    from bench.static import plain_names
+
+    codes = {}
+    for unit in ("edit", "edit_add", "edit_add_norm", "edit_add_norm_backward", "edit_backward"):
+        code = listing(compiled[unit][0])
+        names = plain_names(list(code))
+        codes |= {names[mangled]: body for mangled, body in code.items()}
+    rows = list(slots.table(codes))
+    assert len(rows) == 2 * len(slots.CASES)
+    for row in rows:
+        allowed = SHARES.get((row["op"], row["mode"], row["rank"]), 0.8 if row["rank"] else 0.5)
+        assert float(row["share_h200"]) <= allowed, row
+        assert float(row["share_h100"]) <= min(allowed, 1.0), row
 
 
 @needs_nvcc

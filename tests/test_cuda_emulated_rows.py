@@ -73,7 +73,8 @@ def test_no_columns(cuda, monkeypatch, address, rank, slots):
     rows, guard = 5, torch.full((64,), torch.nan)
     if address is not None:
         at = guard.data_ptr() + address
-        monkeypatch.setattr(harness, "pointer", lambda t: None if t is None else t.data_ptr() or at)
+        real = harness.pointer
+        monkeypatch.setattr(harness, "pointer", lambda t: None if t is None else real(t) or at)
         monkeypatch.setattr(harness, "stride", lambda t: 0 if t is None else t.stride(0) if t.numel() else 0)
     form = make_form(rows, 0, rank, slots, "rows")
     exact = emulated.reference_form(form, torch.float64)
@@ -108,3 +109,35 @@ def test_unknown_dtypes_are_refused(cuda):
     args = harness.EditArgs(3, 64, cuda.form({}), 7, x.data_ptr(), 64, out.data_ptr(), None)
     assert cuda.library.edit(harness.ctypes.byref(args)) == 1
     assert not out.any()
+
+
+def test_rows_further_apart_than_32_bits_count(cuda):
+    """Two rows 2^31 elements apart, of which only these two are ever touched."""
+    width, step = 512, 2**31 + 8
+    far = torch.empty(step + width, dtype=BF16).as_strided((2, width), (step, 1))
+    near, form, weight = stream(2, width, BF16), make_form(2, width), torch.rand(width).to(BF16)
+    far.copy_(near)
+    z = torch.randn(2, 4)
+    low = {n: torch.randn(4, width) / 8 for n in ("read", "write")} | {"offset": torch.randn(4)}
+    needs = [True, True, True, *[False] * 4]
+    for given in (form, form | low):
+        results = [
+            (
+                cuda.edit(x, given)[0], cuda.edit_add(near, x, given)[0], *cuda.edit_add_norm(x, x, weight, None, given)[:2],
+                *cuda.edit_backward(x, x, None, given, None, z if given is not form else None, needs, BF16, (2, width))[:3],
+            )
+            for x in (near, far)
+        ]  # fmt: skip
+        assert all(emulated.same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_refused_attribute_does_not_fail_the_next_launch(cuda):
+    assert cuda.library.refused_then_good(harness.PTR(torch.zeros(64).data_ptr())) == 0
+
+
+def test_a_load_outside_the_arguments_fails(cuda):
+    x, bias = stream(3, 512, BF16), torch.randn(512)
+    cuda.edit(x, {"bias": bias})
+    with pytest.raises(AssertionError, match="a load outside the arguments"):
+        cuda.edit(x, {"bias": bias[:504]})
+    cuda.edit(x, {"bias": bias})

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import slots
+
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "bench/results/cuda-static.csv"
 spec = importlib.util.spec_from_file_location("bench_static", ROOT / "bench/static.py")
@@ -73,3 +75,41 @@ def test_bytes_of_the_checked_in_table_are_the_least():
         size = {"f32": 4, "bf16": 2, "f16": 2}.get(r["dtype"])
         if size and (r["path"] == "gate" or (r["path"] == "vectors" and r["rank"] in "0")):
             assert int(r["row_bytes"]) == streams[r["op"], r["mode"]] * size * 4096, r
+
+
+def loop(first, last, names, *inner):
+    return slots.Loop(first, last, names, list(inner))
+
+
+def test_loops_are_found_by_their_branches_back():
+    code = [
+        (0, "LDC", " R1, c[0x0][0x28] "), (16, "MOV", " R0, R1 "), (32, "FFMA", " R2, R2, R3, R4 "), (48, "BRA", " 0x20 "),
+        (64, "STG.E.128", " [R2], R4 "), (80, "BRA", " 0x10 "), (96, "BRA", " 0x60 "),
+    ]  # fmt: skip
+    (outer,) = slots.loops(code)  # the last is where a kernel ends, on itself
+    assert (outer.first, outer.last, outer.own) == (16, 80, ["MOV", "STG.E.128", "BRA"])
+    assert [i.own for i in outer.inner] == [["FFMA", "BRA"]] and slots.total(outer) == 5
+
+
+def test_trips_of_a_tiles_loops():
+    """A group of four ranks, the warps' shares four at a time, and z @ write once a rank."""
+    dots, combine = loop(1, 2, ["SHFL"] * 9 + ["FFMA"] * 16), loop(5, 6, ["FFMA"] * 32)
+    shares = loop(3, 4, ["LDS"] * 10, loop(3, 3, ["FADD"] * 4))
+    whole = loop(0, 9, ["LDG"] * 100, dots, shares, combine)
+    assert slots.tile_slots(whole, "tile", 4, 1, 256) == 100 + 25 + 10 + 2 * 4 + 4 * 32
+    assert slots.tile_slots(whole, "tile", 5, 1, 256) == 100 + 2 * 25 + 10 + 2 * 4 + 5 * 32
+
+
+def test_slots_that_bytes_leave():
+    assert slots.slots_left(1, 3.0) == pytest.approx(9.88, abs=0.01) and slots.slots_left(12, 4.3) == pytest.approx(82.8, abs=0.1)
+
+
+def test_the_checked_in_slots_are_of_every_case():
+    rows = list(csv.DictReader((ROOT / "bench/results/cuda-slots.csv").open()))
+    assert tuple(rows[0]) == slots.FIELDS
+    assert {(r["op"], r["mode"], int(r["rank"]), r["dtype"]) for r in rows} == {
+        (c.op, c.mode, c.rank, dtype) for c in slots.CASES for dtype in slots.DTYPES
+    }
+    for r in rows:
+        left = slots.slots_left(int(r["bytes_an_element"]), slots.COPY_TB_S["H200"])
+        assert float(r["share_h200"]) == pytest.approx(float(r["slots_an_element"]) / left, abs=0.01)

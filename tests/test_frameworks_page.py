@@ -30,7 +30,7 @@ def test_numpy():
 
 
 def test_jax():
-    pytest.importorskip("jax", reason="needs JAX: pip install 'fastedit[jax]'")
+    pytest.importorskip("jax", reason="needs JAX: pip install jax")
     losses = run("JAX")["losses"]
     assert losses[-1] < 0.8 * losses[0] and losses == sorted(losses, reverse=True)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracle import FORM
 
-jax = pytest.importorskip("jax", reason="needs JAX: pip install 'fastedit[jax]'")
+jax = pytest.importorskip("jax", reason="needs JAX: pip install jax")
 
 import jax.numpy as jnp  # noqa: E402
 from fastedit.kernels.reference.slot_order import slot_order  # noqa: E402

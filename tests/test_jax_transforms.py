@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax", reason="needs JAX: pip install 'fastedit[jax]'")
+jax = pytest.importorskip("jax", reason="needs JAX: pip install jax")
 
 import jax.numpy as jnp  # noqa: E402
 from jax import lax  # noqa: E402

@@ -225,13 +225,11 @@ def test_everything_that_holds_a_block_edit_is_refused_whole():
     tiny.assert_same_state(model, patched)
 
 
-def test_a_merged_trained_model_tells_the_same_story(shared):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = shared / "models" / "stories260K"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("Once upon a time", return_tensors="pt")
-    handle = scrambled(fe.patch(model, fe.RED()))
-    story = model.generate(**ids, max_new_tokens=24, do_sample=False)
-    handle.merge()
-    assert torch.equal(model.generate(**ids, max_new_tokens=24, do_sample=False), story)
+def test_a_merged_model_generates_the_same_text():
+    model, ids = tiny.build("llama"), {"input_ids": torch.tensor([[3, 8, 5]]), "attention_mask": torch.ones(1, 3).long()}
+    handle, told = scrambled(fe.patch(model, fe.RED())), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        told.append(model.generate(**ids, max_new_tokens=24, do_sample=True))
+        handle.merge() if len(told) == 1 else handle.unmerge()
+    assert torch.equal(*told) and len(set(told[0][0].tolist())) > 5

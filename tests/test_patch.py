@@ -201,21 +201,22 @@ def test_peft_and_its_adapters_stay_in_place():
     tiny.assert_same_state(wrapped, before)
 
 
-def test_a_trained_model_writes_the_same_story(shared):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_a_model_generates_the_same_text():
+    model, ids = tiny.build("llama"), {"input_ids": torch.tensor([[3, 8, 5]]), "attention_mask": torch.ones(1, 3).long()}
 
-    folder = shared / "models" / "stories260K"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("Once upon a time", return_tensors="pt")
-    story = model.generate(**ids, max_new_tokens=24, do_sample=False)
-    with fe.patch(model, [fe.RED(), fe.Steer(torch.zeros(64))]) as handle:
-        assert torch.equal(model.generate(**ids, max_new_tokens=24, do_sample=False), story)
+    def told(model):
+        torch.manual_seed(0)  # a random model's likeliest token hardly changes
+        return model.generate(**ids, max_new_tokens=24, do_sample=True)
+
+    story = told(model)
+    with fe.patch(model, [fe.RED(), fe.Steer(torch.zeros(32))]) as handle:
+        assert torch.equal(told(model), story)
         scrambled(handle)
-        changed = model.generate(**ids, max_new_tokens=24, do_sample=False)
+        changed = told(model)
         assert not torch.equal(changed, story)
         (plain,) = [tiny_plain(model)]
-        assert torch.equal(plain.generate(**ids, max_new_tokens=24, do_sample=False), changed)
-    assert torch.equal(model.generate(**ids, max_new_tokens=24, do_sample=False), story)
+        assert torch.equal(told(plain), changed)
+    assert torch.equal(told(model), story)
 
 
 def test_new_memory_is_seen_where_edits_are_folded():

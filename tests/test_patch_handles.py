@@ -275,3 +275,19 @@ def test_values_that_are_no_numbers_are_said():
             handle.model(torch.ones(4, 7, dtype=torch.long))
     with pytest.raises(ValueError, match="site is one of the model"):
         fe.patch(tiny.build("llama"), fe.Steer(torch.ones(tiny.LAYERS, tiny.WIDTH), site="embed"))
+
+
+def test_a_refused_strength_changes_nothing():
+    """One that fp32 does not hold, of any edit of the handle: dials, outputs and a merge are as before."""
+    model = tiny.build("llama")
+    width = model.config.hidden_size
+    edits = [fe.Steer(torch.ones(width), layers=[0]), fe.Steer(torch.ones(width), site="mlp", layers=[1], strength=1e20)]
+    handle = fe.patch(model, edits)
+    handle.strength = 1e-20
+    dials = [masters.dial.clone() for _, _, masters in handle._each()]
+    for value in (1e39, 1e19, -1e25):
+        with pytest.raises(ValueError, match="beyond what fp32 holds"):
+            handle.strength = value
+        assert handle.strength == 1e-20
+        assert all(torch.equal(masters.dial, dial) for (_, _, masters), dial in zip(handle._each(), dials, strict=True))
+    handle.remove()

@@ -1,6 +1,8 @@
 """RED's authors' delta_vector.pth: read without running anything in it, and put where it was trained."""
 
 import collections
+import os
+import random
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import (
 )  # fmt: skip
 
 import fastedit as fe
+from fastedit.interop import red as interop_red
 
 WIDTH = 16
 
@@ -211,5 +214,70 @@ def test_missing_truncated_and_other_files(tmp_path):
     whole = (tmp_path / "delta_vector.pth").read_bytes()
     for content in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
         (tmp_path / "delta_vector.pth").write_bytes(content)
-        with pytest.raises(fe.EditFileError, match="not a plain state dict"):
+        with pytest.raises(fe.EditFileError, match=r"not an archive of torch\.save"):
             fe.load_red_checkpoint(llama(), tmp_path)
+
+
+# --- hostile files ------------------------------------------------------------------------------------------
+
+
+def small(tmp_path):
+    path = tmp_path / "delta_vector.pth"
+    torch.save(state(["model.layers.{}.mlp.down_proj"]), path)
+    return path
+
+
+def test_a_bomb_is_refused_before_it_grows(tmp_path):
+    """A kilobyte that announces eight gigabytes: an expanded storage, and an archive that unpacks."""
+    import resource
+    import zipfile
+
+    path = tmp_path / "delta_vector.pth"
+    key = "model.layers.0.mlp.down_proj.delta_vector.activation_scaling"
+    torch.save({key: torch.ones(1).expand(1, 1 << 31)}, path)
+    assert path.stat().st_size < 4096
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(fe.EditFileError, match="announces 2,147,483,648 numbers and holds fewer"):
+        interop_red._grouped(path, interop_red._read(path))
+    with zipfile.ZipFile(small(tmp_path)) as archive:
+        parts = {part: archive.read(part) for part in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content + bytes(50 << 20 if name.endswith("data/0") else 0))
+    with pytest.raises(fe.EditFileError, match="compressed archive"):
+        interop_red._read(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
+
+
+def test_flipped_bits_of_numbers_are_refused(tmp_path):
+    path = small(tmp_path)
+    whole, loaded = path.read_bytes(), 0
+    expected = interop_red._grouped(path, interop_red._read(path))
+    draw = random.Random(0)
+    for _ in range(300):
+        content = bytearray(whole)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        try:
+            found = interop_red._grouped(path, interop_red._read(path))
+        except fe.EditFileError:
+            continue
+        loaded += 1  # in bytes that say nothing: padding, dates
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[m][n], t) for m, parts in expected.items() for n, t in parts.items())
+    assert loaded < 200
+
+
+def test_only_regular_files_are_read(tmp_path):
+    path = tmp_path / "delta_vector.pth"
+    path.symlink_to("/dev/zero")
+    with pytest.raises(fe.EditFileError, match="is not a regular file"):
+        interop_red._read(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(fe.EditFileError, match="is not a regular file"):
+        interop_red._read(path)
+    path.unlink()
+    torch.save(state(["model.layers.{}.mlp.down_proj"]), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(fe.EditFileError, match=r"is not an archive of torch\.save"):
+        interop_red._read(path)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_directions import last_tokens, sets
 from tiny_models import build, exact, site_module
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from word_tokenizer import tokenizer as word_tokenizer
 
 import fastedit as fe
+from fastedit.chat import prompt_ids
 from fastedit.methods import roleref
 from fastedit.methods.replies import replies, wilson
 
@@ -88,15 +89,11 @@ def test_what_cannot_be_paired_is_refused(model):
 
 @pytest.fixture(scope="module")
 def stories():
-    from conftest import SHARED
-
-    if not SHARED.is_dir():
-        pytest.skip("needs the folder `shared` beside the repository")
-    folder = SHARED / "models" / "stories260K"
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    said = word_tokenizer()
+    return build("llama", vocab_size=len(said)), said
 
 
-PROMPTS = ["Once upon a time", "The dog", "Lily and her mom went to the park. They saw a", "Tom was sad because"]
+PROMPTS = ["the cat", "a dog", "so it is very good . i think the", [{"role": "user", "content": "is it good ?"}]]
 
 
 def test_replies_in_a_batch_are_those_of_one_at_a_time(stories):
@@ -106,12 +103,12 @@ def test_replies_in_a_batch_are_those_of_one_at_a_time(stories):
     assert model.training
     model.eval()
     for prompt, reply in zip(PROMPTS, found, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt")
+        ids = prompt_ids(tokenizer, prompt)
         made = model.generate(
-            input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=12, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or 0,
+            input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(), max_new_tokens=12, do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        assert reply == tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) != ""
+        assert reply == tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True) != ""
 
 
 def test_the_report_counts_what_the_judge_says_at_each_strength(stories):
@@ -138,6 +135,7 @@ def test_the_report_counts_what_the_judge_says_at_each_strength(stories):
     expected = sum(reply in plain[0.0] for reply in plain[1.0][:2])
     assert found[1.0]["conflicting"] == roleref.Rate(expected, 2) and expected < 2
     assert asked[:2] == list(zip(PROMPTS[:2], plain[0.0][:2], strict=True))
+    assert asked[3][0] == "is it good ?"  # of messages a judge is shown the last one's content
     assert "100.0 % (34–100)" in str(found) and len(str(found).splitlines()) == 3
 
 

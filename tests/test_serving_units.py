@@ -1,7 +1,9 @@
 """What of serving needs no engine: rows and slots of a step against a definition, names, plans, salts, files."""
 
 import json
+import os
 import shutil
+import time
 import types
 
 import numpy as np
@@ -14,8 +16,9 @@ from fastedit.bank_tables import Tables
 from fastedit.form import Form
 from fastedit.per_layer import Spot
 from fastedit.positions import positions
-from fastedit.serving.admission import Library, Refused, admit, salted, wanted
+from fastedit.serving.admission import Library, Refused, admit, meant, wanted
 from fastedit.serving.contents import read_contents
+from fastedit.serving.failures import clean
 from fastedit.serving.options import resolve
 from fastedit.serving.residency import Residency
 from fastedit.serving.rows import Rows, Wanted
@@ -157,9 +160,10 @@ def test_plans_and_salts(library):
     assert [strength for _, strength in plan] == [1.0, 0.5]
     assert all((library.staging / digest).is_dir() for digest, _ in plan)
     assert library.plan([("red", 0.0)]) == []
-    salts = {salted(library.plan([(n, s)]), None) for n, s in (("red", 1.0), ("red", 0.5), ("steer", 1.0), ("generated", 1.0))}
+    asked = (("red", 1.0), ("red", 0.5), ("steer", 1.0), ("generated", 1.0))
+    salts = {library.salted(library.plan([one]), None) for one in asked}
     assert len(salts) == 4
-    assert salted(plan, "mine") != salted(plan, None) != salted(plan[::-1], None)
+    assert library.salted(plan, "mine") != library.salted(plan, None) != library.salted(plan[::-1], None)
 
 
 def test_gates_of_a_file_are_the_patched_model_s(library, tmp_path):
@@ -231,6 +235,11 @@ def test_replaced_and_removed(library):
         ({"fastedit": 1}, "expected an edit's name"), ({"fastedit": ["a", 2]}, "expected an edit's name"),
         ({"fastedit": "a", "fastedit_strength": True}, "finite"), ({"fastedit_strength": 1}, "without"),
         ({"fastedit": "a", "fastedit_strength": [1, 2]}, "2 numbers for 1"), ({"fastedit": "a", "fastedit_x": 1}, "unknown"),
+        ({"fastedit": ["a"] * 17}, "a list of 17, expected at most 16"), ({"fastedit": []}, "expected an edit's name"),
+        ({"fastedit": "a", "fastedit_strength": [1.0] * 4000}, "a list of 4000"),
+        ({"fastedi": "a"}, "unknown argument 'fastedi'"),
+        ({"FastEdit": "a"}, "unknown"), ({"fast_edit": "a"}, "unknown"), ({"fasetdit": "a"}, "unknown"),
+        ({"fastedit": "a", "fastedit_strenght": 1}, "unknown"), ({"fastedit": "a", "fastedit_strength": 10**400}, "finite"),
     ],
 )  # fmt: skip
 def test_wanted_refuses(given, said):
@@ -306,6 +315,129 @@ def test_a_copy_for_the_workers_is_made_again(library):
     assert library.plan([("red", 1.0)]) == plan and (library.staging / plan[0][0]).is_dir()
     shutil.rmtree(library.staging)
     library.staging.write_text("in the way")
-    with pytest.raises(Refused, match="could not be kept"):
+    with pytest.raises(Refused, match="could not be kept") as caught:
         library.plan([("red", 1.0)])
+    assert str(library.staging) not in str(caught.value), "where things lie on the server is not the client's business"
     library.staging.unlink()
+
+
+def test_other_people_s_keys_are_left_alone():
+    assert not meant({"fastest": 1, "edit": 2, "kv_transfer_params": {}, "session_id": "a", "breakfast": 0, 3: 4})
+    assert not meant(None)
+
+
+def test_misspelt_keys_are_refused_without_a_library():
+    request = types.SimpleNamespace(sampling_params=types.SimpleNamespace(extra_args={"fastedi": "red"}), cache_salt=None)
+    with pytest.raises(Refused, match="unknown argument 'fastedi'"):
+        admit(request, None)
+
+
+def test_a_salt_cannot_be_written_by_a_client(library):
+    """Keyed by the process, and with the client's own inside: neither equals what a client may send."""
+    plan, other = library.plan([("red", 1.0)]), Library(library.options)
+    assert library.salted(plan, None) != other.salted(plan, None), "two processes have two keys"
+    theirs = (None, "", "a", "fastedit:" + plan[0][0] + "*1.0", library.salted(plan, None))
+    salts = [library.salted(plan, salt) for salt in theirs]
+    assert len({*salts}) == len(salts) and all(plan[0][0] not in salt for salt in salts)
+
+
+def test_strengths_are_bounded_by_what_the_edit_makes_of_typical_rows(library):
+    """The limit is on the change of rows of root mean square 1, of a stack's edits together, and is the operator's."""
+    contents = library.look("steer")
+    rate = max(max(rates) for rates in contents.rates.values())
+    vectors = support.random(support.LAYERS, support.WIDTH)
+    assert rate == pytest.approx(float(vectors.norm(dim=-1).max()) / support.WIDTH**0.5, rel=1e-5)
+    largest = library.max_change / rate
+    assert library.plan([("steer", 0.999 * largest)]) and library.plan([("steer", -0.999 * largest)])
+    for asked in ([("steer", 1.001 * largest)], [("steer", -1e38)], [("red", 1e39)], [("steer", 0.7 * largest)] * 2):
+        with pytest.raises(Refused, match=r"would change typical rows at site .* this server lets at most 1000"):
+            library.plan(asked)
+    narrow = Library(library.options | {"max_change": rate / 2})
+    with pytest.raises(Refused, match="steer at strength 1 would change typical rows"):
+        narrow.plan([("steer", 1.0)])
+
+
+def test_an_edit_saved_at_a_strength_that_overflows_is_refused_at_the_door(library):
+    stack = support.edits()["stacked"]
+    with fe.patch(library.model, stack) as handle:
+        handle.save(library.folder / "steep")
+    header, tensors = fe.store.read(library.folder / "steep")
+    header = {key: value for key, value in header.items() if key not in ("format", "version", "tensors", "sha256")}
+    fe.store.write(library.folder / "steep", header | {"strength": 1e39}, tensors)
+    with pytest.raises(Refused, match=r"edit 'steep' cannot be served: .*strength") as caught:
+        library.plan([("steep", 1.0)])
+    assert str(library.folder) not in str(caught.value)
+    shutil.rmtree(library.folder / "steep")
+
+
+def test_what_a_request_costs_the_event_loop(library):
+    """Once a thread has prepared it, the most that a request may name is looked up in under ten milliseconds."""
+    for number in range(16):
+        shutil.copytree(library.folder / "steer", library.folder / f"many-{number}")
+    given = {"fastedit": [f"many-{number}" for number in range(16)], "fastedit_strength": 0.5}
+    library.prepare(given)
+    spent = []
+    for _ in range(5):
+        start = time.perf_counter()
+        library.plan(wanted(given))
+        spent.append(time.perf_counter() - start)
+    assert min(spent) < 0.01
+    start = time.perf_counter()
+    with pytest.raises(Refused):
+        wanted({"fastedit": ["red"] * 4000})
+    assert time.perf_counter() - start < 0.01
+    reads = []
+    library._read = lambda *asked: reads.append(asked)
+    library.prepare(given)
+    del library._read
+    assert not reads, "an edit that did not change is not read again"
+
+
+def test_tidy_leaves_what_it_did_not_make(library, tmp_path):
+    own = Library(library.options | {"staging": tmp_path})
+    (digest, _), = own.plan([("red", 1.0)])
+    theirs = [tmp_path / name for name in ("notes", "f" * 63, ".hidden")]
+    for folder in theirs:
+        folder.mkdir()
+        (folder / "file").write_text("mine")
+    mixed = tmp_path / ("e" * 64)
+    mixed.mkdir()
+    (mixed / "thesis.txt").write_text("mine")
+    (tmp_path / ("d" * 64)).symlink_to(theirs[0])
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0), follow_symlinks=False)
+    own.tidy()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(p.name for p in theirs), mixed.name, "d" * 64])
+    assert (mixed / "thesis.txt").exists() and all((folder / "file").exists() for folder in theirs)
+    assert not (tmp_path / digest).exists()
+
+
+def test_a_row_whose_edit_cannot_be_had_is_poisoned_and_its_neighbours_are_not():
+    failed = {}
+    rows, _ = rows_of()
+    rows.failed = failed.__setitem__
+    bias = lambda key: torch.full((4,), float("nan") if key == 9 else float(key))  # noqa: E731
+    rows.residency.shelf.forms = lambda key: ({("0", "mlp"): Form(bias=bias(key))}, {})
+    rows.wanted |= {"a": Wanted(1, 1.0, None, 4), "b": Wanted(9, 1.0, positions("prompt"), 4)}
+    rows.step(["a", "b", "c"], np.array([2, 2, 1]), np.array([0, 4, 0]))
+    assert "NaN" in str(failed.pop("b")) and not failed
+    assert rows.slot[:5].tolist() == [0, 0, 0, 0, -1] and rows.strength[:2].tolist() == [1.0, 1.0]
+    assert bool(rows.strength[2:4].isnan().all()), "on all its tokens, whatever its positions"
+    rows.step(["a", "c"], np.array([1, 1]), np.array([2, 1]))
+    assert rows.slot[:3].tolist() == [0, -1, -1] and rows.strength[:2].tolist() == [1.0, 1.0]
+
+
+def test_blocks_are_made_finite_and_finite_values_stay():
+    def runner(caches, kind="auto"):
+        some = types.SimpleNamespace
+        return some(kv_caches=caches, kv_cache_config=some(num_blocks=5), cache_config=some(cache_dtype=kind))
+
+    for shape in ((2, 5, 3, 4), (5, 2, 3, 4), (10, 3, 4)):  # the last: laid out otherwise
+        cache = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        cache.view(-1)[-1], cache.view(-1)[-2] = float("nan"), float("inf")
+        before = cache.clone()
+        clean(runner([cache]), {4, 1})
+        assert bool(cache.isfinite().all()) and torch.equal(cache, before.nan_to_num(0, 0, 0))
+    bytes_ = torch.tensor([[0x7F, 0x3C], [0xFF, 0x01]], dtype=torch.uint8).repeat(5, 1)
+    clean(runner([bytes_], "fp8_e4m3"), {0})
+    assert bytes_[:2].tolist() == [[0, 0x3C], [0, 0x01]]

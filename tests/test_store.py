@@ -112,7 +112,7 @@ def test_what_edit_json_says(tmp_path):
     model.config.name_or_path = "anna/tiny-llama"
     folder = saved(tmp_path, model, training={"steps": 12, "loss": 0.5})
     header = json.loads((folder / "edit.json").read_text())
-    assert (header["format"], header["version"], header["fastedit"]) == ("fastedit", 1, fe.__version__)
+    assert (header["format"], header["version"], header["fastedit"]) == ("fastedit", 2, fe.__version__)
     assert header["edits"][0]["kind"] == "RED" and header["edits"][0]["site"] == "mlp"
     assert header["edits"][0]["layers"] == [0, 1, 2]
     assert header["training"] == {"steps": 12, "loss": 0.5}
@@ -182,8 +182,10 @@ def test_another_base_of_the_same_size_is_warned_of(tmp_path, caplog):
 
 
 def rewrite(folder, change):
-    """Change edit.json as a hand or a hostile tool would, checksum intact."""
+    """Change edit.json as a hand or a hostile tool would, in a file of version 1, which has no checksum of its own."""
     header = json.loads((folder / "edit.json").read_text())
+    del header["sha256"]
+    header["version"] = 1
     change(header)
     (folder / "edit.json").write_text(json.dumps(header))
 
@@ -227,9 +229,16 @@ def top(key, value):
         (top("edits", []), "not described 0.layers.0.mlp.bias"),
         (top("strength", "much"), "strength is 'much', expected a number"),
         (top("strength", float("inf")), "strength is inf"),
+        (top("strength", 1e39), r"strength is 1e\+39, beyond what fp32 holds"),
+        (top("strength", 10**400), "strength is 1000000000"),
+        (top("comment", "by hand"), "has the key 'comment', which no edit has"),
+        (top("tensors", {"sha256": "0" * 64, "comment": 1}), "has the key 'comment'"),
+        (top("base", {"model": "\ud800"}), "is not valid JSON .*surrogates not allowed"),
+        (first("gate", {"not": {"not": 3}}), "a gate is described by 3"),
+        (first("layers", [10**400]), "layer 1000"),
         (top("strength", None), "strength is None, expected a number"),
         (top("base", None), '"base" is None'),
-        (top("base", {"width": "32", "depth": 3}), "base of width 32"),
+        (top("base", {"width": "32", "depth": 3}), "base of width '32'"),
     ],
 )
 def test_a_json_that_does_not_fit_is_refused(tmp_path, change, match):

@@ -30,7 +30,7 @@ STEPS = ("open", "write", "fsync", "replace", "close")
 
 def edit(value, width=64):
     """A distinguishable edit: header and tensors both carry `value`."""
-    return {"edits": [{"kind": "ScaleBias"}], "value": value}, {
+    return {"edits": [{"kind": "ScaleBias"}], "training": {"value": value}}, {
         f"0.layers.{layer}.mlp.{part}": torch.full((width,), float(value))
         for layer in range(2)
         for part in ("scale", "bias")
@@ -41,8 +41,8 @@ def value_of(folder):
     """Which edit the folder holds; fails on a mixture."""
     header, tensors = read(folder)
     values = {t.unique().item() for t in tensors.values()}
-    assert len(tensors) == 4 and values == {float(header["value"])}
-    return header["value"]
+    assert len(tensors) == 4 and values == {float(header["training"]["value"])}
+    return header["training"]["value"]
 
 
 def names(folder):
@@ -234,7 +234,8 @@ def test_a_folder_that_cannot_be_made_says_so(tmp_path):
 
 def replace_json(folder, **changes):
     header = json.loads((folder / "edit.json").read_text())
-    header.update(changes)
+    del header["sha256"]  # version 1 had none
+    header |= {"version": 1, **changes}
     (folder / "edit.json").write_text(json.dumps(header))
 
 
@@ -294,7 +295,9 @@ HOSTILE_JSON = {
     "huge number": (b"1" * 100_000, "not valid JSON"),
     "a list": (b"[]", 'expected "format": "fastedit"'),
     "another format": (b'{"format": "peft"}', 'expected "format": "fastedit"'),
-    "a future version": (b'{"format": "fastedit", "version": 2}', "version 2, this fastedit reads version 1"),
+    "a future version": (b'{"format": "fastedit", "version": 3}', "version 3, this fastedit reads 1 and 2"),
+    "a version that is true": (b'{"format": "fastedit", "version": true}', "version True, this fastedit reads"),
+    "no checksum": (b'{"format": "fastedit", "version": 2}', "has no checksum of its own"),
     "no tensors": (b'{"format": "fastedit", "version": 1}', "sha256 is None"),
     "a path for a checksum": (
         b'{"format": "fastedit", "version": 1, "tensors": {"sha256": "../../etc/passwd"}}',
@@ -347,3 +350,33 @@ def test_files_missing_truncated_swapped_or_changed(tmp_path):
     tensors.write_bytes((tmp_path / "other" / "edit.safetensors").read_bytes())
     with pytest.raises(EditFileError, match="does not have the checksum"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["edit.json", "edit.safetensors"])
+def test_only_regular_files_are_read(tmp_path, name):
+    """A pipe nobody writes to, and a device without an end, are refused at once."""
+    write(tmp_path, *edit(1))
+    path = tmp_path / name
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path), os.mkdir):
+        path.unlink()
+        make(path)
+        with pytest.raises(EditFileError, match=r"is not a regular file|truncated, or of another"):
+            read(tmp_path)
+        path.rmdir() if path.is_dir() else path.unlink()
+        write(tmp_path, *edit(1))
+
+
+def test_a_private_edit_stays_private(tmp_path):
+    write(tmp_path, *edit(1))
+    for name in names(tmp_path):
+        os.chmod(tmp_path / name, 0o600)
+    write(tmp_path, *edit(2))
+    assert value_of(tmp_path) == 2
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in names(tmp_path)] == [0o600, 0o600]
+
+
+def test_a_limit_is_looked_at_before_the_tensors_are_read(tmp_path, monkeypatch):
+    write(tmp_path, *edit(1))
+    monkeypatch.setattr(edit_file, "from_bytes", None)  # would be called
+    with pytest.raises(EditFileError, match="expected at most 100"):
+        read(tmp_path, lambda header: 100)

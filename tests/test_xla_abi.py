@@ -79,7 +79,7 @@ def _same_place(ours, field, theirs, other):
 
 
 def compile_asserts(lines, folder):
-    jax = pytest.importorskip("jax", reason="needs jaxlib's header: pip install 'fastedit[jax]'")
+    jax = pytest.importorskip("jax", reason="needs jaxlib's header: pip install jax")
     source = folder / "layouts.cpp"
     head = '#include "xla_abi.h"\n#include "xla/ffi/api/c_api.h"\nnamespace xla = fastedit::xla;\n'
     source.write_text(head + "\n".join(lines))

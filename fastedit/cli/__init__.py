@@ -1,4 +1,4 @@
-"""The command line: `fastedit demo | doctor | show | train | contrast | generate | serve`.
+"""The command line: `fastedit demo | doctor | show | train | predict | contrast | generate | verify | serve`, and methods.py's.
 
 A command's imports happen when it runs.
 """
@@ -8,11 +8,29 @@ from typing import Annotated
 
 import typer
 
+from .loading import Device, DeviceMap, Dtype, Quantize
+
 app = typer.Typer(
     name="fastedit", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     help="Representation editing inside transformer layers at the cost of the residual add.",
 )  # fmt: skip
+
+
+def _say_version(wanted: bool):
+    if wanted:
+        from .. import __version__
+
+        print(f"fastedit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")] = False,
+):
+    """Representation editing inside transformer layers at the cost of the residual add."""
+
 
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 
@@ -24,9 +42,10 @@ def run_demo(
         bool, typer.Option(help="A few hundred sentences, one epoch: does it run, not how well.")
     ] = False,
 ):
-    """Fine-tune a real encoder with RED, beside a frozen head and LoRA, and draw a picture. About 5 minutes.
+    """Steer a chat model, then fine-tune an encoder with RED beside a frozen head and LoRA; two pictures.
 
-    The task: 4,500 sentences of Python's own documentation, half of them with two words swapped: which?
+    Steered: replies along the direction from sad sentences to happy ones, beside a random direction at the same KL.
+    Fine-tuned: 4,500 sentences of Python's own documentation, half of them with two words swapped: which?
 
     **Example:** `fastedit demo --out demo-output`
     """
@@ -49,40 +68,74 @@ def run_doctor():
 
 
 @app.command("show")
-def run_show(folder: Annotated[str, typer.Argument(help="What `handle.save` wrote, or a Hub repo id.")]):
+def run_show(
+    folder: Annotated[str, typer.Argument(help="What `handle.save` wrote, or a Hub repo id.")],
+    reseal: Annotated[bool, typer.Option("--reseal", help="First give an edit.json changed by hand its checksum again.")] = False,
+):
     """Print an edit: what it does where, its base, how it was trained, how far it is from doing nothing.
 
     **Example:** `fastedit show demo-output/edit`
     """
     from .show import run
 
-    run(folder)
+    run(folder, reseal)
 
 
 @app.command("train")
 def run_train(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or Hub id: an encoder; a causal model for rahf and recontrol.")],
-    data: Annotated[Path, typer.Argument(help="Labelled texts, preference rows or prompts: see below.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id: an encoder for sentences, else a causal model.")],
+    data: Annotated[Path, typer.Argument(help="Rows: .jsonl, .json, .parquet, .tsv or .csv; see below.")],
     out: Out = Path("my-edit"),
-    method: Annotated[str, typer.Option(help="red, loreft, direft, noreft, rahf or recontrol.")] = "red",
+    method: Annotated[str, typer.Option(help="red, red+, loreft, direft, noreft, vector; or rahf, recontrol.")] = "red",
+    task: Annotated[str | None, typer.Option(help="classify (the default), pairs, regress, sft, preference or reward.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of loreft, direft, noreft (4), or rahf's student (8).")] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 3, 8-15 or 0,4,-1; by default all.")] = None,
+    positions: Annotated[str | None, typer.Option(help='Such as "last 4", of the prompt; by default all.')] = None,
+    site: Annotated[str | None, typer.Option(help="mlp, attn, block, …; by default the method's.")] = None,
     text: Annotated[str | None, typer.Option(help="Column of the texts; by default text or sentence.")] = None,
+    other: Annotated[str | None, typer.Option(help="pairs: column of the second texts.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the labels; by default label.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="sft: column of the prompts.")] = None,
+    response: Annotated[str | None, typer.Option(help="sft: column of the responses.")] = None,
+    chat: Annotated[bool | None, typer.Option("--chat", help="Prompts that are strings are user turns of the template.")] = None,
+    head: Annotated[str | None, typer.Option(help="mean, or token: the RED paper's on GLUE.")] = None,
     evaluate: Annotated[Path | None, typer.Option("--eval", help="Held-out file; by default a tenth of DATA.")] = None,
+    loss: Annotated[str | None, typer.Option(help="preference: dpo, bipo, orpo or reps.")] = None,
+    beta: Annotated[float | None, typer.Option(min=0.0, help="preference: of dpo and bipo; 0.1.")] = None,
+    store: Annotated[bool | None, typer.Option("--store", help="preference: store the reference's log-probabilities.")] = None,
+    shifted: Annotated[Path | None, typer.Option(help="reward: rows without labels for MetaRM's ascent step.")] = None,
+    ascent: Annotated[float | None, typer.Option(min=0.0, help="reward: MetaRM's step size; 0 for none.")] = None,
     lr: Annotated[
-        float | None, typer.Option(min=0.0, help="2e-2; rahf 3e-4 (scit), 9e-6 (dual); recontrol 1e-4.")
+        float | None, typer.Option(min=0.0, help="By task and method; rahf 3e-4 (scit), 9e-6 (dual); recontrol 1e-4.")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(min=0.0, help="2; recontrol 100 at most.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="32; rahf 64 (scit), 8 (dual); recontrol 512.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0.0, help="2; sft and preference 3; recontrol 100 at most.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="32; of causal models 8; rahf 64 (scit), 8 (dual); recontrol 512.")
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Batches a step; 1.")] = None,
+    checkpointing: Annotated[bool | None, typer.Option("--checkpointing", help="Compute activations again in backward.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many; 1024.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many; 512.")] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="auto: over several GPUs, by accelerate.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="Use this many rows of DATA at most.")] = None,
     mode: Annotated[str | None, typer.Option(help="rahf: scit or dual.")] = None,
     student: Annotated[str | None, typer.Option(help="rahf: lora, red or loreft.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="rahf: of the student; 450 (scit), 2500 (dual).")] = None,
     alpha: Annotated[float | None, typer.Option(help="rahf: of the target pattern; 5.")] = None,
-    teacher_steps: Annotated[int | None, typer.Option(min=0, help="rahf: of each teacher (450); 0 for ready ones.")] = None,
+    fitted: Annotated[str | None, typer.Option(help="rahf: chosen, random (scit) or all (dual) responses.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="rahf: rows a forward; up to 16.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="rahf: full, lora, red or red+, the way a teacher is trained.")] = None,
+    teacher_epochs: Annotated[float | None, typer.Option(min=0.0, help="rahf: 2 (scit), 3 (dual).")] = None,
+    teacher_steps: Annotated[
+        int | None, typer.Option(min=0, help="rahf: of each teacher, in place of epochs; 0 for ready ones.")
+    ] = None,
     teacher_lr: Annotated[float | None, typer.Option(min=0.0, help="rahf: 2e-5.")] = None,
-    reward: Annotated[str | None, typer.Option(help="recontrol: word:WORD, or module:function.")] = None,
+    reward: Annotated[str | None, typer.Option(help="recontrol: word:WORD, edit:FOLDER, or module:function.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="recontrol: responses a prompt; 4.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="recontrol: 64.")] = None,
     units: Annotated[int | None, typer.Option(min=1, help="recontrol: of the value net; 4096.")] = None,
@@ -91,26 +144,52 @@ def run_train(
     ascent_steps: Annotated[int | None, typer.Option(min=0, help="recontrol: n of the ascent; 30.")] = None,
     seed: int | None = None,
 ):
-    """Train an edit by a method, and save it.
+    """Train an edit by a method on a task, and save it with what was trained along.
 
-    red, loreft, direft, noreft: an edit and a linear head on labelled texts (.tsv with a header, or .jsonl).
-    rahf: preferences into an edit or LoRA; rows with prompt, chosen and rejected (.json or .jsonl).
+    classify, pairs, regress: an edit and a head on an encoder; columns text (and other) and label.
+    sft: an edit on a causal model; rows with messages, or prompt and response.
+    preference, reward: rows with prompt, chosen and rejected; the reference is the same model without the edit.
+    rahf: preferences into an edit or LoRA; rows with prompt, chosen and rejected.
     recontrol: a value net for sampled responses' rewards; prompts as .txt, .json or .jsonl.
 
     **Examples:** `fastedit train ./encoder reviews.tsv --out my-edit`,
-    `fastedit train ./encoder reviews.jsonl --method loreft --rank 4 --lr 1e-3 --epochs 3`,
+    `fastedit train ./encoder pairs.tsv --task pairs --method loreft --rank 4 --lr 1e-3 --head token`,
+    `fastedit train ./model chats.jsonl --task sft --method red --lr 2e-2 --out style`,
+    `fastedit train ./model prefs.jsonl --task preference --loss dpo --store --out aligned`,
     `fastedit train ./model pairs.jsonl --method rahf --mode scit --student red --out aligned` and
     `fastedit train ./model prompts.txt --method recontrol --reward word:dog --lam 0.9 --out control`
     """
     from .train import run
 
-    own = ("context", "model", "data", "out", "method")
-    run(model, data, out, method, {name: value for name, value in context.params.items() if name not in own})
+    own = ("context", "model", "data", "out", "method", "task")
+    run(model, data, out, method, task, {name: value for name, value in context.params.items() if name not in own})
+
+
+@app.command("predict")
+def run_predict(
+    folder: Annotated[str, typer.Argument(help="What `fastedit train` wrote, or a Hub repo id.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Sentences, or prompts.")] = None,
+    file: Annotated[Path | None, typer.Option("--texts", help="A file of them: .txt, .json or .jsonl.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base; by default the one that the edit names.")] = None,
+    other: Annotated[list[str] | None, typer.Option(help="Second texts, for an edit trained on pairs.")] = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 100,
+    out: Annotated[Path | None, typer.Option(help="Also write the answers here, as .jsonl.")] = None,
+):
+    """Use what was trained: the label, number or reward of each text, or the reply to each prompt.
+
+    **Examples:** `fastedit predict my-edit --model ./encoder "a fine film"` and
+    `fastedit predict style --model ./model --texts prompts.txt --out replies.jsonl`
+    """
+    from .predict import run
+
+    run(folder, texts, file, model, other, device, dtype, max_new_tokens, out)
 
 
 @app.command("contrast")
 def run_contrast(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")],
     positive: Annotated[Path, typer.Option(help="Texts of what to steer towards: .txt, .json or .jsonl.")],
     negative: Annotated[Path, typer.Option(help="Texts of what to steer away from.")],
     out: Out = Path("my-direction"),
@@ -118,28 +197,44 @@ def run_contrast(
     probe: Annotated[str, typer.Option(help="logistic or mass-mean.")] = "logistic",
     layers: Annotated[str | None, typer.Option(help="Such as 3, 8-15 or 0,4,-1; by default all.")] = None,
     site: Annotated[str, typer.Option(help="block, mlp or attn.")] = "block",
-    at: Annotated[str, typer.Option(help="last token, first token or mean.")] = "last token",
+    at: Annotated[
+        str | None, typer.Option(help="mean, last token, last 4, response, …; by default as the texts are: see below.")
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="Put this behind every text, and measure there.")] = None,
+    relative: Annotated[float | None, typer.Option(help="Strength 1 adds so many times the residual's norm.")] = None,
+    kl: Annotated[float | None, typer.Option(min=0.0, help="Strength 1 is this mean KL, nats a token.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="For --kl: prompts whose continuations are compared.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts to so many tokens.")] = None,
     gguf: Annotated[Path | None, typer.Option(help="Also write a control vector for llama.cpp here.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Keep what is done here, and go on from it.")] = None,
     seed: int = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ):
     """Find the direction from one set of texts to another; save it, the edit that steers along it, and a picture.
 
-    Files hold one text a line (.txt), a JSON list (.json) or objects with "text" (.jsonl).
+    Files hold one text a line (.txt), a JSON list (.json), or objects with "text", "messages" or "prompt" and "response"
+    (.jsonl, .parquet). Prose is measured at the mean of its tokens, a chat at its response, a question where the answer
+    begins. Without --layers the third of them is saved where the sets are best told apart.
 
-    **Examples:** `fastedit contrast ./model --positive happy.txt --negative sad.txt --out happy` and
-    `fastedit contrast ./model --positive happy.txt --negative sad.txt --method probe --layers 8-15 --at mean`
+    **Examples:** `fastedit contrast smollm2 --positive happy.txt --negative sad.txt --method probe --kl 0.5 --out happy` and
+    `fastedit contrast ./model --positive happy.txt --negative sad.txt --layers 8-15 --at "last token"`
     """
     from .contrast import run
 
-    run(model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, resume, seed)
+    run(
+        model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, resume, seed,
+        suffix=suffix, relative=relative, kl=kl, prompts=prompts, device=device, dtype=dtype, device_map=device_map,
+        quantize=quantize,
+    )  # fmt: skip
 
 
 @app.command("generate")
 def run_generate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")],
     prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts: .txt, .json or .jsonl.")] = None,
     edit: Annotated[str | None, typer.Option(help="What `handle.save` or `fastedit contrast` wrote.")] = None,
@@ -149,15 +244,50 @@ def run_generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token, one text a prompt.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     seed: int = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are user turns of the tokenizer's template.")] = False,
+    system: Annotated[str | None, typer.Option(help="The system turn; implies --chat.")] = None,
+    lexicons: Annotated[Path | None, typer.Option(help="Words by trait, as `fastedit ubpl` writes them.")] = None,
+    trait: Annotated[list[str] | None, typer.Option(help="Of --lexicons, such as happy=2; may be given several times.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ):
     """Generate with an edit on the model, at one strength or several.
 
-    **Examples:** `fastedit generate ./model --edit happy --strength 2 --prompt "Once upon a time"` and
+    **Examples:** `fastedit generate smollm2 --chat --edit happy --strength 1 --prompt "How was your weekend?"`,
+    `fastedit generate ./model --edit happy --strength 2 --prompt "Once upon a time"` and
     `fastedit generate ./model --edit happy --strength 0 --strength 1 --strength 4 --prompts prompts.txt`
     """
     from .generate import run
 
-    run(model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed)
+    run(
+        model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed, chat, system, lexicons, trait,
+        device=device, dtype=dtype, device_map=device_map, quantize=quantize,
+    )  # fmt: skip
+
+
+@app.command("verify")
+def run_verify(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of any kind.")],
+    edit: Annotated[str | None, typer.Option(help="What `handle.save` wrote; by default a random vector at every block.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Several times for several; by default random tokens.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Generated a request.")] = 4,
+    backend: Annotated[str, typer.Option(help="Of torch.compile; eager traces and does not compile.")] = "inductor",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: int = 0,
+):
+    """Compare a model with an edit, in every mode that it has, with plain hooks on whole sequences.
+
+    Modes: forward, batch, cache, no cache, static cache, padding, beams, threads, packing, checkpointing, compile. Each is
+    right, refused, wrong, or left out since the model without edits differs there. Exit code 1: something is wrong.
+
+    **Examples:** `fastedit verify ./model --edit happy` and `fastedit verify ./model --mode cache --mode beams --json`
+    """
+    from .verify import run
+
+    raise typer.Exit(run(model, edit, prompt, mode, new_tokens, backend, as_json, seed))
 
 
 @app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -173,6 +303,10 @@ def run_serve(
     gates: Annotated[
         bool | None, typer.Option(help="Whether edits may be behind gates; by default as the folder needs.")
     ] = None,
+    max_names: Annotated[int | None, typer.Option(min=1, help="Names that one request may list; 16 by default.")] = None,
+    max_change: Annotated[
+        float | None, typer.Option(help="How often its own length a request may change a typical row; 1000 by default.")
+    ] = None,
 ):
     """Serve a model with vLLM; each request may name an edit. Arguments not listed here go to `vllm serve`.
 
@@ -183,4 +317,23 @@ def run_serve(
     """
     from .serve import run
 
-    run(model, edits, sites, rank, capacity, context.args, gates=gates)
+    run(model, edits, sites, rank, capacity, context.args, gates=gates, max_names=max_names, max_change=max_change)
+
+
+@app.command("playground")
+def run_playground(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    edits: Annotated[Path | None, typer.Option(help="Folder of saved edits, one folder each; each gets a dial.")] = None,
+    host: Annotated[str, typer.Option(help="Address to bind. Anyone who reaches it can use the model.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+):
+    """Open a local page: chat with the unedited and the edited model side by side, and turn dials while they write.
+
+    **Example:** `fastedit playground HuggingFaceTB/SmolLM2-135M-Instruct --edits ./edits`
+    """
+    from .playground import run
+
+    run(model, edits, host, port)
+
+
+from . import methods  # noqa: E402, F401  its commands come behind these

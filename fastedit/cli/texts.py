@@ -5,23 +5,65 @@ from pathlib import Path
 
 import typer
 
+from ..chat import ANSWERS, CHATS, read_conversation
+from ..chat_files import read_rows
+from .loading import load_model
+
+__all__ = ["as_chat", "layer_numbers", "load_model", "read_texts"]
+
 
 def read_texts(path):
-    """The texts of a file: one a line (.txt), a JSON list of strings (.json), or objects with "text" (.jsonl)."""
+    """What a file holds, a list: texts, chat conversations (lists of messages), or rows {"prompt", "response"}.
+
+    .txt: a text a line. .json: a list of any of them. .jsonl, .parquet: objects with "text", with "messages" or
+    "conversations", or with "prompt" and, if it is known, "response".
+    """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            texts = json.loads(content)
-        elif path.suffix == ".jsonl":
-            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+        if path.suffix not in (".json", ".jsonl", ".parquet"):
+            found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        elif path.suffix == ".json":
+            found = json.loads(path.read_text(encoding="utf-8"))
         else:
-            texts = [line for line in content.splitlines() if line.strip()]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise typer.BadParameter(f"{path} could not be read as texts: {error!r}") from None
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise typer.BadParameter(f"{path} holds no list of texts; one a line, a JSON list, or .jsonl with \"text\"")
-    return texts
+            found = read_rows(path)
+        if not isinstance(found, list) or not found:
+            raise ValueError(
+                "it holds no list of texts; one a line, a JSON list, or .jsonl with \"text\", \"messages\" or \"prompt\""
+            )
+        return [_text(item, f"item {number} of {path}") for number, item in enumerate(found, 1)]
+    except (OSError, ValueError, TypeError) as error:
+        raise typer.BadParameter(f"{path} could not be read as texts: {error}") from None
+
+
+def _text(item, where):
+    if isinstance(item, dict):
+        if isinstance(item.get("text"), str):
+            return item["text"]
+        for name in CHATS:
+            if name in item:
+                return read_conversation(item[name], f"{where}, column {name!r}")
+        if "prompt" in item:
+            answered = any(name in item for name in ANSWERS)
+            return dict(item) if answered else _text(item["prompt"], f"{where}, column 'prompt'")
+        raise ValueError(f"{where} has the columns {', '.join(map(str, item))}, expected text, messages or prompt")
+    if isinstance(item, list):
+        return read_conversation(item, where)
+    if not isinstance(item, str):
+        raise ValueError(f"{where} is {item!r:.40}, expected a text or a list of messages")
+    return item
+
+
+def as_chat(texts, system=None):
+    """Strings as user turns, and `system` as the system turn of those and of messages that have none."""
+    made = []
+    for item in texts:
+        if isinstance(item, dict):
+            raise typer.BadParameter("--chat and --system are for prompts; these rows hold responses")
+        messages = [{"role": "user", "content": item}] if isinstance(item, str) else list(item)
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        made.append(messages)
+    return made
 
 
 def layer_numbers(text):
@@ -38,16 +80,3 @@ def layer_numbers(text):
     if not numbers:
         raise typer.BadParameter(f"layers is {text!r}, which names no layer")
     return numbers
-
-
-def load_model(name):
-    """(model, tokenizer) of a causal language model; a mistake in the name is one line."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .progress import quiet
-
-    quiet()
-    try:
-        return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{name} could not be loaded: {error}") from None

@@ -1,152 +1,160 @@
 """`fastedit train --method rahf`: teachers from preference rows, then a student that meets their patterns."""
 
-import json
-import random
 from pathlib import Path
 
 import typer
 from rich.console import Console
 
-from .texts import load_model
+from ..chat_files import read_rows
+from .train_models import SIZES, load, trainer_options
 
 DEFAULTS = {
-    "mode": "scit", "student": "lora", "rank": 8, "teacher_steps": 450, "teacher_lr": 2e-5, "steps": None, "lr": None,
-    "batch_size": None, "alpha": 5.0, "rows": None, "seed": 0,
+    "mode": "scit", "student": "lora", "rank": 8, "teacher": "full", "teacher_steps": None, "teacher_epochs": None,
+    "teacher_lr": 2e-5, "fitted": None, "steps": None, "lr": None, "batch_size": None, "micro_batch": None, "alpha": 5.0,
+    "evaluate": None, "rows": None, "chat": False, "seed": 0,
+    **{name: value for name, value in SIZES.items() if name != "accumulate"},
 }  # fmt: skip
-PUBLISHED = {"scit": (450, 64, 3e-4, 512), "dual": (2500, 8, 9e-6, 64)}  # steps, batch, lr, response tokens
+PUBLISHED = {
+    "scit": (450, 64, 3e-4, 512, "random"),
+    "dual": (2500, 8, 9e-6, 64, "all"),
+}  # steps, batch, lr, tokens, rows
 STUDENTS = ("lora", "red", "loreft")
 
 
-def run(model, data, out, *, mode, student, rank, teacher_steps, teacher_lr, steps, lr, batch_size, alpha, rows, seed):
+def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teacher_epochs, teacher_lr, fitted, steps, lr,
+        batch_size, micro_batch, alpha,
+        evaluate, rows, chat, seed, device, dtype, device_map, quantize, checkpointing, resume):  # fmt: skip
     console = Console()
-    if mode not in PUBLISHED or student not in STUDENTS:
-        raise typer.BadParameter(f"mode is {mode!r} and student {student!r}, expected scit or dual, and {', '.join(STUDENTS)}")
-    if mode == "dual" and not teacher_steps:
-        raise typer.BadParameter("dual trains a model of chosen and one of rejected responses: --teacher-steps from 1 on")
+    _check(mode, student, teacher_steps)
+    if quantize is not None and teacher == "full" and teacher_steps != 0:
+        raise typer.BadParameter(
+            "quantised weights do not train: --teacher lora, or --teacher-steps 0 with a ready teacher"
+        )
+    steps, batch, lr, tokens, kind = (
+        p if v is None else v for v, p in zip((steps, batch_size, lr, None, fitted), PUBLISHED[mode], strict=True)
+    )
+    micro = micro_batch or next(m for m in range(min(16, batch), 0, -1) if batch % m == 0)
     try:
-        pairs = read_pairs(data)[:rows]
+        pairs, held = _read(data, evaluate, rows, seed, chat)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    published = PUBLISHED[mode]
-    steps, batch_size, lr = (p if v is None else v for v, p in zip((steps, batch_size, lr), published, strict=False))
-    loaded, tokenizer = load_model(model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    loaded, tokenizer = load(
+        "AutoModelForCausalLM", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize
+    )
+    from ..methods import rahf
+    from ..methods.rahf_student import margins
     from .progress import TrainingBar, bars
 
+    sizes = trainer_options(device=device, accumulate=1, checkpointing=checkpointing)
+    cpu = {"use_cpu": True} if sizes.get("use_cpu") else {}
     try:
         with bars(console) as progress:
-            taught = {"steps": teacher_steps, "lr": teacher_lr, "batch_size": batch_size, "seed": seed, "length": published[3]}
-            base, rejected = _teach(mode, loaded, tokenizer, pairs, progress, **taught)
-            if teacher_steps:
-                base.save_pretrained(Path(out) / "model")
+            rejected = None
+            if teacher_steps != 0:
+                loaded, rejected = _teach(
+                    loaded, tokenizer, pairs, mode, teacher, progress, out, resume, checkpointing, steps=teacher_steps,
+                    epochs=teacher_epochs, lr=teacher_lr, batch_size=batch_size, micro_batch=micro_batch, rank=rank, seed=seed,
+                    **cpu,
+                )  # fmt: skip
+                loaded.save_pretrained(Path(out) / "model")
                 tokenizer.save_pretrained(Path(out) / "model")
-            module, keep, collator = _student(student, rank, base, rejected, tokenizer, alpha, published[3], seed)
-            fitted = [{"prompt": p["prompt"], "response": p["chosen"]} for p in pairs]
-            before = _loss(module, collator, fitted[:batch_size])
-            from ..methods import rahf
-
+            module, keep, collator = _student(student, rank, loaded, rejected, tokenizer, alpha, tokens, seed)
+            given = rahf.rows_of(pairs, kind, seed)
+            with rahf.teacher(module.model):
+                base_margins = margins(module.model, collator, held)
+            before = _loss(module, collator, given[:micro])
             rahf.train(
-                module, fitted, collator, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
+                module, given, collator, steps=steps, batch_size=batch, micro_batch=micro, lr=lr, seed=seed,
+                resume=_last(out, resume), output_dir=str(Path(out) / "checkpoints"), save_strategy="steps",
+                save_steps=max(1, steps // 5), save_total_limit=1,
                 callbacks=[TrainingBar(progress, f"{mode}: student")],
+                **{name: value for name, value in sizes.items() if name != "gradient_accumulation_steps"},
             )  # fmt: skip
-            after = _loss(module, collator, fitted[:batch_size])
+            after, said = _loss(module, collator, given[:micro]), margins(module.model, collator, held)
+            shares = [sum(m > 0 for m in part) / len(part) for part in (base_margins, said)]
+            means = [sum(part) / len(part) for part in (base_margins, said)]
             summary = {
-                "task": "alignment", "method": "rahf", "mode": mode, "student": student, "rows": len(pairs), "steps": steps,
-                "lr": lr, "batch_size": batch_size, "alpha": alpha, "seed": seed, "teacher_steps": teacher_steps,
-                "layers": list(module.layers), "loss_before": before, "loss_after": after,
+                "task": "alignment", "method": "rahf", "mode": mode, "student": student, "rows": len(pairs), "fitted": kind,
+                "steps": steps, "lr": lr, "batch_size": batch, "alpha": alpha, "seed": seed, "teacher": teacher,
+                "teacher_steps": teacher_steps, "layers": list(module.layers), "loss_before": before, "loss_after": after,
+                "held_out": len(held), "margin_before": means[0], "margin_after": means[1],
+                "preferred_before": shares[0], "preferred_after": shares[1],
             }  # fmt: skip
-            keep(out, str(Path(out) / "model") if teacher_steps else model, summary)
+            keep(out, str(Path(out) / "model") if teacher_steps != 0 else model, summary)
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from None
-    where = f"{out}/model" if teacher_steps else model
+    where = f"{out}/model" if teacher_steps != 0 else model
     console.print(f"distance to the target pattern {before:.4g} before, [bold]{after:.4g}[/] after {steps} steps")
-    hint = f"fastedit generate {where} --edit {out} --prompt '…'" if student != "lora" else "peft.PeftModel.from_pretrained"
+    console.print(
+        f"log P(chosen) − log P(rejected) on {len(held)} held-out pairs: {means[0]:.4g} for the teacher, [bold]{means[1]:.4g}[/] "
+        f"with the student; positive in {100 * shares[0]:.0f} % and {100 * shares[1]:.0f} %",
+        highlight=False,
+    )
+    hint = (
+        f"fastedit generate {where} --edit {out} --prompt '…'"
+        if student != "lora"
+        else "peft.PeftModel.from_pretrained"
+    )
     console.print(f"saved {out}, for the model {where}; try it with: {hint}", markup=False)
 
 
+def _check(mode, student, teacher_steps):
+    if mode not in PUBLISHED or student not in STUDENTS:
+        raise typer.BadParameter(
+            f"mode is {mode!r} and student {student!r}, expected scit or dual, and {', '.join(STUDENTS)}"
+        )
+    if mode == "dual" and teacher_steps == 0:
+        raise typer.BadParameter(
+            "dual trains a model of chosen and one of rejected responses: --teacher-steps from 1 on"
+        )
+
+
+def _read(data, evaluate, rows, seed, chat):
+    """(pairs to train on, held-out pairs): a tenth, or those of another file; of two pairs or fewer, the same ones."""
+    import random
+
+    found = read_pairs(data)
+    if evaluate is None and len(found) > 9:
+        random.Random(seed).shuffle(found)
+    found = found[:rows]
+    held = read_pairs(evaluate) if evaluate is not None else found[: len(found) // 10]
+    train = found if evaluate is not None else found[len(held) :]
+    if chat:
+        train, held = (
+            [{**p, "prompt": [{"role": "user", "content": p["prompt"]}]} for p in part] for part in (train, held)
+        )
+    return train, held or train
+
+
 def read_pairs(path):
-    """[{"prompt", "chosen", "rejected"}] of a .jsonl or a .json list; ValueError says which row is wrong."""
-    text = Path(path).read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        found = [json.loads(line) for line in text.splitlines() if line.strip()]
-    elif path.suffix == ".json":
-        found = json.loads(text)
-    else:
-        raise ValueError(f"{path} is neither .json nor .jsonl")
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"{path} holds no list of rows")
+    """[{"prompt", "chosen", "rejected"}] of a file, the prompt as text or messages; ValueError says which row is wrong."""
+    from ..chat import read_conversation
+
+    found = read_rows(path)
     for number, row in enumerate(found, 1):
-        for name in ("prompt", "chosen", "rejected"):
-            if not isinstance(row, dict) or not isinstance(row.get(name), str) or not (row[name] or name == "prompt"):
+        for name in ("chosen", "rejected"):
+            if not isinstance(row.get(name), str) or not row[name].strip():
                 raise ValueError(f"row {number} of {path} has no text {name!r}; expected prompt, chosen and rejected")
+        if not isinstance(row.get("prompt"), str):
+            if row.get("prompt") is None:
+                raise ValueError(f"row {number} of {path} has no text 'prompt'; expected prompt, chosen and rejected")
+            read_conversation(row["prompt"], f"row {number} of {path}, column 'prompt'")
     return found
 
 
-# --- teachers -----------------------------------------------------------------------------------------------------------
+def _teach(model, tokenizer, pairs, mode, by, progress, out, resume, checkpointing, **given):
+    from ..methods import rahf_teachers
+    from .progress import TrainingBar
+
+    return rahf_teachers.teach(
+        model, tokenizer, pairs, mode, by=by, output_dir=Path(out) / "teachers", resume=resume, checkpointing=checkpointing,
+        callbacks=lambda name: [TrainingBar(progress, f"{mode}: {name}")], **given,
+    )  # fmt: skip
 
 
-def _teach(mode, model, tokenizer, pairs, progress, *, length, **fitting):
-    """(the base, the model of rejected responses or None): SCIT's hindsight model, or DUAL's two."""
-    import copy
-
-    from ..methods import rahf
-
-    if mode == "scit":
-        collator = rahf.Collator(tokenizer, (rahf.GOOD, rahf.BAD), length)
-        _fit(model, pairs, lambda rows: _hindsight(model, collator, rows), progress, "scit: hindsight", **fitting)
-        return model, None
-    rejected, collator = copy.deepcopy(model), rahf.Collator(tokenizer, ("",), length)
-    for teacher, name in ((model, "chosen"), (rejected, "rejected")):
-        _fit(teacher, pairs, lambda rows, t=teacher, n=name: _said(t, collator, rows, n), progress, f"dual: {name}", **fitting)
-    return model, rejected
-
-
-def _hindsight(model, collator, rows):
-    """Chosen responses under the good instruction and rejected ones under the bad, each against the other."""
-    import torch
-
-    from ..methods import rahf
-
-    both = [{"prompt": row["prompt"], "response": row[name]} for name in ("chosen", "rejected") for row in rows]
-    given, count = collator(both), len(rows)
-    fields = ("input_ids", "attention_mask")
-    own = {f: torch.cat([given[f][0, :count], given[f][1, count:]]).to(model.device) for f in fields}
-    opposite = {f: torch.cat([given[f][1, :count], given[f][0, count:]]).to(model.device) for f in fields}
-    return rahf.hindsight_loss(model, own, opposite, given["response_mask"].to(model.device))
-
-
-def _said(model, collator, rows, name):
-    """Cross-entropy of the responses `name`, their tokens alone."""
-    from torch.nn import functional as F
-
-    given = collator([{"prompt": row["prompt"], "response": row[name]} for row in rows])
-    given = {field: value.to(model.device) for field, value in given.items()}
-    ids, columns = given["input_ids"][0], given["response_mask"].shape[1]
-    logits = model(ids, attention_mask=given["attention_mask"][0], use_cache=False, logits_to_keep=columns + 1).logits
-    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, -columns:], reduction="none")
-    return (each * given["response_mask"]).sum() / given["response_mask"].sum()
-
-
-def _fit(model, pairs, loss_of, progress, name, *, steps, lr, batch_size, seed):
-    """AdamW on every parameter, batches drawn by the seed."""
-    import torch
-
-    task, draw = progress.add_task(name, total=steps), random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    torch.manual_seed(seed)
-    model.train()
-    for _ in range(steps):
-        loss = loss_of(draw.sample(pairs, min(batch_size, len(pairs))))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        progress.advance(task)
-    model.zero_grad()
-    model.eval()
-
-
-# --- the student --------------------------------------------------------------------------------------------------------
+def _last(out, resume):
+    """The student's last checkpoint, if it is to go on and there is one."""
+    return True if resume and any((Path(out) / "checkpoints").glob("checkpoint-*")) else None
 
 
 def _student(student, rank, base, rejected, tokenizer, alpha, length, seed):
@@ -183,6 +191,8 @@ def _student(student, rank, base, rejected, tokenizer, alpha, length, seed):
 def _loss(module, collator, rows):
     import torch
 
-    given = {name: value.to(module.model.device) for name, value in collator(rows).items()}
-    with torch.no_grad():
-        return float(module.eval()(**given)["loss"])
+    from ..evaluating import evaluating
+
+    given = {name: value.to(next(module.parameters()).device) for name, value in collator(rows).items()}
+    with torch.no_grad(), evaluating(module):
+        return float(module(**given)["loss"])

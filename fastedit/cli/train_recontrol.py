@@ -4,50 +4,62 @@ import importlib
 import random
 import re
 import sys
+from pathlib import Path
 
 import typer
 from rich.console import Console
 
-from .texts import load_model, read_texts
+from .texts import read_texts
+from .train_models import SIZES, load
 
 DEFAULTS = {
     "reward": None, "samples": 4, "max_new_tokens": 64, "units": 4096, "lam": 0.0, "step_size": 0.5, "ascent_steps": 30,
     "lr": 1e-4, "epochs": 100, "batch_size": 512, "rows": None, "seed": 0,
+    **{name: value for name, value in SIZES.items() if name not in ("accumulate", "checkpointing")},
 }  # fmt: skip
 GENERATED_TOGETHER = 16  # sequences a forward
 
 
 def run(
     model, data, out, *, reward, samples, max_new_tokens, units, lam, step_size, ascent_steps, lr, epochs, batch_size, rows,
-    seed,
+    seed, device, dtype, device_map, quantize, resume,
 ):  # fmt: skip
     console = Console()
-    score = find_reward(reward)
+    trained = reward.partition(":")[2] if reward and reward.startswith("edit:") else None
+    score = None if trained else find_reward(reward)
     prompts = read_texts(data)
     random.Random(seed).shuffle(prompts)
     prompts = prompts[:rows]
     if len(prompts) < 2:
         raise typer.BadParameter(f"{data} has {len(prompts)} prompt to use, expected 2 or more: some are held out")
     held_out = prompts[: max(1, min(32, len(prompts) // 10))]
-    loaded, tokenizer = load_model(model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    loaded, tokenizer = load(
+        "AutoModelForCausalLM", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize
+    )
+    loaded.eval()
     import torch
 
     import fastedit
-    from fastedit.methods import recontrol
+    from fastedit.methods import recontrol, recontrol_report
 
     from .progress import bars
 
+    if trained:
+        score = _trained_reward(loaded, tokenizer, trained)
+    states = Path(out) / "states"
+    if not resume and states.is_dir():
+        raise typer.BadParameter(
+            f"{states} is there from an earlier run: --resume goes on from it; else remove it, or use another --out"
+        )
     ask = {"max_new_tokens": max_new_tokens, "batch_size": GENERATED_TOGETHER}
     try:
         with bars(console) as progress:
             found = recontrol.collect(
                 loaded, tokenizer, prompts[len(held_out) :], score, samples=samples, seed=seed,
-                progress=_bar(progress, "collecting"), **ask,
+                progress=_bar(progress, "collecting"), folder=states, **ask,
             )  # fmt: skip
             torch.manual_seed(seed)
-            net = fastedit.ValueNet(found.width, units)
+            net = fastedit.ValueNet(found.width, units, device=next(loaded.parameters()).device)
             control = recontrol.Control(net, step_size, ascent_steps)  # what is wrong with a and n, before the training
             fitted = recontrol.fit(
                 net, found, lam=lam, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed,
@@ -55,12 +67,16 @@ def run(
             )  # fmt: skip
             control = recontrol.Control(net, step_size, ascent_steps)
             with fastedit.patch(loaded, control) as handle:
-                earned = [_earned(handle, s, loaded, tokenizer, held_out, score, seed, ask) for s in (0.0, 1.0)]
+                rows = recontrol_report.report(
+                    handle, tokenizer, held_out, score, net, samples=4, max_new_tokens=max_new_tokens, seed=seed + 1,
+                    batch_size=GENERATED_TOGETHER,
+                )  # fmt: skip
+                earned = [row["reward"] for row in rows[:2]]
                 summary = {
                     "task": "control", "method": "recontrol", "reward": reward, "prompts": len(prompts) - len(held_out),
                     "samples": samples, "max_new_tokens": max_new_tokens, "lam": lam, "lr": lr, "epochs": fitted.best,
                     "batch_size": batch_size, "seed": seed, "error": fitted.error, "held_out": len(held_out),
-                    "reward_before": earned[0], "reward_after": earned[1],
+                    "reward_before": earned[0], "reward_after": earned[1], "report": rows,
                 }  # fmt: skip
                 fastedit.store.save(handle, out, base_model=model, training=summary)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -71,14 +87,19 @@ def run(
         f"of the values {start:.4g} before, {fitted.error:.4g} after {fitted.best} epochs",
         highlight=False,
     )
-    console.print(f"mean reward on {len(held_out)} held-out prompts: {earned[0]:.4g} without, [bold]{earned[1]:.4g}[/] with")
+    console.print(
+        f"mean reward on {len(held_out)} held-out prompts: {earned[0]:.4g} without, [bold]{earned[1]:.4g}[/] with"
+    )
+    console.print(recontrol_report.table(rows), markup=False, highlight=False)
     console.print(f"saved {out}; try it with: fastedit generate {model} --edit {out} --prompt '…'", markup=False)
 
 
 def find_reward(name):
     """A function (prompts, responses) → numbers: "word:dog" counts a word, "module:function" is the user's own."""
     if not name:
-        raise typer.BadParameter("recontrol needs --reward: word:WORD, or module:function of (prompts, responses)")
+        raise typer.BadParameter(
+            "recontrol needs --reward: word:WORD, edit:FOLDER, or module:function of (prompts, responses)"
+        )
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
         raise typer.BadParameter(f"reward is {name!r}, expected word:WORD or module:function")
@@ -101,12 +122,17 @@ def counting(word):
     return lambda prompts, responses: [float(len(pattern.findall(text))) for text in responses]
 
 
-def _earned(handle, strength, model, tokenizer, prompts, score, seed, ask):
-    from fastedit.methods import recontrol
+def _trained_reward(model, tokenizer, folder):
+    """The reward that `fastedit train --task reward` saved for this model."""
+    import fastedit
+    from fastedit.training import RewardModel
 
-    handle.strength = strength
-    found = recontrol.collect(model, tokenizer, prompts, score, samples=4, seed=seed + 1, **ask)
-    return float(found.rewards.mean())
+    try:
+        reward = RewardModel(model)
+        fastedit.load(model, folder)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    return reward.scorer(tokenizer)
 
 
 def _bar(progress, name):

@@ -1,9 +1,8 @@
 """Where a model's layers and their sites are: the table, then a search by structure, then a refusal."""
 
-from torch import nn
-
 from . import bert, gpt2, llama, mixture, parallel, residual, t5
 from .family import Family, Input, Layer, Part, PostNorm, PreNormLayer, PreNormSublayer, submodule
+from .search import stacks_of, stream_width
 from .steps import ParallelLayer, ResidualLayer, Step
 from .unknown import family_of_unknown
 
@@ -33,25 +32,22 @@ __all__ = [
 def find_layers(model):
     """Every layer of the model in order, the encoder's before the decoder's.
 
+    Of a model that reads images or sound beside text, the layers that write the text; patch the submodule of another
+    stack to edit that one.
+
     Raises:
-        ValueError: no list of layers was found (says what was looked for), or several that are not an
-            encoder and a decoder (says which; patch the submodule that holds one).
+        ValueError: no list of layers was found (says what was looked for), or several of which nothing says which is
+            meant (says which; patch the submodule that holds one).
     """
-    stacks = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            families = [_family(layer) for layer in module]
-            if all(families):
-                stacks[path] = list(zip(module, families, strict=True))
-    if not stacks:
-        stacks = _search(model)
-    named = _named(stacks)
     layers = []
-    for stack, path, members in named:
+    stacks = stacks_of(model, _family)
+    for stack, path in stacks:
+        modules, width = model.get_submodule(path), stream_width(model, path)
+        members = [(module, _family(module) or family_of_unknown(module, width)) for module in modules]
         for number, (module, family) in enumerate(members):
-            last = number + 1 == len(members) and stack == named[-1][0]
+            last = number + 1 == len(members) and stack == stacks[-1][0]
             final = _final(model, path, members) if last else None
-            layers.append(Layer(f"{stack}.{number}", len(layers), module, family, number == 0, final))
+            layers.append(Layer(f"{stack}.{number}", len(layers), module, family, number == 0, final, width))
     return layers
 
 
@@ -75,37 +71,3 @@ def _final(model, path, members):
 
 def _family(layer):
     return next((family for family in TABLE if family.matches(layer)), None)
-
-
-def _search(model):
-    """The list of blocks that holds the most parameters in a model that no table entry describes."""
-    lists = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
-    }
-    size = {path: sum(p.numel() for p in module.parameters()) for path, module in lists.items()}
-    if not size or max(size.values()) == 0:
-        entries = "; ".join(f"{f.name}: {', '.join(p for p in f.sites.values() if p and isinstance(p, str))}" for f in TABLE)
-        raise ValueError(
-            f"{type(model).__name__} has no layers to patch: looked for a ModuleList whose members hold the "
-            f"modules of a known family ({entries}), then for any ModuleList of equal blocks with parameters"
-        )
-    path = max(size, key=size.get)
-    return {path: [(layer, family_of_unknown(layer)) for layer in lists[path]]}
-
-
-def _named(stacks):
-    """[(stack name, path, members)]: "layers" alone, or "encoder" and "decoder"."""
-    if len(stacks) == 1:
-        return [("layers", *next(iter(stacks.items())))]
-    sides = {}
-    for path, members in stacks.items():
-        side = [part for part in path.split(".") if part in ("encoder", "decoder")]
-        sides.setdefault(side[-1] if side else None, []).append((path, members))
-    if set(sides) == {"encoder", "decoder"} and all(len(found) == 1 for found in sides.values()):
-        return [(side, *sides[side][0]) for side in ("encoder", "decoder")]
-    raise ValueError(
-        f"found {len(stacks)} stacks of layers ({', '.join(stacks)}), expected one, or an encoder and a "
-        "decoder; patch the submodule that holds the one you mean"
-    )

@@ -165,7 +165,7 @@ class Layer:
     """One layer of a model, found. name: "layers.3", "decoder.0"; index: over all stacks.
 
     first: whether it is its stack's first, whose input is `embed`. final: the module whose output is `final`, of
-    the last layer of the last stack; None of others.
+    the last layer of the last stack; None of others. width: of the residual stream, by the model's config.
     """
 
     name: str
@@ -174,6 +174,7 @@ class Layer:
     family: Family
     first: bool = False
     final: nn.Module | None = None
+    width: int | None = None
 
     def at(self, site):
         """The module that the site is the output of, or the input, or None where this layer has no such site."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..directions import Directions, DirectionsFileError
+from ..files.sealed import Damaged, open_regular
 
 ARCHITECTURE = "controlvector"
 
@@ -65,25 +66,34 @@ def load_gguf(path):
     """
     gguf = _gguf()
     try:
+        with open_regular(path, 4 << 30) as file:
+            _check_head(file.read(24))
         reader = gguf.GGUFReader(path)
+        architecture = _string(reader, "general.architecture")
+        hint = _string(reader, f"{ARCHITECTURE}.model_hint")
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a damaged header makes of the reader
-        raise DirectionsFileError(f"{path} is not a GGUF file: {error}") from None
-    architecture = _string(reader, "general.architecture")
+        raise DirectionsFileError(f"{path} is not a GGUF file: {error!s:.200}") from None
     if architecture != ARCHITECTURE:
         raise DirectionsFileError(f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}")
     vectors = {}
     for tensor in reader.tensors:
         number = re.fullmatch(r"direction\.(\d+)", tensor.name)
-        if not number or tensor.data.dtype != np.float32 or tensor.data.ndim != 1:
+        if not number or len(number[1]) > 9 or tensor.data.dtype != np.float32 or tensor.data.ndim != 1:
             raise DirectionsFileError(
                 f"{path}: tensor {tensor.name!r} is {tensor.data.dtype} {tensor.data.shape}, expected F32 vectors "
                 "direction.<layer>"
             )
         vectors[int(number[1])] = torch.from_numpy(np.array(tensor.data))
-    about = {"site": "block", "type": _string(reader, f"{ARCHITECTURE}.model_hint")}
-    return _directions(path, vectors, about)
+    return _directions(path, vectors, {"site": "block", "type": hint})
+
+
+def _check_head(head):
+    """The reader takes the counts that a header announces, and reads that many: a control vector has few of either."""
+    tensors, keys = (int.from_bytes(head[at : at + 8], "little") for at in (8, 16))
+    if len(head) == 24 and head[:4] == b"GGUF" and (tensors > 1 << 16 or keys > 1 << 16):
+        raise Damaged(f"it announces {tensors:,} tensors and {keys:,} keys")
 
 
 def from_repeng(vector):
@@ -98,7 +108,7 @@ def from_repeng(vector):
 def _directions(path, vectors, about):
     try:
         return Directions(vectors, about=about)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise DirectionsFileError(f"{path}: {error}") from None
 
 
@@ -111,5 +121,5 @@ def _gguf():
     try:
         import gguf
     except ImportError:
-        raise ImportError("control vectors in GGUF need the package gguf: pip install 'fastedit[gguf]'") from None
+        raise ImportError("control vectors in GGUF need the package gguf: pip install gguf") from None
     return gguf

@@ -16,7 +16,7 @@ parameter gradients, run once an element. XLA does not split these calls over de
 try:
     import jax.numpy as jnp
 except ImportError as error:
-    raise ImportError(f"fastedit.jax needs JAX ({error}): pip install 'fastedit[jax]', or jax from 0.8 on") from error
+    raise ImportError(f"fastedit.jax needs JAX 0.8 or newer ({error}): pip install 'jax>=0.8'") from error
 try:
     from .. import _native  # noqa: F401
 except ImportError as error:

@@ -2,7 +2,7 @@
 
 import importlib
 
-__all__ = ["cast", "inferaligner", "rahf", "recontrol", "roleref", "ubpl"]
+__all__ = ["cast", "inferaligner", "rahf", "rahf_student", "rahf_teachers", "recontrol", "recontrol_report", "roleref", "ubpl"]
 
 
 def __getattr__(name):

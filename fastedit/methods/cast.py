@@ -4,10 +4,18 @@
     s = cos(h̄, tanh((c cᵀ / cᵀc) h̄))
     h ← h + α v at the behaviour layers, for all tokens of the sequence, where s and the threshold say so
 
-A condition is a gate of kind "cast". Decided on the prompt's forward and kept for what is generated. Conditions combine
-with &, | and ~, and gate any edit, not steering alone.
+`fit` finds a condition from two sets of prompts. It is a gate of kind "cast", decided on the prompt's forward and kept for
+what is generated. Conditions combine with &, | and ~, and gate any edit, not steering alone.
 """
 
+import tempfile
+from dataclasses import dataclass
+
+import torch
+
+from ..captured_rows import Rows
+from ..capturing import capture
+from ..contrasting import _component, _split
 from ..edits import Steer
 from ..gates import Gate
 
@@ -24,7 +32,7 @@ def condition(vector, *, layer, threshold, when="above", over="mean", site="bloc
         threshold: a number in [−1, 1].
         when: "above": s > threshold opens the gate. "below": s ≤ threshold does. The released code's words are taken,
             too: its "larger" means that the threshold is larger than s, which is "below"; its "smaller" is "above".
-        over: "mean" of the prompt's tokens, padding left out, or "last" token.
+        over: "mean" of the prompt's tokens, padding and attention sinks (sinks.py) left out, or "last" token.
 
     Raises:
         ValueError: another `when` or `over`, or what fastedit.Gate refuses.
@@ -45,3 +53,112 @@ def cast(behaviour, condition, *, layers=None, strength=1.0, site="block"):
     layers: no earlier than those the condition measures at.
     """
     return Steer(behaviour, layers=layers, strength=strength, site=site).when(condition)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What `fit` found: `gate()` makes it a condition. layer, threshold, when, over: as of `condition`; vector: c (width,).
+
+    f1: on the prompts held out; fitted_f1: on the others. held_out: how many. table: {layer: best fitted F1 there}.
+    """
+
+    vector: torch.Tensor
+    layer: int
+    threshold: float
+    when: str
+    over: str
+    f1: float
+    fitted_f1: float
+    held_out: int
+    table: dict
+
+    def gate(self):
+        return condition(self.vector, layer=self.layer, threshold=self.threshold, when=self.when, over=self.over)
+
+
+def fit(
+    model, tokenizer, positive, negative, *, layers=None, over="mean", vector="pca", held_out=0.25, seed=0, batch_size=16,
+    max_length=None, progress=None,
+):  # fmt: skip
+    """The condition that opens on the positive prompts: the best of a grid over layer × threshold × side, by F1.
+
+    Thresholds are those half-way between the fitted prompts' similarities. Of conditions with one F1 the one with the
+    widest gap about its threshold is taken.
+
+    Args:
+        model, tokenizer, batch_size, max_length, progress: as of `fastedit.capture`.
+        positive, negative: prompts, texts or chat messages, four or more of each; as many of both for vector="pca".
+        layers: numbers to try; None for all. over: "mean" of the prompt's tokens or "last" token.
+        vector: "pca": the first component of the pairs' differences, positive[k] with negative[k], as in the released
+            code (which centres each pair, the same thing); "mean": the difference of means.
+        held_out, seed: the share of the prompts that the F1 is measured on, and which.
+
+    Raises:
+        ValueError: another `over` or `vector`, too few prompts or no pairs, and what `capture` refuses.
+    """
+    positive, negative = list(positive), list(negative)
+    _check_fit(positive, negative, over, vector, held_out)
+    at = "mean" if over == "mean" else "last token"
+    with tempfile.TemporaryDirectory(prefix="fastedit-rows-") as folder:
+        capture(
+            model, tokenizer, [*positive, *negative], layers=layers, at=at, rows=folder, batch_size=batch_size,
+            max_length=max_length, progress=progress,
+        )  # fmt: skip
+        rows = Rows(folder)
+        hidden = {layer: rows.layer(layer)[0].double() for layer in rows.layers}
+    fitted, judged = zip(*_split(len(positive), len(negative), held_out, seed), strict=True)
+    best, table = None, {}
+    for layer, states in hidden.items():
+        sets = states[: len(positive)], states[len(positive) :]
+        train, test = ([sets[0][part[0]], sets[1][part[1]]] for part in (fitted, judged))
+        difference = train[0].mean(0) - train[1].mean(0)
+        c = difference if vector == "mean" else _component(*train, difference, False)[0]
+        c = (c / c.norm()).float()
+        said = [similarity(rows, c) for rows in train]
+        f1, gap, threshold, when = _threshold(*said)
+        table[layer] = f1
+        if best is None or (f1, gap) > best[0]:
+            held = _f1(*(_opens(similarity(rows, c), threshold, when) for rows in test))
+            best = (f1, gap), Condition(c, layer, threshold, when, over, held, f1, sum(map(len, test)), table)
+    return best[1]
+
+
+def similarity(rows, c):
+    """s of rows (n, width), (n,) float64; c (width,) of length 1."""
+    rows, c = rows.double(), c.double()
+    return torch.cosine_similarity(rows, torch.tanh((rows @ c)[:, None] * c), dim=-1)
+
+
+def _opens(said, threshold, when):
+    return said > threshold if when == "above" else said <= threshold
+
+
+def _f1(positive, negative):
+    """Of which positive and negative prompts (n,) bool the gate opens on."""
+    hits, wrong, missed = int(positive.sum()), int(negative.sum()), int((~positive).sum())
+    return 2 * hits / (2 * hits + wrong + missed) if hits else 0.0
+
+
+def _threshold(positive, negative):
+    """(F1, gap, threshold, when) of the best one; gap: from the threshold to the next similarity."""
+    found = torch.cat([positive, negative]).unique()
+    halves = (found[1:] + found[:-1]) / 2 if len(found) > 1 else found
+    gaps = (found[1:] - found[:-1]) / 2 if len(found) > 1 else torch.zeros_like(found)
+    tried = [
+        (_f1(*(_opens(said, t, when) for said in (positive, negative))), gap.item(), t.item(), when)
+        for t, gap in zip(halves, gaps, strict=True)
+        for when in ("above", "below")
+    ]
+    return max(tried, key=lambda one: one[:2])
+
+
+def _check_fit(positive, negative, over, vector, held_out):
+    if over not in ("mean", "last"):
+        raise ValueError(f"over is {over!r}, expected 'mean' or 'last'")
+    if vector not in ("pca", "mean"):
+        raise ValueError(f"vector is {vector!r}, expected 'pca' or 'mean'")
+    if isinstance(held_out, bool) or not isinstance(held_out, (int, float)) or not 0 < held_out < 1:
+        raise ValueError(f"held_out is {held_out!r}, expected a share between 0 and 1")
+    if min(len(positive), len(negative)) < 4 or (vector == "pca" and len(positive) != len(negative)):
+        need = "four or more of each" + (", as many of both (vector='mean' takes others)" if vector == "pca" else "")
+        raise ValueError(f"found {len(positive)} positive and {len(negative)} negative prompts, expected {need}")

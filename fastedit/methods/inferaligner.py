@@ -1,7 +1,7 @@
 """InferAligner: a safety-aligned model guides another at inference (arXiv 2401.11206).
 
     guidance = inferaligner.fit(target, aligned, tokenizer, harmful, harmless)
-    with fastedit.patch(target, guidance.edit(layers=range(8, 16), strength=1.0)):
+    with fastedit.patch(target, guidance.edit(layers=guidance.decisive(), strength=1.0)):
         target.generate(...)
 
 θ_l = mean(h_l | harmful) − mean(h_l | harmless) of the aligned model, at the last token; on the target model
@@ -31,11 +31,27 @@ class Guidance:
     def edit(self, *, layers=None, strength=1.0):
         """The gated edit. strength: α; `fastedit.calibrate` finds one by its effect.
 
-        layers: None for all; those whose `own.statistics[layer]["accuracy"]` is high decide best.
+        layers: None for all; `decisive` names those whose gate decides well.
         """
         thresholds = {layer: -self.own.statistics[layer]["offset"] for layer in self.own}
         gate = Gate(self.own, thresholds, kind="dot", decide="prompt")
         return Steer(self.theta, site="block", layers=layers, strength=strength).when(gate)
+
+
+    def decisive(self, at_least=0.9):
+        """[layer, …] whose gate tells at least that share of the held-out prompts apart.
+
+        Raises:
+            ValueError: no layer does; says which is best.
+        """
+        found = [layer for layer in self.own if self.own.statistics[layer]["accuracy"] >= at_least]
+        if not found:
+            best = self.own.best()
+            raise ValueError(
+                f"no layer's gate is right on {at_least:g} of the held-out prompts: layer {best} is best, with "
+                f"{self.own.statistics[best]['accuracy']:.3g}"
+            )
+        return found
 
 
 def fit(

@@ -23,9 +23,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..chat import encode, prompt_ids, with_system
 from ..evaluating import evaluating
 from ..families import find_layers
 from ..patching import handles
+from ..root import root_of
 from ..truncated import check_depths, residual_stream
 
 GOOD = (
@@ -43,12 +45,13 @@ BAD = (
 
 @dataclass
 class Collator:
-    """Rows {"prompt": text, "response": text} as batches of token ids.
+    """Rows {"prompt": text or messages, "response": text} as batches of token ids.
 
     instructions: what stands before the prompt for each stimulus; "" for none. All stimuli of a row end with the same
     response columns, padded on the left, so that patterns can be subtracted.
     response: at most so many response tokens. prompt: at most so many before it; of a longer prompt the beginning goes, not
-    the instruction. separator: between instruction and prompt.
+    the instruction. separator: between instruction and prompt. Where the prompt is messages, the instruction is in the system
+    turn and the template is applied once (fastedit/chat.py). end: texts, too, end with EOS.
 
     Gives input_ids, attention_mask (stimuli, batch, tokens) and response_mask (batch, response columns).
     """
@@ -58,12 +61,13 @@ class Collator:
     response: int = 512
     prompt: int = 512
     separator: str = "\n\n"
+    end: bool = False
 
     def __call__(self, rows):
         pad = self.tokenizer.pad_token_id
         if pad is None:
             raise ValueError("the tokenizer has no pad_token_id: set one, such as tokenizer.pad_token = tokenizer.eos_token")
-        answers = [self.ids(row["response"])[: self.response] for row in rows]
+        answers = [self.answer(row)[: self.response] for row in rows]
         if not all(answers):
             raise ValueError(f"row {answers.index([])} has an empty response: there is no token to align")
         columns = max(map(len, answers))
@@ -86,6 +90,11 @@ class Collator:
 
     def before(self, instruction, prompt):
         """Token ids of instruction and prompt, cut at the beginning of the prompt."""
+        if not isinstance(prompt, str):
+            ids = prompt_ids(self.tokenizer, with_system(self.tokenizer, prompt, instruction, separator=self.separator))
+            if len(ids) > self.prompt:
+                raise ValueError(f"a conversation of {len(ids)} tokens is longer than prompt={self.prompt}: raise it")
+            return ids
         opening = f"{instruction}{self.separator}" if instruction else ""
         ids = self.ids(opening + prompt, True)
         if len(ids) <= self.prompt:
@@ -94,6 +103,13 @@ class Collator:
         if kept >= self.prompt:
             raise ValueError(f"prompt={self.prompt} tokens leave no room behind an instruction of {kept}: raise prompt=")
         return ids[:kept] + ids[kept - self.prompt :]
+
+    def answer(self, row):
+        """Token ids of the response; behind messages, and with `end`, up to what ends it."""
+        if not isinstance(row["prompt"], str):
+            return encode(self.tokenizer, row["prompt"], row["response"]).response
+        ids, eos = self.ids(row["response"]), getattr(self.tokenizer, "eos_token_id", None)
+        return [*ids, eos] if ids and self.end and eos is not None and ids[-1] != eos else ids
 
     def ids(self, text, special=False):
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -176,7 +192,7 @@ def hindsight_loss(model, own, opposite, response_mask, *, epsilon=0.2):
 def teacher(model):
     """The model without its student (adapters off, edits at strength 0), in eval mode and without gradients."""
     patched = [(handle, handle.strength) for handle in handles(model) if not handle.merged]
-    with torch.no_grad(), evaluating(model), _without_adapters(model):
+    with torch.no_grad(), evaluating(model), without_adapters(model):
         try:
             for handle, _ in patched:
                 handle.strength = 0.0
@@ -187,7 +203,7 @@ def teacher(model):
 
 
 @contextlib.contextmanager
-def _without_adapters(model):
+def without_adapters(model):
     """PEFT's adapters off, and each in the state that it was, trained or not.
 
     `PeftModel.disable_adapter` counts the model's parameters in each call, which took 4 % of a DUAL step; it serves
@@ -245,7 +261,26 @@ class Rahf(nn.Module):
         check_depths(self.layers, min(map(len, self.found)))
         self.stimuli = 3 if rejected is None else 1
         self.config = getattr(model, "config", None)
-        self.__dict__["rejected"] = None if rejected is None else rejected.eval().requires_grad_(False)
+        self.rejected = None if rejected is None else rejected.eval().requires_grad_(False)
+
+    def train(self, mode=True):
+        """The student's mode; the rejected model stays as it is used."""
+        super().train(mode)
+        if self.rejected is not None:
+            self.rejected.eval()
+        return self
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
+        """What the Trainer calls for gradient_checkpointing=True; before transformers 5.24 by the name below."""
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        given = activation_checkpointing_kwargs or {"use_reentrant": False}
+        if hasattr(inner, "activation_checkpointing_enable"):
+            inner.activation_checkpointing_enable(activation_checkpointing_kwargs=given, **options)
+        else:
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **options):
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def forward(self, input_ids, attention_mask, response_mask):
         if input_ids.dim() != 3 or len(input_ids) != self.stimuli:
@@ -254,7 +289,11 @@ class Rahf(nn.Module):
                 f"{self.stimuli} instruction(s)"
             )
         base, good, bad = self.patterns(input_ids, attention_mask, response_mask.shape[1])
-        student = self.stream(input_ids[0], attention_mask[0], response_mask.shape[1])
+        labels = torch.full_like(input_ids[0], -100)  # where the prompts end, for edits that act on some of their tokens
+        labels[:, -response_mask.shape[1] :].masked_fill_(response_mask != 0, 0)
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        root, given = root_of(inner), (input_ids[0], attention_mask[0], response_mask.shape[1])
+        student = self.stream(*given) if root is None else root.rows.labelled(labels, self.stream, *given)
         loss = pattern_loss(student, base, good, bad, response_mask, alpha=self.alpha, squared=self.squared)
         return {"loss": loss}
 
@@ -294,27 +333,48 @@ def lora(model, layers=None, *, dual=False, rank=8, alpha=16, dropout=0.05, targ
     return get_peft_model(model, config)
 
 
-def train(rahf, rows, collator, *, steps=450, batch_size=64, lr=3e-4, seed=0, callbacks=(), **arguments):
-    """Fit the student on rows {"prompt", "response"}; returns the Trainer.
+def rows_of(pairs, kind, seed=0):
+    """Step 2's rows {"prompt", "response"} of pairs: "chosen", "all" (both responses; DUAL's), or "random" (one of the two,
+    rejected for half of the pairs; SCIT's).
+    """
+    if kind not in ("chosen", "all", "random"):
+        raise ValueError(f"rows is {kind!r}, expected chosen, all or random")
+    if kind == "all":
+        return [{"prompt": p["prompt"], "response": p[name]} for p in pairs for name in ("chosen", "rejected")]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    rejected = set(order[: len(pairs) // 2]) if kind == "random" else set()
+    names = ["rejected" if n in rejected else "chosen" for n in range(len(pairs))]
+    return [{"prompt": pair["prompt"], "response": pair[name]} for pair, name in zip(pairs, names, strict=True)]
+
+
+def train(rahf, rows, collator, *, steps=450, batch_size=64, lr=3e-4, seed=0, callbacks=(), resume=None, micro_batch=None,
+          **arguments):  # fmt: skip
+    """Fit the student on rows {"prompt", "response"} (`rows_of`); returns the Trainer.
 
     The defaults are SCIT's of the paper (constant rate, AdamW); for DUAL steps=2500, batch_size=8, lr=9e-6 and a Collator
-    with response=64. arguments: further TrainingArguments, such as output_dir to keep checkpoints.
+    with response=64. micro_batch: rows a forward, a divisor of batch_size (published: 16 × 4). resume: True or a checkpoint.
+    arguments: further TrainingArguments, such as output_dir to keep checkpoints, which hold the student alone.
     """
     import tempfile
 
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
 
+    micro = micro_batch or batch_size
+    if batch_size % micro:
+        raise ValueError(f"micro_batch={micro} does not divide batch_size={batch_size}")
     defaults = {
-        "max_steps": steps, "per_device_train_batch_size": batch_size, "learning_rate": lr, "seed": seed,
-        "lr_scheduler_type": "constant", "weight_decay": 0.0, "save_strategy": "no", "logging_strategy": "no",
-        "report_to": [], "disable_tqdm": True, "remove_unused_columns": False, "label_names": ["response_mask"],
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "max_steps": steps, "per_device_train_batch_size": micro, "gradient_accumulation_steps": batch_size // micro,
+        "learning_rate": lr, "seed": seed, "lr_scheduler_type": "constant", "weight_decay": 0.0, "save_strategy": "no",
+        "logging_strategy": "no", "report_to": [], "disable_tqdm": True, "remove_unused_columns": False,
+        "label_names": ["response_mask"], "dataloader_pin_memory": torch.cuda.is_available(),
     }  # fmt: skip
+    from .rahf_student import StudentTrainer
+
     with tempfile.TemporaryDirectory() as unused:
         options = TrainingArguments(**({"output_dir": unused} | defaults | arguments))
-        trainer = Trainer(
+        trainer = StudentTrainer(
             model=rahf, args=options, train_dataset=list(rows), data_collator=collator, callbacks=list(callbacks)
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
     return trainer

@@ -4,16 +4,17 @@ import math
 
 import torch
 
+from ..chat import prompt_ids
 from ..evaluating import evaluating
 
 
 @torch.no_grad()
 def replies(model, tokenizer, prompts, *, max_new_tokens=64, batch_size=8):
-    """The greedy continuation of each prompt, without the prompt and without special tokens.
+    """The greedy continuation of each prompt, a string or chat messages, without the prompt and without special tokens.
 
     Prompts of like lengths share a batch, padded on the left; the model answers in eval mode and is left as it was.
     """
-    given = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    given = [prompt_ids(tokenizer, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     order, said = sorted(range(len(given)), key=lambda k: len(given[k])), [None] * len(given)
     with evaluating(model):
@@ -31,6 +32,11 @@ def replies(model, tokenizer, prompts, *, max_new_tokens=64, batch_size=8):
             for k, reply in zip(batch, made[:, longest:], strict=True):
                 said[k] = tokenizer.decode(reply, skip_special_tokens=True)
     return said
+
+
+def plain(prompt):
+    """What a judge is shown: a string as it is, of messages the last one's content."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def wilson(hits, of, z=1.96):

@@ -22,7 +22,7 @@ from ..capturing import capture
 from ..directions import Directions
 from ..edits import Steer
 from ..patching import Handle
-from .replies import replies, wilson
+from .replies import plain, replies, wilson
 
 STRENGTH = -0.1  # the paper's; it tries −0.3 … 0.3
 
@@ -34,7 +34,8 @@ def vectors(
 
     Args:
         model, tokenizer, batch_size, max_length, progress: as of `fastedit.capture`.
-        answerable, conflicting: prompts as the model gets them, answerable[k] with conflicting[k].
+        answerable, conflicting: prompts, strings or chat messages (`in_role` puts a role into the system turn),
+            answerable[k] with conflicting[k].
         keep: the share of features kept (0.3 and 0.5 in the released code).
         measured: "output": of the block that the vector is added to. "input": what enters that block, which is where the
             released code measures, one block before it adds.
@@ -70,6 +71,11 @@ def vectors(
         found[layer], statistics[layer] = masked_mean(apart[layer], keep)
     about = {"method": "roleref", "site": "block", "at": "last token", "measured": measured, "keep": keep}
     return Directions(found, statistics, about)
+
+
+def in_role(role, queries):
+    """Chat messages: the role as the system turn, each query as the user's."""
+    return [[{"role": "system", "content": role}, {"role": "user", "content": query}] for query in queries]
 
 
 def _differences(model, tokenizer, sets, options, site):
@@ -140,7 +146,8 @@ def report(
         handle: of the edit, on this model; left at the strength it has. strengths: for `handle.strength`, factors on the
             edit's own.
         conflicting, answerable: prompts that the vectors were not made of.
-        judge: judge(prompt, reply) → whether the reply refuses; a classifier, a model, a rule of yours.
+        judge: judge(prompt, reply) → whether the reply refuses; a classifier, a model, a rule of yours. Of messages it is
+            shown the last one's content.
 
     Returns:
         Report. Replies are greedy.
@@ -168,7 +175,7 @@ def report(
 
 def _rate(model, tokenizer, prompts, judge, max_new_tokens, batch_size):
     said = replies(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    verdicts = [judge(prompt, reply) for prompt, reply in zip(prompts, said, strict=True)]
+    verdicts = [judge(plain(prompt), reply) for prompt, reply in zip(prompts, said, strict=True)]
     for verdict in verdicts:
         if verdict not in (True, False):
             raise TypeError(f"judge returned {verdict!r}, expected True for a refusal or False")

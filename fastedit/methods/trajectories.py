@@ -1,31 +1,36 @@
 """What RE-Control learns from: the states behind each generated token, and a reward for each response.
 
     trajectories = collect(model, tokenizer, prompts, reward)
+    collect(model, tokenizer, prompts, reward, folder="states", part=(rank, processes))     # each process its share
+    trajectories = Trajectories.load("states")
 
 States are those of `final`, what the LM head reads, at the position that predicts each generated token (arXiv
 2406.05954). They lie one after another without padding: `lengths` says whose they are.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
 from ..edit_file import EditFileError, replace
 from ..edits import Edit
 from ..evaluating import evaluating
 from ..families import find_layers
+from ..files.sealed import open_tensors, parse_json, read_regular, seal_tensors
 from ..planning import choose
 from ..root import root_of
 from ..site_kinds import watch
 
 _FORMAT = "fastedit trajectories 1"
+_PLAN = "collection.json"  # of a folder of shards: what was asked for, and how many shards there are to be
+logger = logging.getLogger("fastedit")
 
 
 @dataclass
@@ -68,30 +73,54 @@ class Trajectories:
         """Write one safetensors file, in one step that survives a crash."""
         tensors = {name: getattr(self, name).contiguous() for name in ("states", "lengths", "rewards")}
         texts = {"prompts": json.dumps(self.prompts), "responses": json.dumps(self.responses)}
-        replace(Path(path), to_bytes(tensors, {"format": _FORMAT, **texts}))
+        replace(Path(path), seal_tensors(tensors, {"format": _FORMAT, **texts}))
 
     @classmethod
     def load(cls, path):
-        """What `save` wrote; EditFileError for any other file."""
+        """What `save` wrote, or all shards of a folder of `collect`; EditFileError for any other file, or a shard missing."""
+        if Path(path).is_dir():
+            return cls._of_shards(Path(path))
         try:
-            with safe_open(path, "pt") as file:
-                note = file.metadata() or {}
-                if note.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {note.get('format')!r}, expected {_FORMAT!r}")
-                tensors = [file.get_tensor(name) for name in ("states", "lengths", "rewards")]
-            return cls(*tensors, *(json.loads(note[name]) for name in ("prompts", "responses")))
-        except (SafetensorError, ValueError, TypeError, LookupError) as error:
+            note, tensors, version = open_tensors(read_regular(path, 64 << 30), ("format", "prompts", "responses"))
+            if note["format"] != _FORMAT:
+                raise ValueError(f"its format is {note['format']!r:.60}, expected {_FORMAT!r}")
+            loaded = cls(
+                *(tensors[name] for name in ("states", "lengths", "rewards")),
+                *(parse_json(note[name]) for name in ("prompts", "responses")),
+            )  # fmt: skip
+        except OSError as error:
+            raise EditFileError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
             raise EditFileError(f"{path} holds no trajectories: {error}") from error
+        if version == 1:
+            logger.warning("fastedit: %s is of format version 1, which has no checksum; save it again for one", path)
+        return loaded
+
+    @classmethod
+    def _of_shards(cls, folder):
+        count = _plan(folder)["shards"]
+        missing = [n for n in range(count) if not shard(folder, n).is_file()]
+        if missing:
+            first = shard(folder, missing[0]).name
+            raise EditFileError(f"{folder} lacks {len(missing)} of {count} shards, {first} first: collect again")
+        return cls.joined([cls.load(shard(folder, n)) for n in range(count)])
+
+    @classmethod
+    def joined(cls, parts):
+        """Several trajectories as one."""
+        tensors = (torch.cat([getattr(part, name) for part in parts]) for name in ("states", "lengths", "rewards"))
+        texts = ([*itertools.chain(*(getattr(part, name) for part in parts))] for name in ("prompts", "responses"))
+        return cls(*tensors, *texts)
 
 
 def collect(
     model, tokenizer, prompts, reward, *, samples=1, max_new_tokens=64, temperature=1.0, top_p=1.0, batch_size=16, seed=0,
-    dtype=None, progress=None, **options,
+    dtype=None, progress=None, folder=None, part=(0, 1), **options,
 ):  # fmt: skip
     """Generate responses and keep, for every generated token, the state that predicted it.
 
     The model generates in eval mode, edits on it included; it is left as it was. The same seed, prompts and batch size
-    give the same trajectories; the global random state is left as it was.
+    give the same trajectories, whether in one go, resumed or by several processes; the global random state is left as it was.
 
     Args:
         model, tokenizer: a causal language model and its tokenizer, which needs a padding token.
@@ -100,6 +129,9 @@ def collect(
         samples: responses a prompt. temperature: 0 for the likeliest token.
         dtype: of the kept states; the model's own by default.
         progress: called as progress(done, total), in responses, after each batch.
+        folder: where each batch is written as a shard when it is done; shards that are there are not made again. Returned is
+            then what the folder holds, if that is all of it, else None: other processes are not done.
+        part: (number, of how many): of several processes, each with the same folder, this one's share of the batches.
         options: further arguments of `generate`, such as top_k.
 
     Raises:
@@ -107,7 +139,9 @@ def collect(
         token (beams, assistants), or a model without `final`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check(model, tokenizer, prompts, reward, samples)
+    _check(model, tokenizer, prompts, reward, samples, part)
+    if folder is None and part != (0, 1):
+        raise ValueError("part needs a folder: several processes write their shards there")
     if temperature > 0:
         options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_return_sequences": samples}
     else:
@@ -115,19 +149,54 @@ def collect(
     options["max_new_tokens"] = max_new_tokens
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     found, total = [], len(prompts) * samples
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    if folder is not None:
+        given = repr((samples, dtype, sorted(options.items())))
+        asked = {"prompts": prompts, "batch_size": batch_size, "seed": seed, "options": given}
+        _begin(Path(folder), asked, len(batches))
     with torch.random.fork_rng(devices), evaluating(model):
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            found.append(_of_batch(model, tokenizer, batch, samples, reward, dtype, options))
+        for number, batch in enumerate(batches):
+            done = folder is not None and shard(folder, number).is_file()
+            if number % part[1] == part[0] and not done:
+                torch.manual_seed(seed * 1_000_003 + number)  # a batch does not depend on those before it
+                made = Trajectories(*_of_batch(model, tokenizer, batch, samples, reward, dtype, options))
+                found.append(made) if folder is None else made.save(shard(folder, number))
             if progress is not None:
-                progress(min(total, (start + len(batch)) * samples), total)
-    states, lengths, rewards, asked, said = zip(*found, strict=True)
-    texts = ([*itertools.chain(*of_batches)] for of_batches in (asked, said))
-    return Trajectories(torch.cat(states), torch.cat(lengths), torch.cat(rewards), *texts)
+                progress(min(total, (number + 1) * batch_size * samples), total)
+    if folder is None:
+        return Trajectories.joined(found)
+    return Trajectories.load(folder) if all(shard(folder, n).is_file() for n in range(len(batches))) else None
 
 
-def _check(model, tokenizer, prompts, reward, samples):
+def shard(folder, number):
+    """The path of a folder's shard."""
+    return Path(folder) / f"states-{number:05d}.safetensors"
+
+
+def _begin(folder, asked, shards):
+    """Write a folder's plan, or check that it is this one."""
+    plan = {"format": _FORMAT, "shards": shards, "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}
+    if (folder / _PLAN).is_file():
+        if _plan(folder) != plan:
+            raise EditFileError(f"{folder} holds states collected for other prompts or settings: use another folder, or empty it")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(folder / _PLAN, json.dumps(plan).encode())
+
+
+def _plan(folder):
+    try:
+        plan = json.loads((folder / _PLAN).read_text())
+        if plan["format"] != _FORMAT or not isinstance(plan["shards"], int):
+            raise ValueError(f"its format is {plan['format']!r}")
+        return plan
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise EditFileError(f"{folder} holds no shards of trajectories: {error}") from error
+
+
+def _check(model, tokenizer, prompts, reward, samples, part):
+    if len(part) != 2 or not 0 <= part[0] < part[1]:
+        raise ValueError(f"part is {part!r}, expected (number, of how many), such as (0, 4)")
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("prompts is empty or holds something else than texts")
     if not callable(reward):

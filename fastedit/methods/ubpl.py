@@ -11,11 +11,15 @@ tokens are those of it and of it behind a space, as written and capitalised.
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import LogitsProcessor
+
+_WORDS = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
 def read_lexicons(path):
@@ -49,6 +53,38 @@ def read_lexicons(path):
     if not lexicons:
         raise ValueError(f"{path} holds no words")
     return lexicons
+
+
+def build(texts, background, *, count=100, least=2, z=1.96):
+    """{word: strength} of the words that mark texts against others; nobody labels a word.
+
+    Ranked by the log-odds ratio with an informative Dirichlet prior (Monroe et al. 2008, eq. 22), which holds rare words
+    back; strengths are its z-values over the largest. The paper does not publish its builder: this one is ours.
+
+    Args:
+        texts: with the trait. background: without it; both sets together are the prior.
+        count: words at most. least: a word must occur so often in the texts. z: how far it must stand out; a few dozen texts
+            hardly reach the 1.96 of a thousand.
+
+    Raises:
+        ValueError: no word stands out.
+    """
+    ours, theirs = (Counter(w for text in some for w in _WORDS.findall(text.lower())) for some in (texts, background))
+    prior = ours + theirs
+    total, sizes = sum(prior.values()), (sum(ours.values()), sum(theirs.values()))
+    scores = {}
+    for word, a in prior.items():
+        if ours[word] < least:
+            continue
+        odds = [math.log((n + a) / (size + total - n - a)) for n, size in ((ours[word], sizes[0]), (theirs[word], sizes[1]))]
+        scores[word] = (odds[0] - odds[1]) / math.sqrt(1 / (ours[word] + a) + 1 / (theirs[word] + a))
+    best = sorted((word for word in scores if scores[word] >= z), key=lambda word: (-scores[word], word))[:count]
+    if not best:
+        raise ValueError(
+            f"no word of the {len(texts)} texts stands out by a z of {z:g} from the {len(background)} others: the "
+            f"most is {max(scores.values(), default=0.0):.2f}. Give more texts, or a smaller z"
+        )
+    return {word: round(scores[word] / scores[best[0]], 4) for word in best}
 
 
 class UBPL(LogitsProcessor):

@@ -3,7 +3,7 @@
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 COLOURS = {"accuracy": "#1f7a8c", "fitted_accuracy": "#9aa5b1", "separation": "#bf6f3a"}
 NAMES = {"accuracy": "held-out accuracy", "fitted_accuracy": "accuracy on the texts fitted to"}
@@ -11,18 +11,27 @@ NAMES = {"accuracy": "held-out accuracy", "fitted_accuracy": "accuracy on the te
 
 def draw(directions, path):
     """Writes a PNG; of accuracies those that the directions' statistics hold."""
+    figure(directions).savefig(path, dpi=130)
+
+
+def figure(directions):
+    """The same as a matplotlib Figure.
+
+    Raises:
+        ValueError: directions without statistics.
+    """
     layers = sorted(directions.statistics)
     if not layers:
         raise ValueError("the directions have no statistics to draw; fastedit.contrast gives them")
     with_accuracy = "accuracy" in directions.statistics[layers[0]]
     count = 2 if with_accuracy else 1
-    figure, axes = plt.subplots(1, count, figsize=(5.5 * count, 3.8), layout="constrained", squeeze=False)
+    drawn = Figure(figsize=(5.5 * count, 3.8), layout="constrained")
+    axes = drawn.subplots(1, count, squeeze=False)
     if with_accuracy:
         _accuracy(axes[0, 0], directions, layers)
     _separation(axes[0, -1], directions, layers)
-    figure.suptitle(f"{directions.about.get('method', 'directions')}, {directions.about.get('at', '')}", fontsize=11)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    drawn.suptitle(f"{directions.about.get('method', 'directions')}, {directions.about.get('at', '')}", fontsize=11)
+    return drawn
 
 
 def _accuracy(axes, directions, layers):

@@ -5,14 +5,22 @@
 A list of names is a stack, applied in order; fastedit_strength is then one number for all or one each. What goes on to
 the workers is a plan, [[digest, strength], …]: the names are not looked at again, so an edit that is replaced or removed
 meanwhile stays what it was for the requests that were let in under it.
+
+What a request says is checked before anything is looked up: how many names, what kind of numbers. The strengths of those
+that are left are bounded by what they would make of typical rows (`Contents.rates`).
 """
 
 import contextlib
-import math
+import difflib
+import hashlib
+import hmac
+import json
+import logging
 import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -21,37 +29,55 @@ from ..stacks import check_gates, check_positions, steepest
 from .contents import read_contents
 
 NAME, STRENGTH, PLAN = "fastedit", "fastedit_strength", "fastedit_plan"
-_SOUND_NAME = re.compile(r"[A-Za-z0-9_][\w.@+-]*")
+MAX_NAMES, MAX_CHANGE = 16, 1000.0  # the options' defaults
+_SOUND_NAME = re.compile(r"[A-Za-z0-9_][\w.@+-]{0,254}")
+_COPY = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{16}")  # what _stage makes
+_COPIED = re.compile(r"edit\.json|edit\.safetensors|edit-[0-9a-f]{64}\.safetensors|\.edit-[0-9a-f]{16}\.tmp")
 _KEPT_SECONDS = 24 * 3600
+
+logger = logging.getLogger("vllm.fastedit")
 
 
 class Refused(ValueError):
     """A request that asks for an edit that cannot be had; the others are not touched."""
 
 
-def wanted(extra_args):
-    """[(name, strength), …] of a request's extra arguments; empty where it asks for none.
+def meant(extra_args):
+    """The keys that are ours or look like a slip of the pen: `fastedi`, `FastEdit`, `fast_edit`, `fastedit-strenght`."""
+    return [key for key in extra_args or () if isinstance(key, str) and len(key) < 64 and _ours(key)]
+
+
+def _ours(key):
+    plain = re.sub(r"[^a-z0-9]", "", key.lower())
+    return plain.startswith("fastedi") or difflib.SequenceMatcher(None, plain, NAME).ratio() >= 0.85
+
+
+def wanted(extra_args, most=MAX_NAMES):
+    """[(name, strength), …] of a request's extra arguments; empty where it asks for none. most: names at once.
 
     Raises:
         Refused: what was expected, and what was found.
     """
     named, strength = extra_args.get(NAME), extra_args.get(STRENGTH, 1.0)
-    unknown = [key for key in extra_args if key.startswith("fastedit") and key not in (NAME, STRENGTH)]
+    unknown = [key for key in meant(extra_args) if key not in (NAME, STRENGTH)]
     if unknown:
         raise Refused(f"unknown argument {unknown[0]!r}; fastedit takes {NAME!r} and {STRENGTH!r}")
+    for key, given in ((NAME, named), (STRENGTH, strength)):
+        if isinstance(given, (list, tuple)) and len(given) > most:
+            raise Refused(f"{key} is a list of {len(given)}, expected at most {most}")
     if named is None:
         if STRENGTH in extra_args:
             raise Refused(f"{STRENGTH} is given without {NAME!r}, the name of the edit")
         return []
     names = [named] if isinstance(named, str) else named
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
         raise Refused(f"{NAME} is {named!r:.80}, expected an edit's name, or a list of names")
     strengths = list(strength) if isinstance(strength, (list, tuple)) else [strength] * len(names)
     if len(strengths) != len(names):
         raise Refused(f"{STRENGTH} has {len(strengths)} numbers for {len(names)} edits, expected one, or one each")
     for number in strengths:
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise Refused(f"{STRENGTH} is {number!r}, expected a finite number")
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= 1e300:
+            raise Refused(f"{STRENGTH} is {number!r:.40}, expected a finite number")
     return list(zip(names, map(float, strengths), strict=True))
 
 
@@ -64,7 +90,15 @@ class Library:
 
     def __init__(self, options):
         self.options, self.folder, self.staging = options, Path(options["edits"]), Path(options["staging"])
-        self.known = {}  # name → (stamp, Contents)
+        self.max_names, self.max_change = options.get("max_names", MAX_NAMES), options.get("max_change", MAX_CHANGE)
+        self.known = {}  # name → (stamp, Contents, or why there are none)
+        self.key, self.lock = secrets.token_bytes(32), threading.Lock()
+
+    def prepare(self, extra_args):
+        """Read and stage what a request names, so that `plan` has only to look it up: for a thread beside the event loop."""
+        with contextlib.suppress(Refused):  # said by `plan`, which is asked next
+            for name in dict.fromkeys(name for name, _ in wanted(extra_args, self.max_names)):
+                self._stage(self.look(name))
 
     def plan(self, asked):
         """[[digest, strength], …] for [(name, strength), …]; edits at strength 0 are left out."""
@@ -74,6 +108,7 @@ class Library:
         check_gates([(name, one.parts, one.gates) for name, one in named], Refused)
         kept = [(one, strength) for one, (_, strength) in zip(contents, asked, strict=True) if strength]
         self._check_rank([one for one, _ in kept], asked)
+        self._check_change(kept, asked)
         for one, _ in kept:
             self._stage(one)
         return [[one.digest, strength] for one, strength in kept]
@@ -91,14 +126,26 @@ class Library:
         stamp = found.st_mtime_ns, found.st_ino, found.st_size
         known = self.known.get(name)
         if known is None or known[0] != stamp:
-            known = self.known[name] = stamp, self._read(name, path)
+            with self.lock:  # several requests at once for a new edit: one reads it
+                known = self.known.get(name)
+                if known is None or known[0] != stamp:
+                    known = self.known[name] = stamp, self._found(name, path)
+        if isinstance(known[1], Refused):
+            raise Refused(str(known[1]))
         return known[1]
+
+    def _found(self, name, path):
+        try:
+            return self._read(name, path)
+        except Refused as error:
+            return error
 
     def _read(self, name, path):
         try:
             contents = read_contents(path, self.options["width"], self.options["depth"])
-        except EditFileError as error:
-            raise Refused(f"edit {name!r} cannot be served: {error}") from None
+        except EditFileError as error:  # without where the folder lies here
+            said = str(error).replace(f"{path}{os.sep}", "").replace(str(path), "the edit")
+            raise Refused(f"edit {name!r} cannot be served: {said}") from None
         extra = contents.sites - set(self.options["sites"])
         if extra:
             raise Refused(
@@ -117,6 +164,20 @@ class Library:
                 f"rank {self.options['rank']} (ranks of a stack add up): start it with a larger one"
             )
 
+    def _check_change(self, kept, asked):
+        places = {}
+        for one, strength in kept:
+            for place, rates in one.rates.items():
+                for rate in rates:
+                    places[place] = places.get(place, 1.0) * (1 + abs(strength) * rate)
+        place = max(places, key=places.get, default=None)
+        if place is not None and not places[place] - 1 <= self.max_change:
+            said = " + ".join(f"{name} at strength {strength:g}" for name, strength in asked)
+            raise Refused(
+                f"{said} would change typical rows at site {place[1]!r} of layer {place[0]} by {places[place] - 1:.3g} times "
+                f"their own size, and this server lets at most {self.max_change:g}: lower the strength (option max_change)"
+            )
+
     def _stage(self, contents):
         """A copy for the workers under the edit's digest: complete from the moment it is there, and young again."""
         target = self.staging / contents.digest
@@ -132,24 +193,31 @@ class Library:
             if not target.is_dir():
                 raise FileNotFoundError(f"no {target.name}")
         except OSError as error:
-            raise Refused(f"the edit could not be kept for the workers in {self.staging} ({error}); see staging=") from None
+            logger.error("fastedit: an edit could not be kept for the workers in %s: %s; see staging=", self.staging, error)
+            raise Refused("the edit could not be kept for the workers; the server's log says why") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
     def tidy(self):
-        """Drop copies that no request has used for a day."""
-        if not self.staging.is_dir():
-            return
-        for path in self.staging.iterdir():
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _KEPT_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
+        """Drop copies that no request has used for a day; what this class did not make stays."""
+        with contextlib.suppress(OSError):
+            for path in self.staging.iterdir():
+                with contextlib.suppress(OSError):
+                    made = _COPY.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+                    if made and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                        for file in path.iterdir():
+                            if _COPIED.fullmatch(file.name):
+                                file.unlink()
+                        path.rmdir()  # which fails where anything else is in it
 
+    def salted(self, plan, salt):
+        """The cache salt of a request under a plan: blocks computed under one edit are never reused under another.
 
-def salted(plan, salt):
-    """The cache salt of a request under a plan: blocks computed under one edit are never reused under another."""
-    said = ",".join(f"{digest}*{strength!r}" for digest, strength in plan)
-    return f"fastedit:{said}" if salt is None else f"fastedit:{said}|{salt}"
+        Keyed with random bytes of this process: no client can write one, so none reads an edit's blocks or leaves its own
+        there. The client's salt is inside.
+        """
+        said = json.dumps([plan, salt]).encode()
+        return "fastedit:" + hmac.new(self.key, said, hashlib.sha256).hexdigest()
 
 
 def admit(request, library):
@@ -159,14 +227,14 @@ def admit(request, library):
     """
     params = request.sampling_params
     given = getattr(params, "extra_args", None)
-    if not given or not any(key.startswith("fastedit") for key in given):
+    if not meant(given):
         return
-    asked = wanted(given)
+    asked = wanted(given, MAX_NAMES if library is None else library.max_names)
     if not asked:
         return
     if library is None:
         raise Refused('this engine serves no edits: start it with additional_config={"fastedit": {"edits": folder}}')
     plan = library.plan(asked)
+    params.extra_args = {**given, PLAN: plan}
     if plan:
-        params.extra_args = {**given, PLAN: plan}
-        request.cache_salt = salted(plan, request.cache_salt)
+        request.cache_salt = library.salted(plan, request.cache_salt)

@@ -4,6 +4,7 @@ An engine's worker holds no transformers model to patch, only the layers' number
 and turned into forms here. Edits are named by what they do: the digest of their configs, strength and tensors.
 """
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from ..edit_file import EditFileError, read
-from ..form import at_strength
+from ..form import Form, at_strength
 from ..gates import outside_kernels
 from ..gating import Sensor
 from ..per_layer import Spot
 from ..positions import Positions
-from ..store import rebuild
+from ..store import rebuild, strength_of
 
 SITES = ("mlp", "attn", "block")
 _GATE = "gate0"  # an edit's first gate, in a file's names
@@ -29,12 +30,14 @@ class Contents:
     digest: 64 hex digits, of its configs, strength and tensors.
     parts: {(layer number, site): [Form, …]}, in the order they are applied, their saved strengths absorbed.
     gates: {place: (gate (width,), rule (3,))}, at places of one form; ops.edit takes them as they are.
+    rates: {place: [number, …]}: how much each form changes typical rows, as a share of their own length.
     positions: which tokens, the same for all parts; None for all.
     """
 
     digest: str
     parts: dict
     gates: dict
+    rates: dict
     positions: Positions | None
     header: dict
     tensors: dict
@@ -80,10 +83,8 @@ def read_contents(folder, width, depth):
     if len(chosen) > 1:
         said = " and ".join(sorted(str(p or "all") for p in chosen))
         raise EditFileError(f"{folder}: its edits are on different tokens ({said}); serve them as edits of their own")
-    strength = header.get("strength", 1.0)
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise EditFileError(f"{folder}: strength is {strength!r}, expected a number")
-    parts, gates = {}, {}
+    strength = strength_of(folder, header)
+    parts, gates, rates = {}, {}, {}
     for number, by_place in enumerate(_masters(folder, edits, tensors)):
         for place, masters in by_place.items():
             _check(folder, edits[number], place, masters, width, depth)
@@ -91,13 +92,14 @@ def read_contents(folder, width, depth):
                 gates[place] = _gate(edits[number].gate, place, masters, width, depth)
             form = at_strength(edits[number].form(masters), edits[number].strength * strength)
             parts.setdefault(place, []).append(form)
-    crowded = next((place for place in gates if len(parts[place]) > 1), None)
+            rates.setdefault(place, []).append(_rate(folder, form, place, width))
+    crowded = min((place for place in gates if len(parts[place]) > 1), default=None)
     if crowded is not None:
         raise EditFileError(
             f"{folder}: {len(parts[crowded])} edits are at site {crowded[1]!r} of layer {crowded[0]}, one of them behind a "
             "gate, which looks at what its edit is given: there it must be alone"
         )
-    return Contents(digest_of(header), parts, gates, chosen.pop() if chosen else None, header, tensors)
+    return Contents(digest_of(header), parts, gates, rates, chosen.pop() if chosen else None, header, tensors)
 
 
 def _not_served(edit):
@@ -145,6 +147,25 @@ def _gate(gate, place, masters, width, depth):
     index = place[0]
     gate.hold(*({index: masters.pop(f"{_GATE}.{name}")} for name in ("condition", "threshold")))
     return Sensor(gate, "served", Spot("", index, depth), width, torch.device("cpu")).gate()
+
+
+@functools.cache
+def _typical(width):
+    """(8, width) rows with root mean square 1, the same ones always: what an edit's size is measured on."""
+    rows = torch.randn(8, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return rows / rows.square().mean(-1, keepdim=True).sqrt()
+
+
+def _rate(folder, form, place, width):
+    """‖h' − h‖ / ‖h‖, the largest over typical rows h."""
+    rows = _typical(width)
+    rate = (Form(*(t if t is None else t.double() for t in form.tensors()))(rows) - rows).norm(dim=-1) / rows.norm(dim=-1)
+    if not (all(t is None or bool(t.isfinite().all()) for t in form.tensors()) and bool(rate.isfinite().all())):
+        raise EditFileError(
+            f"{folder}: at its saved strength the edit at site {place[1]!r} of layer {place[0]} holds values that are NaN or "
+            "infinite; save it at a lower one"
+        )
+    return float(rate.max())
 
 
 def _check(folder, edit, place, masters, width, depth):

@@ -5,21 +5,27 @@
     rank      of their low-rank parts, at most. By default likewise
     gates     whether they may be behind gates (dot or cosine, by token). By default likewise
     capacity  slots: edits that lie in the tables at once. At least max_num_seqs, which is the default
+    max_names how many names a request may list
+    max_change  how much a request's edits may change typical rows (of root mean square 1), as a multiple of their length
     staging   where the front end keeps copies for the workers, which may read an edit after its removal
 
 The whole is part of vLLM's configuration, whose hash names the compile cache, together with this plugin's version.
 """
 
 import json
+import logging
 import os
 from pathlib import Path
 
 from .. import __version__
 from ..checks import MAX_RANK
+from .admission import MAX_CHANGE, MAX_NAMES
 from .contents import SITES, EditFileError, read_contents
 
 KEY = "fastedit"
-_KNOWN = {"edits", "sites", "rank", "gates", "capacity", "staging"}
+_KNOWN = {"edits", "sites", "rank", "gates", "capacity", "max_names", "max_change", "staging"}
+
+logger = logging.getLogger("vllm.fastedit")
 
 
 def asked(additional_config):
@@ -57,7 +63,9 @@ def resolve(given, vllm_config):
     capacity = _whole("capacity", given.get("capacity", sequences), 1)
     return {
         "version": __version__, "edits": str(folder), "sites": _sites(sites), "rank": _whole("rank", rank, 0, MAX_RANK),
-        "gates": gates, "capacity": max(capacity, sequences), "staging": str(given.get("staging", folder / ".served")),
+        "gates": gates, "capacity": max(capacity, sequences),
+        "max_names": _whole("max_names", given.get("max_names", MAX_NAMES), 1),
+        "max_change": _change(given.get("max_change", MAX_CHANGE)), "staging": str(given.get("staging", folder / ".served")),
         "width": width, "depth": depth,
     }  # fmt: skip
 
@@ -83,7 +91,8 @@ def _needed(folder, width, depth):
             continue
         try:
             contents = read_contents(path, width, depth)
-        except EditFileError:  # said when it is asked for: an edit in the folder must not keep others from being served
+        except EditFileError as error:  # one edit in the folder must not keep others from being served
+            logger.warning("fastedit: left out of what this server is made for: %s", error)
             continue
         sites |= contents.sites
         rank, gates = max(rank, contents.rank), gates or bool(contents.gates)
@@ -104,6 +113,12 @@ def _whole(name, number, least, most=None):
     return number
 
 
+def _change(number):
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < float("inf"):
+        raise ValueError(f"fastedit: max_change is {number!r}, expected a positive number")
+    return float(number)
+
+
 def described(resolved):
     """One line for the log."""
-    return json.dumps({key: resolved[key] for key in ("edits", "sites", "rank", "gates", "capacity")})
+    return json.dumps({key: resolved[key] for key in ("edits", "sites", "rank", "gates", "capacity", "max_names", "max_change")})

@@ -59,7 +59,11 @@ class Residency:
         if slot is None:
             staged = self.tables.stage(*self.shelf.forms(key))
             slot = self.free.pop() if self.free else self._evict()
-            self.tables.write(slot, staged)
+            try:
+                self.tables.write(slot, staged)
+            except BaseException:
+                self.free.append(slot)
+                raise
             self.slots[key] = slot
             self.loads += 1
         self.slots.move_to_end(key)

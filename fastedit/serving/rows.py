@@ -12,7 +12,11 @@ import torch
 
 
 class Wanted(NamedTuple):
-    """What a request asks for. key: of its slot; strength: its rows' coefficient; prompt: its length."""
+    """What a request asks for. key: of its slot; strength: its rows' coefficient; prompt: its length.
+
+    One that cannot be had is POISON: its rows become NaN on every rank that says so, which every rank's look then sees.
+    Left unedited on one rank of several, it would be answered, and wrong.
+    """
 
     key: tuple
     strength: float
@@ -20,11 +24,15 @@ class Wanted(NamedTuple):
     prompt: int
 
 
+POISON = Wanted(None, float("nan"), None, 0)
+
+
 class Rows:
     """slot (max_tokens,) int32 and strength (max_tokens,) fp32 on the device; −1 where nobody asked for an edit."""
 
-    def __init__(self, residency, max_requests, max_tokens, device):
-        self.residency = residency
+    def __init__(self, residency, max_requests, max_tokens, device, failed=None):
+        """failed: called with (request id, exception) of a request whose edit cannot be put into a slot."""
+        self.residency, self.failed = residency, failed
         with torch.inference_mode(False):
             self.slot = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
             self.strength = torch.ones(max_tokens, device=device)
@@ -47,8 +55,16 @@ class Rows:
 
     def admit(self, req_id, plan, prompt):
         """A request that is scheduled for the first time, with the plan it was given at the front end."""
-        key, strength, positions = self.residency.shelf.key(plan)
-        self.wanted[req_id] = Wanted(key, strength, positions, prompt)
+        try:
+            self.wanted[req_id] = Wanted(*self.residency.shelf.key(plan), prompt)
+        except Exception as error:  # whatever it is, it ends this request and no other
+            self._fail(req_id, error)
+
+    def _fail(self, req_id, error):
+        if self.failed is None:
+            raise error
+        self.wanted[req_id] = POISON
+        self.failed(req_id, error)
 
     def forget(self, req_ids):
         for req_id in req_ids:
@@ -57,7 +73,7 @@ class Rows:
     def step(self, req_ids, counts, computed):
         """Fill the buffers for a step of `req_ids`, `counts` tokens each, `computed` of them done before."""
         changed = self._changed(req_ids)
-        edited = bool(self.residency.holders)
+        edited = bool(self.residency.holders) or bool(np.isnan(self.row_strength[: len(req_ids)]).any())
         if not edited and not self.total:
             self.counts = None
             return
@@ -86,16 +102,26 @@ class Rows:
                 self.residency.drop(self.keys[place])
                 self.keys[place] = None
         for place in places:
-            self._take(place, self.wanted.get(req_ids[place]) if place < len(req_ids) else None)
+            self._take(place, req_ids[place] if place < len(req_ids) else None)
         self.req_ids = list(req_ids)
         return True
 
-    def _take(self, place, wanted):
+    def _take(self, place, req_id):
+        self.row_slot[place], self.row_strength[place], self.ruled[place] = -1, 1.0, False
+        wanted = self.wanted.get(req_id)
         if wanted is None:
-            self.row_slot[place], self.row_strength[place], self.ruled[place] = -1, 1.0, False
             return
-        self.row_slot[place] = self.residency.hold(wanted.key)
-        self.keys[place], self.row_strength[place] = wanted.key, wanted.strength
+        if wanted is not POISON:
+            try:
+                self.row_slot[place] = self.residency.hold(wanted.key)
+            except Exception as error:  # as in `admit`
+                self._fail(req_id, error)
+                wanted = POISON
+        self.row_strength[place] = wanted.strength
+        if wanted is POISON:
+            self.row_slot[place] = 0  # whatever edit is there: NaN times it is NaN
+            return
+        self.keys[place] = wanted.key
         rule = wanted.positions
         self.ruled[place] = rule is not None
         if rule is not None:

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..bank_tables import Tables
 from . import layers
-from .admission import PLAN
+from .admission import NAME, PLAN
+from .failures import Looks, mark
 from .options import described
 from .residency import Residency, Shelf
 from .rows import Rows
@@ -30,7 +31,8 @@ class Bank:
         self.residency = Residency(self.tables, _Numbered(options))
         captured = config.compilation_config.max_cudagraph_capture_size or 0
         tokens = max(config.scheduler_config.max_num_batched_tokens, captured, config.model_config.max_model_len)
-        self.rows = Rows(self.residency, config.scheduler_config.max_num_seqs, tokens, runner.device)
+        self.runner, self.looks, self.found = runner, Looks(runner), None
+        self.rows = Rows(self.residency, config.scheduler_config.max_num_seqs, tokens, runner.device, self._failed)
         self.places = layers.attach(runner.get_model(), options["sites"], self.rows, self.tables)
         size = sum(table.nbytes for table in self.tables.buffers())
         logger.info("fastedit: %d places, tables of %.1f MB; %s", len(self.places), size / 1e6, described(options))
@@ -38,11 +40,28 @@ class Bank:
     def before(self, scheduler_output):
         """A step begins: which requests are new, which have ended."""
         layers.Serving.places = self.places
+        self.looks.follow(scheduler_output)
         self.rows.forget(scheduler_output.finished_req_ids)
         for new in scheduler_output.scheduled_new_reqs:
             given = getattr(new.sampling_params, "extra_args", None)
-            if given and PLAN in given:
-                self.rows.admit(new.req_id, given[PLAN], len(new.prompt_token_ids or ()))
+            if given and given.get(NAME) is not None and given.get(PLAN) != []:
+                self.looks.admit(new, given)
+                self.rows.admit(new.req_id, given.get(PLAN), len(new.prompt_token_ids or ()))
+
+    def after(self, state):
+        """The step's forward is over: its rows are looked at, where any was edited. state: the runner's, if it has one."""
+        rows, self.found = self.rows, None
+        if state is not None and rows.edited:
+            self.found = self.looks.look(state.hidden_states, rows.req_ids, rows.counts.tolist())
+
+    def output(self, output):
+        """The step's output, with what failed in it."""
+        found, self.found = self.found, None
+        return output if found is None else mark(output, found)
+
+    def _failed(self, req_id, error):
+        logger.error("fastedit: the edit of request %s could not be put in place", req_id, exc_info=error)
+        self.looks.fail(req_id, "could not be put in place in a worker; the server's log says why")
 
     def idle(self):
         layers.Serving.places = self.places
@@ -72,19 +91,25 @@ def watch(runner, options):
 
 
 def _follow(runner, bank):
-    execute, dummy = runner.execute_model, runner._dummy_run
+    execute, sample, dummy = runner.execute_model, runner.sample_tokens, runner._dummy_run
 
     @functools.wraps(execute)
     def execute_model(scheduler_output, *args, **kwargs):
         bank.before(scheduler_output)
-        return execute(scheduler_output, *args, **kwargs)
+        output = execute(scheduler_output, *args, **kwargs)
+        bank.after(runner.execute_model_state)
+        return output
+
+    @functools.wraps(sample)
+    def sample_tokens(*args, **kwargs):
+        return bank.output(sample(*args, **kwargs))
 
     @functools.wraps(dummy)
     def dummy_run(*args, **kwargs):
         bank.idle()
         return dummy(*args, **kwargs)
 
-    runner.execute_model, runner._dummy_run = execute_model, dummy_run
+    runner.execute_model, runner.sample_tokens, runner._dummy_run = execute_model, sample_tokens, dummy_run
     if hasattr(runner, "_prepare_inputs"):
         runner._prepare_inputs = _after_first(runner, bank, runner._prepare_inputs)
     else:

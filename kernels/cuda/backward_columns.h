@@ -9,6 +9,7 @@
 #pragma once
 #include "backward_streams.h"
 #include "combine.h"
+#include "plain.h"
 
 namespace fastedit::cuda {
 namespace {
@@ -68,8 +69,9 @@ struct ColumnRow {
   }
 };
 
-template <class G, class H, int V, bool kNorm>
-__global__ void __launch_bounds__(kLaneColumns* kLines, 2) column_sums(const Backward b, unsigned tiles) {
+template <class G, class H, int V, bool kNorm, bool kPlain>
+__global__ void __launch_bounds__(kLaneColumns* kLines, 2) column_sums(const Backward given, unsigned tiles) {
+  const Backward b = plain_columns<kPlain>(given);
   constexpr int kFlight = kNorm ? 2 : 4, kSums = kNorm ? 4 : 2;
   FASTEDIT_SHARED(shared);
   const EditAddNormBackwardArgs& a = b.a;
@@ -108,8 +110,12 @@ template <class G, class H, int V, bool kNorm>
 int run_columns(const Backward& b, void* stream) {
   if (!b.left.vectors()) return 0;
   int64_t tiles = column_tiles(b.a.width, V);
-  return launch(column_sums<G, H, V, kNorm>, column_shape(b.units, tiles, V), stream, b,
-                static_cast<unsigned>(tiles));
+  Shape shape = column_shape(b.units, tiles, V);
+  if constexpr (sizeof(G) == 2 && sizeof(H) == 2 && V > 1 && !kNorm) {
+    if (plain_columns(b))
+      return launch(column_sums<G, H, V, false, true>, shape, stream, b, static_cast<unsigned>(tiles));
+  }
+  return launch(column_sums<G, H, V, kNorm, false>, shape, stream, b, static_cast<unsigned>(tiles));
 }
 
 }  // namespace

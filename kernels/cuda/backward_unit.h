@@ -18,18 +18,27 @@
 // never from the grid.
 #pragma once
 #include "backward_streams.h"
+#include "plain.h"
 
 namespace fastedit::cuda {
 namespace {
 
-template <class G, class H, int V>
+// Streams of a row that the stage has room for.
+__device__ inline int staged_streams(const Backward& b) {
+  int of_total = (b.a.grad_residual != nullptr) + 2 * (b.a.grad_normed != nullptr);
+  int of_h = b.reads_h && b.unit.h_staged ? 1 + (b.a.residual != nullptr) : 0;
+  return b.unit.total_staged ? of_total + of_h : 0;
+}
+
+template <class G, class H, int V, bool kFull>
 struct UnitTile {
   static constexpr int N = kUnitTile<V>;
   using Streams = RowStreams<G, H, V, true>;
   const Backward& b;
   Unit unit;
-  uint4* stage;
-  float4* sums;
+  int streams;   // staged
+  uint4* stage;  // this thread's first cell, and its first four sums: a warp's follow 32 apart, so that those of a
+  float4* sums;  // chunk lie at distances that the compiler knows
   int first, live;  // rows of the tile: first … first + live of the unit
   RowEdit edit[N];
   NormRow norm[N];
@@ -37,7 +46,7 @@ struct UnitTile {
   __device__ bool has_norm() const { return b.a.grad_normed; }
   __device__ int64_t row(int r) const { return unit.row(min(first + r, unit.count - 1)); }
   __device__ uint4* cell(int stream, int r, int c) const {
-    return stage + ((stream * N + r) * b.unit.chunks + c) * blockDim.x + threadIdx.x;
+    return stage + ((c * streams + stream) * N + r) * kWarp;
   }
   template <class T>
   __device__ Pack<T, V>& pack(int stream, int r, int c) const {
@@ -51,7 +60,7 @@ struct UnitTile {
   // Asks for one vector of each stream of row `first + r` of the unit, if there is such a row.
   __device__ void ask_for(int from, int r, int c) const {
     int column = tile_column<V>(c), stream = 0;
-    if (!b.unit.total_staged || from + r >= unit.count || column >= b.a.width) return;
+    if (!b.unit.total_staged || from + r >= unit.count || beyond<V, kFull>(c, b.a.width)) return;
     const EditAddNormBackwardArgs& a = b.a;
     int64_t row = unit.row(from + r);
     if (a.grad_residual) ask<G>(stream++, r, c, a.grad_residual, row * a.grad_residual_stride + column);
@@ -93,9 +102,9 @@ struct UnitTile {
 
   // The two means that the norm's gradient takes of each row; kept for the columns where they are wanted.
   __device__ void find_means(float* shared, int& turn) {
-    float sum[2 * N] = {}, inverse = 1.f / static_cast<float>(b.a.width);
+    float dot[N] = {}, sum[N] = {}, inverse = 1.f / static_cast<float>(b.a.width);
 #pragma unroll 1
-    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
+    for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) {
       Streams s[N] = {};
       float g[V], x[V], gain[V];
 #pragma unroll
@@ -106,16 +115,17 @@ struct UnitTile {
         s[r].get_norm(g, x, b.a);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          sum[2 * r] = fmaf(g[v] * gain[v], norm[r].unit(x[v]), sum[2 * r]);
-          sum[2 * r + 1] = fmaf(g[v], gain[v], sum[2 * r + 1]);
+          dot[r] = fmaf(g[v] * gain[v], norm[r].unit(x[v]), dot[r]);
+          if (b.a.kind == LAYER) sum[r] = fmaf(g[v], gain[v], sum[r]);
         }
       }
     }
-    block_sum(sum, shared, turn);
+    block_sum(dot, shared, turn);
+    if (b.a.kind == LAYER) block_sum(sum, shared, turn);
 #pragma unroll
     for (int r = 0; r < N; ++r) {
-      norm[r].dot = sum[2 * r] * inverse;
-      norm[r].sum = b.a.kind == LAYER ? sum[2 * r + 1] * inverse : 0.f;
+      norm[r].dot = dot[r] * inverse;
+      norm[r].sum = sum[r] * inverse;
       if (!b.norm_means || threadIdx.x > 0 || r >= live) continue;
       b.norm_means[2 * row(r)] = norm[r].dot;
       b.norm_means[2 * row(r) + 1] = norm[r].sum;
@@ -129,8 +139,8 @@ struct UnitTile {
 #pragma unroll 1
     for (int from = 0; from < rank; from += kTogether) {
       float sum[8] = {};
-  #pragma unroll 1
-    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
+#pragma unroll 1
+      for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) {
         Streams s[N] = {};
         float total[N][V], gain[V] = {}, m[V];
 #pragma unroll
@@ -159,7 +169,7 @@ struct UnitTile {
   __device__ void find_d_coefficient(float* shared, int& turn, const float* pulled) const {
     float sum[N] = {};
 #pragma unroll 1
-    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
+    for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) {
       Streams s[N] = {};
       float total[N][V], h[V], gain[V] = {}, scale[V], bias[V];
 #pragma unroll
@@ -192,9 +202,9 @@ struct UnitTile {
   // Adds Σ_r weight(r) · value(r)[v] to the thread's sums of V columns; a quarter-warp's float4s are neighbours.
   template <class F>
   __device__ void add_to(int sum, int c, F term) const {
-    float4* at = sums + int64_t{sum * b.unit.chunks + c} * (V / 4) * blockDim.x + threadIdx.x;
+    float4* at = sums + (c * b.unit_sums + sum) * (V / 4) * kWarp;
 #pragma unroll
-    for (int i = 0; i < V / 4; ++i, at += blockDim.x) {
+    for (int i = 0; i < V / 4; ++i, at += kWarp) {
       float4 held = *at;
 #pragma unroll
       for (int r = 0; r < N; ++r) {
@@ -219,13 +229,13 @@ struct UnitTile {
 #pragma unroll
     for (int r = 0; r < N; ++r) ask_for(first + N, r, c);
     if (a.d_x || (a.d_residual && a.on_sum)) {
-      float added[N][V] = {};
-      if (rank && form.read) tile_combine(added, low.q, edit, form.read, rank, a.width, column);
+      float added[N][1][V] = {};
+      if (rank && form.read) tile_combine(added, low.q, edit, form.read, rank, a.width, c);
 #pragma unroll
       for (int r = 0; r < N; ++r) {
         if (new_slot(edit, r)) load_parameters(scale, form.scale, edit[r].slot * a.width + column, 1.f);
 #pragma unroll
-        for (int v = 0; v < V; ++v) d_h[v] = pulled_back(total[r][v], edit[r], scale[v], added[r][v]);
+        for (int v = 0; v < V; ++v) d_h[v] = pulled_back(total[r][v], edit[r], scale[v], added[r][0][v]);
         if (r < live) store_d_h<G, H, V>(d_h, b, row(r), column);
       }
     }
@@ -235,6 +245,19 @@ struct UnitTile {
       store<G, V>(a.d_residual, row(r) * a.width + column, round_to<G, V>(total[r], a.residual_dtype),
                   a.residual_dtype);
     }
+    if (b.total) {
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        if (r < live) store_total(total[r], b.total + row(r) * a.width + column);
+      }
+    }
+    float h[N][V];
+#pragma unroll
+    for (int r = 0; r < N; ++r) h_of(h[r], s[r], edit[r].inside);
+    auto pulled = [&](int r, int v) { return edit[r].k == 0.f ? 0.f : edit[r].k * total[r][v]; };
+    if (b.taken.scale >= 0)
+      add_to(sum++, c, [&](int r, int v, float held) { return fmaf(pulled(r, v), h[r][v], held); });
+    if (b.taken.bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + pulled(r, v); });
     if (has_norm()) {
       float g[N][V], unit[N][V];
 #pragma unroll
@@ -247,39 +270,23 @@ struct UnitTile {
         add_to(sum++, c, [&](int r, int v, float held) { return fmaf(g[r][v], unit[r][v], held); });
       if (b.taken.norm_bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + g[r][v]; });
     }
-    if (b.total) {
-#pragma unroll
-      for (int r = 0; r < N; ++r) {
-        if (r < live) store_total(total[r], b.total + row(r) * a.width + column);
-      }
-    }
-    float h[N][V];
-#pragma unroll
-    for (int r = 0; r < N; ++r) h_of(h[r], s[r], edit[r].inside);
 #pragma unroll 1
     for (int j = 0; b.taken.read >= 0 && j < rank; ++j)
       add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.q[j * N + r], h[r][v], held); });
 #pragma unroll 1
     for (int j = 0; b.taken.write >= 0 && j < rank; ++j)
       add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.kz[j * N + r], total[r][v], held); });
-#pragma unroll
-    for (int r = 0; r < N; ++r)
-#pragma unroll
-      for (int v = 0; v < V; ++v) total[r][v] = edit[r].k == 0.f ? 0.f : edit[r].k * total[r][v];
-    if (b.taken.scale >= 0)
-      add_to(sum++, c, [&](int r, int v, float held) { return fmaf(total[r][v], h[r][v], held); });
-    if (b.taken.bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + total[r][v]; });
   }
 
   // The sums of add_to's number `sum` onwards, to the unit's partials.
   __device__ void leave(int& sum, int count, int64_t offset, float* partials) const {
 #pragma unroll 1
     for (int j = 0; offset >= 0 && j < count; ++j, ++sum) {
-  #pragma unroll 1
-    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) {
-        const float4* at = sums + int64_t{sum * b.unit.chunks + c} * (V / 4) * blockDim.x + threadIdx.x;
+#pragma unroll 1
+      for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) {
+        const float4* at = sums + (c * b.unit_sums + sum) * (V / 4) * kWarp;
 #pragma unroll
-        for (int i = 0; i < V / 4; ++i, at += blockDim.x) {
+        for (int i = 0; i < V / 4; ++i, at += kWarp) {
           float* to = partials + offset + j * b.a.width + tile_column<V>(c) + 4 * i;
           put_four(to, at->x, at->y, at->z, at->w);
         }
@@ -288,19 +295,21 @@ struct UnitTile {
   }
   __device__ void leave_all(float* partials, const float* offset) const {
     int sum = 0, rank = static_cast<int>(b.a.form.rank);
+    leave(sum, 1, b.taken.scale, partials);
+    leave(sum, 1, b.taken.bias, partials);
     leave(sum, 1, b.taken.weight, partials);
     leave(sum, 1, b.taken.norm_bias, partials);
     leave(sum, rank, b.taken.read, partials);
     leave(sum, rank, b.taken.write, partials);
-    leave(sum, 1, b.taken.scale, partials);
-    leave(sum, 1, b.taken.bias, partials);
     for (int j = threadIdx.x; b.taken.offset >= 0 && j < rank; j += blockDim.x)
       partials[b.taken.offset + j] = offset[j];
   }
 };
 
-template <class G, class H, int V>
-__global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward b) {
+template <class G, class H, int V, BackwardPart part>
+__global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward given) {
+  const Backward b = plain<part>(given);
+  constexpr bool kFull = part != kGeneralBackward;
   constexpr int N = kUnitTile<V>;
   FASTEDIT_SHARED(shared);
   int64_t block = blockIdx.x;
@@ -308,16 +317,18 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   Unit unit = find_unit(b, block);
   int rank = static_cast<int>(b.a.form.rank), turn = 0;
   LowRank low(shared, rank, N);
+  const int held = b.unit_sums * b.unit.chunks * (V / 4), streams = staged_streams(b);  // of a thread
   float4* sums = reinterpret_cast<float4*>(shared) + b.unit.sums_at / 16;
-  int held = b.unit_sums * b.unit.chunks * (V / 4);
-  UnitTile<G, H, V> tile{b, unit, reinterpret_cast<uint4*>(sums + int64_t{held} * blockDim.x), sums, 0, 0,
-                                {}, {}};
+  uint4* stage = reinterpret_cast<uint4*>(sums + held * blockDim.x);
+  sums += warp() * held * kWarp + lane();
+  stage += warp() * streams * N * b.unit.chunks * kWarp + lane();
+  UnitTile<G, H, V, kFull> tile{b, unit, streams, stage, sums, 0, 0, {}, {}};
 #pragma unroll 1
   for (int c = 0; c < b.unit.chunks; ++c)
 #pragma unroll
     for (int r = 0; r < N; ++r) tile.ask_for(0, r, c);
 #pragma unroll 1
-  for (int i = 0; i < held; ++i) sums[i * blockDim.x + threadIdx.x] = float4{};
+  for (int i = 0; i < held; ++i) sums[i * kWarp] = float4{};
   for (int j = threadIdx.x; j < rank; j += blockDim.x) low.offset[j] = 0.f;
 
   for (tile.first = 0; tile.first < unit.count; tile.first += N) {
@@ -339,19 +350,29 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
     }
     if (b.a.d_form.coefficient) tile.find_d_coefficient(shared, turn, low.pulled);
 #pragma unroll 1
-    for (int c = 0; c < b.unit.chunks && tile_column<V>(c) < b.a.width; ++c) tile.finish(c, low);
+    for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) tile.finish(c, low);
   }
   tile.leave_all(b.partials + block * b.partial_size, low.offset);
 }
 
 template <class G, class H, int V>
-int run_unit(const Backward& b, void* stream) {
+int launch_unit(const Backward& b, void* stream) {
   Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
-  int error = launch(unit_backward<G, H, V>, shape, stream, b);
+  if constexpr (sizeof(G) == 2 && sizeof(H) == 2) {
+    BackwardPart part = backward_part(b, int64_t{b.unit.threads} * b.unit.chunks * V);
+    if (part == kPlainRed) return launch(unit_backward<G, H, V, kPlainRed>, shape, stream, b);
+    if (part == kPlainRankNorm) return launch(unit_backward<G, H, V, kPlainRankNorm>, shape, stream, b);
+    if (part == kPlainRank) return launch(unit_backward<G, H, V, kPlainRank>, shape, stream, b);
+  }
+  return launch(unit_backward<G, H, V, kGeneralBackward>, shape, stream, b);
+}
+
+template <class G, class H, int V>
+int run_unit(const Backward& b, void* stream) {
+  int error = launch_unit<G, H, V>(b, stream);
   for (Backward next = b; !error && next.left.vectors();) {
     error = next_launch(next);
-    shape = {next.units, next.unit.threads, next.unit.shared_bytes};
-    if (!error) error = launch(unit_backward<G, H, V>, shape, stream, next);
+    if (!error) error = launch_unit<G, H, V>(next, stream);
   }
   return error;
 }

@@ -24,18 +24,18 @@ __device__ inline RowEdit row_edit(const Form& form, int64_t row) {
   return edit;
 }
 
-// E(h) of one element; `added` is its share of z @ write. k is the row's, so the choice is uniform.
-__device__ inline float edited(float h, float k, float scale, float bias, float added) {
-  float full = fmaf(scale, h, bias) + added;
-  float part = fmaf(k, fmaf(scale - 1.f, h, bias) + added, h);
+// E(h) of one element; `shift` is bias and its share of z @ write. k is the row's, so the choice is uniform.
+__device__ inline float edited(float h, float k, float scale, float shift) {
+  float full = fmaf(scale, h, shift);
+  float part = fmaf(k, fmaf(scale - 1.f, h, shift), h);
   return k == 1.f ? full : k == 0.f ? h : part;
 }
 
 // The same for the gradient: grad + k (scale − 1) grad + (q @ read)'s share.
 __device__ inline float pulled_back(float grad, const RowEdit& row, float scale, float added) {
-  float part = fmaf(row.k * (scale - 1.f), grad, grad);
-  float own = row.k == 1.f ? scale * grad : row.k == 0.f ? grad : part;
-  return row.inside ? own + added : grad;
+  float full = fmaf(scale, grad, added);
+  float part = row.k == 0.f ? grad + added : fmaf(row.k * (scale - 1.f), grad, grad + added);
+  return !row.inside ? grad : row.k == 1.f ? full : part;
 }
 
 }  // namespace fastedit::cuda

@@ -1,55 +1,22 @@
 // The kernels of everything that needs a sum along the row, and their launches: see edit_add_norm.cu, which has
 // them without a gate, and edit_gated.cu, which has them with one.
 #pragma once
-#include "gate.h"
-#include "norm.h"
+#include "loop_rows.h"
+#include "plain.h"
 #include "run.h"
-#include "tile.h"
 
 namespace fastedit::cuda {
 namespace {
 
-template <class R, int V>
-__device__ inline void load_affine(float (&gain)[V], float (&shift)[V], const EditAddNormArgs& a,
-                                   int64_t column) {
-  int dtype = a.add.residual_dtype;
-  load_gain<R, V>(gain, a.weight, a.kind, column, dtype);
-#pragma unroll
-  for (int v = 0; v < V; ++v) shift[v] = 0.f;
-  if (a.norm_bias) unpack<R, V>(load<kCached, R, V>(a.norm_bias, column, dtype), shift, dtype);
-}
-
-// V columns of `normed` from the rounded residual' in r.
-template <class R, int V>
-__device__ inline Pack<R, V> normed(const float (&r)[V], const float (&gain)[V], const float (&shift)[V],
-                                    int kind, int dtype, float mean, float rstd) {
-  float unit[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) unit[v] = (r[v] - mean) * rstd;
-  if (kind == RMS) unpack<R, V>(round_to<R, V>(unit, dtype), unit, dtype);
-#pragma unroll
-  for (int v = 0; v < V; ++v) unit[v] = fmaf(unit[v], gain[v], shift[v]);
-  return round_to<R, V>(unit, dtype);
-}
-
-// True where rounding and back loses an element's bits.
-template <int V>
-__device__ inline bool any_nan(const float (&r)[V]) {
-  bool found = false;
-#pragma unroll
-  for (int v = 0; v < V; ++v) found |= r[v] != r[v];
-  return found;
-}
-
 // z of a tile's rows, in shared memory as z[j N + r], and stored where it is wanted. Behind a gate each row's k
 // comes after them.
-template <bool kGated, int N, int C, int V>
+template <bool kGated, bool kFull, int N, int C, int V>
 __device__ inline const float* tile_project(const float (&h)[N][C][V], RowEdit (&row)[N], const EditAddArgs& a,
                                             int64_t first, float* shared) {
   int rank = static_cast<int>(a.form.rank);
   float* z = shared + kBlockSumFloats;
   float* part = z + (rank + kGated) * N;
-  tile_dots(h, row, a.form.read, rank, a.width, part);
+  tile_dots<kFull>(h, row, a.form.read, rank, a.width, part);
   if constexpr (kGated) tile_gate_sums(h, row, a.form.gate, a.width, part + rank * N * warps());
   finish_dots<N>(rank + kGated, part, [&](int j, int r, float sum) {
     RowEdit edit = row_edit(a.form, min(first + r, a.rows - 1));
@@ -71,31 +38,49 @@ __device__ inline const float* tile_project(const float (&h)[N][C][V], RowEdit (
   return z;
 }
 
+// bias of K chunks from `first` on, for each row.
+template <int N, int K, int V>
+__device__ inline void tile_bias(float (&shift)[N][K][V], const RowEdit (&row)[N], const EditAddArgs& a, int first) {
+#pragma unroll
+  for (int r = 0; r < N; ++r)
+#pragma unroll
+    for (int c = 0; c < K; ++c) {
+      if (new_slot(row, r)) {
+        load_parameters(shift[r][c], a.form.bias, row[r].slot * a.width + tile_column<V>(first + c), 0.f);
+        continue;
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) shift[r][c][v] = shift[r - 1][c][v];
+    }
+}
+
 // The tile's residual': stored, and left rounded in h for the norm.
-template <class X, class R, bool kLowRank, bool kGated, int N, int C, int V>
+template <class X, class R, bool kLowRank, bool kGated, bool kFull, int N, int C, int V>
 __device__ inline void tile_edit(float (&h)[N][C][V], const Pack<R, V> (&residual)[N][C],
                                  const RowEdit (&row)[N], const EditAddArgs& a, const float* z,
                                  int64_t first) {
+  constexpr int K = kFull && kLowRank ? C : 1;  // chunks at a time: all where registers allow
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
-    int column = tile_column<V>(c);
-    if (column >= a.width) continue;
-    float scale[V], bias[V], added[N][V] = {};
-    if (kLowRank && a.form.write) {
-      tile_combine(added, z, row, a.form.write, static_cast<int>(a.form.rank), a.width, column);
+  for (int first_c = 0; first_c < C; first_c += K) {
+    if (beyond<V, kFull>(first_c, a.width)) continue;
+    float shift[kLowRank ? N : 1][K][V], scale[V];  // without a rank one for all rows of a slot
+    if constexpr (kLowRank) {
+      tile_bias(shift, row, a, first_c);
+      if (a.form.write) tile_combine(shift, z, row, a.form.write, static_cast<int>(a.form.rank), a.width, first_c);
     }
 #pragma unroll
-    for (int r = 0; r < N; ++r) {
+    for (int i = 0; i < K * N; ++i) {
+      const int c = first_c + i / N, r = i % N, column = tile_column<V>(c);
       if (new_slot(row, r)) {
         load_parameters(scale, a.form.scale, row[r].slot * a.width + column, 1.f);
-        load_parameters(bias, a.form.bias, row[r].slot * a.width + column, 0.f);
+        if (!kLowRank) load_parameters(shift[0][0], a.form.bias, row[r].slot * a.width + column, 0.f);
       }
       float before[V];
       unpack<R, V>(residual[r][c], before, a.residual_dtype);
       bool outer = a.residual && !a.on_sum;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        float e = edited(h[r][c][v], row[r].k, scale[v], bias[v], added[r][v]);
+        float e = edited(h[r][c][v], row[r].k, scale[v], shift[kLowRank ? r : 0][i / N][v]);
         h[r][c][v] = outer ? before[v] + e : e;
       }
       Pack<R, V> rounded = round_to<R, V>(h[r][c], a.residual_dtype);
@@ -110,7 +95,7 @@ __device__ inline void tile_edit(float (&h)[N][C][V], const Pack<R, V> (&residua
   }
 }
 
-template <class R, int N, int C, int V>
+template <class R, bool kFull, int N, int C, int V>
 __device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, int64_t first, float* shared,
                                  int& turn) {
   const float inverse = 1.f / static_cast<float>(a.add.width);
@@ -128,7 +113,7 @@ __device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, 
   }
 #pragma unroll
   for (int c = 0; c < C; ++c) {
-    if (tile_column<V>(c) >= a.add.width) continue;
+    if (beyond<V, kFull>(c, a.add.width)) continue;
 #pragma unroll
     for (int i = 0; i < N; ++i)
 #pragma unroll
@@ -149,7 +134,7 @@ __device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, 
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     int column = tile_column<V>(c), dtype = a.add.residual_dtype;
-    if (column >= a.add.width) continue;
+    if (beyond<V, kFull>(c, a.add.width)) continue;
     float gain[V], shift[V];
     load_affine<R, V>(gain, shift, a, column);
 #pragma unroll
@@ -161,10 +146,12 @@ __device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, 
   }
 }
 
-template <class X, class R, int V, int E, bool kLowRank, bool kGated>
+template <class X, class R, int V, int E, bool kLowRank, bool kGated, Part part>
 __global__ void __launch_bounds__(kLowRank || E == 8 ? 512 : 1024, kLowRank || E == 16 ? 1 : 2)
-    tile_rows_kernel(const EditAddNormArgs a) {
+    tile_rows_kernel(const EditAddNormArgs given) {
+  const EditAddNormArgs a = plain<part>(given);
   constexpr int N = kTileRows<E, kLowRank>, C = E / V;
+  constexpr bool kFull = part != kGeneral;
   FASTEDIT_SHARED(shared);
   const EditAddArgs& add = a.add;
   int turn = 0;
@@ -178,7 +165,7 @@ __global__ void __launch_bounds__(kLowRank || E == 8 ? 512 : 1024, kLowRank || E
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         int column = tile_column<V>(c);
-        if (column >= add.width) continue;
+        if (beyond<V, kFull>(c, add.width)) continue;
         x[r][c] = load<kOnce, X, V>(add.x, at * add.x_stride + column, add.x_dtype);
         if (!add.residual) continue;
         residual[r][c] =
@@ -199,149 +186,10 @@ __global__ void __launch_bounds__(kLowRank || E == 8 ? 512 : 1024, kLowRank || E
         for (int v = 0; v < V; ++v) h[r][c][v] = add.on_sum ? h[r][c][v] + before[v] : h[r][c][v];
       }
     const float* z = nullptr;
-    if constexpr (kLowRank) z = tile_project<kGated>(h, row, add, first, shared);
-    if (!add.out && !a.normed) continue;
-    tile_edit<X, R, kLowRank, kGated>(h, residual, row, add, z, first);
-    if (a.normed) tile_norm<R>(h, a, first, shared, turn);
-  }
-}
-
-// One row at a time, any width.
-template <class X, class R, int V>
-struct LoopRow {
-  const EditAddArgs& a;
-  int64_t row;
-  RowEdit edit;
-  const float* z;  // shared
-
-  __device__ void before(int64_t column, float (&h)[V], float (&residual)[V]) const {
-    unpack<X, V>(load<kCached, X, V>(a.x, row * a.x_stride + column, a.x_dtype), h, a.x_dtype);
-    for (float& r : residual) r = 0.f;
-    if (!a.residual) return;
-    Pack<R, V> pack = load<kCached, R, V>(a.residual, row * a.residual_stride + column, a.residual_dtype);
-    unpack<R, V>(pack, residual, a.residual_dtype);
-    if (!a.on_sum) return;
-#pragma unroll
-    for (int v = 0; v < V; ++v) h[v] += residual[v], residual[v] = 0.f;
-  }
-
-  // What h is multiplied by for sum j of a gated row: a read row, then the gate, then h itself.
-  __device__ void load_summed(float (&m)[V], int j, int64_t column, const float (&h)[V]) const {
-    const int64_t slot = edit.slot;
-    if (j < a.form.rank) {
-      load_parameters(m, a.form.read, (slot * a.form.rank + j) * a.width + column, 0.f);
-    } else if (j == a.form.rank) {
-      load_parameters(m, a.form.gate, slot * a.width + column, 0.f);
-    } else {
-#pragma unroll
-      for (int v = 0; v < V; ++v) m[v] = h[v];
-    }
-  }
-
-  // z and, behind a gate, the row's k as z[rank]: the gate is a row behind the read rows, and h is one behind it.
-  template <bool kGated>
-  __device__ void project(float* z, float* part) const {
-    int rank = static_cast<int>(a.form.rank), sums = rank + (kGated ? 2 : 0);
-    for (int first = 0; first < sums; first += 8) {
-      float sum[8] = {};
-      for (int64_t column = int64_t{threadIdx.x} * V; column < a.width; column += blockDim.x * V) {
-        float h[V], residual[V], m[V];
-        before(column, h, residual);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (first + j >= sums) break;
-          if constexpr (kGated) load_summed(m, first + j, column, h);
-          else load_parameters(m, a.form.read, (int64_t{edit.slot} * rank + first + j) * a.width + column, 0.f);
-#pragma unroll
-          for (int v = 0; v < V; ++v) sum[j] = fmaf(h[v], m[v], sum[j]);
-        }
-      }
-      float total = warp_sum_of_eight(sum);
-      if (lane() < 8 && first + lane() < sums) part[(first + lane()) * warps() + warp()] = total;
-    }
-    finish_dots<1>(rank + kGated, part, [&](int j, int, float sum) {
-      if constexpr (kGated) {
-        if (j == rank) {
-          z[j] = gated(a.form, edit, sum, share_sum(part, j + 1));
-          return;
-        }
-      }
-      if (a.form.offset) sum += __ldg(a.form.offset + int64_t{edit.slot} * rank + j);
-      z[j] = edit.inside ? sum : 0.f;
-      if (a.z) a.z[row * rank + j] = z[j];
-    });
-  }
-
-  // residual' of V columns, rounded.
-  __device__ Pack<R, V> edited_at(int64_t column) const {
-    float h[V], residual[V], scale[V], bias[V], added[V] = {}, m[V];
-    before(column, h, residual);
-    load_parameters(scale, a.form.scale, edit.slot * a.width + column, 1.f);
-    load_parameters(bias, a.form.bias, edit.slot * a.width + column, 0.f);
-    for (int j = 0; a.form.write && j < a.form.rank; ++j) {
-      load_parameters(m, a.form.write, (edit.slot * a.form.rank + j) * a.width + column, 0.f);
-#pragma unroll
-      for (int v = 0; v < V; ++v) added[v] = fmaf(z[j], m[v], added[v]);
-    }
-    bool outer = a.residual && !a.on_sum;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      float e = edited(h[v], edit.k, scale[v], bias[v], added[v]);
-      h[v] = outer ? residual[v] + e : e;
-    }
-    return round_to<R, V>(h, a.residual_dtype);
-  }
-};
-
-template <class X, class R, int V, bool kGated>
-__global__ void __launch_bounds__(kLoopThreads) loop_rows_kernel(const EditAddNormArgs a) {
-  FASTEDIT_SHARED(shared);
-  const EditAddArgs& add = a.add;
-  float* z = shared + kBlockSumFloats;
-  int turn = 0;
-  const float inverse = 1.f / static_cast<float>(add.width);
-  const int64_t begin = int64_t{threadIdx.x} * V, step = blockDim.x * V;
-  for (int64_t row = blockIdx.x; row < add.rows; row += gridDim.x) {
-    LoopRow<X, R, V> loop{add, row, row_edit(add.form, row), z};
-    if (kGated || add.form.rank) loop.template project<kGated>(z, z + add.form.rank + kGated);
-    if (kGated) loop.edit.k = z[add.form.rank];
-    if (!add.out && !a.normed) continue;
-    float r[V], mean[1] = {}, square[1] = {};
-    for (int64_t column = begin; column < add.width; column += step) {
-      Pack<R, V> pack = loop.edited_at(column);
-      unpack<R, V>(pack, r, add.residual_dtype);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        mean[0] += r[v];
-        square[0] = fmaf(r[v], r[v], square[0]);
-      }
-      if (!add.out) continue;
-      if (!add.residual && loop.edit.k == 0.f && (!kGated || any_nan(r))) {
-        pack = load<kCached, R, V>(add.x, row * add.x_stride + column, add.x_dtype);
-      }
-      store<R, V>(add.out, row * add.width + column, pack, add.residual_dtype);
-    }
-    if (!a.normed) continue;
-    bool layer = a.kind == LAYER;
-    if (layer) block_sum(mean, shared, turn), square[0] = 0.f;
-    mean[0] = layer ? mean[0] * inverse : 0.f;
-    for (int64_t column = begin; layer && column < add.width; column += step) {
-      unpack<R, V>(loop.edited_at(column), r, add.residual_dtype);
-#pragma unroll
-      for (int v = 0; v < V; ++v) square[0] = fmaf(r[v] - mean[0], r[v] - mean[0], square[0]);
-    }
-    block_sum(square, shared, turn);
-    float rstd = reciprocal_root(fmaf(square[0], inverse, a.eps));
-    if (threadIdx.x == 0 && layer && a.mean) a.mean[row] = mean[0];
-    if (threadIdx.x == 0 && a.rstd) a.rstd[row] = rstd;
-    for (int64_t column = begin; column < add.width; column += step) {
-      unpack<R, V>(loop.edited_at(column), r, add.residual_dtype);
-      float gain[V], shift[V];
-      load_affine<R, V>(gain, shift, a, column);
-      store<R, V>(a.normed, row * add.width + column,
-                  normed<R, V>(r, gain, shift, a.kind, add.residual_dtype, mean[0], rstd),
-                  add.residual_dtype);
-    }
+    if constexpr (kLowRank) z = tile_project<kGated, kFull>(h, row, add, first, shared);
+    if (part == kGeneral && !add.out && !a.normed) continue;
+    tile_edit<X, R, kLowRank, kGated, kFull>(h, residual, row, add, z, first);
+    if (a.normed) tile_norm<R, kFull>(h, a, first, shared, turn);
   }
 }
 
@@ -355,7 +203,19 @@ template <class X, class R, int V, int E, bool kLowRank, bool kGated>
 int run_tiles(const EditAddNormArgs& a, void* stream) {
   Shape shape = tile_shape(a.add.rows, a.add.width, summed<kGated>(a.add.form), E, kTileRows<E, kLowRank>,
                            multiprocessors());
-  return launch(tile_rows_kernel<X, R, V, E, kLowRank, kGated>, shape, stream, a);
+  if constexpr (sizeof(X) == 2 && sizeof(R) == 2 && !kGated) {
+    bool full = int64_t{shape.threads} * E == a.add.width;  // no thread without its columns
+    Part part = full ? part_of(a) : kGeneral;
+    if (part == kPlainNorm) return launch(tile_rows_kernel<X, R, V, E, kLowRank, false, kPlainNorm>, shape, stream, a);
+    if (part == kPlainSumNorm)
+      return launch(tile_rows_kernel<X, R, V, E, kLowRank, false, kPlainSumNorm>, shape, stream, a);
+    if constexpr (kLowRank) {
+      if (part == kPlainEdit) return launch(tile_rows_kernel<X, R, V, E, true, false, kPlainEdit>, shape, stream, a);
+      if (part == kPlainAdd) return launch(tile_rows_kernel<X, R, V, E, true, false, kPlainAdd>, shape, stream, a);
+      if (part == kPlainSum) return launch(tile_rows_kernel<X, R, V, E, true, false, kPlainSum>, shape, stream, a);
+    }
+  }
+  return launch(tile_rows_kernel<X, R, V, E, kLowRank, kGated, kGeneral>, shape, stream, a);
 }
 
 template <class X, class R, int V, bool kGated>

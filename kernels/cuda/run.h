@@ -75,7 +75,10 @@ int launch(void (*kernel)(P...), const Shape& shape, void* stream, const A&... a
   if (shape.shared_bytes > kShared) {
     int error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
-    if (error) return error;
+    if (error) {
+      cudaGetLastError();  // or the next good launch would report it
+      return error;
+    }
   }
 #ifdef __CUDACC__
   kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes,

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kLaneColumns* kLines, kStreamBlocksPerSm[kPerR
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         if (kAdd && a.on_sum) h[v] += r[v];
-        float e = k == 0.f ? h[v] : edited(h[v], k, held.scale[v], held.bias[v], 0.f);
+        float e = k == 0.f ? h[v] : edited(h[v], k, held.scale[v], held.bias[v]);
         h[v] = kAdd && !a.on_sum ? r[v] + e : e;
       }
       store<R, V>(a.out, row * a.width + column, round_to<R, V>(h, a.residual_dtype), a.residual_dtype);

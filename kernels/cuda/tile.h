@@ -13,6 +13,12 @@ __device__ inline int tile_column(int c) {
   return (c * blockDim.x + threadIdx.x) * V;
 }
 
+// True where a thread has no column c; where a tile is `kFull`, every thread has all of its columns.
+template <int V, bool kFull>
+__device__ inline bool beyond(int c, int64_t width) {
+  return !kFull && tile_column<V>(c) >= width;
+}
+
 // True where row r reads other parameters than the row before it.
 template <int N>
 __device__ inline bool new_slot(const RowEdit (&row)[N], int r) {
@@ -20,7 +26,7 @@ __device__ inline bool new_slot(const RowEdit (&row)[N], int r) {
 }
 
 // Each warp's share of value · matrix[j] for every rank j and row r, to part[(j kRows + r) warps + warp].
-template <int N, int C, int V>
+template <bool kFull, int N, int C, int V>
 __device__ inline void tile_dots(const float (&value)[N][C][V], const RowEdit (&row)[N], const float* matrix,
                                  int rank, int64_t width, float* part) {
   constexpr int kTogether = 8 / N;  // ranks that share one tree of shuffles
@@ -31,13 +37,12 @@ __device__ inline void tile_dots(const float (&value)[N][C][V], const RowEdit (&
       if (first + g >= rank) break;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        if (tile_column<V>(c) >= width) continue;
+        if (beyond<V, kFull>(c, width)) continue;
         float m[V];
 #pragma unroll
         for (int r = 0; r < N; ++r) {
           if (new_slot(row, r)) {
-            load_parameters(m, matrix, (int64_t{row[r].slot} * rank + first + g) * width + tile_column<V>(c),
-                            0.f);
+            load_vector(m, matrix + (int64_t{row[r].slot} * rank + first + g) * width + tile_column<V>(c));
           }
 #pragma unroll
           for (int v = 0; v < V; ++v) sum[g * N + r] = fmaf(value[r][c][v], m[v], sum[g * N + r]);
@@ -63,23 +68,27 @@ __device__ inline void finish_dots(int rank, const float* part, F finish) {
   __syncthreads();
 }
 
-// added[r] = Σ_j weight[j kRows + r] · matrix[j] over the V columns at `column`.
-template <int N, int V>
-__device__ inline void tile_combine(float (&added)[N][V], const float* weight, const RowEdit (&row)[N],
-                                    const float* matrix, int rank, int64_t width, int column) {
+// added[r][c] += Σ_j weight[j kRows + r] · matrix[j] over the V columns of each of C chunks from `first` on, which the thread has.
+template <int N, int C, int V>
+__device__ inline void tile_combine(float (&added)[N][C][V], const float* weight, const RowEdit (&row)[N],
+                                    const float* matrix, int rank, int64_t width, int first) {
+  const float* from[N];
 #pragma unroll
-  for (int r = 0; r < N; ++r)
-#pragma unroll
-    for (int v = 0; v < V; ++v) added[r][v] = 0.f;
-#pragma unroll 2
+  for (int r = 0; r < N; ++r) from[r] = matrix + int64_t{row[r].slot} * rank * width + tile_column<V>(first);
+#pragma unroll 1
   for (int j = 0; j < rank; ++j) {
-    float m[V];
+    float m[C][V] = {};
 #pragma unroll
     for (int r = 0; r < N; ++r) {
-      if (new_slot(row, r))
-        load_parameters(m, matrix, (int64_t{row[r].slot} * rank + j) * width + column, 0.f);
 #pragma unroll
-      for (int v = 0; v < V; ++v) added[r][v] = fmaf(weight[j * N + r], m[v], added[r][v]);
+      for (int c = 0; c < C; ++c) {
+        if (new_slot(row, r)) load_vector(m[c], from[r] + c * blockDim.x * V);
+      }
+      from[r] += width;
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+#pragma unroll
+        for (int v = 0; v < V; ++v) added[r][c][v] = fmaf(weight[j * N + r], m[c][v], added[r][c][v]);
     }
   }
 }

@@ -184,21 +184,25 @@ __device__ inline Pack<T, V> round_to(const float (&in)[V], int dtype) {
   return pack;
 }
 
-// V fp32 parameters; `absent` where there are none.
+// V fp32 parameters.
 template <int V>
-__device__ inline void load_parameters(float (&out)[V], const float* data, int64_t at, float absent) {
-  if (!data) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = absent;
-  } else if constexpr (V == 1) {
-    out[0] = __ldg(data + at);
+__device__ inline void load_vector(float (&out)[V], const float* at) {
+  if constexpr (V == 1) {
+    out[0] = __ldg(at);
   } else {
 #pragma unroll
     for (int i = 0; i < V / 4; ++i) {
-      float4 p = __ldg(reinterpret_cast<const float4*>(data + at) + i);
+      float4 p = __ldg(reinterpret_cast<const float4*>(at) + i);
       out[4 * i] = p.x, out[4 * i + 1] = p.y, out[4 * i + 2] = p.z, out[4 * i + 3] = p.w;
     }
   }
+}
+// The same from data[at]; `absent` where there are none.
+template <int V>
+__device__ inline void load_parameters(float (&out)[V], const float* data, int64_t at, float absent) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) out[i] = absent;
+  if (data) load_vector(out, data + at);
 }
 
 }  // namespace fastedit::cuda

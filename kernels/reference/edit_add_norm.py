@@ -66,8 +66,8 @@ def edit_add_norm_backward(
 ):  # fmt: skip
     """(d_x, d_residual, d_scale, d_bias, d_read, d_offset, d_write, d_coefficient, d_weight, d_norm_bias).
 
-    grad_residual or grad_normed may be None. Where on_sum, x is given with
-    `residual`, or is the sum itself. needs: (x, scale, bias, read, offset, write, coefficient, residual);
+    grad_residual or grad_normed may be None. `residual` is given (with x) where on_sum and the edit's
+    parameters need it, or x is the sum. needs: (x, scale, bias, read, offset, write, coefficient, residual);
     needs_norm: (weight, norm_bias).
     """
     dtype = compute_dtype(residual_out)

@@ -35,7 +35,7 @@ from .norm import load_gradient, load_row_number, load_unit
 def load_input(x, residual, x_stride, residual_stride, row, live, cols, inside, ON_SUM: tl.constexpr):
     """h, fp32; None where no wanted gradient reads it."""
     if x is None:
-        return None
+        return
     else:
         return edit_input(
             load_rows(x, row, x_stride, live, cols, inside),
@@ -47,7 +47,7 @@ def load_input(x, residual, x_stride, residual_stride, row, live, cols, inside, 
 def load_matrix(pointer, owner, rank, width, cols, inside, RANK_BLOCK: tl.constexpr):
     """(RANK_BLOCK, BLOCK_WIDTH) of one slot's read or write; None where absent."""
     if pointer is None:
-        return None
+        return
     else:
         ranks = tl.arange(0, RANK_BLOCK)
         at = pointer + owner * rank * width + ranks[:, None] * width + cols[None, :]
@@ -70,7 +70,7 @@ def store_sums(pointer, block, columns, sums, cols, inside):
 def load_row_ranks(pointer, row, rank, live, RANK_BLOCK: tl.constexpr):
     """(BLOCK_ROWS, RANK_BLOCK) of q or z; None where absent."""
     if pointer is None:
-        return None
+        return
     else:
         return load_ranks(pointer, row.to(tl.int64)[:, None] * rank, rank, live[:, None], RANK_BLOCK)
 

@@ -29,7 +29,7 @@ def narrow(x, dtype: tl.constexpr):
 def load_rows(pointer, row, stride, live, cols, inside):
     """A tile of a stream in its own dtype, 0 outside; None for an absent stream."""
     if pointer is None:
-        return None
+        return
     else:
         at = pointer + row.to(tl.int64)[:, None] * stride + cols[None, :]
         return tl.load(at, mask=live[:, None] & inside[None, :], other=0.0)
@@ -45,7 +45,7 @@ def store_rows(pointer, row, stride, live, cols, inside, value):
 def load_parameter(pointer, first, cols, inside):
     """(1 or BLOCK_ROWS, BLOCK_WIDTH) of a parameter, fp32; `first` is 0, or where each row's slot begins."""
     if pointer is None:
-        return None
+        return
     else:
         return tl.load(pointer + first + cols[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
 
@@ -54,7 +54,7 @@ def load_parameter(pointer, first, cols, inside):
 def load_slot(slot, row, live, slots):
     """(BLOCK_ROWS,) slot, every number out of range as −1; None without slots."""
     if slot is None:
-        return None
+        return
     else:
         s = tl.load(slot + row, mask=live, other=-1)
         return tl.where((s >= 0) & (s < slots), s, -1)
@@ -74,7 +74,7 @@ def load_coefficient(coefficient, s, row, live, SHARED_K: tl.constexpr):
     """(BLOCK_ROWS, 1) coefficient, 0 for slot −1; None where it is 1 for every row."""
     if coefficient is None:
         if s is None:
-            return None
+            return
         else:
             return tl.where(s < 0, 0.0, 1.0)[:, None]
     else:

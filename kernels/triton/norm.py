@@ -25,7 +25,7 @@ RMS, GEMMA, LAYER = 0, 1, 2
 def norm_gain(weight, KIND: tl.constexpr):
     """What a norm multiplies the unit row by: weight, 1 + weight (GEMMA), or None for 1."""
     if weight is None:
-        return None
+        return
     else:
         if KIND == 1:
             return 1.0 + weight
@@ -51,7 +51,7 @@ def normalised(r, mean, rstd, weight, norm_bias, KIND: tl.constexpr, dtype: tl.c
 def load_row_number(pointer, row, live):
     """(BLOCK_ROWS, 1) fp32 of one number a row; None where absent."""
     if pointer is None:
-        return None
+        return
     else:
         return tl.load(pointer + row, mask=live, other=0.0)[:, None]
 

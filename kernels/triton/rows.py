@@ -54,7 +54,7 @@ def low_rank_rows(h, read, offset, write, z, base, index, row, live, rank, width
                 z_r = tl.where((index < 0)[:, None], 0.0, z_r)
             tl.store(z + row.to(tl.int64)[:, None] * rank + r, z_r, mask=live[:, None])
     if write is None:
-        return None
+        return
     else:
         return added
 

@@ -179,6 +179,7 @@ inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return *value = sms ? emulator::multiprocessors : emulator::shared_limit, cudaSuccess;
 }
 inline int cudaFuncSetAttribute(const void*, int, int bytes) {
+  if (bytes > emulator::shared_limit) return emulator::last_error = cudaErrorInvalidValue;
   return emulator::allow_shared(bytes), cudaSuccess;
 }
 inline int cudaGetLastError() {

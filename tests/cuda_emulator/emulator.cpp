@@ -59,6 +59,8 @@ const std::function<void()>* body;
 int current = -1;
 int order_seed = 0, shared_allowed = 48 * 1024;
 std::vector<Watched> watched;
+std::vector<std::pair<const char*, const char*>> allowed;  // memory of the call's arguments; empty: everything is
+size_t last_allowed = 0;
 std::vector<Launch> launches;
 std::string message;
 
@@ -190,7 +192,19 @@ void copy_now() {
   fibers[current].copies.clear();
 }
 
+// Whether an access lies within one of the arguments. Neighbouring accesses mostly fall into the one before.
+bool is_allowed(const char* at, int bytes) {
+  for (size_t i = 0; i < allowed.size(); ++i) {
+    const auto& [begin, end] = allowed[(last_allowed + i) % allowed.size()];
+    if (at < begin || at + bytes > end) continue;
+    last_allowed = (last_allowed + i) % allowed.size();
+    return true;
+  }
+  return allowed.empty();
+}
+
 void count(const void* at, int bytes, bool store) {
+  if (!is_allowed(static_cast<const char*>(at), bytes)) fail(store ? "a store outside the arguments" : "a load outside the arguments");
   for (Watched& w : watched) {
     int64_t offset = static_cast<const char*>(at) - w.begin;
     if (offset >= 0 && offset < w.bytes) (store ? w.stored : w.loaded) += bytes;
@@ -254,7 +268,11 @@ void emulator_set(int sms, int seed, int shared) {
 void emulator_watch(const void* begin, int64_t bytes) {
   watched.push_back({static_cast<const char*>(begin), bytes, 0, 0});
 }
-void emulator_forget() { watched.clear(), launches.clear(); }
+void emulator_allow_all() { allowed.clear(), last_allowed = 0; }
+void emulator_allow(const void* begin, int64_t bytes) {
+  allowed.push_back({static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes});
+}
+void emulator_forget() { watched.clear(), launches.clear(), emulator_allow_all(); }
 int64_t emulator_launches() { return launches.size(); }
 int64_t emulator_launch(int index, int field) { return (&launches[index].kernel)[field]; }
 int64_t emulator_loaded(int index) { return watched[index].loaded; }

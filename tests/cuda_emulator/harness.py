@@ -76,7 +76,8 @@ def build(folder):
 
 def compile_all(library):
     folder = library.parent
-    sources = [*sorted((ROOT / "kernels/cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+    kernels = [path for path in sorted((ROOT / "kernels/cuda").glob("*.cu")) if path.name != "probe.cu"]  # it asks a real device
+    sources = [*kernels, *sorted(HERE.glob("*.cpp"))]
 
     def compile_one(source):
         target = folder / f"{source.stem}.o"
@@ -104,8 +105,16 @@ def reference():
     return sys.modules[name]
 
 
+ARGUMENTS = []  # (address, bytes from the first element to the last) of the next call's tensors
+
+
 def pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()
+    """The tensor's address; kernels of the next call may touch what it spans."""
+    if tensor is None:
+        return None
+    elements = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    ARGUMENTS.append((tensor.data_ptr(), elements * tensor.element_size()))
+    return tensor.data_ptr()
 
 
 def stride(tensor):
@@ -196,7 +205,13 @@ class Emulated:
         self.library.emulator_forget()
         for begin, size, _row_bytes in watched.values():
             self.library.emulator_watch(PTR(begin), I64(size))
+        if backward:
+            ARGUMENTS.append((extra[0].value, size))
+        for begin, size in ARGUMENTS:
+            self.library.emulator_allow(PTR(begin), I64(size))
+        ARGUMENTS.clear()
         error = getattr(self.library, op)(ctypes.byref(args), *extra)
+        self.library.emulator_allow_all()
         self.last_op, self.last_args = op, args
         self.moved_bytes = {
             name: (self.library.emulator_loaded(i), self.library.emulator_stored(i))

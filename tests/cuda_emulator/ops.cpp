@@ -2,6 +2,7 @@
 #include "abi.h"
 #include "cuda/backward.h"
 #include "cuda/launch.h"
+#include "cuda/run.h"
 #include "cuda/vec.h"
 
 namespace fe = fastedit;
@@ -69,6 +70,13 @@ void race(float* out) {
 }
 
 }  // namespace
+
+// A launch that asks for more shared memory than there is, and then a good one, whose error is returned.
+extern "C" int refused_then_good(float* out) {
+  void (*kernel)(float*) = [](float* out) { out[threadIdx.x] = 1; };
+  int refused = fe::cuda::launch(kernel, fe::cuda::Shape{1, 32, 300 * 1024}, nullptr, out);
+  return refused ? fe::cuda::launch(kernel, fe::cuda::Shape{1, 32, 0}, nullptr, out) : -1;
+}
 
 extern "C" int break_rule(int index, float* out) {
   void (*rules[])(float*) = {some_leave, two_barriers, half_a_warp, past_the_end, misaligned, race};

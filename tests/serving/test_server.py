@@ -32,7 +32,8 @@ def world(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", "from fastedit.cli import app; app()", "serve", str(base / "model")]
-    command += ["--edits", str(base / "edits"), "--rank", "4", "--port", str(port), "--host", "127.0.0.1", *ARGUMENTS]
+    command += ["--edits", str(base / "edits"), "--rank", "4", "--max-change", "1e300"]
+    command += ["--port", str(port), "--host", "127.0.0.1", *ARGUMENTS]
     command += ["--served-model-name", "tiny"]
     env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with open(base / "log", "w") as log:
@@ -50,7 +51,7 @@ def world(tmp_path_factory):
 
 
 def _wait(server, url, log):
-    for _ in range(240):
+    for _ in range(480):
         try:
             urllib.request.urlopen(url, timeout=2)
             return
@@ -61,10 +62,11 @@ def _wait(server, url, log):
     pytest.fail("the server did not start:\n" + log.read_text()[-4000:])
 
 
-def post(url, prompt, xargs=None):
+def post(url, prompt, xargs=None, **further):
     """(status, the answer)"""
     asked = {"model": "tiny", "prompt": prompt, "max_tokens": support.TOKENS, "temperature": 0, "ignore_eos": True}
     asked |= {"return_token_ids": True} | ({} if xargs is None else {"vllm_xargs": xargs})
+    asked |= further
     request = urllib.request.Request(url, json.dumps(asked).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -116,3 +118,35 @@ def test_added_and_removed_while_serving(world):
     assert token_ids(post(url, PROMPTS[0], {"fastedit": "new"})) == support.answers(model, stack, PROMPTS)[0]
     shutil.rmtree(folder / "new")
     assert post(url, PROMPTS[0], {"fastedit": "new"})[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("further", "said"),
+    [
+        ({"vllm_xargs": {"fastedi": "red"}}, "unknown argument 'fastedi'"), ({"fastedit": "red"}, "put it into vllm_xargs"),
+        ({"vllm_xargs": {"fastedit": "red"}, "use_beam_search": True, "n": 2}, "no edit is served with it"),
+        ({"vllm_xargs": {"fastedit": ["red"] * 4000}}, "a list of 4000, expected at most 16"),
+        ({"vllm_xargs": {"fastedit": "red", "fastedit_plan": "x"}}, "unknown argument 'fastedit_plan'"),
+    ],
+)  # fmt: skip
+def test_what_would_be_answered_unedited_is_a_bad_request(world, further, said):
+    status, answer = post(world[0], PROMPTS[0], **further)
+    assert status == 400 and said in json.dumps(answer)
+
+
+@pytest.mark.parametrize("strength", [3e38, 1e39, [1.0, 1e39], [1e39, 1e39]])
+def test_a_strength_that_overflows_ends_its_request_by_name(world, strength):
+    url, model, _ = world
+    name = ["red", "steer"] if isinstance(strength, list) else "steer"
+    status, answer = post(url, PROMPTS[0], {"fastedit": name, "fastedit_strength": strength})
+    assert status == 400 and "steer" in json.dumps(answer) and "NaN or infinite" in json.dumps(answer), answer
+    assert token_ids(post(url, PROMPTS[0])) == support.answers(model, None, PROMPTS)[0]
+
+
+def test_refusals_do_not_say_where_things_lie(world):
+    url, _, folder = world
+    (folder / "broken").mkdir()
+    (folder / "broken" / "edit.json").write_text("{")
+    status, answer = post(url, PROMPTS[0], {"fastedit": "broken"})
+    assert status == 400 and "edit 'broken' cannot be served: edit.json is not valid JSON" in json.dumps(answer)
+    assert str(folder) not in json.dumps(answer)

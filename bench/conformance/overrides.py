@@ -1,0 +1,27 @@
+"""What shrinking by name does not know: sizes that hang together, and which layers a hybrid is made of."""
+
+LAYERS = 4
+HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+OVERRIDES = {
+    "BambaConfig": {"attn_layer_indices": [1, 3]},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
+    "Mamba2Config": {"num_heads": 8, "head_dim": 8},
+    "LongcatFlashConfig": {"head_dim": 16, "qk_head_dim": 16},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "DeepseekV2Config": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "DoryConfig": {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": 2},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
+    "NemotronHConfig": {"n_groups": 2, "mamba_num_heads": 4},
+    "Qwen4ExpConfig": {
+        "indexer_n_heads": 4, "indexer_kv_heads": 2, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 4,
+    },
+    "ReformerConfig": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 8], "lsh_attn_chunk_length": 8,
+                       "local_attn_chunk_length": 8},
+    "XmodConfig": {"default_language": "en_XX"},
+    "BlenderbotConfig": {"encoder_layers": 4, "decoder_layers": 4, "num_hidden_layers": 4},
+    "xLSTMConfig": {"qk_dim_factor": 1.0},
+    "Gemma3nTextConfig": {"num_kv_shared_layers": 1, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "Gemma4AssistantConfig": {"text_config": {"hidden_size_per_layer_input": 0}},
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Training measured: what an edit learns beside LoRA, and what a step of preferences costs."""

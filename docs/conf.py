@@ -1,0 +1,40 @@
+"""The documentation site: `make docs` builds it, with warnings as errors and without a network."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "extensions"))
+
+import fastedit
+
+project = "fastedit"
+author = "the fastedit developers"
+copyright = "2026, the fastedit developers"
+version = release = fastedit.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "extensions"]
+html_theme = "furo"
+html_title = "fastedit"
+html_static_path = ["_static"]
+html_copy_source = False
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": False}
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+nitpicky = False

@@ -1,0 +1,72 @@
+"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantisation."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
+DeviceMap = Annotated[str | None, typer.Option(help="auto: over several GPUs, by accelerate.")]
+Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(name, device="auto", dtype=None, device_map=None, quantize=None):
+    """(model, tokenizer) of a causal language model in eval mode; a mistake in a name or an option is one line."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..interop import smollm2
+    from .progress import quiet
+
+    quiet()
+    if dtype not in (None, *DTYPES):
+        raise typer.BadParameter(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    place = device_of(device)
+    if device_map is not None:
+        if device != "auto":
+            raise typer.BadParameter(f"--device {device} and --device-map {device_map} both say where: give one of them")
+        options["device_map"] = device_map
+    if quantize is not None:
+        options["quantization_config"] = _quantized(quantize, options.get("dtype"))
+        options.setdefault("device_map", {"": place})
+    try:
+        if name == smollm2.NAME and not Path(name).exists():
+            name = smollm2.chat_folder()
+        model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise typer.BadParameter(f"{name} could not be loaded: {error}") from None
+    return model if "device_map" in options else model.to(place), tokenizer
+
+
+def device_of(device):
+    """A torch device: "auto" is a GPU if there is one."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise typer.BadParameter(f"device is {device!r}, expected auto, cpu, cuda or cuda:0") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"device is {device!r}, and torch sees no GPU here: use cpu, or auto")
+    return found
+
+
+def _quantized(bits, dtype):
+    import importlib.util
+
+    if bits not in ("8bit", "4bit"):
+        raise typer.BadParameter(f"quantize is {bits!r}, expected 8bit or 4bit")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise typer.BadParameter("--quantize needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = {} if dtype is None else {"bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **compute)

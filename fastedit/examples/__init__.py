@@ -1,0 +1,26 @@
+"""Small texts written for this project: two moods of sentences, prompts that ask for neither, and words that tell them apart.
+
+The command line's examples and the demo use them; the files lie beside this one.
+"""
+
+import json
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+HAPPY, SAD, PROMPTS, MOODS = (FOLDER / name for name in ("happy.txt", "sad.txt", "prompts.txt", "moods.json"))
+
+
+def lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def moods():
+    """{"happy": frozenset of words, "sad": frozenset of words}"""
+    return {mood: frozenset(words) for mood, words in json.loads(MOODS.read_text(encoding="utf-8")).items()}
+
+
+def tally(text, words):
+    """{mood: how many of the text's words are among the mood's}"""
+    found = re.findall(r"[a-z]+", text.lower())
+    return {mood: sum(word in known for word in found) for mood, known in words.items()}

@@ -1,0 +1,194 @@
+"""The playground's page, drawn with Gradio. What happens behind it is in session.py."""
+
+import os
+import tempfile
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+
+CSS = """
+.gradio-container {max-width: 1280px !important}
+.token {padding: 1px 0; border-radius: 3px; white-space: pre-wrap}
+.tokens {line-height: 2; font-family: ui-monospace, monospace}
+"""
+LARGEST = 4.0
+
+
+class Dials(dict):
+    """One visitor's {edit's name: strength}, and whether their reply is to stop."""
+
+    stop = False
+
+
+def build(session, title):
+    """The gr.Blocks of a Session."""
+    with gr.Blocks(title=f"fastedit · {title}", analytics_enabled=False) as page:
+        dials, version = gr.State(Dials), gr.State(0)
+        gr.Markdown(f"## fastedit playground · {title}")
+        with gr.Row():
+            with gr.Column(scale=3):
+                _chat(session, dials)
+            with gr.Column(scale=2):
+                _dials(session, dials, version)
+        with gr.Tab("Make a direction"):
+            _create(session, version)
+        with gr.Tab("Color tokens"):
+            _color(session, dials, version, page)
+        with gr.Tab("Export"):
+            _export(session, dials, version, page)
+    return page
+
+
+def _chat(session, dials):
+    with gr.Row():
+        plain = gr.Chatbot(label="Unedited", height=420, elem_id="plain", buttons=["copy"])
+        edited = gr.Chatbot(label="Edited", height=420, elem_id="edited", buttons=["copy"])
+    meter = gr.Markdown("KL to the unedited model: –", elem_id="meter")
+    text = gr.Textbox(label="Message", placeholder="Say something, and turn a dial while it answers", elem_id="message")
+    with gr.Row():
+        send = gr.Button("Send", variant="primary", elem_id="send")
+        stop = gr.Button("Stop", elem_id="stop")
+        clear = gr.Button("Clear", elem_id="clear")
+    with gr.Row():
+        length = gr.Slider(8, 512, value=128, step=8, label="Longest reply, tokens", elem_id="length")
+        temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0: greedy)")
+
+    def answer(message, plain_said, edited_said, mine, tokens, heat):
+        message = (message or "").strip()
+        if not message:
+            raise gr.Error("The message is empty.")
+        mine.stop = False
+        said = [[*_plain(history), {"role": "user", "content": message}] for history in (plain_said, edited_said)]
+        total = count = 0
+        for step in session.reply(*said, lambda: mine, max_new_tokens=int(tokens), temperature=heat, seed=0):
+            total, count = total + step.kl, count + 1
+            shown = [[*s, {"role": "assistant", "content": r}] for s, r in zip(said, (step.plain, step.edited), strict=True)]
+            yield "", *shown, f"KL to the unedited model: **{step.kl:.2f}** nats now, {total / count:.2f} on average"
+            if mine.stop:
+                return
+
+    given = [text, plain, edited, dials, length, temperature]
+    gr.on(
+        [send.click, text.submit], answer, given, [text, plain, edited, meter], concurrency_limit=None,
+        show_progress="hidden",
+    )  # fmt: skip
+    stop.click(lambda mine: setattr(mine, "stop", True), dials, None, queue=False)
+    clear.click(lambda: ([], [], "KL to the unedited model: –"), None, [plain, edited, meter], queue=False)
+
+
+def _plain(history):
+    """Messages as templates take them: role and text."""
+    found = []
+    for message in history or ():
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "".join(part["text"] for part in content if part.get("type") == "text")
+        found.append({"role": message["role"], "content": content})
+    return found
+
+
+def _dials(session, dials, version):
+    gr.Markdown("### Edits\nEach dial acts on the next token.")
+
+    @gr.render(inputs=[dials, version])
+    def sliders(mine, _):
+        if not session.edits:
+            gr.Markdown("No edit yet. *Make a direction* below.")
+        for name, held in list(session.edits.items()):
+            dial = gr.Slider(
+                -LARGEST, LARGEST, value=mine.get(name, 0.0), step=0.05, label=name, info=held.about,
+                elem_id=f"dial-{name}", key=f"dial-{name}",
+            )  # fmt: skip
+            dial.input(lambda value, mine, name=name: mine.__setitem__(name, value), [dial, dials], None,
+                       queue=False, show_progress="hidden")  # fmt: skip
+
+
+def _create(session, version):
+    with gr.Row():
+        positive = gr.Textbox(label="More like these (one sentence per line)", lines=6, elem_id="positive")
+        negative = gr.Textbox(label="Less like these (one sentence per line)", lines=6, elem_id="negative")
+    with gr.Row():
+        name = gr.Textbox(label="Name", elem_id="name")
+        at = gr.Dropdown(["mean", "last token"], value="mean", label="Measured at")
+        make = gr.Button("Make it", variant="primary", elem_id="make")
+    picture = gr.Plot(label="Separation per layer")
+    said = gr.Markdown(elem_id="made")
+
+    def create(name, positive, negative, at, version):
+        try:
+            held = session.create(name, positive, negative, at)
+        except (ValueError, TypeError) as error:
+            raise gr.Error(str(error)) from None
+        from ..plots.directions import figure
+
+        return figure(held.directions), f"**{name.strip()}** is on the model: {held.about}.", version + 1
+
+    make.click(create, [name, positive, negative, at, version], [picture, said, version])
+
+
+def _names(session):
+    return list(session.edits)
+
+
+def _refreshed(session, version, page, box, among=None):
+    def again(_):
+        names = [n for n, held in session.edits.items() if among is None or among(held)]
+        return gr.Dropdown(choices=names, value=names[-1] if names else None)
+
+    gr.on([page.load, version.change], again, version, box)
+
+
+def _color(session, dials, version, page):
+    with gr.Row():
+        text = gr.Textbox(label="Text", lines=3, elem_id="colored-text")
+        name = gr.Dropdown([], label="Direction", elem_id="color-name")
+        go = gr.Button("Color", elem_id="color")
+    _refreshed(session, version, page, name, lambda held: held.directions is not None)
+    shown, heat = gr.HTML(elem_id="colored"), gr.Plot(label="Layer × token")
+
+    def color(text, name, mine):
+        try:
+            tokens, layers, values = session.color(text or "", name, mine)
+        except KeyError:
+            raise gr.Error("Make a direction first.") from None
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+        from ..plots.tokens import heat_map, html
+
+        return html(tokens, values.mean(0)), heat_map(tokens, layers, values)
+
+    go.click(color, [text, name, dials], [shown, heat])
+
+
+def _export(session, dials, version, page):
+    with gr.Row():
+        name = gr.Dropdown([], label="Edit", elem_id="export-name")
+        go = gr.Button("Export at its dial", elem_id="export")
+    _refreshed(session, version, page, name)
+    files = gr.File(label="Files", file_count="multiple", elem_id="files")
+    python, request = gr.Code(label="Python", language="python"), gr.Code(label="vLLM request", language="json")
+
+    def export(name, mine):
+        if name not in session.edits:
+            raise gr.Error("There is no edit to export.")
+        folder = tempfile.mkdtemp(prefix="fastedit-")
+        dial = mine.get(name) or 1.0
+        paths = session.export(name, dial, folder)
+        found = [p for path in paths for p in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        lines = session.lines(name, dial)
+        return [str(path) for path in found], lines["Python"], lines["vLLM request"]
+
+    go.click(export, [name, dials], [files, python, request])
+
+
+def serve(session, title, host="127.0.0.1", port=7860, block=True):
+    """Binds, prints the address and serves until interrupted (or, with block False, returns the gr.Blocks)."""
+    page = build(session, title)
+    page.queue(default_concurrency_limit=None).launch(
+        server_name=host, server_port=port, share=False, inbrowser=False, prevent_thread_lock=not block, quiet=not block,
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=CSS,
+        footer_links=[], ssr_mode=False, show_error=True,
+    )  # fmt: skip
+    return page

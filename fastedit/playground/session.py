@@ -1,0 +1,294 @@
+"""What a person does in the playground, without a page: chat, dial, color, create, export.
+
+One model serves every visitor. A visitor's dials are theirs: each step of a reply sets them, runs and lets go of the
+model's lock, so that replies of several visitors take turns token by token.
+"""
+
+import inspect
+import json
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import fastedit
+
+from ..truncated import residual_stream
+
+PROBES = ("What do you think of Mondays?", "Tell me about your day.", "Describe a walk in the park.")
+
+
+@dataclass
+class Step:
+    """A reply so far. kl: KL(unedited ‖ edited) of the edited reply's last token, in nats."""
+
+    plain: str
+    edited: str
+    kl: float
+    finished: bool
+
+
+@dataclass
+class Held:
+    """One edit on the model. directions: where it was made of some."""
+
+    handle: object
+    about: str
+    directions: object = None
+    statistics: dict = field(default_factory=dict)
+
+
+class Session:
+    """A model, its tokenizer and the edits that are on it.
+
+    Args:
+        model: a causal language model, in eval mode from now on.
+        tokenizer: its tokenizer; with a chat template messages go through it.
+        folder: a folder of edits written by `handle.save`, each of which gets a dial.
+
+    Raises:
+        ValueError: a folder that is no folder; EditFileError: an edit in it that cannot be read.
+    """
+
+    def __init__(self, model, tokenizer, folder=None):
+        self.model, self.tokenizer, self.lock = model.eval(), tokenizer, threading.RLock()
+        self.edits = {}
+        names = inspect.signature(model.forward).parameters
+        self._cache_name = next((n for n in ("cache", "past_key_values") if n in names), None)
+        if self._cache_name is None:
+            raise ValueError(f"{type(model).__name__}.forward takes no cache, which replies token by token need")
+        if folder is not None:
+            folder = Path(folder)
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is no folder of edits")
+            for path in sorted(p for p in folder.iterdir() if (p / "edit.json").is_file()):
+                self._add(path.name, fastedit.load(model, path), f"folder {path.name}")
+
+    # --- edits ------------------------------------------------------------------------------------------------
+
+    def _add(self, name, handle, about, directions=None, statistics=None):
+        handle.strength = 0.0
+        self.edits[name] = Held(handle, about, directions, statistics or {})
+
+    def check_name(self, name):
+        """The name, stripped; ValueError where it is empty, taken or no file name."""
+        name = (name or "").strip()
+        if not name or name in self.edits or any(c in name for c in "/\\\0") or name.startswith("."):
+            raise ValueError(f"the name {name!r} is empty, taken, or holds a slash: give another one")
+        return name
+
+    def create(self, name, positive, negative, at="mean", kl=0.3):
+        """A steering edit from two lists of sentences; its dial's 1 moves the next token by `kl` nats on average.
+
+        The layers are the third that separate the lists best, without the first and the last. Returns the Held.
+        """
+        name = self.check_name(name)
+        positive, negative = _sentences("positive", positive), _sentences("negative", negative)
+        with self.lock, self._dialed({}):
+            directions = fastedit.contrast(self.model, self.tokenizer, positive, negative, at=at)
+            layers = best_layers(directions)
+            edit = fastedit.Steer(directions, layers=layers)
+            prompts = [self._prompt([{"role": "user", "content": text}]) for text in PROBES]
+            dose = fastedit.calibrate(self.model, edit, prompts, target_kl=kl, tolerance=0.05)
+            handle = fastedit.patch(self.model, fastedit.Steer(directions, layers=layers, strength=dose.strength))
+            about = f"{len(positive)} + {len(negative)} sentences, layers {layers[0]} to {layers[-1]}; 1 is {kl:g} nats"
+            self._add(name, handle, about, directions, {"layers": layers, "strength": dose.strength})
+        return self.edits[name]
+
+    def remove(self, name):
+        with self.lock:
+            self.edits.pop(name).handle.remove()
+
+    def _dialed(self, dials):
+        return _Dialed(self.edits, dials)
+
+    # --- chat -------------------------------------------------------------------------------------------------
+
+    def _prompt(self, messages):
+        """Token ids of the messages, ready for a reply."""
+        if getattr(self.tokenizer, "chat_template", None):
+            found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+            return list(found["input_ids"] if hasattr(found, "keys") else found)
+        return self.tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
+
+    @torch.no_grad()
+    def reply(self, plain_messages, edited_messages, dials, *, max_new_tokens=128, temperature=0.0, seed=0):
+        """Yields a Step per token: the unedited model's reply and the edited one's, written side by side.
+
+        Args:
+            plain_messages, edited_messages: the two conversations, each as the model itself saw it.
+            dials: a function that returns {edit's name: strength}, asked before every token.
+            temperature: 0 is greedy. Both replies use the same random numbers.
+        """
+        device = next(self.model.parameters()).device
+        ends = _ends(self.model, self.tokenizer)
+        generator = torch.Generator().manual_seed(seed)
+        plain, edited, shadow = (_Stream(self._prompt(m), device) for m in (plain_messages, edited_messages, edited_messages))
+        kl = 0.0
+        for _ in range(max_new_tokens):
+            with self.lock:
+                with self._dialed({}):
+                    plain.advance(self.model, self._cache_name, self.edits)
+                    shadow.advance(self.model, self._cache_name, self.edits)
+                with self._dialed(dials()):
+                    edited.advance(self.model, self._cache_name, self.edits)
+            uniform = torch.rand((), generator=generator).item()
+            if not edited.finished:
+                p, q = shadow.logits.double().log_softmax(-1), edited.logits.double().log_softmax(-1)
+                kl = (p.exp() * (p - q)).sum().item()
+            plain.take(temperature, uniform, ends)
+            edited.take(temperature, uniform, ends)
+            shadow.follow(edited)
+            finished = plain.finished and edited.finished
+            yield Step(self._text(plain), self._text(edited), kl, finished)
+            if finished:
+                return
+        yield Step(self._text(plain), self._text(edited), kl, True)
+
+    def _text(self, stream):
+        return self.tokenizer.decode(stream.written, skip_special_tokens=True)
+
+    # --- looking ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def color(self, text, name, dials=None):
+        """(tokens, layers, values): the cosine of each token's hidden state with a direction, at each of its layers.
+
+        values: float tensor (layers, tokens).
+
+        Raises:
+            KeyError: an edit that is not there. ValueError: one that was not made of directions; an empty text.
+        """
+        directions = self.edits[name].directions
+        if directions is None:
+            raise ValueError(f"{name!r} was loaded as an edit: only directions made here can color tokens")
+        ids, pieces = self._pieces(text)
+        layers = list(directions)
+        with self.lock, self._dialed(dials or {}):
+            found = residual_stream(self.model, [layer + 1 for layer in layers], {"input_ids": ids})
+        rows = [
+            torch.cosine_similarity(hidden[0].float().cpu(), directions[layer], dim=-1)
+            for layer, hidden in zip(layers, found, strict=True)
+        ]
+        return pieces, layers, torch.stack(rows)
+
+    def _pieces(self, text):
+        """(token ids (1, tokens), the text of each token with the space before it)."""
+        given = self.tokenizer(text, return_offsets_mapping=self.tokenizer.is_fast)
+        ids, last, pieces = given["input_ids"], 0, []
+        if not text.strip() or not ids:
+            raise ValueError("the text is empty")
+        for token, (start, stop) in zip(ids, given.get("offset_mapping") or [(0, 0)] * len(ids), strict=True):
+            pieces.append(text[last:stop] if stop > start else self.tokenizer.decode(token))
+            last = max(last, stop)
+        return torch.tensor([ids], device=next(self.model.parameters()).device), pieces
+
+    # --- export -----------------------------------------------------------------------------------------------
+
+    def export(self, name, dial, folder):
+        """Writes the edit below `folder`: [path]. With directions a GGUF control vector, too. The dial becomes its strength."""
+        held, folder = self.edits[name], Path(folder)
+        with self.lock, self._dialed({name: dial}):
+            held.handle.save(folder / name)
+        paths = [folder / name]
+        if held.directions is not None:
+            layers = held.statistics["layers"]
+            scaled = fastedit.Directions({layer: held.directions[layer] for layer in layers}) * (
+                dial * held.statistics["strength"]
+            )
+            if 0 in scaled.layers:
+                scaled = fastedit.Directions({layer: vector for layer, vector in scaled.items() if layer})
+            scaled.save_gguf(folder / f"{name}.gguf")
+            paths.append(folder / f"{name}.gguf")
+        return paths
+
+    def lines(self, name, dial):
+        """{what: text}: the Python lines and the vLLM request that use the edit as `export` wrote it."""
+        request = {
+            "model": "MODEL", "messages": [{"role": "user", "content": "Hello"}],
+            "vllm_xargs": {"fastedit": name, "fastedit_strength": 1.0},
+        }  # fmt: skip
+        return {
+            "Python": f"import fastedit as fe\n\nhandle = fe.load(model, {name!r})  # at strength {dial:g}, as exported",
+            "vLLM request": json.dumps(request, indent=2),
+        }
+
+
+class _Dialed:
+    """Every edit at its dial, the others at 0; the model's lock is held around it."""
+
+    def __init__(self, edits, dials):
+        self.edits, self.dials = edits, dials
+
+    def __enter__(self):
+        for name, held in self.edits.items():
+            strength = float(self.dials.get(name, 0.0))
+            if held.handle.strength != strength:
+                held.handle.strength = strength
+
+    def __exit__(self, *exception):
+        return False
+
+
+class _Stream:
+    """One reply as it is written."""
+
+    def __init__(self, prompt, device):
+        self.prompt, self.device, self.written, self.finished = prompt, device, [], False
+        self.cache = self.logits = None
+        self.next = torch.tensor([prompt], device=device)
+
+    def advance(self, model, cache_name, edits):
+        """One forward, from the tokens that the cache does not hold yet to the next token's logits."""
+        if self.finished:
+            return
+        for held in edits.values():
+            held.handle.prompt(len(self.prompt))
+            break  # the prompt's length is the model's, not one handle's
+        mask = torch.ones(1, len(self.prompt) + len(self.written), dtype=torch.long, device=self.device)
+        given = {} if self.cache is None else {cache_name: self.cache}
+        out = model(input_ids=self.next, attention_mask=mask, use_cache=True, **given)
+        self.cache = getattr(out, cache_name, None) or out["past_key_values"]
+        self.logits = out.logits[0, -1].float().cpu()
+
+    def take(self, temperature, uniform, ends):
+        if self.finished:
+            return
+        if temperature > 0:
+            shares = (self.logits.double() / temperature).softmax(-1).cumsum(-1)
+            token = int(torch.searchsorted(shares, uniform * shares[-1]).clamp(max=len(shares) - 1))
+        else:
+            token = int(self.logits.argmax())
+        self._put(token, ends)
+
+    def _put(self, token, ends):
+        self.finished = token in ends
+        if not self.finished:
+            self.written.append(token)
+        self.next = torch.tensor([[token]], device=self.device)
+
+    def follow(self, other):
+        """Take the token that another stream took."""
+        if not self.finished:
+            self._put(int(other.next[0, -1]), {int(other.next[0, -1])} if other.finished else ())
+
+
+def best_layers(directions):
+    """A third of the layers, those that separate the two lists best; neither the first nor the last."""
+    layers = list(directions)[1:-1] or list(directions)
+    apart = {layer: directions.statistics[layer].get("separation") or 0.0 for layer in layers}
+    return sorted(sorted(layers, key=lambda layer: -apart[layer])[: max(1, len(layers) // 3)])
+
+
+def _ends(model, tokenizer):
+    found = getattr(model.generation_config, "eos_token_id", None)
+    found = tokenizer.eos_token_id if found is None else found
+    return set(found) if isinstance(found, (list, tuple)) else {found}
+
+
+def _sentences(which, text):
+    found = [line.strip() for line in (text.splitlines() if isinstance(text, str) else text) if line.strip()]
+    if len(found) < 2:
+        raise ValueError(f"the {which} list has {len(found)} sentences: give at least two, one per line")
+    return found

@@ -1,0 +1,110 @@
+// The commonest calls, as facts that the compiler knows: one slot, every row edited whole, 16-bit streams, no
+// LayerNorm. A kernel that is told its Part works on a copy of its arguments in which what such a call never has is
+// written as absent, so that the code for it goes. Results are the general kernel's to the bit.
+#pragma once
+#include "backward.h"
+
+#ifdef __CUDACC__
+#define FASTEDIT_ASSUME(fact) __builtin_assume(fact)
+#else
+#define FASTEDIT_ASSUME(fact)
+#endif
+
+namespace fastedit::cuda {
+
+enum Part { kGeneral, kPlainEdit, kPlainAdd, kPlainSum, kPlainNorm, kPlainSumNorm };  // Sum: the edit is on the sum
+
+__host__ __device__ inline bool is_plain(const Form& form) {
+  return !form.slot && !form.coefficient && !form.gate;
+}
+
+inline Part part_of(const EditAddNormArgs& a) {
+  const EditAddArgs& add = a.add;
+  if (!is_plain(add.form) || !add.out || add.z || (add.form.rank && !add.form.write)) return kGeneral;
+  if (!add.residual) return a.normed ? kGeneral : kPlainEdit;
+  if (!a.normed) return add.on_sum ? kPlainSum : kPlainAdd;
+  return a.kind == LAYER || a.norm_bias ? kGeneral : add.on_sum ? kPlainSumNorm : kPlainNorm;
+}
+
+__device__ inline Form plain(Form form) {
+  form.slot = nullptr, form.coefficient = nullptr, form.gate = nullptr, form.slots = 1;
+  return form;
+}
+
+template <Part part>
+__device__ inline EditAddNormArgs plain(EditAddNormArgs a) {
+  if constexpr (part == kGeneral) return a;
+  a.add.form = plain(a.add.form);
+  a.add.z = nullptr, a.mean = nullptr, a.norm_bias = nullptr;
+  constexpr bool kNorm = part == kPlainNorm || part == kPlainSumNorm;
+  a.add.on_sum = part == kPlainSum || part == kPlainSumNorm;
+  if (part == kPlainEdit) a.add.residual = nullptr;
+  if (!kNorm) a.normed = nullptr, a.rstd = nullptr;
+  a.kind = a.kind == GEMMA ? GEMMA : RMS;
+  FASTEDIT_ASSUME(a.add.out);
+  if (part != kPlainEdit) FASTEDIT_ASSUME(a.add.residual);
+  if (kNorm) FASTEDIT_ASSUME(a.normed && a.weight);
+  return a;
+}
+
+// Backwards: RED's behind a norm, a rank's behind a norm, a rank's without one. Every gradient of what is there is
+// wanted but d_weight, which may be; the tile's streams lie in shared memory. RED's without a norm is column_sums.
+enum BackwardPart { kGeneralBackward, kPlainRed, kPlainRankNorm, kPlainRank };
+
+inline BackwardPart backward_part(const Backward& b, int64_t columns) {
+  const EditAddNormBackwardArgs& a = b.a;
+  bool norm = a.grad_normed, rank = a.form.rank > 0;
+  if (!is_plain(a.form) || a.slot_order.order || a.residual || a.on_sum || a.width != columns) return kGeneralBackward;
+  if (!a.grad_residual || !a.d_x || a.d_form.coefficient || b.total || b.norm_means || b.q_out) return kGeneralBackward;
+  if (!b.reads_h || !b.unit.total_staged || !b.unit.h_staged || b.taken.bias < 0) return kGeneralBackward;
+  if (norm && (a.kind == LAYER || !a.weight || !a.d_residual || b.taken.norm_bias >= 0)) return kGeneralBackward;
+  if (rank && (!a.form.read || !b.pulls)) return kGeneralBackward;
+  return !rank ? norm && b.taken.scale >= 0 ? kPlainRed : kGeneralBackward : norm ? kPlainRankNorm : kPlainRank;
+}
+
+template <BackwardPart part>
+__device__ inline Backward plain(Backward b) {
+  if constexpr (part == kGeneralBackward) return b;
+  EditAddNormBackwardArgs& a = b.a;
+  a.form = plain(a.form);
+  a.slot_order = {};
+  a.residual = nullptr, a.on_sum = 0, a.kind = a.kind == GEMMA ? GEMMA : RMS, a.mean = nullptr;
+  a.d_form.coefficient = nullptr;
+  b.total = b.norm_means = b.q_out = nullptr;
+  b.parts = 1;
+  b.reads_h = b.unit.total_staged = b.unit.h_staged = true;
+  b.taken.norm_bias = -1;
+  FASTEDIT_ASSUME(a.grad_residual && a.d_x && b.taken.bias >= 0);
+  if (part == kPlainRank) {
+    a.grad_normed = nullptr, a.d_residual = nullptr, b.taken.weight = -1;
+  } else {
+    FASTEDIT_ASSUME(a.grad_normed && a.weight && a.d_residual);
+  }
+  if (part == kPlainRed) {
+    a.form.rank = 0, a.form.read = a.form.write = nullptr, b.pulls = false, b.taken.read = b.taken.write = b.taken.offset = -1;
+    FASTEDIT_ASSUME(b.taken.scale >= 0 && a.form.scale);
+  } else {
+    b.pulls = true;
+    FASTEDIT_ASSUME(a.form.rank > 0 && a.form.read && a.form.write);
+  }
+  return b;
+}
+
+// RED's backward without a norm: every row's d_x, d_scale and d_bias.
+inline bool plain_columns(const Backward& b) {
+  const EditAddNormBackwardArgs& a = b.a;
+  return is_plain(a.form) && !a.slot_order.order && !a.residual && a.grad_residual && b.columns_d_x && b.left.scale >= 0 &&
+         b.left.bias >= 0;
+}
+
+template <bool kPlain>
+__device__ inline Backward plain_columns(Backward b) {
+  if constexpr (!kPlain) return b;
+  b.a.form = plain(b.a.form);
+  b.a.slot_order = {}, b.parts = 1;
+  b.a.residual = nullptr, b.columns_d_x = true;
+  FASTEDIT_ASSUME(b.a.grad_residual && b.a.form.scale && b.left.scale >= 0 && b.left.bias >= 0);
+  return b;
+}
+
+}  // namespace fastedit::cuda
