@@ -12,6 +12,7 @@ import torch
 from torch.autograd import Function
 
 from . import torch_library
+from .changes import transformed
 from .implementation import (
     run_edit,
     run_edit_add,
@@ -29,8 +30,8 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def _again():
-    """Whether this backward is to be differentiated itself."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether this backward is to be differentiated itself, backwards or forwards (its gradients may have tangents)."""
+    return (torch.is_grad_enabled() or transformed()) and not torch.compiler.is_compiling()
 
 
 def _traced(*tensors):
