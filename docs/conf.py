@@ -22,7 +22,6 @@ extensions = [
 exclude_patterns = ["_build", "extensions"]
 html_theme = "furo"
 html_title = "fastedit"
-html_static_path = ["_static"]
 html_copy_source = False
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]

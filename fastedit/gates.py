@@ -33,7 +33,7 @@ class Rule:
 
 
 class Gate(Rule):
-    """g = 1 where s > threshold, else 0; with a sharpness, g = sigmoid(sharpness · (s − threshold)).
+    """g = 1 where s > threshold, else 0; with a sharpness, g = sigmoid(sharpness · (s − threshold)). s is, by `kind`::
 
         "dot"      s = h · c
         "cosine"   s = h · c / (‖h‖ ‖c‖)

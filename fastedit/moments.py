@@ -8,7 +8,7 @@ _NAMES = ("count", "mean", "m2")
 
 
 class Moments:
-    """Running moments of `groups` groups of rows (…, width), merged exactly by Chan's formula in float64.
+    """Running moments of `groups` groups of rows (…, width), merged exactly by Chan's formula in float64::
 
         moments = fastedit.Moments(width, groups=2)
         for batch in batches:

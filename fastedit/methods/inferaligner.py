@@ -1,10 +1,12 @@
 """InferAligner: a safety-aligned model guides another at inference (arXiv 2401.11206).
 
+::
+
     guidance = inferaligner.fit(target, aligned, tokenizer, harmful, harmless)
     with fastedit.patch(target, guidance.edit(layers=guidance.decisive(), strength=1.0)):
         target.generate(...)
 
-θ_l = mean(h_l | harmful) − mean(h_l | harmless) of the aligned model, at the last token; on the target model
+θ_l = mean(h_l | harmful) − mean(h_l | harmless) of the aligned model, at the last token; on the target model::
 
     x_l ← x_l + α g_l θ_l     at the output of block l, all positions,
 

@@ -240,7 +240,7 @@ def _adapter_layers(model):
 
 
 class Rahf(nn.Module):
-    """A model with its student, as what a Trainer trains: forward(**batch) gives {"loss": …}.
+    """A model with its student, as what a Trainer trains: `forward(**batch)` gives `{"loss": …}`.
 
     Args:
         model: the base, with a PEFT adapter or with trainable edits (`fastedit.patch(…, freeze=True)`).

@@ -1,6 +1,8 @@
 """RE-Control: a value net on hidden states, and control of each next token's state (Kong et al., arXiv 2406.05954,
 NeurIPS 2024).
 
+::
+
     trajectories = recontrol.collect(model, tokenizer, prompts, reward)         # any reward: texts → numbers
     net = fastedit.ValueNet(trajectories.width)
     recontrol.fit(net, trajectories)
@@ -8,7 +10,7 @@ NeurIPS 2024).
         model.generate(...)
     handle.save("my-control");  handle = fastedit.load(model, "my-control")     # as every edit
 
-Step size a and number of steps n as tuned by the authors (arXiv 2406.05954):
+Step size a and number of steps n as tuned by the authors (arXiv 2406.05954)::
 
     model            a     n
     Vicuna-7B, HH    0.5    30
