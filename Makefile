@@ -41,8 +41,8 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test newest renew conformance serving-test serving-test-short fuzz crashes soak docs lint bench peers \
-	gpu gpu-more clean distclean
+.PHONY: help setup demo test newest renew conformance serving-test serving-test-short fuzz crashes soak sanitize docs lint bench \
+	peers gpu gpu-more clean distclean
 
 help:
 	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
@@ -56,6 +56,7 @@ help:
 	@echo "make gpu     on a machine with an NVIDIA GPU, no network: build, check, measure, profile, test into OUT=$(OUT)"
 	@echo "make gpu-more   there, afterwards: sanitizers, peers, a bank, models"
 	@echo "make fuzz, crashes, soak   attacked files, killed writers, a day in an hour; hours"
+	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
 	@echo "make lint    ruff"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
@@ -105,6 +106,19 @@ lint: $(STAMPS)/fastedit
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)
 
+# The module is built anew with the sanitizers, into build/sanitize; PYTHONSAFEPATH, so that the checkout does not come first.
+CALLS ?= 100000
+SECONDS_OF_THREADS ?= 30
+sanitize: $(STAMPS)/fastedit
+	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -pthread -DFASTEDIT_ISA=baseline -Ikernels tests/sanitize/threads.cpp \
+		kernels/cpu/edit*.cpp kernels/cpu/project.cpp kernels/cpu/moments.cpp kernels/cpu/value_ascent.cpp \
+		kernels/cpu/isa.cpp -o $(VENV)/threads && $(VENV)/threads
+	rm -rf build/sanitize
+	FASTEDIT_CUDA=OFF FASTEDIT_NATIVE=ON FASTEDIT_SANITIZE=address,undefined $(BIN)/$(INSTALL) --no-build-isolation --no-deps \
+		--quiet --config-settings=build-dir=build/sanitized --target build/sanitize .
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
+		$$($(CXX) -print-file-name=libubsan.so)" $(BIN)/python tests/sanitize/calls.py $(CALLS) $(SECONDS_OF_THREADS)
+
 # The whole suite on the newest of everything, and a table of it to commit; green or not, the table is written.
 newest: $(NEWEST)/.stamp
 	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --junitxml=$(NEWEST)/tests.xml $(PYTEST_ARGS); \
@@ -115,7 +129,7 @@ renew:
 
 $(NEWEST)/.stamp: $(NATIVE) $(PACKAGES)
 	test -x $(NEWEST)/bin/python || "$(PYTHON)" -m venv $(NEWEST)
-	$(NEWEST)/bin/$(INSTALL) --upgrade --upgrade-strategy eager torch "scikit-build-core>=0.10" cmake ninja
+	$(NEWEST)/bin/$(INSTALL) --upgrade --upgrade-strategy eager torch "scikit-build-core>=0.10" "pybind11>=3.1" cmake ninja
 	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(NEWEST)/bin/$(INSTALL) --upgrade --upgrade-strategy eager \
 		--no-build-isolation -e ".[test]"
 	@touch $@
@@ -147,7 +161,7 @@ $(STAMPS)/torch: $(STAMPS)/venv $(CONSTRAINTS)
 
 # While torch comes. Without build isolation, so that a rebuild compiles only what changed.
 $(STAMPS)/native: $(STAMPS)/venv $(NATIVE) $(PACKAGES)
-	$(BIN)/$(INSTALL) $(TESTED) "scikit-build-core>=0.10" cmake ninja
+	$(BIN)/$(INSTALL) $(TESTED) "scikit-build-core>=0.10" "pybind11>=3.1" cmake ninja
 	FASTEDIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(BIN)/$(INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
@@ -182,7 +196,7 @@ $(STAMPS)/oldest-triton: $(STAMPS)/venv
 # for another torch and is not needed.
 $(SERVING)/.stamp: $(NATIVE) $(PACKAGES)
 	test -x $(SERVING)/bin/python || "$(PYTHON)" -m venv $(SERVING)
-	$(SERVING)/bin/$(INSTALL) torch==$(TORCH) $(VLLM) "scikit-build-core>=0.10" cmake ninja \
+	$(SERVING)/bin/$(INSTALL) torch==$(TORCH) $(VLLM) "scikit-build-core>=0.10" "pybind11>=3.1" cmake ninja \
 		pytest pytest-timeout
 	$(SERVING)/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	FASTEDIT_CUDA=OFF $(SERVING)/bin/$(INSTALL) --no-build-isolation --no-deps -e .

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from fastedit import lean, ops
+from fastedit import arrays, lean, ops
 from fastedit.dispatch import load, select
 
 from .machine import about
@@ -29,7 +29,12 @@ def calls(device):
     scale, bias, weight = (torch.ones(WIDTH, device=device) for _ in range(3))
     tensors = (scale, bias, None, None, None)
     backend = load(select(torch.device(device).type, h.dtype, h.dtype).__name__)
+    read, seed = torch.randn(4, WIDTH, device=device), torch.ones_like(h)
     trained = scale.clone().requires_grad_()
+
+    def stepped(out):
+        return torch.autograd.grad(out, trained, seed)
+
     module, hooked = torch.nn.Identity(), torch.nn.Identity()
     hooked.register_forward_hook(lambda module, args, out: scale * out + bias)
     compiled = torch.compile(lambda h: scale * h + bias)
@@ -54,19 +59,35 @@ def calls(device):
         "rms_norm(residual + scale * h + bias)": {
             "fastedit.ops.edit_add_norm": lambda: ops.edit_add_norm(h, residual, weight, scale, bias)
         },
+        "residual + h": {"fastedit.ops.edit_add, beside the plain add": lambda: ops.edit_add(h, residual, scale, bias)},
+        "h @ read.T": {"fastedit.ops.project": lambda: ops.project(h, read)},
         "scale * h + bias, to be trained": {"fastedit.ops.edit, trained": lambda: ops.edit(h, trained, bias)},
+        "scale * h + bias, forward and backward": {
+            "fastedit.ops.edit, forward and backward": lambda: stepped(ops.edit(h, trained, bias))
+        },
     }
     if backend.any_shape:
-        groups["scale * h + bias"]["the native kernel with its output"] = lambda: backend.plain_edit(h, scale, bias)
+        groups["scale * h + bias"]["the native call"] = lambda: backend.edit(h, scale, bias, *[None] * 5)
     eager = {
         "scale * h + bias": lambda: scale * h + bias,
         "residual + scale * h + bias": lambda: residual + (scale * h + bias),
         "rms_norm(residual + scale * h + bias)": lambda: torch.nn.functional.rms_norm(
             residual + (scale * h + bias), (WIDTH,), weight, 1e-6
         ),
+        "residual + h": lambda: residual + h,
+        "h @ read.T": lambda: h @ read.T,
         "scale * h + bias, to be trained": lambda: trained * h + bias,
+        "scale * h + bias, forward and backward": lambda: stepped(trained * h + bias),
     }
+    if device == "cpu":
+        eager["scale * h + bias in NumPy"], groups["scale * h + bias in NumPy"] = in_numpy(h, scale, bias)
     return {name: {name: eager[name]} | group for name, group in groups.items()}
+
+
+def in_numpy(h, scale, bias):
+    """(the expression, {name of a call: function}) on NumPy arrays."""
+    h, scale, bias = (t.numpy() for t in (h, scale, bias))
+    return lambda: scale * h + bias, {"fastedit.arrays.edit": lambda: arrays.edit(h, scale, bias)}
 
 
 def decode_in_a_graph():

@@ -9,30 +9,6 @@ MAX_RANK = 64
 _ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
-def plainly_right(x, residual, scale, bias, weight=None, norm_bias=None):
-    """True for contiguous rows of one shape and dtype under a sound scale and bias: the common call, in one go.
-
-    False says nothing yet: the checks below then find the fault and name it, or find none.
-    """
-    shape, device, dtype = x.shape, x.device, x.dtype
-    if dtype not in _ROW_DTYPES or not shape or not x.is_contiguous():
-        return False
-    if residual is not x and (
-        shape != residual.shape or dtype is not residual.dtype or not residual.is_contiguous() or residual.device != device
-    ):
-        return False
-    width = shape[-1:]
-    for p in (scale, bias):
-        if p is not None and (
-            p.shape != width or p.dtype is not torch.float32 or p.device != device or not p.is_contiguous()
-        ):
-            return False
-    for p in (weight, norm_bias):
-        if p is not None and (p.shape != width or p.dtype is not dtype or p.device != device or not p.is_contiguous()):
-            return False
-    return width[0] > 0
-
-
 def check_rows(rows, name):
     if rows.dtype not in _ROW_DTYPES:
         raise TypeError(f"{name} has dtype {rows.dtype}, expected float32, bfloat16, float16 or float64")

@@ -13,15 +13,12 @@ import types
 
 import torch
 
-from . import cuda_device
+from . import cuda_device, native
 
 logger = logging.getLogger("fastedit")
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 _KERNEL_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-
-
-SHORTER = ("edit", "edit_add", "edit_add_norm", "edit_backward", "edit_add_norm_backward")
 
 
 class BackendError(RuntimeError):
@@ -32,17 +29,15 @@ class BackendError(RuntimeError):
 def load(name):
     """The backend: the op functions of fastedit.kernels.reference under the same names.
 
-    `any_shape`: takes contiguous rows of any shape, not (rows, width) alone. `plain_edit`, `plain_edit_add`,
-    `plain_edit_add_norm`, `plain_edit_backward`, `plain_edit_add_norm_backward`: a shorter way for the commonest call, or None.
+    `any_shape`: takes contiguous rows of any shape, not (rows, width) alone.
     """
     if name in ("cpu", "cuda"):
-        from . import native
-
+        reason = native.why_not(name)
+        if reason:
+            raise BackendError(reason)
         return native.backend(name)
     module = importlib.import_module(f"fastedit.kernels.{name}")
-    ops = {op: getattr(module, op) for op in module.__all__}
-    shorter = dict.fromkeys(f"plain_{op}" for op in SHORTER)
-    return types.SimpleNamespace(__name__=name, any_shape=False, **shorter, **ops)
+    return types.SimpleNamespace(__name__=name, any_shape=False, **{op: getattr(module, op) for op in module.__all__})
 
 
 @functools.cache
@@ -62,9 +57,28 @@ def _announce(message):
     logger.warning(message)
 
 
-@functools.cache
-def select(device_type, dtype, second_dtype=None, on_sum=False):
-    """The backend module for rows of `dtype` (added to a stream of `second_dtype`) on `device_type`."""
+class _Selection:
+    """select(device_type, dtype, second_dtype=None, on_sum=False): the backend for rows of `dtype`, added to a stream of
+    `second_dtype`, on `device_type`; remembered. Once it is a native one, calls go there without asking here.
+    """
+
+    def __init__(self):
+        self._remembered = functools.cache(_choose)
+
+    def __call__(self, *key):
+        backend = self._remembered(*key)
+        if backend.__name__ == key[0]:
+            native.serve(key[0], True)
+        return backend
+
+    def cache_clear(self):
+        """Forget, so that a changed FASTEDIT_BACKEND is seen."""
+        for device_type in ("cpu", "cuda"):
+            native.serve(device_type, False)
+        self._remembered.cache_clear()
+
+
+def _choose(device_type, dtype, second_dtype=None, on_sum=False):
     forced = os.environ.get("FASTEDIT_BACKEND")
     served = _served(device_type, dtype, second_dtype, on_sum)
     if forced:
@@ -109,3 +123,6 @@ def _unfit(name, device_type, served):
     if device_type not in devices:
         return f"it takes tensors on {' or '.join(devices)}, not {device_type}"
     return None
+
+
+select = _Selection()

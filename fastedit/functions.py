@@ -12,7 +12,7 @@ import torch
 from torch.autograd import Function
 
 from . import torch_library
-from .dispatch import select
+from .changes import transformed
 from .implementation import (
     run_edit,
     run_edit_add,
@@ -30,8 +30,8 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def _again():
-    """Whether this backward is to be differentiated itself."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether this backward is to be differentiated itself, backwards or forwards (its gradients may have tangents)."""
+    return (torch.is_grad_enabled() or transformed()) and not torch.compiler.is_compiling()
 
 
 def _traced(*tensors):
@@ -58,10 +58,11 @@ def _recovers(needs, scale, bias, slot, coefficient):
 
 def _at_input(d_read, d_write, form, grad_z, z):
     """d_read = qᵀ h from qᵀ h', q = k (G @ writeᵀ) + dz: less k (qᵀ z) write, where qᵀ z = write d_writeᵀ + dzᵀ z."""
-    write, coefficient = form[4], form[6]
-    mixed = write @ d_write.mT
+    coefficient, wide = form[6], d_read.dtype  # the reference's sums of float64 rows are float64
+    write = form[4].to(wide)
+    mixed = write @ d_write.mT.to(wide)
     if grad_z is not None:
-        mixed = mixed + (grad_z.flatten(0, -2).mT @ z.flatten(0, -2)).to(mixed.dtype)
+        mixed = mixed + (grad_z.flatten(0, -2).mT @ z.flatten(0, -2)).to(wide)
     mixed = mixed if coefficient is None else mixed * coefficient
     return torch.addmm(d_read, mixed, write, alpha=-1)
 
@@ -78,7 +79,7 @@ def setup_edit(ctx, inputs, output):
     hidden, scale, bias, read, offset, write, slot, coefficient = inputs
     ctx.set_materialize_grads(False)
     ctx.form_needs, reads_hidden, reads_z = _form_needs(ctx.needs_input_grad[1:8], scale, read)
-    ctx.dtype, ctx.shape = hidden.dtype, hidden.shape
+    ctx.dtype = hidden.dtype
     # in bf16 the output's rounding would be the gradient's: eager's own reads the exact input here
     ctx.recovers = hidden.dtype in _EXACT and _recovers(ctx.form_needs, scale, bias, slot, coefficient)
     rows = output[0] if ctx.recovers else hidden
@@ -94,7 +95,7 @@ def backward_edit(ctx, grad, grad_z):
         return (None,) * 8
     d_hidden, *d_form, d_k = edit_gradients(
         grad, hidden, None, *form, grad_z if form[2] is not None else None, z,
-        (ctx.needs_input_grad[0], *ctx.form_needs), ctx.dtype, ctx.shape,
+        (ctx.needs_input_grad[0], *ctx.form_needs), ctx.dtype,
     )  # fmt: skip
     if ctx.recovers:
         d_form[2] = _at_input(d_form[2], d_form[4], form, grad_z, z)
@@ -102,37 +103,16 @@ def backward_edit(ctx, grad, grad_z):
 
 
 def edit_gradients(
-    grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype, shape
+    grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype
 ):
-    """Seven gradients of an edit, d_hidden in `shape`; the plain call, or the operator while tracing."""
+    """Seven gradients of an edit; the plain call, or the operator while tracing."""
     args = (grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z)
     if _again():
-        grads = list(run_edit_backward(*args, needs, dtype, reference))
-    elif _traced(grad, grad_z):
+        return run_edit_backward(*args, needs, dtype, reference)
+    if _traced(grad, grad_z):
         grads = torch_library.edit_backward(*args, list(needs), dtype)
-        grads = [g if n else None for g, n in zip(grads, needs, strict=True)]
-    else:
-        plain = _plain_backward(args, needs, dtype)
-        if plain is not None:
-            return plain
-        grads = list(run_edit_backward(*args, needs, dtype))
-    grads[0] = None if grads[0] is None else grads[0].view(shape)
-    return grads
-
-
-def _plain_backward(args, needs, dtype):
-    """The seven gradients where scale and bias are all there is and rows are contiguous: a shorter way for RED."""
-    grad, hidden, residual, scale, bias, read, _, _, slot, coefficient, _, _ = args
-    if grad is None or not (residual is read is slot is coefficient is None) or not grad.is_contiguous():
-        return None
-    if hidden is not None and (hidden.dtype is not dtype or not hidden.is_contiguous()):
-        return None
-    if not all(p is None or p.is_contiguous() for p in (scale, bias)) or grad.numel() == 0:
-        return None
-    plain = select(grad.device.type, dtype, None if grad.dtype is dtype else grad.dtype, False).plain_edit_backward
-    if plain is None:
-        return None
-    return [*plain(grad, hidden, scale, bias, needs, dtype), None, None, None, None]
+        return [g if n else None for g, n in zip(grads, needs, strict=True)]
+    return run_edit_backward(*args, needs, dtype)
 
 
 class EditFunction(Function):
@@ -152,7 +132,7 @@ def setup_edit_add(ctx, inputs, output):
     x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum = inputs
     ctx.set_materialize_grads(False)
     ctx.form_needs, reads_hidden, reads_z = _form_needs(ctx.needs_input_grad[2:9], scale, read)
-    ctx.x_dtype, ctx.residual_dtype, ctx.shape, ctx.on_sum = x.dtype, residual.dtype, x.shape, on_sum
+    ctx.x_dtype, ctx.residual_dtype, ctx.on_sum = x.dtype, residual.dtype, on_sum
     ctx.recovers = on_sum and x.dtype is residual.dtype and _recovers(ctx.form_needs, scale, bias, slot, coefficient)
     rows = output[0] if ctx.recovers else x
     ctx.save_for_backward(
@@ -174,7 +154,7 @@ def backward_edit_add(ctx, grad, grad_z):
     d_rows, *d_form, d_k = (None,) * 7  # the residual's gradient alone is grad itself
     if any(needs):
         d_rows, *d_form, d_k = edit_gradients(
-            grad, x, residual, *form, grad_z if form[2] is not None else None, z, needs, dtype, ctx.shape
+            grad, x, residual, *form, grad_z if form[2] is not None else None, z, needs, dtype
         )
         if ctx.recovers:
             d_form[2] = _at_input(d_form[2], d_form[4], form, grad_z, z)
@@ -227,12 +207,6 @@ def backward_edit_add_norm(ctx, grad_residual, grad_normed, grad_z, _mean, _rstd
         grad_z if form[2] is not None else None, z, ctx.on_sum, ctx.kind,
     )  # fmt: skip
     dtypes = (ctx.x_dtype, ctx.residual_dtype)
-    plain = None if _again() else _plain_norm_backward(args, needs, needs_norm, dtypes)
-    if plain is not None:
-        d_x, d_residual, d_scale, d_bias, d_weight, d_norm_bias = plain
-        if not need_x:
-            d_x = None
-        return d_x, d_residual, *_norm_dtypes(d_weight, d_norm_bias, weight, out), d_scale, d_bias, *[None] * 8
     if _again():
         rows = out.reshape(-1, out.shape[-1])
         _, mean, rstd = norm_by_definition(rows, weight, None, ctx.kind, ctx.eps)  # those that were saved have no history
@@ -249,8 +223,7 @@ def backward_edit_add_norm(ctx, grad_residual, grad_normed, grad_z, _mean, _rstd
     d_x, d_residual, *d_form, d_k, d_weight, d_norm_bias = grads
     if ctx.recovers:
         d_form[2] = _at_input(d_form[2], d_form[4], form, grad_z, z)
-    d_x = d_x.view(out.shape) if need_x else None
-    d_residual = d_residual.view(out.shape) if need_residual else None
+    d_x = d_x if need_x else None
     return d_x, d_residual, *_norm_dtypes(d_weight, d_norm_bias, weight, out), *d_form, None, d_k, None, None, None
 
 
@@ -258,27 +231,6 @@ def _norm_dtypes(d_weight, d_norm_bias, weight, out):
     return (
         None if d_weight is None else d_weight.to(weight.dtype),
         None if d_norm_bias is None else d_norm_bias.to(out.dtype),
-    )
-
-
-def _plain_norm_backward(args, needs, needs_norm, dtypes):
-    """As _plain_backward, for rows of one dtype; None where something else is there."""
-    grad_residual, grad_normed, out, x, residual, weight, mean, rstd, scale, bias = args[:10]
-    read, _, _, slot, coefficient, _, _, on_sum, kind = args[10:]
-    if grad_normed is None or not (read is slot is coefficient is None) or dtypes[0] is not dtypes[1]:
-        return None
-    if _traced(grad_residual, grad_normed) or out.numel() == 0:
-        return None
-    for rows in (grad_residual, grad_normed, out, x, residual):
-        if rows is not None and (rows.dtype is not dtypes[0] or not rows.is_contiguous()):
-            return None
-    if not all(p is None or p.is_contiguous() for p in (scale, bias, weight)):
-        return None
-    plain = select(out.device.type, dtypes[0], dtypes[0], on_sum).plain_edit_add_norm_backward
-    if plain is None:
-        return None
-    return plain(
-        grad_residual, grad_normed, out, x, residual, weight, mean, rstd, scale, bias, on_sum, kind, needs, needs_norm
     )
 
 
@@ -298,7 +250,7 @@ class EditAddNormFunction(Function):
 def setup_project(ctx, inputs, output):
     hidden, read, _ = inputs
     need_read = ctx.needs_input_grad[1]
-    ctx.dtype, ctx.shape = hidden.dtype, hidden.shape
+    ctx.dtype = hidden.dtype
     ctx.save_for_backward(hidden if need_read else None, read)
 
 
@@ -312,7 +264,7 @@ def backward_project(ctx, grad_z):
         d_hidden, d_read, d_offset = (g if n else None for g, n in zip(grads, needs, strict=True))
     else:
         d_hidden, d_read, d_offset = run_project_backward(grad_z, hidden, read, needs, ctx.dtype)
-    return None if d_hidden is None else d_hidden.view(ctx.shape), d_read, d_offset
+    return d_hidden, d_read, d_offset
 
 
 class ProjectFunction(Function):

@@ -9,6 +9,14 @@ import math
 import torch
 
 from .dispatch import load, select
+from .native import (
+    try_edit,
+    try_edit_add,
+    try_edit_add_norm,
+    try_edit_add_norm_backward,
+    try_edit_backward,
+    try_project,
+)
 
 
 def flat(tensor):
@@ -47,7 +55,20 @@ def _contiguous(parameter):
     return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
 
 
+def _check_slots(slot, slots):
+    """On the host a slot out of range is an error whichever backend serves; on a GPU looking would stall the stream."""
+    if slot is None or not slot.is_cpu:
+        return
+    wrong = ((slot < -1) | (slot >= slots)).reshape(-1).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise IndexError(
+            f"slot of row {row} is {int(slot.reshape(-1)[row])}, expected -1 (untouched) or 0 to {slots - 1}"
+        )
+
+
 def flat_form(scale, bias, read, offset, write, slot, coefficient):
+    _check_slots(slot, next((p.shape[0] for p in (scale, bias, read) if p is not None), 1))
     if read is None and slot is None and coefficient is None:
         return _contiguous(scale), _contiguous(bias), None, None, None, None, None
     return (
@@ -57,7 +78,7 @@ def flat_form(scale, bias, read, offset, write, slot, coefficient):
 
 
 def _gated(gate, rule):
-    """As a backend takes them; backends without gates serve all other calls."""
+    """As a backend takes them; those without gates serve all other calls."""
     return {} if gate is None else {"gate": _contiguous(gate), "rule": _contiguous(rule)}
 
 
@@ -72,6 +93,9 @@ def _reshaped(rows, *outputs):
 
 def run_edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z, gate=None, rule=None):
     """(h', z or None)."""
+    done = try_edit(hidden, scale, bias, read, offset, write, slot, coefficient, want_z, gate, rule)
+    if done is not None:
+        return done
     backend = _backend(hidden.shape[-1], _device_type(hidden), hidden.dtype)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
     out, z = backend.edit(as_rows(hidden, backend), *form, want_z, **_gated(gate, rule))
@@ -82,6 +106,9 @@ def run_edit_add(
     x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum, want_z, gate=None, rule=None
 ):
     """(residual', z or None)."""
+    done = try_edit_add(x, residual, scale, bias, read, offset, write, slot, coefficient, on_sum, want_z, gate, rule)
+    if done is not None:
+        return done
     backend = _backend(x.shape[-1], _device_type(x), x.dtype, residual.dtype, on_sum)
     form = flat_form(scale, bias, read, offset, write, slot, coefficient)
     out, z = backend.edit_add(*_pair(x, residual, backend), *form, on_sum, want_z, **_gated(gate, rule))
@@ -100,6 +127,12 @@ def run_edit_add_norm(
     on_sum, kind, eps, want_z, want_residual, want_stats, gate=None, rule=None,
 ):  # fmt: skip
     """(residual' or None, normed, z or None, mean or None, rstd or None)."""
+    done = try_edit_add_norm(
+        x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, coefficient,
+        on_sum, kind, eps, want_z, want_residual, want_stats, gate, rule,
+    )  # fmt: skip
+    if done is not None:
+        return done
     dtype, residual_dtype = x.dtype, residual.dtype
     out_dtype = dtype if dtype is residual_dtype else torch.promote_types(dtype, residual_dtype)
     backend = _backend(x.shape[-1], _device_type(x), dtype, residual_dtype, on_sum)
@@ -123,6 +156,9 @@ def _norm_parameter(parameter, dtype):
 
 
 def run_project(hidden, read, offset):
+    done = try_project(hidden, read, offset)
+    if done is not None:
+        return done
     backend = _backend(hidden.shape[-1], _device_type(hidden), hidden.dtype)
     z = backend.project(flat(hidden), _contiguous(read), _contiguous(offset))
     return z.view(*hidden.shape[:-1], read.shape[0])
@@ -145,25 +181,37 @@ def run_value_ascent(hidden, weight, bias, weight2, bias2, head, gram, steps, st
 def run_edit_backward(
     grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype, backend=None
 ):
-    """Seven gradients or None: hidden in `dtype` (rows, width); parameters fp32 in their own shapes."""
-    some = next(t for t in (grad, hidden, grad_z) if t is not None)
-    form = flat_form(scale, bias, read, offset, write, slot, coefficient)
-    width = next(t for t in (grad, hidden, read) if t is not None).shape[-1]
-    key = (some.device.type, dtype, None if grad is None else _second(dtype, grad.dtype), False)
-    backend = backend or _backend(width, *key)
-    grads = backend.edit_backward(
-        flat(grad), flat(hidden), flat(residual), *form, flat(grad_z), flat(z), needs, dtype
+    """Seven gradients or None: hidden in `dtype`, rows in their own shape; parameters fp32 in their own shapes.
+
+    backend: the one to ask, or None for the one that serves.
+    """
+    grads = None if backend else try_edit_backward(
+        grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype
     )
-    return _shape_parameters(grads, (scale, bias, read, offset, write, coefficient))
+    some = next(t for t in (grad, hidden, grad_z) if t is not None)
+    if grads is None:
+        form = flat_form(scale, bias, read, offset, write, slot, coefficient)
+        width = next(t for t in (grad, hidden, read) if t is not None).shape[-1]
+        key = (some.device.type, dtype, None if grad is None else _second(dtype, grad.dtype), False)
+        backend = backend or _backend(width and some.numel(), *key)  # no rows: nothing for a kernel
+        grads = backend.edit_backward(
+            flat(grad), flat(hidden), flat(residual), *form, flat(grad_z), flat(z), needs, dtype
+        )
+    return _shaped(grads, 1, some, (scale, bias, read, offset, write, coefficient))
 
 
 def _second(dtype, grad_dtype):
     return None if dtype == grad_dtype else grad_dtype
 
 
-def _shape_parameters(grads, parameters):
-    d_rows, *rest = grads
-    return d_rows, *(g if g is None else g.view(p.shape) for g, p in zip(rest, parameters, strict=True))
+def _shaped(grads, streams, rows, parameters):
+    """Gradients of rows in the rows' shape, of parameters in the parameters' own; a shared coefficient's summed."""
+    of_rows = [g if g is None or g.dim() == rows.dim() else g.view(*rows.shape[:-1], g.shape[-1]) for g in grads[:streams]]
+    *of_form, d_k = grads[streams : streams + 6]
+    of_form = [g if g is None or g.shape == p.shape else g.view(p.shape) for g, p in zip(of_form, parameters, strict=False)]
+    if d_k is not None:
+        d_k = (d_k if d_k.numel() == parameters[5].numel() else d_k.sum()).view(parameters[5].shape)
+    return *of_rows, *of_form, d_k, *grads[streams + 6 :]
 
 
 def run_edit_add_norm_backward(
@@ -171,16 +219,22 @@ def run_edit_add_norm_backward(
     slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm, x_dtype, residual_dtype, backend=None,
 ):  # fmt: skip
     """(d_x, d_residual, six parameter gradients, d_weight, d_norm_bias), each a tensor or None."""
-    backend = backend or _backend(residual_out.shape[-1], residual_out.device.type, x_dtype, residual_dtype, on_sum)
-    form = flat_form(scale, bias, read, offset, write, slot, coefficient)
-    d_x, d_residual, *rest = backend.edit_add_norm_backward(
-        flat(grad_residual), flat(grad_normed), flat(residual_out), flat(x), flat(residual), _contiguous(weight),
-        mean, rstd, *form, flat(grad_z), flat(z), on_sum, kind, needs, needs_norm, x_dtype, residual_dtype,
+    grads = None if backend else try_edit_add_norm_backward(
+        grad_residual, grad_normed, residual_out, x, residual, weight, mean, rstd, scale, bias, read, offset, write,
+        slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm, x_dtype, residual_dtype,
     )  # fmt: skip
-    d_form = _shape_parameters((None, *rest[:6]), (scale, bias, read, offset, write, coefficient))[1:]
-    return d_x, d_residual, *d_form, *rest[6:]
+    if grads is None:
+        key = (residual_out.device.type, x_dtype, residual_dtype, on_sum)
+        backend = backend or _backend(residual_out.numel(), *key)
+        form = flat_form(scale, bias, read, offset, write, slot, coefficient)
+        grads = backend.edit_add_norm_backward(
+            flat(grad_residual), flat(grad_normed), flat(residual_out), flat(x), flat(residual), _contiguous(weight),
+            mean, rstd, *form, flat(grad_z), flat(z), on_sum, kind, needs, needs_norm, x_dtype, residual_dtype,
+        )  # fmt: skip
+    return _shaped(grads, 2, residual_out, (scale, bias, read, offset, write, coefficient))
 
 
 def run_project_backward(grad_z, hidden, read, needs, dtype, backend=None):
-    backend = backend or _backend(read.shape[-1], grad_z.device.type, dtype)
-    return backend.project_backward(flat(grad_z), flat(hidden), _contiguous(read), needs, dtype)
+    backend = backend or _backend(read.shape[-1] and grad_z.numel(), grad_z.device.type, dtype)
+    d_hidden, *rest = backend.project_backward(flat(grad_z), flat(hidden), _contiguous(read), needs, dtype)
+    return None if d_hidden is None else d_hidden.view(*grad_z.shape[:-1], read.shape[-1]), *rest

@@ -1,27 +1,18 @@
 """The kernels as torch functions: `edit`, `edit_add`, `edit_add_norm`, `project`, `moments`, `value_ascent`.
 
-Each checks its arguments, flattens batch and time into rows, and calls the backend that serves the device
-(dispatch.py). In plain eager mode the call goes straight to the kernel, through an autograd.Function only
-where a gradient is needed; under torch.compile, export and fake tensors it goes through the registered
-operators of torch_library.py, which say the same things to the compiler.
+In plain eager mode an op is one call of the native module, which reads the tensors, checks them and allocates the
+result. Where that says no (None), Python finds out why: a gradient is needed (an autograd.Function), a tracer looks on
+(the registered operators of torch_library.py), a transform of torch.func is at work (the reference), another backend
+serves (dispatch.py), or an argument is wrong, which the checks name.
 """
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from . import torch_library
 from .arguments import NORM_KINDS, check_on, check_projection
 from .changes import transformed
-from .checks import (
-    check_ascent,
-    check_form,
-    check_gate,
-    check_group,
-    check_norm,
-    check_rows,
-    check_same_rows,
-    plainly_right,
-)
-from .dispatch import select
+from .checks import check_ascent, check_form, check_gate, check_group, check_norm, check_rows, check_same_rows
 from .functions import EditAddFunction, EditAddNormFunction, EditFunction, ProjectFunction
 from .implementation import (
     run_edit,
@@ -32,6 +23,7 @@ from .implementation import (
     run_value_ascent,
 )
 from .kernels import reference
+from .native import try_edit, try_edit_add, try_edit_add_norm, try_project
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -95,14 +87,10 @@ def edit(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
     """
-    if (
-        read is None and slot is None and strength is None and gate is None and rule is None and write is None
-        and offset is None and not return_projection and plainly_right(hidden, hidden, scale, bias)
-        and not _traced(hidden) and not _needs_grad(hidden, scale, bias) and not transformed()
-    ):  # fmt: skip
-        plain = select("cpu" if hidden.is_cpu else hidden.device.type, hidden.dtype, hidden.dtype).plain_edit
-        if plain is not None:
-            return plain(hidden, scale, bias)
+    if not is_dynamo_compiling():
+        done = try_edit(hidden, scale, bias, read, offset, write, slot, strength, return_projection, gate, rule)
+        if done is not None:
+            return done if return_projection else done[0]
     coefficient = _coefficient(strength, hidden)
     form = (scale, bias, read, offset, write, slot, coefficient)
     check_rows(hidden, "hidden")
@@ -143,16 +131,15 @@ def edit_add(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
     """
-    on_sum = on == "sum" or _on_x(on)
-    if (
-        read is None and slot is None and strength is None and gate is None and rule is None and write is None
-        and offset is None and not return_projection and plainly_right(x, residual, scale, bias)
-        and not _traced(x) and not _needs_grad(x, residual, scale, bias) and not transformed()
-    ):  # fmt: skip
-        plain = select("cpu" if x.is_cpu else x.device.type, x.dtype, x.dtype, on_sum).plain_edit_add
-        if plain is not None:
-            return plain(x, residual, scale, bias, on_sum)
-    coefficient = None if strength is None else _coefficient(strength, x)
+    on_sum = on == "sum"
+    if not is_dynamo_compiling() and (on_sum or on == "x"):
+        done = try_edit_add(
+            x, residual, scale, bias, read, offset, write, slot, strength, on_sum, return_projection, gate, rule
+        )
+        if done is not None:
+            return done if return_projection else done[0]
+    check_on(on)
+    coefficient = _coefficient(strength, x)
     form = (scale, bias, read, offset, write, slot, coefficient)
     _check_add(x, residual, form, return_projection)
     if gate is not None or rule is not None:
@@ -192,19 +179,16 @@ def edit_add_norm(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
     """
-    on_sum = on == "sum" or _on_x(on)
-    code = NORM_KINDS.get(kind)
-    if (
-        read is None and slot is None and strength is None and gate is None and rule is None and write is None
-        and offset is None and not return_projection and code is not None
-        and (norm_bias is None and weight is not None if code != 2 else True)
-        and plainly_right(x, residual, scale, bias, weight, norm_bias)
-        and not _traced(x) and not _needs_grad(x, residual, weight, norm_bias, scale, bias) and not transformed()
-    ):  # fmt: skip
-        plain = select("cpu" if x.is_cpu else x.device.type, x.dtype, x.dtype, on_sum).plain_edit_add_norm
-        if plain is not None:
-            return plain(x, residual, weight, norm_bias, scale, bias, on_sum, code, eps, return_residual)
-    coefficient = None if strength is None else _coefficient(strength, x)
+    on_sum, code = on == "sum", NORM_KINDS.get(kind)
+    if not is_dynamo_compiling() and code is not None and (on_sum or on == "x"):
+        done = try_edit_add_norm(
+            x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, strength, on_sum, code, eps,
+            return_projection, return_residual, False, gate, rule,
+        )  # fmt: skip
+        if done is not None:
+            return done[:3] if return_projection else done[:2]
+    check_on(on)
+    coefficient = _coefficient(strength, x)
     form = (scale, bias, read, offset, write, slot, coefficient)
     _check_add(x, residual, form, return_projection)
     check_norm(x, weight, norm_bias, kind)
@@ -238,6 +222,10 @@ def project(hidden, read, offset=None):
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
     """
+    if not is_dynamo_compiling():
+        done = try_project(hidden, read, offset)
+        if done is not None:
+            return done
     check_rows(hidden, "hidden")
     check_form(hidden, None, None, read, offset, None, None, None, read_only=True)
     if _traced(hidden):
@@ -359,8 +347,3 @@ def _behind(gate, rule, hidden, slot, strength):
         g = torch.where(sharpness > 0, soft, (s > threshold).to(soft.dtype))
         return g if strength is None else torch.where(strength == 0, 0.0, strength * g)
 
-
-def _on_x(on):
-    """False, for on="x"; what is neither that nor "sum" is refused."""
-    check_on(on)
-    return False

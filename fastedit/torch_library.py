@@ -158,16 +158,12 @@ def _fake_parameters(parameters, needs, like):
     )
 
 
-def _rows(tensor):
-    return tensor.numel() // tensor.shape[-1]
-
-
 def _fake_edit_backward(
     grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype
 ):
     some = next(t for t in (grad, hidden, grad_z) if t is not None)
     width = next(t for t in (grad, hidden, read) if t is not None).shape[-1]
-    d_hidden = some.new_empty((_rows(some), width), dtype=dtype) if needs[0] else _absent(some)
+    d_hidden = some.new_empty((*some.shape[:-1], width), dtype=dtype) if needs[0] else _absent(some)
     return d_hidden, *_fake_parameters((scale, bias, read, offset, write, coefficient), needs[1:], some)
 
 
@@ -176,7 +172,7 @@ def _fake_edit_add_norm_backward(
     slot, coefficient, grad_z, z, on_sum, kind, needs, needs_norm, x_dtype, residual_dtype,
 ):  # fmt: skip
     like = residual_out
-    shape = (_rows(like), like.shape[-1])
+    shape = like.shape
     d_x = like.new_empty(shape, dtype=x_dtype) if needs[0] else _absent(like)
     alone = needs[7] and not one_gradient(on_sum, needs, x_dtype, residual_dtype)
     d_residual = like.new_empty(shape, dtype=residual_dtype) if alone else _absent(like)
@@ -186,7 +182,7 @@ def _fake_edit_add_norm_backward(
 
 
 def _fake_project_backward(grad_z, hidden, read, needs, dtype):
-    d_hidden = grad_z.new_empty((_rows(grad_z), read.shape[-1]), dtype=dtype) if needs[0] else _absent(grad_z)
+    d_hidden = grad_z.new_empty((*grad_z.shape[:-1], read.shape[-1]), dtype=dtype) if needs[0] else _absent(grad_z)
     d_read = torch.empty_like(read) if needs[1] else _absent(grad_z)
     return d_hidden, d_read, read.new_empty(read.shape[0]) if needs[2] else _absent(grad_z)
 

@@ -8,6 +8,7 @@ from this one, whose number is printed. Arguments follow kernels/abi.h field by 
 
 import ctypes
 import os
+import struct
 import sys
 
 from fastedit import _native
@@ -15,6 +16,12 @@ from fastedit import _native
 ROWS, WIDTH = 16, 1024  # below what wakes a second thread
 CODES = {"fp32": 0, "bf16": 1, "fp16": 2}
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+FORM = "5P2q2Pq2P"
+ADD = f"2q{FORM}2iPqPqPPi0q"
+PACKED = {
+    "edit": f"2q{FORM}iPqPP", "edit_add": ADD, "edit_add_norm": f"{ADD}if5P", "project": "3qiPqPPP",
+    "edit_backward": f"2q{FORM}2iPqPqPq12P", "edit_add_norm_backward": f"2q{FORM}2iPqPqPPqPq5P2i13P",
+}  # fmt: skip
 
 
 def main(op, dtype, calls):
@@ -32,7 +39,7 @@ def main(op, dtype, calls):
 
     code, rank = CODES[dtype], 4 if op.endswith("4") or op == "project" else 0
     low_rank = (parameter(rank), memory(4 * rank), parameter(rank)) if rank else (0, 0, 0)
-    form = (parameter(), parameter(), *low_rank, rank, 1, 0, 0, 0)
+    form = (parameter(), parameter(), *low_rank, rank, 1, 0, 0, 0, 0, 0)  # no slots, coefficient or gate
     add = (ROWS, WIDTH, *form, code, code, stream(), WIDTH, stream(), WIDTH, stream(), 0, 0)
     d_form = (parameter(), parameter(), *low_rank, 0)
     none = (0, 0, 0)  # no order of slots
@@ -43,16 +50,16 @@ def main(op, dtype, calls):
         "edit_add_norm": lambda: (*add, 0, 1e-6, stream(), 0, stream(), 0, 0),
         "project": lambda: (ROWS, WIDTH, rank, code, stream(), WIDTH, low_rank[0], low_rank[1], z),
         "edit_backward": lambda: (
-            ROWS, WIDTH, *form, code, code, stream(), WIDTH, stream(), WIDTH, 0, 0, 0, z, stream(), *d_form, *none, 0,
+            ROWS, WIDTH, *form, code, code, stream(), WIDTH, stream(), WIDTH, 0, 0, 0, z, stream(), *d_form, *none,
         ),
         "edit_add_norm_backward": lambda: (
             ROWS, WIDTH, *form, code, code, stream(), WIDTH, stream(), WIDTH, stream(), stream(), WIDTH, 0, 0, stream(),
-            0, memory(4 * ROWS), 0, z, 0, 0, stream(), stream(), *d_form, 0, 0, *none, 0,
+            0, memory(4 * ROWS), 0, z, 0, 0, stream(), stream(), *d_form, 0, 0, *none,
         ),
     }[op.rstrip("4")]()  # fmt: skip
-    kernel = getattr(_native, f"cpu_{op.rstrip('4')}")
+    fields = struct.pack(PACKED[op.rstrip("4")], *arguments)
     for _ in range(calls):
-        kernel(*arguments, 0)
+        _native.raw(op.rstrip("4"), fields)
 
 
 if __name__ == "__main__":

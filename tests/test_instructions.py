@@ -31,7 +31,7 @@ COUNTED = {  # (op, dtype): instructions an element with g++ 12; a 4 behind the 
 
 if shutil.which("valgrind") is None:
     pytest.skip("needs valgrind", allow_module_level=True)
-if not hasattr(_native, "cpu_edit") or os.uname().machine != "x86_64":
+if not hasattr(_native, "raw") or os.uname().machine != "x86_64":
     pytest.skip("needs the native module on x86-64", allow_module_level=True)
 
 

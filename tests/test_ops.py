@@ -368,19 +368,28 @@ def test_no_nan_is_rounded_away(device, dtype, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides(device, dtype):
-    """Views at every alignment, rows apart, transposed, broadcast gradients: as their contiguous copies."""
-    form = form_on(device, 96, 2)
-    buffer = rows((20, 200), 1, dtype, device).view(20, 200)
+    """Views at every alignment, rows apart, transposed, broadcast gradients: as their contiguous copies.
+
+    The reference in numbers whose sums are exact: torch's matmul, which it uses, adds up a view in another order than its
+    copy. The kernels in any numbers.
+    """
+
+    def short(tensor):
+        return (8 * tensor).round() / 8 if _is_reference() else tensor
+
+    form = {n: None if p is None else short(p) for n, p in form_on(device, 96, 2).items()}
+    buffer = short(rows((20, 200), 1, dtype, device)).view(20, 200)
+    assert form["read"].any() and form["write"].any()
     for shift in range(9):
         view = buffer[:, shift : shift + 96]
         residual = buffer[:, 100 - shift : 196 - shift]
         assert torch.equal(ops.edit(view, **form), ops.edit(view.contiguous(), **form))
         assert torch.equal(ops.edit_add(view, residual, **form), ops.edit_add(view.contiguous(), residual.contiguous(), **form))
-    turned = rows((96,), 20, dtype, device).T
+    turned = short(rows((96,), 20, dtype, device)).T
     assert torch.equal(ops.edit(turned, **form), ops.edit(turned.contiguous(), **form))
-    last = rows((4, 6), 96, dtype, device)[:, -1:]
+    last = short(rows((4, 6), 96, dtype, device))[:, -1:]
     assert torch.equal(ops.edit(last, **form), ops.edit(last.contiguous(), **form))
-    x = rows((20,), 96, dtype, device).requires_grad_()
+    x = short(rows((20,), 96, dtype, device)).requires_grad_()
     (broadcast,) = torch.autograd.grad(ops.edit(x, **form).sum(), x)
     (dense,) = torch.autograd.grad(ops.edit(x, **form), x, torch.ones(20, 96, dtype=dtype, device=device))
     assert torch.equal(broadcast, dense)

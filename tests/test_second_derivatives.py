@@ -127,6 +127,21 @@ def test_forward_mode_by_hand_keeps_its_tangents():
         torch.testing.assert_close(*tangents)
 
 
+@pytest.mark.parametrize("op, names, more", CASES)
+def test_a_backward_of_gradients_with_tangents_keeps_them(op, names, more):
+    """The tangent of a vector-Jacobian product along its vector is the product with that tangent."""
+    slots = None if "slot" not in more else torch.tensor(more["slot"], dtype=torch.int32)
+    t = given(slots=None if slots is None else 2)
+    inputs = [t[n].requires_grad_() for n in ("x", *names)]
+    out = ours(op, t, names, **more | ({} if slots is None else {"slot": slots}))
+    v, along = torch.randn(2, *out.shape)
+    expected = torch.autograd.grad(out, inputs, along, retain_graph=True)
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(out, inputs, forward_ad.make_dual(v, along))
+        for gradient, tangent in zip(found, expected, strict=True):
+            torch.testing.assert_close(forward_ad.unpack_dual(gradient).tangent, tangent, rtol=1e-4, atol=1e-4)
+
+
 # --- models ---------------------------------------------------------------------------------------------------------------
 
 

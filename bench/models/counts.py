@@ -55,7 +55,8 @@ class Counter(dispatch.TorchDispatchMode):
                     out = real(*args, **kwargs)
             finally:
                 self._inside = False
-            self._add((args, kwargs), out)
+            if out is not None:  # None: it was only asked, and nothing ran
+                self._add((args, kwargs), out)
             return out
 
         return counted
@@ -80,12 +81,13 @@ def _entries():
 
     All that fastedit runs comes through a backend's functions, but for what lean calls in the native module itself.
     """
-    from fastedit import adds, lean
+    from fastedit import adds, implementation, lean, ops
     from fastedit.dispatch import BACKENDS, load, why_not
 
     backends = [load(name) for name in BACKENDS if why_not(name) is None]
     served = [(backend, name) for backend in backends for name, op in vars(backend).items() if callable(op)]
-    return [(adds.Add, "run"), (lean, "edit"), *served]
+    asked = [(module, name) for module in (ops, implementation) for name in vars(module) if name.startswith("try_")]
+    return [(adds.Add, "run"), (lean, "edit"), *asked, *served]
 
 
 def count(step):

@@ -6,6 +6,7 @@ of the batch; any other call runs once an element.
 """
 
 import math
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,12 @@ from .. import _native
 from .checks import ROW_DTYPES, Form
 
 BLOCK_ROWS = 256  # kBlockRows of kernels/abi.h
-_BACKENDS = ("cpu", "cuda") if _native.CUDA_ARCHITECTURES else ("cpu",)
+_FORM = "5P2q2Pq2P"
+_PACKED = {  # the structs of kernels/abi.h, for struct.pack
+    "edit_backward": f"2q{_FORM}2iPqPqPq12P",
+    "edit_add_norm_backward": f"2q{_FORM}2iPqPqPPqPq5P2i13P",
+    "project_backward": "3qiPPq4P",
+}
 
 for _platform, _op, _handler in _native.xla_handlers():
     jax.ffi.register_ffi_target(f"fastedit_{_op}", _handler, platform=_platform)
@@ -48,7 +54,7 @@ def _call(op, rows, inputs, outputs, workspace, attributes):
 
     def run(rows, *arrays):
         shapes, flags = [out.shape(rows) for out in wanted], dict(masks)
-        size = max(getattr(_native, f"{b}_{op}_workspace")(rows, *workspace) for b in _BACKENDS) if workspace else 0
+        size = _native.workspace(op, struct.pack(_PACKED[op], rows, *workspace)) if workspace else 0
         if size:  # XLA places it among its temporaries: nothing is allocated while the call runs
             shapes.append(jax.ShapeDtypeStruct((size,), jnp.uint8))
             flags["wanted"] = [*flags["wanted"], True]
@@ -220,7 +226,7 @@ def _there_form(form, attributes):
     one = attributes["shared_strength"]
     return [
         *_there(*form[:5]), int(attributes["rank"]), int(attributes["slots"]), *_there(form.slot, form.strength),
-        int(not one),
+        int(not one), 0, 0,
     ]  # fmt: skip
 
 
