@@ -100,12 +100,6 @@ def _checked(positive, negative, method, at, probe, held_out):
         if isinstance(texts, str):
             raise TypeError(f"{name} is one text, expected a list of them")
         sets.append(list(texts))
-        if any(isinstance(text, dict) or (isinstance(text, (list, tuple)) and text and isinstance(text[0], dict))
-               for text in sets[-1]):  # fmt: skip
-            raise TypeError(
-                f"{name} holds rows of a chat ({sets[-1][0]!r:.60}), expected texts: make one of each conversation with "
-                "tokenizer.apply_chat_template(row, tokenize=False)"
-            )
         if not sets[-1]:
             raise ValueError(f"{name} is empty: a contrast needs texts on both sides")
     if method == "pca" and (len(sets[0]) != len(sets[1]) or len(sets[0]) < 2):

@@ -269,6 +269,11 @@ def _said(statistics, about):
         raise Damaged(f"has statistics or about that are not what Directions.save writes: {error}") from None
 
 
+def is_saved(folder):
+    """Whether a folder holds what `Directions.save` wrote, of any version."""
+    return any((Path(folder) / name).exists() for name in (FILE, _OLD_JSON))
+
+
 def _vectors(tensors):
     found = {}
     for name, tensor in tensors.items():

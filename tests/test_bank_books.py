@@ -168,7 +168,7 @@ def test_a_file_that_was_changed_is_refused(tmp_path):
     assert torch.equal(said(model, bank, "e2", "e2"), before)
 
 
-def test_a_folder_that_cannot_be_written_leaves_the_edit_in_memory(tmp_path, monkeypatch):
+def test_a_name_whose_folder_cannot_be_written_is_not_kept(tmp_path, monkeypatch):
     model, bank = small(count=1, host=0, folder=tmp_path)
 
     def full(self, payload):
@@ -177,7 +177,9 @@ def test_a_folder_that_cannot_be_written_leaves_the_edit_in_memory(tmp_path, mon
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         bank.add("e1", red(1))
-    assert torch.equal(said(model, bank, "e1", "e1"), expected("e1"))
+    with pytest.raises(KeyError, match="holds no edit named 'e1'"):
+        bank.assign(["e1", "e1"])
+    assert torch.equal(said(model, bank, "e0", "e0"), expected("e0"))
 
 
 # --- many, and threads --------------------------------------------------------------------------------------------

@@ -127,7 +127,9 @@ def test_mistakes_are_a_line(model, pairs, asked, tmp_path):
     assert "expected word:WORD or module:function" in refused(*control, "--reward", "dog")
     assert "could not be imported" in refused(*control, "--reward", "no_such_module:f")
     assert "is float, expected a function" in refused(*control, "--reward", "math:pi")
-    assert "expected one finite number for each" in refused(*control, "--reward", "operator:concat", *QUICK)
+    begun = ["train", model, asked, "--out", tmp_path / "begun", "--method", "recontrol"]
+    assert "expected one finite number for each" in refused(*begun, "--reward", "operator:concat", *QUICK)
+    assert not (tmp_path / "begun" / "edit.json").exists()
     assert "--student is not an option of --method recontrol" in refused(*control, "--student", "red")
     assert "--reward is not an option of --method rahf" in refused(*rahf, "--reward", "word:dog")
     assert "expected scit or dual" in refused(*rahf, "--mode", "both")

@@ -55,8 +55,9 @@ def test_modules_that_override_train_are_not_called():
 
 class Letters:
     pad_token_id = eos_token_id = 0
+    bos_token_id = bos_token = eos_token = chat_template = None
 
-    def __call__(self, text, **options):
+    def __call__(self, text, *special, **options):
         if isinstance(text, str):
             return {"input_ids": [3 + ord(c) % 50 for c in text]}
         ids = torch.tensor([[3 + ord(c) % 50 for c in one] for one in text])

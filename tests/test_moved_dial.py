@@ -24,7 +24,7 @@ EDITS = {
     "frozen stack": lambda: [fe.Amplify(V, 1.7, site="block"), fe.Ablate(PLANE, site="block")],
     "trained stack": lambda: [fe.RED(), fe.NoReFT(2, site="mlp")],
     "loreft": lambda: fe.LoReFT(2),
-    "positions": lambda: [fe.RED(positions="first 3"), fe.DiReFT(2, positions="last 2")],
+    "positions": lambda: [fe.RED(positions="first 3"), fe.DiReFT(2, positions="first 2")],
     "gate": gated,
     "keep_norm": lambda: fe.Amplify(V, 2.0, keep_norm=True),
 }

@@ -81,13 +81,6 @@ def test_the_version_is_said():
     assert done.exit_code == 0 and done.output.strip() == f"fastedit {fe.__version__}"
 
 
-def test_rows_of_a_chat_are_no_texts():
-    chat = [[{"role": "user", "content": "hello"}], [{"role": "user", "content": "bye"}]]
-    for rows in (chat, [turn[0] for turn in chat]):
-        with pytest.raises(TypeError, match="apply_chat_template"):
-            fe.contrast(tiny.build("llama"), None, rows, ["a"])
-
-
 def test_a_mixture_of_experts_says_why_it_is_not_merged():
     from transformers import MixtralConfig, MixtralForCausalLM
 

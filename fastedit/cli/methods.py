@@ -86,7 +86,7 @@ def inferaligner(
 
     **Example:** `fastedit inferaligner ./target ./aligned --harmful harmful.txt --harmless harmless.txt --chat`
     """
-    from ..directions import JSON, Directions
+    from ..directions import Directions, is_saved
     from ..methods import inferaligner as method
     from .texts import as_chat, layer_numbers, read_texts
 
@@ -95,7 +95,7 @@ def inferaligner(
     loaded, tokenizer = _load(target, device, dtype, device_map, quantize)
 
     def made():
-        if (Path(aligned) / JSON).exists():
+        if is_saved(aligned):
             guide, words = Directions.load(aligned), None
         else:
             guide, words = _load(aligned, device, dtype, device_map, quantize)
