@@ -28,8 +28,8 @@ HEAD = "head.safetensors"
 def beside(handle):
     """({name: parameter} of what trains or was trained beside the edits and is kept with them, names of what is not kept).
 
-    With freeze=True all that trains is kept: heads and adapters, and what an optimizer has moved. Without, heads and adapters that an optimizer has moved since the patch; base
-    weights it has moved are not: those are a model of its own.
+    With freeze=True all that trains is kept: heads and adapters, and what an optimizer has moved. Without, heads and adapters
+    that an optimizer has moved since the patch; base weights it has moved are not: those are a model of its own.
     """
     edits = {id(p) for p in handle._root.parameters()}
     new = {id(p) for module in heads(handle.model) for p in module.parameters()} | {

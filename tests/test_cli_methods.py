@@ -74,7 +74,8 @@ def test_cast(folder, tmp_path):
     note = json.loads((tmp_path / "out" / "edit.json").read_text())
     assert note["training"]["method"] == "cast" and note["training"]["condition"] <= min(note["edits"][0]["layers"])
     generated(folder, tmp_path / "out", "--chat")
-    assert "has no directions.safetensors" in refused("cast", folder / "model", *files, "--behaviour", tmp_path, "--out", tmp_path / "x")
+    refusal = refused("cast", folder / "model", *files, "--behaviour", tmp_path, "--out", tmp_path / "x")
+    assert "has no directions.safetensors" in refusal
 
 
 def test_ubpl(folder, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fastedit as fe
-from fastedit import capturing, recipes, store
+from fastedit import capturing, kept, store
 from fastedit.captured_rows import Rows
 from fastedit.files import sealed
 from fastedit.interop import control_vectors, red
@@ -59,7 +59,8 @@ def readers(folder):
     vectors = torch.randn(DEPTH, WIDTH, generator=torch.Generator().manual_seed(0))
     gated = fe.Steer(vectors, site="block", positions="first 2 + last 1").when(fe.Gate(vectors[0], kind="cosine", threshold=0.1))
     with fe.patch(llama, [fe.RED(), gated, fe.LoReFT(2, layers=[1])]) as handle:
-        recipes.save_trained(llama, handle, folder / "edit", training={"steps": 3})
+        store.save(handle, folder / "edit", training={"steps": 3})
+        (folder / "edit" / kept.HEAD).write_bytes(kept.payload({"lm_head.weight": llama.lm_head.weight})[0])
         for name in ("tensors", "served"):
             handle.save(folder / name)
     with fe.patch(llama, gated) as handle:
@@ -121,7 +122,7 @@ def _named(llama, folder):
 
 def _head(folder):
     digest = hashlib.sha256((folder / "head.safetensors").read_bytes()).hexdigest()
-    return recipes._read_head(folder, {"training": {"head": digest}})
+    return kept.read_head(folder, {"training": {"head": digest}})
 
 
 def _sums(folder):
