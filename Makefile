@@ -41,12 +41,12 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test newest renew conformance serving-test serving-test-short fuzz crashes soak sanitize docs lint bench \
+.PHONY: help setup demo test test-slow newest renew conformance serving-test serving-test-short fuzz crashes soak sanitize docs lint bench \
 	peers gpu gpu-more clean distclean
 
 help:
 	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
-	@echo "make test    every test, on the CPU; PYTEST_ARGS='-k store' for some"
+	@echo "make test    the tests, on the CPU; PYTEST_ARGS='-k store' for some; make test-slow: those of more than ten seconds"
 	@echo "make newest  every test on the newest of everything, in $(NEWEST), and a table of it; make renew: those versions are tested"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
 	@echo "make conformance   every model class of transformers against plain hooks; goes on where it stopped (an hour or so)"
@@ -67,10 +67,15 @@ setup: $(STAMPS)/fastedit
 demo: $(STAMPS)/fastedit
 	$(BIN)/fastedit demo --out demo-output
 
+TEST_ENV := FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 FASTEDIT_TRITON_36=$(CURDIR)/$(VENV)/triton-3.6
 test: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(BIN)/fastedit doctor
-	FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 FASTEDIT_TRITON_36=$(CURDIR)/$(VENV)/triton-3.6 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
+
+# What takes more than ten seconds a test: the chat model, the whole demo, browsers, stub rehearsals, compilers.
+test-slow: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # Rows are kept in bench/results/conformance.csv; classes that have one are left out.
 conformance: $(STAMPS)/fastedit
