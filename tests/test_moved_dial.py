@@ -161,6 +161,8 @@ def test_a_checkpoint_by_hand_refuses_what_it_cannot_know(reentrant):
     handle.strength = -1.0
     with pytest.raises(RuntimeError, match="other strengths"):
         up.backward()
+    model, handle = model_with("llama", "red")  # after a refusal, graphs of before it may still be about
+    handle.strength = -1.0
     up = by_hand(model, reentrant)
     handle.strength = 0.0
     with torch.inference_mode():
