@@ -352,8 +352,9 @@ class RowPlan:
             self.whole_rows("labels that say where prompts end")
             return _before_labels(what, positions, self.labels.to(device), self.attention_mask)
         if self.trains and (positions is None or not positions.only_first):
+            verb = "depends" if positions is None else "depend"
             raise RuntimeError(
-                f"{what} depend on where the prompt ends, which this forward in training does not say: give the model labels "
+                f"{what} {verb} on where the prompt ends, which this forward in training does not say: give the model labels "
                 "with -100 over the prompt, or say handle.prompt(lengths) before each forward"
             )
         return None
@@ -395,14 +396,19 @@ def _before_labels(what, positions, labels, mask):
         if bool((starts > 1).any()):
             raise ValueError(
                 f"{what}: sequence {int((starts > 1).int().argmax())} has several responses in its labels (turns, or a packed "
-                "row), each with a prompt of its own; give one response a row, or use positions='all'"
+                "row), each with a prompt of its own; give one response a row, or {_instead(positions)}"
             )
-        if positions is not None and (positions.first or positions.last or positions.prompt) and bool((length == 0).any()):
+        asked = positions is None or positions.first or positions.last or positions.prompt
+        if asked and bool((length == 0).any()):
             raise ValueError(
                 f"{what}: sequence {int((length == 0).int().argmax())} has no prompt by its labels; put -100 over the prompt's "
-                "labels, or use positions='all'"
+                f"labels, or {_instead(positions)}"
             )
     return length
+
+
+def _instead(positions):
+    return "let the gate decide by token" if positions is None else "use positions='all'"
 
 
 def _named(what):

@@ -74,7 +74,7 @@ class Stage:
             return (self.fold(grad), None) if only is None else (only.tensors(), only.at if grad else only.dial)
         then = self._strengths_then() if grad else None
         for m in self.masters:
-            if m.runs.last != m.strength and then is None:
+            if m.runs.last != m.strength and then is None and not (grad and by_hand()):
                 m.runs.note(m.strength)
         if only is not None:
             dial, dialled = (only.at if grad else only.dial, only.dialled) if then is None else then[only]

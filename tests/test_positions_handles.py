@@ -9,6 +9,7 @@ from position_cases import SPECS, generated, prompts
 from transformers import CompileConfig
 
 import fastedit as fe
+from fastedit.fused import STATE
 from fastedit.merging import MergeError
 from fastedit.patching import handles
 from fastedit.positions import Positions, positions
@@ -59,16 +60,18 @@ def test_removal_and_other_handles():
     model = tiny.build("llama")
     before = tiny.state(model)
     everywhere = fe.patch(model, fe.RED())
-    assert type(model.model).__dict__.get("_fastedit_base") is None, "swapped though no edit has positions"
+    assert model.model.__dict__[STATE].stack is None, "a plan of each forward though no edit has positions"
     some = fe.patch(model, fe.Steer(torch.randn(32), positions="prompt"))
+    assert model.model.__dict__[STATE].stack is not None
     ids, mask = prompts()
     copied = copy.deepcopy(model)
     assert torch.equal(generated(copied, ids, mask)[0], generated(model, ids, mask)[0])
     handles(copied)[1].remove()
     some.remove()
-    assert type(model.model).__dict__.get("_fastedit_base") is None
+    assert model.model.__dict__[STATE].stack is None
     assert torch.equal(tiny.output(copied, "llama"), tiny.output(model, "llama"))
     everywhere.remove()
+    assert type(model.model).__dict__.get("_fastedit_base") is None
     tiny.assert_same_state(model, before)
 
 

@@ -80,6 +80,24 @@ def test_training_that_does_not_say_where_the_prompt_ends_is_refused(spec):
     model(**given, labels=labels, position_ids=padded)
 
 
+@pytest.mark.parametrize("decide", ["prompt", "prompt mean"])
+def test_a_gate_on_the_prompt_decides_on_what_stands_before_the_labels(decide):
+    model = tiny.exact(tiny.build("llama")).train()
+    vector = torch.randn(tiny.WIDTH, generator=torch.Generator().manual_seed(1))
+    handle = fe.patch(model, fe.RED().when(fe.Gate(vector, sharpness=1.0, decide=decide)), freeze=True)
+    given = labelled(True)
+    by_labels = gradients(model, handle, given)
+    handle.prompt(LENGTHS)
+    for found, expected in zip(by_labels, gradients(model, handle, given), strict=True):
+        assert torch.equal(found, expected) and expected.abs().max() > 0
+    handle.prompt(None)
+    unlabelled = {name: value for name, value in given.items() if name != "labels"}
+    with pytest.raises(RuntimeError, match="a gate on the prompt depends on where the prompt ends"):
+        model(**unlabelled)
+    with pytest.raises(ValueError, match=r"a gate on the prompt: sequence 0 has no prompt.*decide by token"):
+        model(**unlabelled, labels=IDS)
+
+
 def test_what_does_not_depend_on_the_prompt_s_end_trains_as_before():
     for spec in (None, "first 2", {"tokens": [5]}):
         model = tiny.build("llama").train()
