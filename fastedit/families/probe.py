@@ -114,15 +114,15 @@ def _keeper(shapes):
 
 @contextlib.contextmanager
 def _bare(model):
-    """The model without anyone's hooks."""
-    kept = []
-    for module in model.modules():
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
-            if getattr(module, name):
-                kept.append((module, name, getattr(module, name)))
-                setattr(module, name, type(getattr(module, name))())
+    """The model without anyone's hooks; what its modules keep of a forward (recurrent states, say) is as it was afterwards."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
+        for module, held in before:
+            for name in ("_forward_hooks", "_forward_pre_hooks"):
+                if held[name]:
+                    module.__dict__[name] = type(held[name])()
         yield
     finally:
-        for module, name, hooks in kept:
-            setattr(module, name, hooks)
+        for module, held in before:
+            module.__dict__.clear()
+            module.__dict__.update(held)
