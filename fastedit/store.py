@@ -145,7 +145,7 @@ def _load_state(model, saved, freeze, head):
     record, tensors = saved.handles[0], saved.tensors(saved.handles[0])
     edits = rebuild(saved.folder, record["edits"])
     _check_base(saved.folder, record["base"], describe_base(model))
-    _check_tensors(saved.folder, edits, _layers(model), tensors)
+    _check_tensors(saved.folder, _shapes(saved.folder, edits, _layers(model)), tensors)
     handle = patch(model, edits, freeze=freeze)
     try:
         handle.load_tensors(tensors)
