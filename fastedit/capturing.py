@@ -249,7 +249,8 @@ class _State:
             return 0
         note, tensors = self._read()
         if note["job"] != self.job:
-            other = [f"{name} {value!r:.80}" for name, value in note["job"].items() if value != self.job.get(name)]
+            other = [f"{name} {value!r:.80}" for name, value in (dict.fromkeys(self.job) | note["job"]).items()
+                     if value != self.job.get(name)]
             raise ValueError(f"{self.path} is of another pass ({', '.join(other)}); remove it, or resume elsewhere")
         states = {
             layer: {name: tensors.get(f"{layer}.{name}") for name in ("count", "mean", "m2", "left_out")}

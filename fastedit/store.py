@@ -125,13 +125,13 @@ def load(model, folder, *, freeze=False, revision=None, head=True):
     folder = fetch(folder, revision)
     if not (folder / JSON).exists() and (saved := states.find(folder)) is not None:
         return _load_state(model, saved, freeze, head)
-    edits, tensors, strength = opened(model, folder)
+    header, edits, tensors, strength = _opened(model, folder)
     handle = patch(model, edits, freeze=freeze)
     try:
         handle.load_tensors(tensors)
         handle.strength = strength
         if head:
-            kept.restore(model, folder, read(folder)[0])
+            kept.restore(model, folder, header)
     except Exception as error:
         handle.remove()
         raise EditFileError(f"{folder}: {error}") from error
@@ -167,6 +167,11 @@ def opened(model, folder):
     Raises:
         EditFileError: as `load`.
     """
+    return _opened(model, folder)[1:]
+
+
+def _opened(model, folder):
+    """(edit.json, and what `opened` gives)."""
     checked = {}
 
     def limit(header):
@@ -177,9 +182,9 @@ def opened(model, folder):
         checked.update(edits=edits, strength=strength, shapes=shapes)
         return sum(4 * math.prod(shape) + len(name) + 200 for name, shape in shapes.items()) + 4096
 
-    _, tensors = read(folder, limit)
+    header, tensors = read(folder, limit)
     _check_tensors(folder, checked["shapes"], tensors)
-    return checked["edits"], tensors, checked["strength"]
+    return header, checked["edits"], tensors, checked["strength"]
 
 
 def strength_of(folder, header):

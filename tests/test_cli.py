@@ -251,6 +251,6 @@ def test_show_reseals_what_a_hand_changed(trained, tmp_path):
     shutil.copytree(folder, tmp_path / "edit")
     path = tmp_path / "edit" / "edit.json"
     path.write_text(path.read_text().replace('"strength": 1.0,\n  "base"', '"strength": 0.5,\n  "base"'))
-    assert "show --reseal" in invoke("show", tmp_path / "edit", code=1).replace("\n", " ")
+    assert "show --reseal" in " ".join(invoke("show", tmp_path / "edit", code=1).split())
     assert "strength: 0.5" in invoke("show", "--reseal", tmp_path / "edit")
     assert "strength: 0.5" in invoke("show", tmp_path / "edit")
