@@ -54,7 +54,7 @@ def test_old_rows_and_sums_load(tmp_path, caplog):
     caplog.clear()
     shutil.copytree(OLD / "sums", tmp_path / "sums")
     how = {"layers": [1], "batch_size": 2}
-    with pytest.raises(ValueError, match="of another pass .*sinks"):  # they do not say which tokens were left out
+    with pytest.raises(ValueError, match=r"of another pass .*sinks"):  # they do not say which tokens were left out
         fe.capture(llama(), None, DATA, **how, resume=tmp_path / "sums")
     assert "its next save has one" in caplog.text
 
