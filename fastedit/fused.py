@@ -65,11 +65,11 @@ def leave(state, add, x, residual):
     successor = state.successor
     if successor is None or not (_may_carry(state.module) and _may_carry(successor.module)):
         return add(x, residual)
-    norm = successor.entry
-    if not norm.fits(x, residual) or residual.dtype is state.apart:
+    if residual.dtype is state.apart:
         return add(x, residual)
-    hidden, normed = add.with_norm(x, residual, norm)
-    successor.carried[_ident()] = (hidden, hidden._version, normed)
+    hidden, normed = add(x, residual, successor.entry)
+    if normed is not None:
+        successor.carried[_ident()] = (hidden, hidden._version, normed)
     return hidden
 
 
@@ -105,10 +105,8 @@ def pre_norm_layer(recipe, base):
             attended = modules[attn_name](normed, **kwargs)
         attended = attended[0]
         add, norm = state.adds[attn_name], state.norms[mlp_norm]
-        if norm is not None and norm.fits(attended, hidden_states):
-            hidden, normed = add.with_norm(attended, hidden_states, norm)
-        else:
-            hidden = add(attended, hidden_states)
+        hidden, normed = (add(attended, hidden_states), None) if norm is None else add(attended, hidden_states, norm)
+        if normed is None:
             normed = modules[mlp_norm](hidden)
         x = modules[mlp_name](normed)
         return leave(state, state.adds[mlp_name], x if isinstance(x, torch.Tensor) else x[0], hidden)
@@ -154,9 +152,8 @@ def post_norm(recipe, base):
         if dropout.training or dropout._forward_hooks:
             x = dropout(x)
         add, norm = state.adds[recipe.inner], state.norms[recipe.norm]
-        if norm is not None and norm.fits(x, input_tensor):
-            return add.with_norm(x, input_tensor, norm, want_residual=False)[1]
-        return modules[recipe.norm](add(x, input_tensor))
+        out, normed = (add(x, input_tensor), None) if norm is None else add(x, input_tensor, norm, want_residual=False)
+        return modules[recipe.norm](out) if normed is None else normed
 
     return forward
 
@@ -188,5 +185,7 @@ def build_state(recipe, owner, sites, norms, ride, add=Add):
 def served_norms(recipe, owner, norms):
     """{name: Norm, or None where the module must be called}"""
     return {
-        name: None if norms[name] is None else Norm(owner._modules[name], *norms[name]) for name in recipe.norms
-    }
+        name: None if norms[name] is None
+        else Norm(owner._modules[name], *norms[name], ((owner._modules, name, owner._modules[name]),))
+        for name in recipe.norms
+    }  # fmt: skip

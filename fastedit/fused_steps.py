@@ -124,15 +124,12 @@ def _sum(state, step, x, hidden, following, last):
     add, modules = state.adds[step.chain[-1]], state.module._modules
     if step.after is not None:
         norm = state.norms[step.after]
-        if norm is not None and norm.fits(x, hidden):
-            return add.with_norm(x, hidden, norm, want_residual=False)[1], None
-        return modules[step.after](add(x, hidden)), None
+        out, normed = (add(x, hidden), None) if norm is None else add(x, hidden, norm, want_residual=False)
+        return modules[step.after](out) if normed is None else normed, None
     if last:
         return leave(state, add, x, hidden), None
     norm = None if following is None else state.norms[following]
-    if norm is not None and norm.fits(x, hidden):
-        return add.with_norm(x, hidden, norm)
-    return add(x, hidden), None
+    return (add(x, hidden), None) if norm is None else add(x, hidden, norm)
 
 
 def parallel_layer(recipe, base):

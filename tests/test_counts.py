@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastedit as fe
-from fastedit import lean
+from fastedit import adds
 from fastedit.adds import Add
 
 VIEWS = frozenset(
@@ -33,7 +33,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.bytes = self.allocations = self.operations = 0
-        for owner, name in ((Add, "run"), (lean, "edit"), (fe.ops, "edit"), (fe.ops, "edit_add"), (fe.ops, "edit_add_norm")):
+        for owner, name in ((Add, "run"), (adds, "edit"), (fe.ops, "edit"), (fe.ops, "edit_add"), (fe.ops, "edit_add_norm")):
             self._watch(monkeypatch, owner, name)
 
     def count(self, given, made):

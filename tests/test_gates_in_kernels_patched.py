@@ -9,7 +9,7 @@ import torch
 from gate_cases import prompts, vector
 
 import fastedit as fe
-from fastedit import lean, ops
+from fastedit import adds, ops
 from fastedit.gating import Sensor
 from fastedit.per_layer import Spot
 
@@ -136,7 +136,7 @@ def test_a_gated_edit_is_the_one_op_that_the_ungated_one_is(family, site, monkey
         return call
 
     for op in ("edit", "edit_add", "edit_add_norm"):
-        monkeypatch.setattr(lean, f"try_{op}", counted(op, getattr(lean, f"try_{op}")))
+        monkeypatch.setattr(ops, f"try_{op}", counted(op, getattr(ops, f"try_{op}")))
     monkeypatch.setattr(ops, "try_project", counted("project by ops", ops.try_project))
     model = tiny.build(family)
     gate, found = fe.Gate(vector(2), kind="cosine"), []
@@ -254,7 +254,7 @@ def test_a_gate_of_another_width_never_reaches_a_kernel():
     sensor = Sensor(fe.Gate(torch.ones(32)), "g", Spot("layers.0", 0, 1), 32, "cpu")
     form, rows = (None, torch.ones(64), None, None, None), torch.ones(3, 64)
     with torch.no_grad():
-        for call in (lambda: lean.edit(rows, form, None, sensor), lambda: lean.add(rows, rows, form, None, True, looks=sensor)):
+        for call in (lambda: adds.edit(rows, form, None, sensor), lambda: adds.add(rows, rows, form, None, True, looks=sensor)):
             with pytest.raises(ValueError, match=r"gate has shape \(32,\), expected \(64\)"):
                 call()
 

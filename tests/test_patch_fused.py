@@ -9,7 +9,7 @@ import torch.utils._python_dispatch as dispatch
 from patch_cases import everything, paths, scrambled, tiny_plain
 
 import fastedit as fe
-from fastedit import lean
+from fastedit import adds
 from fastedit.adds import Add, Norm
 from fastedit.patching import handles
 from fastedit.runtime import Ride, Stage
@@ -67,7 +67,7 @@ class Counter(dispatch.TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.count = 0
-        for owner, name in ((Add, "run"), (lean, "edit"), (fe.ops, "edit"), (fe.ops, "edit_add"), (fe.ops, "edit_add_norm")):
+        for owner, name in ((Add, "run"), (adds, "edit"), (fe.ops, "edit"), (fe.ops, "edit_add"), (fe.ops, "edit_add_norm")):
             self._watch(monkeypatch, owner, name)
 
     def _watch(self, monkeypatch, owner, name):
