@@ -26,9 +26,9 @@ _NO_GLOBAL_HOOKS = tuple((nn_module, f"_global{name}", NOTHING) for name in _HOO
 
 def edit(hidden, tensors, strength, looks=None):
     """E(hidden) in an op of its own; tensors, strength and looks as `add` has them."""
+    strength, gate, rule = _looked(looks, strength, hidden)
     if torch.compiler.is_compiling():
-        return _expressed(reference.edit, (hidden,), tensors, _looked(looks, hidden, strength))
-    gate, rule = NO_GATE if looks is None else looks.gate()
+        return _expressed(reference.edit, (hidden,), tensors, strength)
     return ops.edit(hidden, *tensors, slot=slot_of(tensors, hidden), strength=strength, gate=gate, rule=rule)
 
 
@@ -38,11 +38,10 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, l
     tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one a row. looks: None, or what
     has a gate for the kernel: gate() is its two tensors, say(rows) its g for a compiler to see (gating.Sensor).
     """
+    strength, gate, rule = _looked(looks, strength, x, residual, on_sum)
     if torch.compiler.is_compiling():
-        strength = _looked(looks, x, strength, residual if on_sum else None)
         out = _expressed(reference.edit_add, (x, residual), tensors, strength, on_sum)
         return out if norm is None else (out, norm.module(out))
-    gate, rule = NO_GATE if looks is None else looks.gate()
     given = {"on": "sum" if on_sum else "x", "slot": slot_of(tensors, x), "strength": strength, "gate": gate, "rule": rule}
     if norm is None:
         return ops.edit_add(x, residual, *tensors, **given)
@@ -63,15 +62,19 @@ def _expressed(op, streams, tensors, strength, *more):
     return out.view(streams[0].shape)
 
 
-def _looked(looks, x, strength, residual=None):
-    """The strength with a gate's part in it, made of what the edit is given: x, or the sum as a kernel has it, in fp32."""
+def _looked(looks, strength, x, residual=None, on_sum=False):
+    """(strength, gate, rule): a kernel looks by itself; a compiler and autograd are given the strength with the gate in it,
+    made of what the edit is given: x, or the sum as a kernel has it, in fp32. A hard gate has no gradient to compute."""
     if looks is None:
-        return strength
-    if residual is not None:
+        return strength, None, None
+    learns = torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad))
+    if not (learns or torch.compiler.is_compiling()):
+        return strength, *looks.gate()
+    if on_sum:
         dtype = torch.promote_types(_sum_dtype(x, residual), torch.float32)
         x = residual.to(dtype) + x.to(dtype)
     said = looks.say(x)
-    return said if strength is None else said * strength
+    return said if strength is None else said * strength, None, None
 
 
 def _sum_dtype(x, residual):
@@ -82,7 +85,7 @@ class Norm:
     """A norm module whose arithmetic the kernel can do: kind "rms", "gemma" or "layer". links: where its owner has it."""
 
     def __init__(self, module, kind, eps, links=()):
-        self.module, self.kind, self.eps = module, kind, eps
+        self.module, self.kind, self.code, self.eps = module, kind, NORM_KINDS[kind], eps
         self.facts = (*links, *((module, name, NOTHING) for name in (*_HOOKS, "forward")))
 
     def parameters(self):
@@ -185,6 +188,7 @@ class Add:
             op, arguments = try_edit_add, (*tensors, None, strength, on_sum, False, gate, rule)
         else:
             op = try_edit_add_norm
-            arguments = (*held, *tensors, None, strength, on_sum, NORM_KINDS[norm.kind], norm.eps, False, want_residual, False)
+            arguments = (*held, *tensors, None, strength, on_sum, norm.code, norm.eps, False, want_residual, False)
             arguments += gate, rule
-        self.ready[norm] = op, arguments, facts + more, torch.is_inference_mode_enabled()
+        if holds(facts + more):  # else what was found here is an exception, which may pass
+            self.ready[norm] = op, arguments, facts + more, torch.is_inference_mode_enabled()

@@ -162,17 +162,15 @@ def _function(op, setup, backward):
     """The eager Function of an op, and the operator's autograd."""
     place = {"edit": 3, "edit_add": 4, "edit_add_norm": 6}.get(op)  # of `read`: where there is one, z is kept
 
-    class Eager(Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            more = () if place is None else (inputs[place] is not None, *(True,) * (2 * (op == "edit_add_norm")))
-            output = run(op, *inputs, *more)
-            setup(ctx, inputs, output)
-            return output
+    def forward(ctx, *inputs):
+        more = () if place is None else (inputs[place] is not None, *(True,) * (2 * (op == "edit_add_norm")))
+        output = run(op, *inputs, *more)
+        setup(ctx, inputs, output)
+        return output
 
-    Eager.backward = staticmethod(backward)
     torch.library.register_autograd(f"fastedit::{op}", backward, setup_context=setup, lib=torch_library.library)
-    return Eager
+    name = op.title().replace("_", "") + "Function"
+    return type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
 FUNCTIONS = {

@@ -246,7 +246,8 @@ class Site:
         if standing is not None:
             (*tensors, strength, gate, rule), facts = standing
             facts += ((self, "stages", self.stages), (self, "ride", self.ride))
-            self.ready = try_edit, (*tensors, None, strength, False, gate, rule), facts, torch.is_inference_mode_enabled()
+            if holds(facts):
+                self.ready = try_edit, (*tensors, None, strength, False, gate, rule), facts, torch.is_inference_mode_enabled()
 
     def after(self, module, output):
         """The site's module has returned `output`: apply the edits here, unless an add carries them."""
