@@ -2,19 +2,19 @@
 
 A forward without gradients is one call of `native.bound`: an op, its arguments, and the facts under which they are right
 (whose parameter it is, that nobody hooked in, the strength). A fact that does not hold any more sends the call the long
-way, which makes ready anew. Under torch.compile and export a patched layer is plain PyTorch: the compiler fuses scale,
-bias and norm into what stands around them, where an operator it cannot see into would hold it up (a compiled decode step
-of a 64-wide Llama took 0.82 of the unedited eager one's time with operators, 0.49 under a compiled hook).
+way, which makes ready anew. Under torch.compile and export a layer's own forward runs, and edits are plain PyTorch after
+their sites: the compiler fuses scale, bias and norm into what stands around them, where an operator it cannot see into would
+hold it up (a compiled decode step of a 64-wide Llama took 0.82 of the unedited eager one's time with operators, 0.49 under a
+compiled hook), and every thing that a fused forward looks up would cost it a guard.
 """
 
 import torch
-from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as nn_module
 
 from . import ops
 from .arguments import NORM_KINDS
 from .kernels import reference
-from .native import NOTHING, bound, constant, holds, try_edit_add, try_edit_add_norm
+from .native import NOTHING, bound, holds, try_edit_add, try_edit_add_norm
 from .tenants import slot_of
 
 NONE = (None,) * 5
@@ -28,7 +28,7 @@ def edit(hidden, tensors, strength, looks=None):
     """E(hidden) in an op of its own; tensors, strength and looks as `add` has them."""
     strength, gate, rule = _looked(looks, strength, hidden)
     if torch.compiler.is_compiling():
-        return _expressed(reference.edit, (hidden,), tensors, strength)
+        return _expressed(hidden, tensors, strength)
     return ops.edit(hidden, *tensors, slot=slot_of(tensors, hidden), strength=strength, gate=gate, rule=rule)
 
 
@@ -39,9 +39,6 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, l
     has a gate for the kernel: gate() is its two tensors, say(rows) its g for a compiler to see (gating.Sensor).
     """
     strength, gate, rule = _looked(looks, strength, x, residual, on_sum)
-    if torch.compiler.is_compiling():
-        out = _expressed(reference.edit_add, (x, residual), tensors, strength, on_sum)
-        return out if norm is None else (out, norm.module(out))
     given = {"on": "sum" if on_sum else "x", "slot": slot_of(tensors, x), "strength": strength, "gate": gate, "rule": rule}
     if norm is None:
         return ops.edit_add(x, residual, *tensors, **given)
@@ -52,14 +49,14 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, l
     )  # fmt: skip
 
 
-def _expressed(op, streams, tensors, strength, *more):
+def _expressed(hidden, tensors, strength):
     """The reference's own operations, for a compiler to see; fp32 also under autocast."""
     strength = None if strength is None else strength.reshape(-1)
-    with torch.autocast(streams[0].device.type, enabled=False):
-        slot = slot_of(tensors, streams[0])
+    slot = slot_of(tensors, hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
         slot = None if slot is None else slot.reshape(-1)
-        out, _ = op(*(s.reshape(-1, s.shape[-1]) for s in streams), *tensors, slot, strength, *more)
-    return out.view(streams[0].shape)
+        out, _ = reference.edit(hidden.reshape(-1, hidden.shape[-1]), *tensors, slot, strength)
+    return out.view(hidden.shape)
 
 
 def _looked(looks, strength, x, residual=None, on_sum=False):
@@ -93,13 +90,9 @@ class Norm:
         held = self.module._parameters
         return held["weight"], held.get("bias")
 
-    @constant
-    def untouched(self):
-        return holds(self.facts) and holds(_NO_GLOBAL_HOOKS)
-
     def fits(self, x, residual):
         """Whether the module may be passed over in this call, for the norm of residual + x."""
-        if not self.untouched():
+        if not (holds(self.facts) and holds(_NO_GLOBAL_HOOKS)):
             return False
         dtype = _sum_dtype(x, residual)
         for parameter in self.parameters():
@@ -139,7 +132,7 @@ class Add:
     def __call__(self, x, residual, norm=None, want_residual=True):
         """residual'; with a Norm (residual', its norm of that): None for a residual' that nobody reads, and for a norm whose
         module must be called."""
-        if not is_dynamo_compiling() and (self.apart is None or x.dtype is not self.apart):
+        if self.apart is None or x.dtype is not self.apart:
             done = bound(self.ready.get(norm), x, residual)
             if done is not None:
                 return done
@@ -155,7 +148,7 @@ class Add:
             out = residual + x
         else:
             out = self.run(x, residual, tensors, strength, on_sum, here, want_residual, looks)
-        if not (before or after or torch.compiler.is_compiling() or torch.is_grad_enabled()):
+        if not (before or after or torch.is_grad_enabled()):
             self._make_ready(stage, on_sum, norm, want_residual)
         for one in after:
             out = one.apply(out)

@@ -8,6 +8,7 @@ import inspect
 from threading import get_ident as _ident
 
 import torch
+from torch.compiler import is_compiling
 
 from .adds import Add, Norm
 from .families import PostNorm, PreNormLayer, PreNormSublayer, submodule
@@ -28,7 +29,16 @@ class State:
         self.module, self.adds, self.norms = module, adds, norms
         self.entry, self.apart = entry, apart
         self.successor = self.block = None
+        self.own = ()  # the Sites that are the output of `module` itself
         self.carried = {}  # by thread: (hidden, version, normed) that the predecessor has left
+
+
+    def traced(self, output):
+        """The output of the layer's own forward, which a compiler sees in place of the fused one: sites apply their edits
+        after their modules, and the compiler fuses. What the fused one looks up would cost a guard each."""
+        for site in self.own:
+            output = site.after(self.module, output)
+        return output
 
 
 # --- across layers ------------------------------------------------------------------------------------------
@@ -36,10 +46,8 @@ class State:
 
 def _may_carry(module):
     """A normed tensor may cross from one module to the next: never under checkpointing, whose recomputation
-    would not find it, nor while tracing."""
-    if torch.compiler.is_compiling() or (
-        module.training and getattr(module, "gradient_checkpointing", False)
-    ):
+    would not find it."""
+    if module.training and getattr(module, "gradient_checkpointing", False):
         return False
     if (
         torch.is_grad_enabled()
@@ -52,7 +60,7 @@ def _may_carry(module):
 
 def entry_norm(state, hidden, norm):
     """norm(hidden), from the predecessor if this is the tensor it was computed from, unchanged."""
-    carried = None if torch.compiler.is_compiling() or not state.carried else state.carried.pop(_ident(), None)
+    carried = state.carried.pop(_ident(), None) if state.carried else None
     if carried is not None:
         source, version, normed = carried
         if source is hidden and hidden._version == version and _may_carry(state.module):
@@ -91,6 +99,8 @@ def pre_norm_layer(recipe, base):
         state = self.__dict__.get(STATE)
         if state is None or len(args) > len(names):
             return base.forward(self, hidden_states, *args, **kwargs)
+        if is_compiling():
+            return state.traced(base.forward(self, hidden_states, *args, **kwargs))
         if args:
             kwargs.update(zip(names, args, strict=False))
         if cross and kwargs.get(cross[0]) is not None:
@@ -121,6 +131,8 @@ def pre_norm_sublayer(recipe, base):
         state = self.__dict__.get(STATE)
         if state is None or len(args) > len(names):
             return base.forward(self, hidden_states, *args, **kwargs)
+        if is_compiling():
+            return state.traced(base.forward(self, hidden_states, *args, **kwargs))
         if args:
             kwargs.update(zip(names, args, strict=False))
         for name, inner_name in renamed.items():
@@ -146,6 +158,8 @@ def post_norm(recipe, base):
         state = self.__dict__.get(STATE)
         if state is None:
             return base.forward(self, hidden_states, input_tensor)
+        if is_compiling():
+            return state.traced(base.forward(self, hidden_states, input_tensor))
         modules = self._modules
         x = modules[recipe.inner](hidden_states)
         dropout = modules[recipe.dropout]

@@ -1,5 +1,6 @@
 """The fused forwards of layers made of steps (families/steps.py), beside those of fused.py."""
 
+from torch.compiler import is_compiling
 from torch.nn.functional import dropout as functional_dropout
 
 from . import fused
@@ -85,6 +86,8 @@ def residual_layer(recipe, base):
         state = self.__dict__.get(STATE)
         if state is None or len(args) > len(names):
             return base.forward(self, hidden_states, *args, **kwargs)
+        if is_compiling():
+            return state.traced(base.forward(self, hidden_states, *args, **kwargs))
         if apart is not None and hidden_states.dtype is apart:
             out = base.forward(self, hidden_states, *args, **kwargs)
             return out if state.block is None else state.block.apply(out)
@@ -141,6 +144,8 @@ def parallel_layer(recipe, base):
         state = self.__dict__.get(STATE)
         if state is None or len(args) > len(names):
             return base.forward(self, hidden_states, *args, **kwargs)
+        if is_compiling():
+            return state.traced(base.forward(self, hidden_states, *args, **kwargs))
         if args:
             kwargs.update(zip(names, args, strict=False))
         if recipe.only:

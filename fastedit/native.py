@@ -52,15 +52,6 @@ holds = _holds if _native is None else _native.holds  # csrc/tensors.cpp
 bound = _unserved if _native is None else _native.bound
 
 
-def constant(function):
-    """A method of facts that torch.compile asks once, as it looks for hooks once: no guard on any of what it looks at.
-
-    The mark is torch.compiler.assume_constant_result's, which would import the whole compiler.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
 def serve(device_type, on):
     """Whether calls that only ask are answered for tensors on that device."""
     if _native is not None:

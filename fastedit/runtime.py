@@ -2,7 +2,6 @@
 
 import torch
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
 
 from . import adds, changes
 from .changes import optimizer_steps, stamp
@@ -10,7 +9,7 @@ from .checks import MAX_RANK
 from .form import at_strength, fold_all
 from .gating import Tap, kernel_gate
 from .masters import DerivedMasters, as_written
-from .native import NOTHING, bound, constant, holds, try_edit
+from .native import NOTHING, bound, holds, try_edit
 from .planning import width_at
 from .probes import Reading
 from .recomputing import by_hand, dials
@@ -193,7 +192,6 @@ class Ride:
             owner = getattr(dropout, "owner", dropout)
             self.facts += ((owner, "training", NOTHING), (getattr(dropout, "module", dropout), "_forward_hooks", NOTHING))
 
-    @constant
     def now(self, dtype):
         dropout = self.dropout
         if dropout is None:
@@ -208,6 +206,7 @@ class Site:
     """
 
     reads_input = False
+    whole = True  # what its module returns is all edited
 
     def __init__(self, layer, site):
         self.layer, self.site = layer, site
@@ -215,6 +214,7 @@ class Site:
         self.width = width_at(layer, site)
         self.masters, self.stages = [], []
         self.ride = self.ready = None
+        self.simple = None  # the Masters, where their one stage has nothing to ask: a compiler guards this, not the asking
 
     def __getstate__(self):
         return self.__dict__ | {"ready": None}
@@ -231,12 +231,15 @@ class Site:
                 groups.append([m])
                 rank = m.rank
         self.masters, self.stages = masters, [_stage(group, stack) for group in groups]
+        only = self.stages[0] if len(self.stages) == 1 else None
+        plain = type(only) is Stage and only.only is not None and only.positions is only.gating is None
+        self.simple = only.only if plain and self.whole and not (only.keep_norm or only.tenants) else None
 
     def apply(self, hidden):
         """Every edit, on hidden states (…, width)."""
         for stage in self.stages:
             hidden = stage.apply(hidden)
-        if len(self.stages) == 1 and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+        if self.whole and len(self.stages) == 1 and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
             self._make_ready(self.stages[0])
         return hidden
 
@@ -251,7 +254,11 @@ class Site:
 
     def after(self, module, output):
         """The site's module has returned `output`: apply the edits here, unless an add carries them."""
-        if self.ride is None and not is_dynamo_compiling():
+        if torch.compiler.is_compiling():
+            only = self.simple
+            if only is not None and isinstance(output, torch.Tensor):
+                return adds.edit(output, only.tensors(), only.at if torch.is_grad_enabled() else only.dial)
+        elif self.ride is None:
             done = bound(self.ready, output)
             if done is not None:
                 return done
@@ -265,7 +272,7 @@ class Site:
         )
 
     def _late(self, hidden):
-        if self.ride is not None and self.ride.now(hidden.dtype):
+        if self.ride is not None and not torch.compiler.is_compiling() and self.ride.now(hidden.dtype):
             return hidden
         return self.apply(hidden)
 

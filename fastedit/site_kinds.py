@@ -68,6 +68,8 @@ class InputSite(Site):
 class PartSite(Site):
     """Columns of a fused projection's output: in each of `groups` equal groups, those from start to stop."""
 
+    whole = False
+
     def __init__(self, layer, site):
         super().__init__(layer, site)
         module = layer.at(site)
