@@ -12,9 +12,10 @@ import pathlib
 import sys
 
 import torch
-
-from fastedit import adds, arrays, ops
 from fastedit.dispatch import load, select
+
+from fastedit import arrays, ops
+from fastedit.patching import residual_add as adds
 
 from .machine import about
 from .timing import interleave, quantiles, ratio

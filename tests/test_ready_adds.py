@@ -63,8 +63,8 @@ def test_a_patched_add_enters_four_python_functions(family, edit):
 @pytest.mark.parametrize("edit", EDITS)
 def test_the_plain_path_enters_two_python_functions(edit):
     model, handle = patched(edit=edit, fused=False)
-    own = [name for name, file in frames_of(model) if name == "after" or (name == "forward" and file == "swapping.py")]
-    entered = [name for name, file in frames_of(model) if file not in ("root.py", "replaced.py", "row_plan.py")]
+    own = [name for name, file in frames_of(model) if name == "after" or (name == "forward" and file == "patching/class_swap.py")]
+    entered = [name for name, file in frames_of(model) if file not in ("patching/model_edits.py", "patching/replaced_modules.py", "patching/rows/row_plan.py")]
     assert len(entered) - len(own) <= 4 and own.count("after") == tiny.number_of_layers("llama"), entered
 
 

@@ -78,8 +78,13 @@ def _is_free(func):
 
 def _entries():
     """Where kernels are called: they take raw pointers, which no dispatch mode sees."""
-    from fastedit import adds, functions, ops, runtime, torch_library
     from fastedit.dispatch import BACKENDS, load, why_not
+
+    from fastedit import ops
+    from fastedit.ops import autograd as functions
+    from fastedit.ops import registered as torch_library
+    from fastedit.patching import residual_add as adds
+    from fastedit.patching import site as runtime
 
     backends = [load(name) for name in BACKENDS if why_not(name) is None]
     served = [(backend, name) for backend in backends for name, op in vars(backend).items() if callable(op)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..directions import Directions, DirectionsFileError
+from ..directions.directions import Directions, DirectionsFileError
 from ..files.sealed import Damaged, open_regular
 
 ARCHITECTURE = "controlvector"
