@@ -95,7 +95,7 @@ def test_removal_copies_and_pickles():
     assert torch.equal(generated(copied, ids, mask)[0], generated(model, ids, mask)[0])
     handles(copied)[0].remove()
     first.remove()
-    assert not model.fastedit.edits.stack and "layers.0" in model.fastedit.installed
+    assert not model.fastedit.stacks and "layers.0" in model.fastedit.installed
     assert torch.equal(tiny.output(copied, "llama"), tiny.output(model, "llama"))
     second.remove()
     tiny.assert_same_state(model, before)
@@ -112,7 +112,7 @@ def test_the_model_may_become_bf16_but_not_the_gate():
 def test_gates_do_not_merge_and_do_not_fold():
     model = tiny.build("llama")
     with fe.patch(model, [fe.Steer(vector(1), site="mlp").when(gate("dot")), fe.Steer(vector(2), site="mlp")]) as handle:
-        assert [len(site.stages) for site in model.fastedit.edits.sites.values()] == [2, 2, 2]
+        assert [len(site.stages) for site in model.fastedit.sites.values()] == [2, 2, 2]
         with pytest.raises(MergeError, match="a gated edit on some"):
             handle.merge()
     normed = fe.Steer(vector(1), site="mlp", keep_norm=True)

@@ -62,7 +62,7 @@ def both_ways(model, edit, gate, **options):
     found = []
     for rule in (gate, gate & OPEN):
         with fe.patch(model, edit.when(rule), **options) as handle:
-            stages = [stage for site in model.fastedit.edits.sites.values() for stage in site.stages]
+            stages = [stage for site in model.fastedit.sites.values() for stage in site.stages]
             assert all((stage.looks is not None) == (rule is gate) for stage in stages)
             found.append((hidden_states(model), {row["path"] for row in handle.report().rows}))
     return found
@@ -165,7 +165,7 @@ def test_what_no_kernel_takes_stays_a_coefficient():
     ):  # fmt: skip
         with fe.patch(model, fe.Steer(vector(2), layers=[1, 2]).when(rule)) as handle:
             assert {row["path"] for row in handle.report().rows} == {path}
-            stages = [s for site in model.fastedit.edits.sites.values() for s in site.stages if hasattr(s, "gating")]
+            stages = [s for site in model.fastedit.sites.values() for s in site.stages if hasattr(s, "gating")]
             assert all((stage.looks is not None) == (path == "fused" and rule.layer is None) for stage in stages)
 
 

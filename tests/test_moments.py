@@ -135,8 +135,8 @@ def test_compiles_without_a_break():
         mask = torch.rand(rows) < 0.5
         arguments = (hidden[:rows], group[:rows], mask)
         assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments), ops.moments(*arguments, 3), strict=True))
-    torch.library.opcheck(torch.ops.fastedit.capturing.moments.default, (hidden, group, 3))
-    torch.library.opcheck(torch.ops.fastedit.capturing.moments.default, (hidden[None], None, 1))
+    torch.library.opcheck(torch.ops.fastedit.moments.default, (hidden, group, 3))
+    torch.library.opcheck(torch.ops.fastedit.moments.default, (hidden[None], None, 1))
 
 
 H, GROUP = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.int32)

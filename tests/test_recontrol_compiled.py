@@ -62,7 +62,7 @@ def test_a_copy_has_a_stage_of_its_own():
     handle.strength = 2.0
     stages = [h._root.sites["layers.0", "final"].stages[0] for h in (handle, fe.patching.handles(twin)[0])]
     hidden = torch.randn(2, 1, tiny.WIDTH)
-    first, second = (torch.ops.fastedit.patching.control.default(hidden, stage.number) for stage in stages)
+    first, second = (torch.ops.fastedit.control.default(hidden, stage.number) for stage in stages)
     assert torch.equal(first, fe.ops.value_ascent(hidden, net_for(model), N, 2 * A))
     assert torch.equal(second, fe.ops.value_ascent(hidden, net_for(model), N, A))
 
@@ -128,4 +128,4 @@ def test_export_holds_the_net_of_now():
 def test_the_operator_as_pytorch_wants_it():
     _, handle = controlled()
     stage = handle._root.sites["layers.0", "final"].stages[0]
-    torch.library.opcheck(torch.ops.fastedit.patching.control.default, (torch.randn(2, 1, tiny.WIDTH), stage.number))
+    torch.library.opcheck(torch.ops.fastedit.control.default, (torch.randn(2, 1, tiny.WIDTH), stage.number))

@@ -57,7 +57,7 @@ class Ascending:
         if rows is None:
             return hidden
         chosen = hidden[rows] if isinstance(rows, tuple) else hidden[:, -rows:]
-        moved = torch.ops.fastedit.patching.control.default(chosen, self.number) if _in_graph() else self.ascend(chosen)
+        moved = torch.ops.fastedit.control.default(chosen, self.number) if _in_graph() else self.ascend(chosen)
         if isinstance(rows, tuple):
             return hidden.index_put(rows, moved)
         return moved if rows == hidden.shape[1] else torch.cat([hidden[:, :-rows], moved], 1)
