@@ -1,9 +1,10 @@
-"""Checks of arguments that are no arrays, for every face: they import neither torch nor jax."""
+"""Limits of the kernels, and checks of arguments that are no arrays. Imports neither torch nor jax."""
 
 import math
 import operator
 from collections.abc import Iterable
 
+MAX_RANK = 64  # of an edit: what the kernels keep of a row in registers
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
 
 

@@ -1,6 +1,5 @@
 """Edits rebuilt from their descriptions (`Edit.config`), as files hold them."""
 
-from ..patching import control  # noqa: F401, whose kinds are edits too
 from . import probes, reft  # noqa: F401, whose kinds are edits too
 from .gates import rule_of
 from .kinds import Edit
