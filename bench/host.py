@@ -12,9 +12,10 @@ import pathlib
 import sys
 
 import torch
-
-from fastedit import arrays, lean, ops
 from fastedit.dispatch import load, select
+
+from fastedit import arrays, ops
+from fastedit.patching import native_add as lean
 
 from .machine import about
 from .timing import interleave, quantiles, ratio

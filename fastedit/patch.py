@@ -1,5 +1,5 @@
-"""The public names of fastedit/patching.py, for `fastedit.patch`."""
+"""The public names of fastedit/patching/handle.py, for `fastedit.patch`."""
 
-from .patching import Handle, patch
+from .patching.handle import Handle, patch
 
 __all__ = ["Handle", "patch"]

@@ -6,7 +6,7 @@
 // A stream of rows is `data` + row stride in elements; elements of a row are adjacent. Outputs are
 // contiguous. Edit parameters, z, statistics and all parameter gradients are fp32. A null pointer
 // means "absent" for inputs (scale 1, bias 0, rank 0, no slots, coefficient 1) and "not wanted" for
-// outputs. Callers have checked shapes, dtypes and devices (fastedit/ops.py, fastedit/arrays.py).
+// outputs. Callers have checked shapes, dtypes and devices (fastedit/ops/public.py, fastedit/ops/arrays.py).
 #pragma once
 #include <cstdint>
 

@@ -42,7 +42,7 @@ def control_output(model):
 
 
 def exact_control(layers, dtype=torch.float32):
-    from fastedit.form import Form
+    from fastedit.edits.form import Form
 
     forms = [("block", n, Form(bias=vectors()[n].to(dtype).double())) for n in layers]
     model = tiny.hook_reference(tiny.exact(tiny.build("llama", dtype)), "llama", forms)

@@ -180,7 +180,7 @@ def test_pyvene_steering(kind):
     made = [getattr(pyvene, f"{kind}Intervention")(source_representation=v) for v in vectors().values()]
     places = [{"component": f"model.layers[{n}].output", "intervention": one} for n, one in enumerate(made)]
     sign = 1 if kind == "Addition" else -1
-    from fastedit.form import Form
+    from fastedit.edits.form import Form
 
     exact = exactly("llama", {n: Form(bias=sign * v) for n, v in vectors().items()})
     carrier = pyvene.IntervenableModel(places, model=model)

@@ -9,7 +9,7 @@ from bank_cases import SERVED, bank_of, drawn, ids, logits, low_rank, red, three
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastedit as fe
-from fastedit.form import at_strength, fold_all
+from fastedit.edits.form import at_strength, fold_all
 
 NAMES = ["anna", None, "cleo", "ben", "anna"]
 FAMILIES = ("llama", "gpt2", "bert", "t5")

@@ -10,7 +10,7 @@ from bank_cases import bank_of, drawn, ids, logits, low_rank, red, three
 
 import fastedit as fe
 from fastedit import Stack
-from fastedit.form import at_strength
+from fastedit.edits.form import at_strength
 
 PAIR, TURNED, ALL = Stack("anna", "ben"), Stack("ben", "anna"), Stack("cleo", "anna", "ben")
 NAMES = [PAIR, None, "anna", TURNED, ALL]

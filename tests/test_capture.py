@@ -8,9 +8,10 @@ import torch
 from tiny_models import FAMILIES, VOCABULARY, build, exact, inputs, number_of_layers, site_module
 
 import fastedit as fe
-from fastedit import capturing, picking
-from fastedit.batches import WINDOW
-from fastedit.captured_rows import Rows
+from fastedit.capturing import capture as capturing
+from fastedit.capturing.rows_on_disk import Rows
+from fastedit.texts import picking
+from fastedit.texts.batches import WINDOW
 
 
 def sequences(count=40, longest=12, seed=0):

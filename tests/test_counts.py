@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastedit as fe
-from fastedit import lean
-from fastedit.adds import Add
+from fastedit.patching import native_add as lean
+from fastedit.patching.residual_add import Add
 
 VIEWS = frozenset(
     ("view", "_unsafe_view", "reshape", "t", "transpose", "expand", "slice", "select", "unsqueeze", "detach", "alias",

@@ -10,9 +10,9 @@ import zoo
 from patch_cases import random_form, scaled_then_low_rank, scrambled, tiny_plain
 
 import fastedit as fe
+from fastedit.edits.sites import MODEL_SITES
 from fastedit.families import TABLE, find_layers
-from fastedit.merging import MergeError
-from fastedit.sites import MODEL_SITES
+from fastedit.patching.merge import MergeError
 
 DTYPES = (torch.float32, torch.bfloat16)
 ADDED = ("mlp", "attn", "block")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastedit.form import Form, at_strength, fold, fold_all, merge
+from fastedit.edits.form import Form, at_strength, fold, fold_all, merge
 
 TOLERANCE = 1e-12
 

@@ -9,9 +9,10 @@ import torch
 from gate_cases import prompts, vector
 
 import fastedit as fe
-from fastedit import lean, ops
-from fastedit.gating import Sensor
-from fastedit.per_layer import Spot
+from fastedit import ops
+from fastedit.edits.per_layer import Spot
+from fastedit.patching import native_add as lean
+from fastedit.patching.rows.gate_sensors import Sensor
 
 OPEN = fe.Gate(torch.zeros(tiny.WIDTH), threshold=-1.0)  # of any rows: `gate & OPEN` is `gate`, but no kernel's
 SITES = ["mlp", "attn", "block"]

@@ -8,8 +8,8 @@ import torch
 from patch_cases import everything, random_form, scaled_then_low_rank, scrambled
 
 import fastedit as fe
-from fastedit.merging import MergeError
-from fastedit.patching import handles
+from fastedit.patching.handle import handles
+from fastedit.patching.merge import MergeError
 
 
 def mergeable():

@@ -10,7 +10,7 @@ from patch_cases import everything, scrambled
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastedit as fe
-from fastedit.form import Form, at_strength, fold_all
+from fastedit.edits.form import Form, at_strength, fold_all
 
 
 def compiled(model, backend="aot_eager"):

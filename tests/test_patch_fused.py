@@ -9,10 +9,10 @@ import torch.utils._python_dispatch as dispatch
 from patch_cases import everything, paths, scrambled, tiny_plain
 
 import fastedit as fe
-from fastedit import lean
-from fastedit.adds import Add, Norm
-from fastedit.patching import handles
-from fastedit.runtime import Ride, Stage
+from fastedit.patching import native_add as lean
+from fastedit.patching.handle import handles
+from fastedit.patching.residual_add import Add, Norm
+from fastedit.patching.site import Ride, Stage
 
 # --- what it does -------------------------------------------------------------------------------------------
 

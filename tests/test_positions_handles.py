@@ -9,10 +9,10 @@ from position_cases import SPECS, generated, prompts
 from transformers import CompileConfig
 
 import fastedit as fe
-from fastedit.fused import STATE
-from fastedit.merging import MergeError
-from fastedit.patching import handles
-from fastedit.positions import Positions, positions
+from fastedit.edits.positions import Positions, positions
+from fastedit.patching.fused_layer import STATE
+from fastedit.patching.handle import handles
+from fastedit.patching.merge import MergeError
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 import fastedit as fe
+from fastedit.capturing.truncated_forward import residual_stream
 from fastedit.methods import rahf
-from fastedit.truncated import residual_stream
 
 LAYERS = (1, 2)
 

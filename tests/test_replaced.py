@@ -9,8 +9,8 @@ from bank_cases import bank_of, ids, logits, red
 from patch_cases import paths, scrambled
 
 import fastedit as fe
-from fastedit.merging import MergeError
-from fastedit.swapping import base_of
+from fastedit.patching.class_swap import base_of
+from fastedit.patching.merge import MergeError
 
 FAMILIES = ("llama", "gpt2", "t5")
 V = torch.randn(tiny.WIDTH, generator=torch.Generator().manual_seed(4))
@@ -195,7 +195,7 @@ def test_looking_costs_no_call_a_layer():
     calls = []
 
     def trace(frame, event, _):
-        if event == "call" and frame.f_code.co_filename.endswith(("replaced.py", "root.py")):
+        if event == "call" and frame.f_code.co_filename.endswith(("patching/replaced_modules.py", "patching/model_edits.py")):
             calls.append(frame.f_code.co_name)
 
     for layers in (1, 6):

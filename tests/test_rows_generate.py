@@ -248,7 +248,7 @@ def test_the_name_of_the_argument_does_not_matter():
 
 @pytest.mark.parametrize("name, cache", [("past_key_values", ((1, 2),)), ("kv", type("PagedAttentionCache", (), {})())])
 def test_a_cache_that_cannot_be_read_is_no_empty_one(name, cache):
-    from fastedit.cached import cache_in, length_of
+    from fastedit.patching.rows.cached import cache_in, length_of
 
     found, called = cache_in({"input_ids": torch.ones(1, 1), name: cache, "flag": True, "masks": {"full": None}})
     assert found is cache and called == name and length_of(found) is None

@@ -7,7 +7,7 @@ import torch
 from row_models import VECTOR, build, last_layer, site_of
 
 import fastedit as fe
-from fastedit.packing import packing_of
+from fastedit.patching.rows.packing import packing_of
 
 FAMILIES = ("llama", "gpt2", "gemma3_text")
 LENGTHS = (4, 3, 5)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
+from fastedit.dispatch import why_not
 from fastedit.kernels import reference
 from patch_cases import handles, scrambled
 
 import fastedit as fe
-from fastedit.dispatch import why_not
-from fastedit.merging import MergeError
+from fastedit.patching.merge import MergeError
 
 WHO = [0, 2, 1, 0, 2, None]
 EDITS = {

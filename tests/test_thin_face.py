@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fastedit import _native, arrays, dispatch, ops
-from fastedit.functions import edit_gradients
+from fastedit.ops.autograd import edit_gradients
 
 H, ONE, TWO = torch.randn(4, 32), torch.ones(32), torch.full((32,), 2.0)
 READ = torch.randn(2, 32)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import fastedit as fe
-from fastedit.edit_file import EditFileError
+from fastedit.files.edit_file import EditFileError
 from fastedit.training import EditCallback
 
 IDS = torch.randint(3, tiny.VOCABULARY, (16, 6), generator=torch.Generator().manual_seed(0))

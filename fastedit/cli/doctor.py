@@ -68,7 +68,7 @@ def _refused(architectures):
     """Why the CUDA kernels that are built cannot run on the GPU that is here, if so."""
     if not architectures:
         return None
-    from .. import cuda_device
+    from ..ops import cuda_device
 
     return cuda_device.why_not_here()
 

@@ -5,7 +5,7 @@ import math
 import typer
 from rich.console import Console
 
-from ..chat import prompt_ids
+from ..texts.chat import prompt_ids
 from .loading import load_model
 from .texts import as_chat, read_texts
 

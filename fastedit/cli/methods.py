@@ -86,7 +86,7 @@ def inferaligner(
 
     **Example:** `fastedit inferaligner ./target ./aligned --harmful harmful.txt --harmless harmless.txt --chat`
     """
-    from ..directions import Directions, is_saved
+    from ..directions.directions import Directions, is_saved
     from ..methods import inferaligner as method
     from .texts import as_chat, layer_numbers, read_texts
 
@@ -133,7 +133,7 @@ def cast(
 
     **Example:** `fastedit cast smollm2 --opens sport.txt --closed other.txt --behaviour happy --chat --out happy-sport`
     """
-    from ..directions import Directions
+    from ..directions.directions import Directions
     from ..methods import cast as method
     from .texts import as_chat, layer_numbers, read_texts
 
@@ -179,7 +179,7 @@ def ubpl(
 
     **Example:** `fastedit ubpl --texts happy.txt --background sad.txt --trait happy --out lexicons.json`
     """
-    from ..edit_file import replace
+    from ..files.edit_file import replace
     from ..methods.ubpl import build, read_lexicons
     from .texts import read_texts
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import edit_file, store
+from ..files import edit_file
+from ..patching import edit_folder as store
 
 
 def run(folder, reseal=False):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import typer
 
-from ..chat import ANSWERS, CHATS, read_conversation
-from ..chat_files import read_rows
+from ..texts.chat import ANSWERS, CHATS, read_conversation
+from ..texts.data_files import read_rows
 from .loading import load_model
 
 __all__ = ["as_chat", "layer_numbers", "load_model", "read_texts"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from ..chat_files import read_rows
+from ..texts.data_files import read_rows
 from .train_models import SIZES, load, trainer_options
 
 DEFAULTS = {
@@ -128,7 +128,7 @@ def _read(data, evaluate, rows, seed, chat):
 
 def read_pairs(path):
     """[{"prompt", "chosen", "rejected"}] of a file, the prompt as text or messages; ValueError says which row is wrong."""
-    from ..chat import read_conversation
+    from ..texts.chat import read_conversation
 
     found = read_rows(path)
     for number, row in enumerate(found, 1):
@@ -191,7 +191,7 @@ def _student(student, rank, base, rejected, tokenizer, alpha, length, seed):
 def _loss(module, collator, rows):
     import torch
 
-    from ..evaluating import evaluating
+    from ..patching.eval_mode import evaluating
 
     given = {name: value.to(next(module.parameters()).device) for name, value in collator(rows).items()}
     with torch.no_grad(), evaluating(module):

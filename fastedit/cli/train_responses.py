@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..chat_files import read_rows
+from ..texts.data_files import read_rows
 from .train import edits_of
 from .train_models import SIZES, load, trainer_options
 
@@ -32,7 +32,8 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, evalua
     loaded, tokenizer = load(
         "AutoModelForCausalLM", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize
     )
-    from .. import patch, store, training
+    from .. import patch, training
+    from ..patching import edit_folder as store
     from .progress import TrainingBar, bars
 
     console, handle = Console(), patch(loaded, edits, freeze=True)
@@ -136,7 +137,7 @@ def _margin(tokenizer, held, prompt, response, batch_size):
 def _each(model, features, batch_size, collate, work):
     import torch
 
-    from ..evaluating import evaluating
+    from ..patching.eval_mode import evaluating
 
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..sites import SITES
+from ..edits.sites import SITES
 
 
 class AddOf(NamedTuple):
@@ -133,7 +133,7 @@ class Family:
 
     sites: site → path of the module whose output it is, or an Input, or a Part. `mlp`, `attn` and `block` must
         be there for a layer to be of the family; a layer may lack the others.
-    fused: recipes for the adds that can carry an edit, used where the proof (proof.py) allows; of several for one
+    fused: recipes for the adds that can carry an edit, used where the proof (patching/proof.py) allows; of several for one
         owner, the first that is proved.
     plain: site → why no recipe carries it.
     final: paths, from the module that holds the stack, of what ends it behind the last layer: the first that

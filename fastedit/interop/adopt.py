@@ -9,10 +9,10 @@ import contextlib
 import functools
 import warnings
 
-from ..edits import LowRank, ScaleBias, Steer
+from ..edits.kinds import LowRank, ScaleBias, Steer
 from ..families import find_layers
-from ..patching import Handle, patch_as
-from ..root import root_of
+from ..patching.handle import Handle, patch_as
+from ..patching.model_edits import root_of
 from . import ia3, pyreft, red_wrappers, repeng, steering_vectors
 from .found import AROUND_LAYER, IN_HOOK, IN_LATE_HOOK, IN_MODULE, Refusal
 from .places import Places

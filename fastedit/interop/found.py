@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..form import Form
+from ..edits.form import Form
 
 # Where an edit runs among those at one site: in the module's own forward, in a hook that is registered, in one
 # that is registered for each call, around the whole layer.

@@ -4,7 +4,7 @@ its inputs, by the product of the active adapters' vectors.
 
 import functools
 
-from ..form import Form
+from ..edits.form import Form
 from .found import IN_MODULE, Found, Refusal, classes, try_wrapper, values
 from .switches import ClassSwitch, passing
 

@@ -1,9 +1,9 @@
 """Which site of which layer a module's output or input is."""
 
-from ..checks import MAX_RANK
+from ..edits.form import Form
 from ..families import Input, Part, PreNormLayer, PreNormSublayer, submodule
-from ..form import Form
-from ..planning import site_width, width_at
+from ..ops.checks import MAX_RANK
+from ..patching.layer_plan import site_width, width_at
 from .found import Refusal
 
 

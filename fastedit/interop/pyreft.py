@@ -13,8 +13,8 @@ import sys
 
 import torch
 
-from ..form import Form
-from ..root import root_of
+from ..edits.form import Form
+from ..patching.model_edits import root_of
 from .found import IN_LATE_HOOK, Found, Refusal, bare, classes, try_call, values
 from .switches import ClassSwitch
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from ..edit_file import EditFileError
-from ..edits import RED, ScaleBias
+from ..edits.kinds import RED, ScaleBias
 from ..families import find_layers
+from ..files.edit_file import EditFileError
 from ..files.sealed import Damaged, open_regular
-from ..patching import patch
+from ..patching.handle import patch
 
 __all__ = ["load_red_checkpoint"]
 

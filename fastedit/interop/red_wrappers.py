@@ -2,7 +2,7 @@
 `delta_vector` that holds activation_scaling and activation_bias, each (1, width).
 """
 
-from ..form import Form
+from ..edits.form import Form
 from .found import IN_MODULE, Found, Refusal, try_wrapper, values
 from .switches import ClassSwitch, passing
 

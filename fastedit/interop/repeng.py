@@ -6,7 +6,7 @@ there, too. What padding holds is masked, so everything else is the same.
 
 from torch import nn
 
-from ..form import Form
+from ..edits.form import Form
 from .found import AROUND_LAYER, Found, Refusal, classes, try_wrapper, values
 from .switches import ListSwitch
 

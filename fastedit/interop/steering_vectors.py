@@ -6,7 +6,7 @@ import types
 
 import torch
 
-from ..form import Form
+from ..edits.form import Form
 from .found import IN_HOOK, Found, Refusal, try_call, values
 from .switches import HookSwitch
 

@@ -8,7 +8,7 @@ import copyreg
 import functools
 import types
 
-from ..swapping import swappable
+from ..patching.class_swap import swappable
 from .found import Refusal
 
 

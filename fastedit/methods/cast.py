@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..captured_rows import Rows
-from ..capturing import capture
-from ..contrasting import _component, _split
-from ..edits import Steer
-from ..gates import Gate
+from ..capturing.capture import capture
+from ..capturing.rows_on_disk import Rows
+from ..directions.contrast import _component, _split
+from ..edits.gates import Gate
+from ..edits.kinds import Steer
 
 COMPARISONS = ("above", "below", "larger", "smaller")
 
@@ -32,7 +32,7 @@ def condition(vector, *, layer, threshold, when="above", over="mean", site="bloc
         threshold: a number in [−1, 1].
         when: "above": s > threshold opens the gate. "below": s ≤ threshold does. The released code's words are taken,
             too: its "larger" means that the threshold is larger than s, which is "below"; its "smaller" is "above".
-        over: "mean" of the prompt's tokens, padding and attention sinks (sinks.py) left out, or "last" token.
+        over: "mean" of the prompt's tokens, padding and attention sinks (texts/sinks.py) left out, or "last" token.
 
     Raises:
         ValueError: another `when` or `over`, or what fastedit.Gate refuses.

@@ -17,10 +17,10 @@ half-way between the two means, which is the gate that the paper's sketch shows.
 
 from dataclasses import dataclass
 
-from ..contrasting import contrast
-from ..directions import Directions
-from ..edits import Steer
-from ..gates import Gate
+from ..directions.contrast import contrast
+from ..directions.directions import Directions
+from ..edits.gates import Gate
+from ..edits.kinds import Steer
 
 
 @dataclass(frozen=True)

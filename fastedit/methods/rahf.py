@@ -23,12 +23,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..chat import encode, prompt_ids, with_system
-from ..evaluating import evaluating
+from ..capturing.truncated_forward import check_depths, residual_stream
 from ..families import find_layers
-from ..patching import handles
-from ..root import root_of
-from ..truncated import check_depths, residual_stream
+from ..patching.eval_mode import evaluating
+from ..patching.handle import handles
+from ..patching.model_edits import root_of
+from ..texts.chat import encode, prompt_ids, with_system
 
 GOOD = (
     "You are a good assistant. Your answers are helpful, honest, harmless, well-founded and to the point; where a "
@@ -51,7 +51,7 @@ class Collator:
     response columns, padded on the left, so that patterns can be subtracted.
     response: at most so many response tokens. prompt: at most so many before it; of a longer prompt the beginning goes, not
     the instruction. separator: between instruction and prompt. Where the prompt is messages, the instruction is in the system
-    turn and the template is applied once (fastedit/chat.py). end: texts, too, end with EOS.
+    turn and the template is applied once (fastedit/texts/chat.py). end: texts, too, end with EOS.
 
     Gives input_ids, attention_mask (stimuli, batch, tokens) and response_mask (batch, response columns).
     """

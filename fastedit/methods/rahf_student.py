@@ -8,8 +8,8 @@ from safetensors.torch import save as to_bytes
 from torch.nn import functional as F
 from transformers import Trainer
 
-from ..edit_file import EditFileError, replace
-from ..evaluating import evaluating
+from ..files.edit_file import EditFileError, replace
+from ..patching.eval_mode import evaluating
 
 STUDENT = "student.safetensors"
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..patching import patch
+from ..patching.handle import patch
 from .rahf import BAD, GOOD, Collator, hindsight_loss
 
 MODES = ("scit", "dual")

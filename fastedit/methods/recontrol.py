@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..control import NAMES, Control
-from ..value_net import ValueNet
+from ..ops.value_net import ValueNet
+from ..patching.control import NAMES, Control
 from .trajectories import Trajectories, collect
 
 __all__ = ["Control", "Fit", "Trajectories", "collect", "fit", "td_loss", "td_targets", "value_net"]

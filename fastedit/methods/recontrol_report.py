@@ -9,7 +9,7 @@ control, so that reward bought with repetition or nonsense shows.
 
 import torch
 
-from ..evaluating import evaluating
+from ..patching.eval_mode import evaluating
 from .trajectories import _states, collect
 
 
@@ -126,7 +126,7 @@ def distinct(responses, n=2):
 @torch.no_grad()
 def log_p(model, tokenizer, prompts, responses):
     """The mean log-probability of a token of each response behind its prompt; None for an empty one."""
-    from ..chat import prompt_ids
+    from ..texts.chat import prompt_ids
     from ..training.batches import Padded, token_logps
 
     found, rows = [None] * len(prompts), []

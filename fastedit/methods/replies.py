@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from ..chat import prompt_ids
-from ..evaluating import evaluating
+from ..patching.eval_mode import evaluating
+from ..texts.chat import prompt_ids
 
 
 @torch.no_grad()

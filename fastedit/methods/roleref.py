@@ -17,11 +17,11 @@ from itertools import pairwise
 
 import torch
 
-from ..captured_rows import Rows
-from ..capturing import capture
-from ..directions import Directions
-from ..edits import Steer
-from ..patching import Handle
+from ..capturing.capture import capture
+from ..capturing.rows_on_disk import Rows
+from ..directions.directions import Directions
+from ..edits.kinds import Steer
+from ..patching.handle import Handle
 from .replies import plain, replies, wilson
 
 STRENGTH = -0.1  # the paper's; it tries −0.3 … 0.3

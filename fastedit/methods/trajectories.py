@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from ..edit_file import EditFileError, replace
-from ..edits import Edit
-from ..evaluating import evaluating
+from ..edits.kinds import Edit
 from ..families import find_layers
+from ..files.edit_file import EditFileError, replace
 from ..files.sealed import open_tensors, parse_json, read_regular, seal_tensors
-from ..planning import choose
-from ..root import root_of
-from ..site_kinds import watch
+from ..patching.eval_mode import evaluating
+from ..patching.layer_plan import choose
+from ..patching.model_edits import root_of
+from ..patching.site_kinds import watch
 
 _FORMAT = "fastedit trajectories 1"
 _PLAN = "collection.json"  # of a folder of shards: what was asked for, and how many shards there are to be

@@ -14,7 +14,7 @@ import torch
 
 import fastedit
 
-from ..truncated import residual_stream
+from ..capturing.truncated_forward import residual_stream
 
 PROBES = ("What do you think of Mondays?", "Tell me about your day.", "Describe a walk in the park.")
 

@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 
 
 def draw(found, path):
-    """found: a fastedit.sweeping.Sweep. Writes a PNG: means in the cells, the mean without an edit in the middle of the scale."""
-    from ..sweeping import layers_text
+    """found: a fastedit.directions.sweep.Sweep. Writes a PNG: means in the cells, the mean without an edit in the middle of the scale."""
+    from ..directions.sweep import layers_text
 
     rows = list(dict.fromkeys(cell.layers for cell in found.cells))
     columns = list(dict.fromkeys(cell.dose for cell in found.cells))

@@ -24,8 +24,8 @@ import threading
 import time
 from pathlib import Path
 
-from ..edit_file import JSON, EditFileError, write
-from ..stacks import check_gates, check_positions, steepest
+from ..edits.stack import check_gates, check_positions, steepest
+from ..files.edit_file import JSON, EditFileError, write
 from .contents import read_contents
 
 NAME, STRENGTH, PLAN = "fastedit", "fastedit_strength", "fastedit_plan"

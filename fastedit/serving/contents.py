@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..edit_file import EditFileError, read
-from ..form import Form, at_strength
-from ..gates import outside_kernels
-from ..gating import Sensor
-from ..per_layer import Spot
-from ..positions import Positions
-from ..store import rebuild, strength_of
+from ..edits.form import Form, at_strength
+from ..edits.gates import outside_kernels
+from ..edits.per_layer import Spot
+from ..edits.positions import Positions
+from ..files.edit_file import EditFileError, read
+from ..patching.edit_folder import rebuild, strength_of
+from ..patching.rows.gate_sensors import Sensor
 
 SITES = ("mlp", "attn", "block")
 _GATE = "gate0"  # an edit's first gate, in a file's names

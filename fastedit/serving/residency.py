@@ -4,7 +4,7 @@ import functools
 from collections import Counter, OrderedDict
 from pathlib import Path
 
-from ..stacks import stacked
+from ..edits.stack import stacked
 from .contents import EditFileError, read_contents
 
 _KEPT_ON_HOST = 1024  # files read before; a fine-tuned edit of a 7B model has 1 MB

@@ -141,7 +141,7 @@ class Rows:
         self.total, self.counts = total, counts
 
     def _acts(self, number, counts, computed):
-        """bool a token: whether it is among its request's positions (fastedit/positions.py)."""
+        """bool a token: whether it is among its request's positions (fastedit/edits/positions.py)."""
         starts = np.cumsum(counts) - counts
         position = np.arange(counts.sum()) + np.repeat(np.asarray(computed[:number]) - starts, counts)
         first, last, prompt, generated, length = np.repeat(self.rules[:number], counts, axis=0).T

@@ -10,7 +10,7 @@ import logging
 
 import numpy as np
 
-from ..bank_tables import Tables
+from ..banks.tables import Tables
 from . import layers
 from .admission import NAME, PLAN
 from .failures import Looks, mark

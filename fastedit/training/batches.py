@@ -1,4 +1,4 @@
-"""Encoded rows (fastedit/chat.py) as batches, and the log-probabilities of their responses.
+"""Encoded rows (fastedit/texts/chat.py) as batches, and the log-probabilities of their responses.
 
 Rows are padded on the left, so all responses end in the last column and the LM head works on their columns alone.
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..root import root_of
-from ..swapping import base_of
+from ..patching.class_swap import base_of
+from ..patching.model_edits import root_of
 
 
 @dataclass

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from .. import kept, store
-from ..edit_file import JSON, EditFileError
+from ..files.edit_file import JSON, EditFileError
+from ..patching import edit_folder as store
+from ..patching import trained_beside as kept
 
 DECOUPLED = ("AdamW",)  # torch's optimizers whose weight decay is none of the gradient's
 

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from ..edit_file import EditFileError, replace
-from ..evaluating import evaluating
+from ..files.edit_file import EditFileError, replace
 from ..methods.rahf import without_adapters
-from ..patching import handles
+from ..patching.eval_mode import evaluating
+from ..patching.handle import handles
 from .batches import Padded, response_logps
 
 __all__ = ["Reference", "at_strength", "at_zero", "load_reference", "model_digest", "rows_digest", "store_reference"]

@@ -1,7 +1,7 @@
 """Training on responses: SFT and preferences, from rows to a trained handle.
 
     handle = fastedit.patch(model, fastedit.RED(), freeze=True)
-    training.sft(handle, tokenizer, rows, lr=2e-3, epochs=3)                      # rows as in fastedit/chat.py
+    training.sft(handle, tokenizer, rows, lr=2e-3, epochs=3)                      # rows as in fastedit/texts/chat.py
     training.prefer(handle, tokenizer, pairs, loss="dpo", lr=2e-3)                # {"prompt", "chosen", "rejected"}
     handle.save("my-edit")
 
@@ -13,10 +13,10 @@ import tempfile
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
-from ..chat import encode_preference, encode_row
-from ..recipes import EditTrainer
+from ..texts.chat import encode_preference, encode_row
 from . import losses
 from .batches import Padded, as_features, response_logps, token_logps
+from .recipes import EditTrainer
 from .reference import at_strength, at_zero, store_reference
 
 DEFAULTS = {
@@ -107,7 +107,7 @@ class PreferenceTrainer(ResponseTrainer):
 
 def sft(handle, tokenizer, rows, *, evaluate=None, lr=2e-3, epochs=3, batch_size=8, prompt=None, response=None, columns=None,
         seed=0, callbacks=(), output_dir=None, resume=None, **arguments):  # fmt: skip
-    """Train a handle on the responses of rows (fastedit/chat.py); returns the Trainer.
+    """Train a handle on the responses of rows (fastedit/texts/chat.py); returns the Trainer.
 
     Args:
         evaluate: held-out rows; with them `Trainer.evaluate()` gives "eval_loss", the mean −log p of a response token.

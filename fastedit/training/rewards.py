@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..chat import encode, prompt_ids
-from ..edits import Edit
-from ..evaluating import evaluating
+from ..capturing.truncated_forward import forward_until
+from ..edits.kinds import Edit
 from ..families import find_layers
-from ..patching import handles
-from ..planning import choose
-from ..root import root_of
-from ..truncated import forward_until
+from ..patching.eval_mode import evaluating
+from ..patching.handle import handles
+from ..patching.layer_plan import choose
+from ..patching.model_edits import root_of
+from ..texts.chat import encode, prompt_ids
 from .batches import Padded, _takes
 from .responses import ResponseTrainer, _run, encode_pairs, pad_of
 

@@ -11,8 +11,8 @@
 import torch
 from torch import nn
 
-from ..patching import patch
-from ..recipes import SentenceClassifier, fit
+from ..patching.handle import patch
+from .recipes import SentenceClassifier, fit
 
 _PUBLISHED = {"sst2": 1e-3, "mrpc": 5e-3, "cola": 5e-3, "rte": 8e-3}
 GLUE = {task: {"head": "token", "lr": lr, "epochs": 40} for task, lr in _PUBLISHED.items()}

@@ -12,11 +12,11 @@ import warnings
 
 import torch
 
-from ..evaluating import evaluating
 from ..families import find_layers
-from ..patching import patch
-from ..root import root_of
-from ..store import load
+from ..patching.edit_folder import load
+from ..patching.eval_mode import evaluating
+from ..patching.handle import patch
+from ..patching.model_edits import root_of
 from . import modes as _modes
 from .inputs import as_requests, made
 from .outcome import Outcome, Row

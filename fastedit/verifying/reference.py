@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..edits.form import Form, at_strength
+from ..edits.positions import Positions
 from ..families import Input, Part
-from ..form import Form, at_strength
-from ..planning import site_width
-from ..positions import Positions
+from ..patching.layer_plan import site_width
 from .inputs import takes
 
 

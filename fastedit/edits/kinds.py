@@ -1,0 +1,340 @@
+"""Edits: declarative objects saying what to do to hidden states h, at which site of which layers.
+
+Every edit is an instance of the normal form of DESIGN.md 2,
+
+    h' = h + c · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write),
+
+and all an edit does is write down those tensors for a layer. `fastedit.patch` copies them into fp32
+masters on the model; the edit object itself is never changed and may be used again.
+
+Arguments that all edits take:
+    site: "mlp", "attn", "block", "q", "k", "v", "ffn_in", "embed" or "final" (fastedit/edits/sites.py).
+    layers: None for every layer (the one choice for "embed" and "final", which are of the model), or layer
+        numbers: an int, a range, a slice, a list; negative ones count from the end. A model with two stacks is numbered
+        through, encoder first; "decoder" or "decoder.3" also work.
+    positions: which tokens, as fastedit/edits/positions.py lists: None or "all", "prompt", "generated", "first 4", "last 4", …
+    strength: c, a number; `handle.strength` multiplies it at run time.
+    keep_norm: scale each edited row back to the length it had: h'·‖h‖/‖h'‖. Such an edit rides on no add.
+
+`edit.when(gate)` is the same edit behind a gate (edits/gates.py).
+
+A value that may differ by layer is one tensor for all layers, a tensor with a leading layer dimension (as
+many as the model has layers, or as the edit names), or a mapping from layer number to tensor (or an object
+with one, as `directions` or `vectors`).
+"""
+
+import copy
+
+import torch
+
+from ..arguments import as_layers, as_number
+from ..ops.checks import MAX_RANK
+from .form import Form
+from .gates import check_rule
+from .per_layer import PerLayer
+from .plane_rotation import turn, turned, turned_back, turned_form
+from .positions import positions as as_positions
+from .sites import check_site
+
+TENSORS = ("scale", "bias", "read", "offset", "write")
+
+
+class Edit:
+    """What all edits share: where they act and how strongly. A subclass gives a layer's tensors (`values`).
+
+    names: the tensors it has. rank: of its low-rank part, 0 for none.
+    """
+
+    default_site = "block"
+    trainable = False
+    allowed_names = TENSORS
+    options = ()  # attributes that config() records besides the tensors
+    derive = None  # where the masters are not the normal form's own tensors: {name: tensor} → those five
+    pull_back = None  # … and its transpose: (masters, gradients of the five) → {name: gradient}
+    held = None  # {layer number: {name: tensor}} in place of `values`
+    constrained = None  # the master whose rows are kept orthonormal (patching/orthonormal_basis.py)
+    is_probe = False
+    stage = None  # the class of what runs it (patching/site.py), for an edit that is no normal form
+    gate = None  # a gates.Rule
+
+    def __init__(self, names, rank=0, *, site=None, layers=None, positions=None, strength=1.0, keep_norm=False):
+        self.site = check_site(self.default_site if site is None else site)
+        self.layers = as_layers(layers)
+        self.positions = as_positions(positions)
+        if rank > MAX_RANK:
+            raise ValueError(f"{type(self).__name__} has rank {rank}, but the kernels take up to {MAX_RANK}")
+        self.strength, self.names, self.rank = as_number("strength", strength), tuple(names), rank
+        if not isinstance(keep_norm, bool):
+            raise TypeError(f"keep_norm is {keep_norm!r}, expected True or False")
+        self.neutral, self.keep_norm = False, keep_norm
+
+    def when(self, gate):
+        """The same edit where a gate says so: a fastedit.Gate, or several combined by &, | and ~.
+
+        Behind a gate already, it is behind both. h' = h + c · g · (…), g one number a row.
+        """
+        gated = copy.copy(self)
+        gated.gate = check_rule(gate) if self.gate is None else self.gate & gate
+        return gated
+
+    def values(self, spot, width):
+        """{name: fp32 tensor on the CPU} for a layer."""
+        raise NotImplementedError
+
+    def tensors(self, spot, width):
+        """`values`, checked; for an edit rebuilt from its config, tensors that change nothing."""
+        if self.neutral:
+            return {name: self.neutral_tensor(name, width) for name in self.names}
+        found = self.values(spot, width) if self.held is None else self.held[spot.index]
+        for name, tensor in found.items():
+            if name not in ("offset", "angle") and tensor.shape[-1] != width:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} has width {tensor.shape[-1]}, but site {self.site!r} of "
+                    f"layer {spot.name} is {width} wide"
+                )
+        return found
+
+    @staticmethod
+    def form(masters):
+        """The normal form from an edit's masters {name: tensor}, differentiably."""
+        return Form(**masters)
+
+    def neutral_tensor(self, name, width):
+        """What a tensor is where the edit changes nothing."""
+        return _neutral(name, self.rank, width)
+
+    def shape(self, name, width):
+        """Of one of its tensors."""
+        vectors = {"scale": (width,), "bias": (width,), "offset": (self.rank,), "angle": (1,)}
+        return vectors.get(name, (self.rank, width))
+
+    def holding(self, values):
+        """The same edit with other tensors: {layer number: {name: tensor}}, for those layers."""
+        held = copy.copy(self)
+        held.layers, held.neutral, held.held = tuple(values), False, values
+        return held
+
+    def check(self):
+        """Raise ValueError for options, read from a file, that make no sense."""
+
+    def config(self):
+        """A JSON-able description; with the tensors of `Handle.named_tensors` it is the whole edit."""
+        described = {
+            "kind": type(self).__name__, "site": self.site,
+            "layers": None if self.layers is None else [n if isinstance(n, (int, str)) else str(n) for n in self.layers],
+            "positions": "all" if self.positions is None else self.positions.spec(),
+            "strength": self.strength, "rank": self.rank, "tensors": list(self.names), "trainable": self.trainable,
+        }  # fmt: skip
+        described |= {"keep_norm": True} if self.keep_norm else {}
+        described |= {} if self.gate is None else {"gate": self.gate.spec()}
+        return described | {name: getattr(self, name) for name in self.options}
+
+    def __repr__(self):
+        shown = {"site": self.site, "layers": self.layers, "strength": self.strength}
+        shown |= {} if self.positions is None else {"positions": str(self.positions)}
+        shown |= {"rank": self.rank} if self.rank else {}
+        shown |= {"keep_norm": True} if self.keep_norm else {}
+        shown |= {} if self.gate is None else {"gate": str(self.gate)}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+
+class ScaleBias(Edit):
+    """h' = scale ⊙ h + bias: RED (arXiv 2402.15179, Eq. 3), and with scale alone (IA)³ on outputs.
+
+    scale, bias: values (width,), None for the identity (ones, zeros), or False for none at all.
+    trainable: True by default.
+    """
+
+    default_site = "mlp"
+    trainable = True
+
+    def __init__(self, scale=None, bias=None, *, trainable=True, **where):
+        self.given = {
+            name: None if value is None else PerLayer(name, value, (1,))
+            for name, value in (("scale", scale), ("bias", bias))
+            if value is not False
+        }
+        if not self.given:
+            raise ValueError("scale and bias are both False: nothing is left of the edit")
+        self.trainable = bool(trainable)
+        super().__init__(self.given, **_layers_of(where, *self.given.values()))
+
+    def values(self, spot, width):
+        return {n: _neutral(n, 0, width) if v is None else v.at(spot) for n, v in self.given.items()}
+
+
+class RED(ScaleBias):
+    """Representation editing (arXiv 2402.15179, Eq. 3): trainable scale (ones) and bias (zeros) on the FFN's
+    output of every layer, 2 · width parameters a layer.
+    """
+
+
+class Steer(Edit):
+    """h' = h + c · v: steering and control vectors, CAA, ActAdd, RepE.
+
+    vectors: values (width,).
+    """
+
+    def __init__(self, vectors, **where):
+        self.vectors = PerLayer("vectors", vectors, (1,))
+        super().__init__(("bias",), **_layers_of(where, self.vectors))
+
+    def values(self, spot, width):
+        return {"bias": self.vectors.at(spot)}
+
+
+class Ablate(Edit):
+    """h' = h − Σ (h·v̂) v̂ over an orthonormal basis of the directions' span: directional ablation.
+
+    directions: values (width,) or (k, width), which is k directions at every layer and not one a layer; linearly dependent
+        ones count once. One direction a layer: a mapping from layer numbers, or (layers, 1, width).
+    """
+
+    def __init__(self, directions, **where):
+        bases = PerLayer("directions", directions, (1, 2)).map(orthonormal_rows)
+        super().__init__(("read", "write"), rank=max(len(b) for b in bases.all()), **_layers_of(where, bases))
+        self.bases = bases
+
+    def values(self, spot, width):
+        basis = self.bases.at(spot)
+        basis = torch.nn.functional.pad(basis, (0, 0, 0, self.rank - len(basis)))
+        return {"read": basis, "write": -basis}
+
+
+class Clamp(Edit):
+    """h' = h + (value − h·v̂) v̂: the component along the unit direction v̂ becomes `value`.
+
+    direction: values (width,), normalised here. value: a number, in units of h.
+    """
+
+    options = ("value",)
+
+    def __init__(self, direction, value, **where):
+        self.directions, self.value = (
+            PerLayer("direction", direction, (1,)).map(orthonormal_rows),
+            as_number("value", value),
+        )
+        super().__init__(("read", "offset", "write"), rank=1, **_layers_of(where, self.directions))
+
+    def values(self, spot, width):
+        unit = self.directions.at(spot)
+        return {"read": unit, "offset": torch.full((1,), -self.value), "write": -unit}
+
+
+class Amplify(Edit):
+    """h' = h + (factor − 1)(h·v̂) v̂: the component along the unit direction v̂ grows by `factor`.
+
+    direction: values (width,), normalised here. factor: a number; 1 changes nothing, 0 ablates.
+    """
+
+    options = ("factor",)
+
+    def __init__(self, direction, factor, **where):
+        self.directions, self.factor = (
+            PerLayer("direction", direction, (1,)).map(orthonormal_rows),
+            as_number("factor", factor),
+        )
+        super().__init__(("read", "write"), rank=1, **_layers_of(where, self.directions))
+
+    def values(self, spot, width):
+        unit = self.directions.at(spot)
+        return {"read": unit, "write": (self.factor - 1) * unit}
+
+
+class Rotate(Edit):
+    """h' = h + z (Rot(angle) − I)ᵀ V, z = h Vᵀ: turn h in a plane (angular steering).
+
+    plane: values (2, width); V is its Gram–Schmidt basis. The turn is from the first row towards the second.
+    angle: radians.
+    trainable: plane and angle then train, the plane's basis kept orthonormal as LoReFT's (patching/orthonormal_basis.py).
+    """
+
+    options = ("angle",)
+    allowed_names = (*TENSORS, "plane", "angle")
+
+    def __init__(self, plane, angle, *, trainable=False, **where):
+        planes = PerLayer("plane", plane, (2,))
+        if any(len(p) != 2 for p in planes.all()):
+            raise ValueError(f"plane has {len(planes.all()[0])} rows, expected the 2 directions that span it")
+        self.planes, self.angle = planes.map(orthonormal_rows), as_number("angle", angle)
+        if any(len(p) != 2 for p in self.planes.all()):
+            raise ValueError("the plane's two directions are parallel: they span a line, not a plane")
+        names = ("plane", "angle") if trainable else ("read", "write")
+        super().__init__(names, rank=2, **_layers_of(where, self.planes))
+        self.trainable = bool(trainable)
+
+    @property
+    def derive(self):
+        return turned if "plane" in self.names else None
+
+    @property
+    def pull_back(self):
+        return turned_back if "plane" in self.names else None
+
+    @property
+    def constrained(self):
+        return "plane" if "plane" in self.names else None
+
+    @property
+    def form(self):
+        return turned_form if "plane" in self.names else Edit.form
+
+    def values(self, spot, width):
+        basis, angle = self.planes.at(spot), torch.tensor([self.angle], dtype=torch.float64)
+        if "plane" in self.names:
+            return {"plane": basis, "angle": angle.float()}
+        return {"read": basis, "write": (turn(angle) @ basis.double()).float()}
+
+    def neutral_tensor(self, name, width):
+        if "plane" not in self.names:
+            return super().neutral_tensor(name, width)
+        return torch.zeros(1) if name == "angle" else torch.eye(2, width)
+
+
+class LowRank(Edit):
+    """h' = h + (h @ readᵀ + offset) @ write, frozen: any low-rank edit by its factors.
+
+    read, write: values (rank, width). offset: values (rank,), or None for 0.
+    """
+
+    def __init__(self, read, offset, write, **where):
+        self.given = {"read": PerLayer("read", read, (2,))}
+        if offset is not None:
+            self.given["offset"] = PerLayer("offset", offset, (1,))
+        self.given["write"] = PerLayer("write", write, (2,))
+        ranks = {len(t) for n in ("read", "write") for t in self.given[n].all()}
+        ranks |= {t.shape[-1] for t in self.given["offset"].all()} if offset is not None else set()
+        if len(ranks) != 1:
+            raise ValueError(
+                f"read, offset and write have ranks {sorted(ranks)}, expected one rank throughout"
+            )
+        super().__init__(self.given, rank=ranks.pop(), **_layers_of(where, *self.given.values()))
+
+    def values(self, spot, width):
+        return {name: value.at(spot) for name, value in self.given.items()}
+
+
+def _neutral(name, rank, width):
+    if name == "scale":
+        return torch.ones(width)
+    return torch.zeros({"bias": (width,), "offset": (rank,)}.get(name, (rank, width)))
+
+
+def orthonormal_rows(directions):
+    """A basis (k, width) of the rows' span, by Gram–Schmidt in float64: the first row keeps its direction."""
+    basis = []
+    for row in directions.double().reshape(-1, directions.shape[-1]):
+        rest = row
+        for unit in basis * 2:  # twice is enough for orthogonality to rounding
+            rest = rest - (rest @ unit) * unit
+        if rest.norm() > 1e-6 * row.norm():
+            basis.append(rest / rest.norm())
+    if not basis:
+        raise ValueError("the directions are all zero: there is nothing to normalise")
+    return torch.stack(basis).float()
+
+
+def _layers_of(where, *values):
+    """`where` with layers= taken from a mapping's keys, if it does not say."""
+    named = next((v.layers for v in values if v is not None and v.layers is not None), None)
+    return where if named is None or where.get("layers") is not None else {**where, "layers": named}
