@@ -39,7 +39,7 @@ MAKEFLAGS += --jobs=2
 endif
 
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
-PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
+PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py fastedit/*/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
 .PHONY: help setup demo test test-slow newest renew conformance serving-test serving-test-short fuzz crashes soak sanitize docs lint bench \
 	peers gpu gpu-more clean distclean

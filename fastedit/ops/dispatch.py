@@ -1,8 +1,8 @@
 """Which backend serves a call: a pure function of device type and dtypes, remembered.
 
 CPU tensors go to the native cpu kernels, CUDA tensors to the native cuda kernels if they are built and run on the
-device (ops/cuda_device.py), else to Triton; anything else, and anything a kernel cannot take, to the reference. `FASTEDIT_BACKEND`
-(reference, cpu, cuda or triton) forces one, which then serves or raises: no silent fallback.
+device (ops/cuda_device.py), else to Triton; anything else, and anything a kernel cannot take, to the reference.
+`FASTEDIT_BACKEND` (reference, cpu, cuda or triton) forces one, which then serves or raises: no silent fallback.
 """
 
 import functools

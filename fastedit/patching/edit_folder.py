@@ -38,8 +38,8 @@ _SHAPE = (
 def save(handle, folder, *, base_model=None, training=None, tenant=None):
     """Write a handle's edits to a folder; a crash leaves the old edit there or the new. Returns the Path.
 
-    What was trained beside them, a head or an adapter, goes along (fastedit/patching/trained_beside.py). A warning says what was trained and is
-    not kept, and that an edit to be trained has never moved.
+    What was trained beside them, a head or an adapter, goes along (fastedit/patching/trained_beside.py). A warning
+    says what was trained and is not kept, and that an edit to be trained has never moved.
 
     Args:
         base_model: id of the base, for edit.json; by default the name the model was loaded under.

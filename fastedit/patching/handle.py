@@ -35,8 +35,8 @@ def patch(model, edits, *, freeze=False, fused=True, tenants=None):
     Args:
         model: an nn.Module with a stack of layers (fastedit/families); on any device, meta included.
         edits: an Edit or a list of them: a stack, applied in order, after those of earlier handles.
-        freeze: let only the edits train, and what is newly initialised: a task head, a pooler, a projector (fastedit/patching/heads.py).
-        fused: False keeps to the plain path, where an edit is an op of its own.
+        freeze: let only the edits train, and what is newly initialised: a task head, a pooler, a projector
+        (fastedit/patching/heads.py). fused: False keeps to the plain path, where an edit is an op of its own.
         tenants: a number of tenants to train in one batch: every tensor gets a leading tenant dimension, and forwards
             run inside `handle.assign` (fastedit/patching/rows/tenants.py).
 
@@ -256,8 +256,8 @@ class Handle:
         return readings(self._members)
 
     def save(self, folder, *, tenant=None):
-        """Write the edits to a folder (fastedit.store), and the head or adapter that was trained along (fastedit.patching.trained_beside); of
-        a handle with tenants one tenant's, as an ordinary edit.
+        """Write the edits to a folder (fastedit.store), and the head or adapter that was trained along
+        (fastedit.patching.trained_beside); of a handle with tenants one tenant's, as an ordinary edit.
 
         Over several processes (fastedit.distributed) all call this, and the first writes.
         """

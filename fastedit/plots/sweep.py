@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 
 
 def draw(found, path):
-    """found: a fastedit.directions.sweep.Sweep. Writes a PNG: means in the cells, the mean without an edit in the middle of the scale."""
+    """Writes a PNG of `found`, a fastedit.Sweep: means in the cells; the mean without an edit is the middle of the scale."""
     from ..directions.sweep import layers_text
 
     rows = list(dict.fromkeys(cell.layers for cell in found.cells))
