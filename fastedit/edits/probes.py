@@ -1,4 +1,4 @@
-"""Probes: read-outs z = h @ vectorsᵀ + offset that come with the forward; no hidden states are kept.
+"""Probes: read-outs z = h @ vectorsᵀ + offset that come with the forward. No hidden states are kept.
 
     handle = fastedit.patch(model, fastedit.Probe(vectors))
     model(ids)
@@ -16,10 +16,10 @@ from .per_layer import PerLayer
 
 
 class Probe(Edit):
-    """z = h @ vectorsᵀ + offset, fp32; h as it stands at this place of the stack of edits, which goes on unchanged.
+    """z = h @ vectorsᵀ + offset, fp32. h is read at the probe's place in the stack of edits and stays unchanged.
 
     vectors: values (width,) or (probes, width), up to 64. offset: values (probes,), or None for 0.
-    site, layers: as for every edit; the layers of one Probe belong to one stack (an encoder's or a decoder's).
+    site, layers: as for every edit. The layers of one Probe belong to one stack (an encoder's or a decoder's).
     """
 
     is_probe = True
@@ -44,7 +44,7 @@ class Probe(Edit):
 
 
 class Reading:
-    """A stage that reads and passes the hidden states on."""
+    """A stage that reads the hidden states and passes them on unchanged."""
 
     on_x, on_sum, positions, looks = True, False, None, None
 
@@ -83,9 +83,10 @@ def _project(rows, read, offset):
 
 
 def readings(members):
-    """Of a handle's edits, [[(layer, Masters)]], what the probes read: [(layers, batch, tokens, probes)].
+    """What the probes among a handle's edits, [[(layer, Masters)]], read: [(layers, batch, tokens, probes)].
 
-    That is what this thread's last forward read, and where it ran none what the one other thread's did.
+    The readings are those of this thread's last forward. If this thread ran none, those of the one other thread that
+    did.
     """
     found = []
     for masters in ([m for _, m in chosen] for chosen in members if chosen[0][1].is_probe):
