@@ -1,8 +1,8 @@
-"""Edits on disk: `save` and `load` (DESIGN.md 6); how the two files are written and read is in files/edit_file.py.
+"""Edits on disk: `save` and `load` (docs/design.md, 9). files/edit_file.py writes and reads the two files.
 
-edit.json holds: its own checksum; format and version; `edits`, one config an edit (kind, site, layers, rank, tensors);
-`strength`; `base`, the model that the edits were made on (id, type, width, depth, a digest of its shape);
-`training`, a summary or null; `tensors`, the checksum of edit.safetensors.
+edit.json holds its own checksum; format and version; `edits`, one config per edit (kind, site, layers, rank, tensors);
+`strength`; `base`, the model that the edits were made on (id, type, width, depth, a digest of its shape); `training`, a
+summary or null; `tensors`, the checksum of edit.safetensors.
 """
 
 import hashlib
@@ -36,19 +36,19 @@ _SHAPE = (
 
 
 def save(handle, folder, *, base_model=None, training=None, tenant=None):
-    """Write a handle's edits to a folder; a crash leaves the old edit there or the new. Returns the Path.
+    """Write a handle's edits to a folder. A crash leaves the old edit there or the new one. Returns the Path.
 
-    What was trained beside them, a head or an adapter, goes along (fastedit/patching/trained_beside.py). A warning
-    says what was trained and is not kept, and that an edit to be trained has never moved.
+    What was trained beside them, a head or an adapter, is saved too (fastedit/patching/trained_beside.py). A warning
+    says what was trained and is not kept, and whether an edit that should train has never moved.
 
     Args:
-        base_model: id of the base, for edit.json; by default the name the model was loaded under.
+        base_model: id of the base, for edit.json. By default the name under which the model was loaded.
         training: a JSON-able summary of how the edits were trained, for edit.json.
-        tenant: of a handle with tenants, whose edit to save: an ordinary one.
+        tenant: of a handle with tenants, the one whose edit to save. It becomes an ordinary edit.
 
     Raises:
-        OSError: it could not be written (full disk, no permission); an edit saved there before is intact.
-        ValueError: `training` is not JSON-able, a tensor holds NaN or infinities, or it is not said which tenant's.
+        OSError: the folder could not be written (full disk, no permission). An edit saved there before is intact.
+        ValueError: `training` is not JSON-able, a tensor holds NaN or infinities, or `tenant` is missing.
     """
     if tenant is None and handle.tenancy is not None:
         raise ValueError(
@@ -102,7 +102,7 @@ def _warn(handle, left):
 
 
 def _writes(handle):
-    """Whether this process writes: of several that hold parts of the edits, only the first."""
+    """Whether this process writes. Of several that hold parts of the edits, only the first does."""
     own = dict(handle._named())
     if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in own.values()):
         return True
@@ -112,14 +112,17 @@ def _writes(handle):
 
 
 def load(model, folder, *, freeze=False, revision=None, head=True):
-    """Patch a model with the edits saved in a folder or Hub repo, and bring back what was trained along; returns the Handle.
+    """Patch a model with the edits saved in a folder or Hub repo, and restore what was trained beside them.
 
     Args:
-        folder: what `handle.save` wrote, a checkpoint of a Trainer or what `save_pretrained` of a patched model wrote, or a
-            Hub repo id such as "anna/my-edit".
-        freeze: as for `fastedit.patch`, to train on.
+        folder: what `handle.save` wrote, a checkpoint of a Trainer, what `save_pretrained` of a patched model wrote, or
+            a Hub repo id such as "anna/my-edit".
+        freeze: as for `fastedit.patch`, to train further.
         head: False for the edits alone.
         revision: of the Hub repo.
+
+    Returns:
+        The Handle.
 
     Raises:
         EditFileError: the files are not a whole, sound edit, or do not fit this model. Nothing has changed.
@@ -173,7 +176,7 @@ def opened(model, folder):
 
 
 def _opened(model, folder):
-    """(edit.json, and what `opened` gives)."""
+    """(edit.json, and what `opened` returns)."""
     checked = {}
 
     def limit(header):
@@ -190,7 +193,7 @@ def _opened(model, folder):
 
 
 def strength_of(folder, header):
-    """The dial that a file was saved at; EditFileError for what is no number that fp32 holds."""
+    """The strength in a file. EditFileError for anything that is not a number that fp32 holds."""
     strength = header.get("strength", 1.0)
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
         raise EditFileError(f"{folder / JSON}: strength is {strength!r:.60}, expected a number")
@@ -205,7 +208,7 @@ def _layers(model):
 
 
 def describe_base(model, base_model=None):
-    """What edit.json says of a model: id, type, width, depth and a digest of its shape; no weights."""
+    """What edit.json says about a model: id, type, width, depth and a digest of its shape. No weights."""
     layers = _layers(model)
     config = getattr(model, "config", None)
     name = (
@@ -242,7 +245,7 @@ def fetch(folder, revision=None):
 
 
 def rebuild(folder, configs):
-    """The Edit objects of a file's configs, without their tensors; EditFileError names what is wrong."""
+    """The Edit objects of a file's configs, without their tensors. EditFileError names what is wrong."""
     expected = {"kind": (str, str), "site": (str, str), "layers": (list, int), "tensors": (list, str)}
     for number, config in enumerate(configs):
         for key, (kind, of) in expected.items():
@@ -308,7 +311,7 @@ def _shapes(folder, edits, layers):
 
 
 def _check_tensors(folder, expected, tensors):
-    """Names and shapes against what the configs promise, before anything is built from either."""
+    """Check names and shapes against the configs' promise, before anything is built from either."""
     where = folder / "edit.safetensors"
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
