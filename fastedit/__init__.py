@@ -2,8 +2,7 @@
 
     handle = fastedit.patch(model, fastedit.RED(), freeze=True)
 
-Names load on first use, so that `fastedit.arrays` (NumPy, CuPy), `fastedit.jax` and `fastedit.kernels` import
-no torch.
+Names load on first use. So `fastedit.arrays` (NumPy, CuPy), `fastedit.jax` and `fastedit.kernels` import no torch.
 """
 
 import importlib

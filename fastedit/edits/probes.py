@@ -1,4 +1,4 @@
-"""Probes: read-outs z = h @ vectorsᵀ + offset that come with the forward; no hidden states are kept.
+"""Probes: read-outs z = h @ vectorsᵀ + offset that come with the forward. No hidden states are kept.
 
     handle = fastedit.patch(model, fastedit.Probe(vectors))
     model(ids)
@@ -10,10 +10,10 @@ from .per_layer import PerLayer
 
 
 class Probe(Edit):
-    """z = h @ vectorsᵀ + offset, fp32; h as it stands at this place of the stack of edits, which goes on unchanged.
+    """z = h @ vectorsᵀ + offset, fp32. h is read at the probe's place in the stack of edits and stays unchanged.
 
     vectors: values (width,) or (probes, width), up to 64. offset: values (probes,), or None for 0.
-    site, layers: as for every edit; the layers of one Probe belong to one stack (an encoder's or a decoder's).
+    site, layers: as for every edit. The layers of one Probe belong to one stack (an encoder's or a decoder's).
     """
 
     is_probe = True

@@ -1,11 +1,11 @@
 """Autograd of the ops, once for both faces: the eager autograd.Function and the registered operators.
 
-`setup_*` decides what is saved (bias-only training saves no hidden states), `backward_*` calls the fused
-backward for exactly the gradients that are wanted. Formulas: DESIGN.md 2, Backward. Where a gradient of gradients is wanted
+`setup_*` decides what is saved (bias-only training saves no hidden states). `backward_*` calls the fused backward for
+exactly the gradients that are wanted. Formulas: docs/design.md, 4. If a gradient of gradients is wanted
 (create_graph=True), the backward is the reference's, in operations that autograd sees.
 
-The eager Functions take ctx in forward: with a setup_context of its own, torch inspects forward's signature at every
-call (119 µs for one row of 64 columns where this took 46, other work beside).
+The eager Functions take ctx in forward. With a setup_context, torch inspects forward's signature at every call (119 µs
+for one row of 64 columns, where this took 46, with other work running beside).
 """
 
 import torch
@@ -30,7 +30,7 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def _again():
-    """Whether this backward is to be differentiated itself, backwards or forwards (its gradients may have tangents)."""
+    """Whether this backward is itself differentiated, backward or forward (its gradients may have tangents)."""
     return (torch.is_grad_enabled() or transformed()) and not torch.compiler.is_compiling()
 
 
@@ -39,7 +39,7 @@ def _traced(*tensors):
 
 
 def _form_needs(needs, scale, read):
-    """(needs of scale, bias, read, offset, write, coefficient; whether the edit's input is read; whether z is)."""
+    """(needs of scale, bias, read, offset, write, coefficient; whether the edit's input is read; whether z is read)."""
     d_scale, _, d_read, _, d_write, _, d_k = needs  # in the order scale, bias, read, offset, write, slot, coefficient
     reads_hidden = d_scale or d_read or (d_k and scale is not None)
     reads_z = read is not None and (d_write or d_k)
@@ -47,17 +47,18 @@ def _form_needs(needs, scale, read):
 
 
 def _recovers(needs, scale, bias, slot, coefficient):
-    """Whether the gradient of `read` may be had from the edit's output h' = h + k (z @ write) in place of its input.
+    """Whether the gradient of `read` can be computed from the edit's output h' = h + k (z @ write) in place of its
+    input.
 
-    The output is there anyway: the norm that comes next saves it. So a low-rank edit that trains on the sum keeps no rows
-    of its own, where autograd of the plain expression keeps h.
+    The output exists anyway, because the norm that comes next saves it. So a low-rank edit that trains on the sum keeps
+    no rows of its own, where autograd of the plain expression keeps h.
     """
     one = coefficient is None or coefficient.numel() == 1
     return needs[2] and needs[4] and scale is None and bias is None and slot is None and one
 
 
 def _at_input(d_read, d_write, form, grad_z, z):
-    """d_read = qᵀ h from qᵀ h', q = k (G @ writeᵀ) + dz: less k (qᵀ z) write, where qᵀ z = write d_writeᵀ + dzᵀ z."""
+    """d_read = qᵀ h from qᵀ h': subtract k (qᵀ z) write. q = k (G @ writeᵀ) + dz, qᵀ z = write d_writeᵀ + dzᵀ z."""
     coefficient, wide = form[6], d_read.dtype  # the reference's sums of float64 rows are float64
     write = form[4].to(wide)
     mixed = write @ d_write.mT.to(wide)
@@ -68,7 +69,7 @@ def _at_input(d_read, d_write, form, grad_z, z):
 
 
 def _given(tensor):
-    """None where an operator returned an empty tensor for 'absent'."""
+    """None if an operator returned an empty tensor, which means absent."""
     return None if tensor is None or tensor.numel() == 0 else tensor
 
 
@@ -105,7 +106,7 @@ def backward_edit(ctx, grad, grad_z):
 def edit_gradients(
     grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype
 ):
-    """Seven gradients of an edit; the plain call, or the operator while tracing."""
+    """Seven gradients of an edit, by the plain call, or by the operator while tracing."""
     args = (grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z)
     if _again():
         return run_edit_backward(*args, needs, dtype, reference)

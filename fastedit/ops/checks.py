@@ -1,4 +1,5 @@
-"""Argument checks of the ops: metadata only, cheap enough for every call, all before anything runs."""
+"""Argument checks of the ops. They read metadata only, are cheap enough for every call, and come before anything
+runs."""
 
 import torch
 
@@ -49,7 +50,7 @@ def _check_placement(name, parameter, hidden):
 
 
 def check_form(hidden, scale, bias, read, offset, write, slot, coefficient, read_only=False):
-    """Shapes, dtypes and devices of the normal form against hidden (…, width)."""
+    """Check shapes, dtypes and devices of the normal form against hidden (…, width)."""
     width = hidden.shape[-1]
     lead = ()
     if slot is not None:
@@ -90,7 +91,7 @@ def check_form(hidden, scale, bias, read, offset, write, slot, coefficient, read
 
 
 def check_gate(hidden, gate, rule, scale, bias, read, slot):
-    """A gate and its rule against hidden (…, width) and a form that was found right."""
+    """Check a gate and its rule against hidden (…, width) and a form that has passed its check."""
     if gate is None or rule is None:
         missing, given = ("rule", "gate") if rule is None else ("gate", "rule")
         raise ValueError(
@@ -128,7 +129,7 @@ def check_norm(x, weight, norm_bias, kind):
 
 
 def check_group(hidden, group, mask, groups, traced):
-    """The number of groups, once group and mask are found to be one a row of hidden."""
+    """The number of groups, after a check that group and mask have one entry per row of hidden."""
     if mask is not None:
         _check_per_row("mask", mask, hidden, torch.bool)
     if groups is not None and (not isinstance(groups, (int, torch.SymInt)) or groups < 1):

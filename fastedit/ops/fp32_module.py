@@ -5,7 +5,7 @@ from torch import nn
 
 
 class InFp32(nn.Module):
-    """A module whose tensors follow the model to its device, never to its dtype: in bf16, 1 ± 1e-3 rounds back to 1."""
+    """A module whose tensors follow the model to its device but not to its dtype: in bf16, 1 ± 1e-3 rounds to 1."""
 
     def _apply(self, fn, recurse=True):
         def move(tensor):
@@ -16,7 +16,7 @@ class InFp32(nn.Module):
             return super()._apply(move, recurse)
 
     def __setattr__(self, name, value):
-        """Stay where accelerate would offload: its hooks bring weights back for a forward, and masters have none."""
+        """Stay in place where accelerate would offload: its hooks bring weights back for a forward, and masters have none."""
         if name == "_hf_hook":
             value.detach_hook(self)
             self.to(getattr(value, "execution_device", None))

@@ -1,6 +1,6 @@
-"""From tensors of any shape to a backend's rows and back: what both faces of the ops (eager and traced) run.
+"""From tensors of any shape to a backend's rows and back. Both faces of the ops (eager and traced) run this.
 
-Arguments have been checked. `flat` gives the kernels (rows, width) with a unit inner stride, a view wherever
+Arguments have been checked. `flat` gives the kernels (rows, width) with a unit inner stride: a view wherever the
 strides allow one.
 """
 
@@ -31,7 +31,7 @@ def flat(tensor):
 
 
 def per_row(tensor):
-    """(rows,) contiguous, or the one element shared by all rows."""
+    """(rows,) contiguous, or the one element that all rows share."""
     return None if tensor is None else tensor.reshape(-1).contiguous()
 
 
@@ -40,12 +40,12 @@ def _device_type(tensor):
 
 
 def _backend(width, *key):
-    """The backend that serves; rows of no columns, whose pointers are null, have nothing for a kernel."""
+    """The backend that serves. Rows without columns have null pointers and nothing for a kernel to do."""
     return select(*key) if width else load("reference")
 
 
 def as_rows(tensor, backend):
-    """The tensor as the backend takes it: any contiguous shape where it says so, else (rows, width)."""
+    """The tensor as the backend takes it: any contiguous shape if it allows that, else (rows, width)."""
     if tensor is not None and backend.any_shape and tensor.is_contiguous():
         return tensor
     return flat(tensor)
@@ -56,7 +56,7 @@ def _contiguous(parameter):
 
 
 def _check_slots(slot, slots):
-    """On the host a slot out of range is an error whichever backend serves; on a GPU looking would stall the stream."""
+    """On the host a slot out of range is an error with every backend. On a GPU the check would stall the stream."""
     if slot is None or not slot.is_cpu:
         return
     wrong = ((slot < -1) | (slot >= slots)).reshape(-1).nonzero()
@@ -78,12 +78,12 @@ def flat_form(scale, bias, read, offset, write, slot, coefficient):
 
 
 def _gated(gate, rule):
-    """As a backend takes them; those without gates serve all other calls."""
+    """Gate arguments as a backend takes them. Backends without gates serve all other calls."""
     return {} if gate is None else {"gate": _contiguous(gate), "rule": _contiguous(rule)}
 
 
 def _reshaped(rows, *outputs):
-    """Outputs (rows, …) with rows' leading shape; as they are where the backend has kept it."""
+    """Outputs (rows, …) with the rows' leading shape, or unchanged if the backend has kept it."""
     dims = rows.dim()
     if all(o is None or o.dim() == dims for o in outputs):
         return outputs
@@ -181,7 +181,7 @@ def run_value_ascent(hidden, weight, bias, weight2, bias2, head, gram, steps, st
 def run_edit_backward(
     grad, hidden, residual, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs, dtype, backend=None
 ):
-    """Seven gradients or None: hidden in `dtype`, rows in their own shape; parameters fp32 in their own shapes.
+    """Seven gradients or None: hidden's in `dtype` and in the rows' shape, parameters' in fp32 and in their own shapes.
 
     backend: the one to ask, or None for the one that serves.
     """
@@ -205,7 +205,7 @@ def _second(dtype, grad_dtype):
 
 
 def _shaped(grads, streams, rows, parameters):
-    """Gradients of rows in the rows' shape, of parameters in the parameters' own; a shared coefficient's summed."""
+    """Gradients of rows in the rows' shape, of parameters in their own. A shared coefficient's gradient is summed."""
     of_rows = [g if g is None or g.dim() == rows.dim() else g.view(*rows.shape[:-1], g.shape[-1]) for g in grads[:streams]]
     *of_form, d_k = grads[streams : streams + 6]
     of_form = [g if g is None or g.shape == p.shape else g.view(p.shape) for g, p in zip(of_form, parameters, strict=False)]

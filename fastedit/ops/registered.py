@@ -1,7 +1,7 @@
 """The ops as registered operators `torch.ops.fastedit.*`: what torch.compile, export and opcheck see.
 
-Schemas, shapes without data (fakes) and one implementation for every device; autograd is added by
-ops/autograd.py. Operators return tensors only, so an absent output is an empty tensor (0,).
+Schemas, shapes without data (fakes) and one implementation for every device. ops/autograd.py adds autograd. Operators
+return tensors only, so an absent output is an empty tensor (0,).
 """
 
 import torch
@@ -79,7 +79,7 @@ def _value_ascent(hidden, weight, bias, weight2, bias2, head, gram, version, ste
 
 
 def version_of(tensor):
-    """Goes up with every change in place; 0 for inference tensors, which have no count."""
+    """A number that goes up with every change in place. 0 for inference tensors, which have no count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -104,7 +104,7 @@ def _project_backward(grad_z, hidden, read, needs, dtype):
 
 
 def one_gradient(on_sum, needs, x_dtype, residual_dtype):
-    """on="sum": x and the residual share one gradient, which an operator may return only once (as d_x)."""
+    """on="sum": x and the residual share one gradient, and an operator may return a tensor only once (here as d_x)."""
     return on_sum and needs[0] and needs[7] and x_dtype == residual_dtype
 
 

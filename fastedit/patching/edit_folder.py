@@ -24,14 +24,17 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load(model, folder, *, freeze=False, revision=None, head=True):
-    """Patch a model with the edits saved in a folder or Hub repo, and bring back what was trained along; returns the Handle.
+    """Patch a model with the edits saved in a folder or Hub repo, and restore what was trained beside them.
 
     Args:
-        folder: what `handle.save` wrote, a checkpoint of a Trainer or what `save_pretrained` of a patched model wrote, or a
-            Hub repo id such as "anna/my-edit".
-        freeze: as for `fastedit.patch`, to train on.
+        folder: what `handle.save` wrote, a checkpoint of a Trainer, what `save_pretrained` of a patched model wrote, or
+            a Hub repo id such as "anna/my-edit".
+        freeze: as for `fastedit.patch`, to train further.
         head: False for the edits alone.
         revision: of the Hub repo.
+
+    Returns:
+        The Handle.
 
     Raises:
         EditFileError: the files are not a whole, sound edit, or do not fit this model. Nothing has changed.
@@ -86,7 +89,7 @@ def opened(model, folder):
 
 
 def _opened(model, folder):
-    """(edit.json, and what `opened` gives)."""
+    """(edit.json, and what `opened` returns)."""
     checked = {}
 
     def limit(header):
@@ -104,7 +107,7 @@ def _opened(model, folder):
 
 
 def strength_of(folder, header):
-    """The dial that a file was saved at; EditFileError for what is no number that fp32 holds."""
+    """The strength in a file. EditFileError for anything that is not a number that fp32 holds."""
     strength = header.get("strength", 1.0)
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
         raise EditFileError(f"{folder / JSON}: strength is {strength!r:.60}, expected a number")
@@ -137,7 +140,7 @@ def fetch(folder, revision=None):
 
 
 def rebuild(folder, configs):
-    """The Edit objects of a file's configs, without their tensors; EditFileError names what is wrong."""
+    """The Edit objects of a file's configs, without their tensors. EditFileError names what is wrong."""
     expected = {"kind": (str, str), "site": (str, str), "layers": (list, int), "tensors": (list, str)}
     for number, config in enumerate(configs):
         for key, (kind, of) in expected.items():
@@ -178,7 +181,7 @@ def _shapes(folder, edits, layers):
 
 
 def _check_tensors(folder, expected, tensors):
-    """Names and shapes against what the configs promise, before anything is built from either."""
+    """Check names and shapes against the configs' promise, before anything is built from either."""
     where = folder / "edit.safetensors"
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:

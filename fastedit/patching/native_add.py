@@ -1,9 +1,8 @@
-"""The edits and adds of patched layers: the native call where nothing has to see it, else fastedit.ops.
+"""The edits and adds of patched layers: the native call if nothing has to see it, else fastedit.ops.
 
-Under torch.compile, export and the transforms of torch.func a patched layer is plain PyTorch instead: the compiler
-fuses scale, bias and norm into what stands around them, where an operator it cannot see into would hold it up (a
-compiled decode step of a 64-wide Llama took 0.82 of the unedited eager one's time with operators, 0.49 under a
-compiled hook).
+Under torch.compile, export and the transforms of torch.func a patched layer is plain PyTorch instead. The compiler then
+fuses scale, bias and norm with the operations around them. An opaque operator would prevent that: a compiled decode
+step of a 64-wide Llama took 0.82 of the unedited eager one's time with operators, and 0.49 with a compiled hook.
 """
 
 import torch
@@ -19,7 +18,7 @@ _NO_GATE = (None, None)
 
 
 def edit(hidden, tensors, strength, looks=None):
-    """E(hidden) in an op of its own; tensors, strength and looks as `add` has them."""
+    """E(hidden) in an op of its own. tensors, strength and looks as in `add`."""
     if not is_dynamo_compiling():
         slot = slot_of(tensors, hidden)
         gate = _NO_GATE if looks is None else looks.gate()
@@ -35,10 +34,13 @@ def edit(hidden, tensors, strength, looks=None):
 
 
 def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, looks=None):
-    """residual + E(x), or where on_sum E(residual + x); with a Norm (patching/residual_add.py) that fits, (that, its norm).
+    """residual + E(x), or if on_sum E(residual + x). With a Norm (patching/residual_add.py) that fits: (that, its
+    norm).
 
-    tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one a row. looks: None, or what
-    has a gate for the kernel: gate() is its two tensors, say(rows) its g where no kernel takes it (gating.Sensor).
+    tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one per row. looks: None,
+        or an
+    object with a gate for the kernel (gate_sensors.Sensor). Its gate() is two tensors. Its say(rows) is g, for when no
+    kernel takes the gate.
     """
     if not is_dynamo_compiling():
         slot = None if type(tensors) is tuple else slot_of(tensors, x)
@@ -63,7 +65,7 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, l
 
 
 def _seen(x, residual, tensors, slot, strength, on_sum, norm, want_residual, looks, gate):
-    """`add` through fastedit.ops: for autograd, and to be refused with a reason."""
+    """`add` through fastedit.ops: visible to autograd, or refused with a reason."""
     if looks is not None and torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
         strength, gate = _looked(looks, x, strength, residual if on_sum else None), _NO_GATE
     gate, rule = gate
@@ -78,7 +80,7 @@ def _seen(x, residual, tensors, slot, strength, on_sum, norm, want_residual, loo
 
 
 def _expressed(op, streams, tensors, strength, *more):
-    """The reference's own operations, for a compiler or a transform to see; fp32 also under autocast."""
+    """The reference's own operations, for a compiler or a transform to see. They are fp32 also under autocast."""
     strength = None if strength is None else strength.reshape(-1)
     with torch.autocast(streams[0].device.type, enabled=False):
         slot = slot_of(tensors, streams[0])
@@ -88,7 +90,7 @@ def _expressed(op, streams, tensors, strength, *more):
 
 
 def _looked(looks, x, strength, residual=None):
-    """The strength with a gate's part in it, made of what the edit is given: x, or the sum as a kernel has it, in fp32."""
+    """The strength times the gate. The gate sees what the edit is given: x, or the sum in fp32, as in a kernel."""
     if looks is None:
         return strength
     if residual is not None:

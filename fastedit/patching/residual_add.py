@@ -24,7 +24,7 @@ class Norm:
         return held["weight"], held.get("bias")
 
     def fits(self, x, residual):
-        """Whether the module may be passed over in this call, for the norm of residual + x."""
+        """Whether the module may be skipped in this call, for the norm of residual + x."""
         module = self.module
         if (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
@@ -48,9 +48,9 @@ class Norm:
 
 
 class Add:
-    """residual' = residual + E(x), then E'(·) of the sum: `x` and `sum` are sites, or None.
+    """residual' = residual + E(x), then E'(·) of the sum. `x` and `sum` are sites, or None.
 
-    `run` is fastedit.patching.native_add.add; the proof puts in its definition.
+    `run` is fastedit.patching.native_add.add. The proof replaces it by its definition.
     """
 
     run = staticmethod(add)
@@ -72,7 +72,7 @@ class Add:
         return out
 
     def with_norm(self, x, residual, norm, want_residual=True):
-        """(residual', norm(residual')), for a norm that fits; None for a residual' that nobody reads."""
+        """(residual', norm(residual')), for a norm that fits. None for a residual' that nothing reads."""
         x, tensors, strength, looks, on_sum, rest = self._prepare(x, residual)
         if rest:
             out = self._finish(residual, x, tensors, strength, looks, on_sum, rest)

@@ -1,6 +1,6 @@
-"""Edits written to disk (docs/design.md); how the files themselves are written and read is in files/edit_file.py.
+"""Edits written to disk (docs/design.md, 9). files/edit_file.py writes and reads the two files themselves.
 
-edit.json holds: its own checksum; format and version; `edits`, one config an edit (kind, site, layers, rank, tensors);
+edit.json holds: its own checksum; format and version; `edits`, one config per edit (kind, site, layers, rank, tensors);
 `strength`; `base`, the model that the edits were made on (base_model.py); `training`, a summary or null; `tensors`, the
 checksum of edit.safetensors.
 """
@@ -19,19 +19,19 @@ from .model_edits import root_of
 
 
 def save(handle, folder, *, base_model=None, training=None, tenant=None):
-    """Write a handle's edits to a folder; a crash leaves the old edit there or the new. Returns the Path.
+    """Write a handle's edits to a folder. A crash leaves the old edit there or the new one. Returns the Path.
 
-    What was trained beside them, a head or an adapter, goes along (fastedit/patching/trained_beside.py). A warning
-    says what was trained and is not kept, and that an edit to be trained has never moved.
+    What was trained beside them, a head or an adapter, is saved too (trained_beside.py). A warning says what was trained and
+    is not kept, and whether an edit that should train has never moved.
 
     Args:
-        base_model: id of the base, for edit.json; by default the name the model was loaded under.
+        base_model: id of the base, for edit.json. By default the name under which the model was loaded.
         training: a JSON-able summary of how the edits were trained, for edit.json.
-        tenant: of a handle with tenants, whose edit to save: an ordinary one.
+        tenant: of a handle with tenants, the one whose edit to save. It becomes an ordinary edit.
 
     Raises:
-        OSError: it could not be written (full disk, no permission); an edit saved there before is intact.
-        ValueError: `training` is not JSON-able, a tensor holds NaN or infinities, or it is not said which tenant's.
+        OSError: the folder could not be written (full disk, no permission). An edit saved there before is intact.
+        ValueError: `training` is not JSON-able, a tensor holds NaN or infinities, or `tenant` is missing.
     """
     if tenant is None and handle.tenancy is not None:
         raise ValueError(

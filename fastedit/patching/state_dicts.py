@@ -1,7 +1,7 @@
 """Edits in a model's own state dict: what a Trainer's checkpoint or `save_pretrained` of a patched model holds.
 
-Beside the masters' tensors, `fastedit.<handle>.<name>`, there is one more, `fastedit._extra_state`: bytes of JSON with each
-handle's edits, strength and base, and the names of the parameters that were trained along.
+The masters' tensors are `fastedit.<handle>.<name>`. One more entry, `fastedit._extra_state`, is bytes of JSON: each
+handle's edits, strength and base, and the names of the parameters that were trained beside them.
 """
 
 import json
@@ -20,7 +20,7 @@ _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def note(root):
-    """What is saved of a model's handles as a uint8 tensor, or None: no handles, or those of several tenants."""
+    """What is saved about a model's handles, as a uint8 tensor. None without handles, or with tenants."""
     active = [  # a Bank has no tenancy
         h for h in root.handles.values() if h.name in root._modules and getattr(h, "tenancy", "bank") is None
     ]
