@@ -39,14 +39,15 @@ MAKEFLAGS += --jobs=2
 endif
 
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
-PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
+PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py fastedit/*/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test test-slow newest renew conformance serving-test serving-test-short fuzz crashes soak sanitize docs lint bench \
+.PHONY: help setup demo test test-slow test-all newest renew conformance serving-test serving-test-short fuzz crashes soak sanitize docs lint bench \
 	peers gpu gpu-more clean distclean
 
 help:
 	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
 	@echo "make test    the tests, on the CPU; PYTEST_ARGS='-k store' for some; make test-slow: those of more than ten seconds"
+	@echo "make test-all   the full grid, slow tests, the engine, sanitizers, docs; an hour or two"
 	@echo "make newest  every test on the newest of everything, in $(NEWEST), and a table of it; make renew: those versions are tested"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
 	@echo "make conformance   every model class of transformers against plain hooks; goes on where it stopped (an hour or so)"
@@ -58,7 +59,7 @@ help:
 	@echo "make fuzz, crashes, soak   attacked files, killed writers, a day in an hour; hours"
 	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff, and that the wings of fastedit/ import downwards"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
 setup: $(STAMPS)/fastedit
@@ -73,9 +74,14 @@ test: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
 
-# What takes more than ten seconds a test: the chat model, the whole demo, browsers, stub rehearsals, compilers.
+# What takes more than ten seconds per test: the chat model, the whole demo, browsers, stub rehearsals, compilers.
 test-slow: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# The full grid: `make test` takes of crossed parameters a sample that holds each value (tests/conftest.py).
+test-all: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --grid $(PYTEST_ARGS)
+	$(MAKE) serving-test sanitize docs
 
 # Rows are kept in bench/results/conformance.csv; classes that have one are left out.
 conformance: $(STAMPS)/fastedit
@@ -106,7 +112,9 @@ docs: $(STAMPS)/docs
 
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet $(TESTED) ruff
+	@test -x $(BIN)/lint-imports || $(BIN)/pip install --quiet $(TESTED) import-linter
 	$(BIN)/ruff check .
+	PYTHONPATH=. $(BIN)/lint-imports
 
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)

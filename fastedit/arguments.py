@@ -1,9 +1,10 @@
-"""Checks of arguments that are no arrays, for every face: they import neither torch nor jax."""
+"""Limits of the kernels, and checks of arguments that are not arrays. They import neither torch nor jax."""
 
 import math
 import operator
 from collections.abc import Iterable
 
+MAX_RANK = 64  # of an edit: what the kernels keep of a row in registers
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
 
 # Every op by the names of its arguments and results: the schema of its operator under torch.compile, and what the faces and
@@ -44,7 +45,7 @@ GIVES = {op: _names(schema.split(" -> ")[1]) for op, schema in SCHEMAS.items()}
 
 
 def as_number(name, value):
-    """A finite float: of a number, a NumPy scalar, or an array or tensor without dimensions.
+    """The value as a finite float. Takes a number, a NumPy scalar, or an array or tensor without dimensions.
 
     Raises:
         ValueError: anything else.
@@ -60,11 +61,13 @@ def as_number(name, value):
 
 
 def as_layers(layers):
-    """None, or a tuple of layer numbers and names: of one, of an iterable of them (NumPy's and torch's among them), or of a
-    slice, which may end at an open end and is cut to the model's layers when it is patched.
+    """None, or a tuple of layer numbers and names.
+
+    Takes one number or name, an iterable of them (also NumPy's and torch's), or a slice. A slice may have an open end
+    and is cut to the model's layers when the model is patched.
 
     Raises:
-        TypeError, ValueError: anything else, or none at all.
+        TypeError, ValueError: anything else, or no layer at all.
     """
     if layers is None:
         return None

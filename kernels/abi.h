@@ -16,7 +16,7 @@ enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
 enum NormKind : int { RMS = 0, GEMMA = 1, LAYER = 2 };
 
 constexpr int64_t kMaxRank = 64;
-constexpr int64_t kBlockRows = 256;  // rows in one fp32 partial of a column sum (DESIGN.md 2)
+constexpr int64_t kBlockRows = 256;  // rows in one fp32 partial of a column sum (docs/design.md, 4)
 
 // h' = h + k · ((scale − 1) ⊙ h + bias + z @ write),  z = h @ readᵀ + offset,  k = coefficient · g
 //

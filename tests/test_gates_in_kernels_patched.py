@@ -9,8 +9,8 @@ import torch
 from gate_cases import prompts, vector
 
 import fastedit as fe
-from fastedit import ops
 from fastedit.edits.per_layer import Spot
+from fastedit.ops import public
 from fastedit.patching import residual_add as adds
 from fastedit.patching.rows.gate_sensors import Sensor
 
@@ -137,8 +137,8 @@ def test_a_gated_edit_is_the_one_op_that_the_ungated_one_is(family, site, monkey
         return call
 
     for op in ("edit", "edit_add", "edit_add_norm"):
-        monkeypatch.setattr(ops, f"try_{op}", counted(op, getattr(ops, f"try_{op}")))
-    monkeypatch.setattr(ops, "try_project", counted("project by ops", ops.try_project))
+        monkeypatch.setattr(public, f"try_{op}", counted(op, getattr(public, f"try_{op}")))
+    monkeypatch.setattr(public, "try_project", counted("project by ops", public.try_project))
     model = tiny.build(family)
     gate, found = fe.Gate(vector(2), kind="cosine"), []
     for rule in (None, gate, gate & OPEN):

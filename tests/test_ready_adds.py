@@ -53,7 +53,7 @@ def frames_of(model, family="llama"):
 def test_a_patched_add_enters_four_python_functions(family, edit):
     if family == "bert" and edit in ("loreft", "block"):
         pytest.skip("no such add")
-    model, handle = patched(family, edit)
+    model, _handle = patched(family, edit)
     entered = [name for name, _ in frames_of(model, family)]
     adds = 2 * tiny.number_of_layers(family)
     beside = [name for name in entered if name in ("forward", "after", "_late", "now", "holds", "entry_norm")]
@@ -62,9 +62,10 @@ def test_a_patched_add_enters_four_python_functions(family, edit):
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_the_plain_path_enters_two_python_functions(edit):
-    model, handle = patched(edit=edit, fused=False)
-    own = [name for name, file in frames_of(model) if name == "after" or (name == "forward" and file == "patching/class_swap.py")]
-    entered = [name for name, file in frames_of(model) if file not in ("patching/model_edits.py", "patching/replaced_modules.py", "patching/rows/row_plan.py")]
+    model, _handle = patched(edit=edit, fused=False)
+    own = [name for name, file in frames_of(model) if name == "after" or (name == "forward" and file == "class_swap.py")]
+    beside = ("model_edits.py", "replaced_modules.py", "row_plan.py")
+    entered = [name for name, file in frames_of(model) if file not in beside]
     assert len(entered) - len(own) <= 4 and own.count("after") == tiny.number_of_layers("llama"), entered
 
 
@@ -99,7 +100,7 @@ def test_what_changes_is_seen(edit, fused, change):
     assert torch.equal(output(model), before)
     with torch.no_grad():
         CHANGES[change](model, handle)
-    fresh, other = anew(model, handle, edit, fused=fused)
+    fresh, _other = anew(model, handle, edit, fused=fused)
     assert torch.equal(output(model), output(fresh))
     if list(handle.parameters()) or "norm" in change:
         assert not torch.equal(output(model), before)
@@ -123,7 +124,7 @@ def test_strengths_are_seen(edit, fused):
 
 
 def test_hooks_and_norms_put_in_later_are_seen():
-    model, handle = patched()
+    model, _handle = patched()
     before = output(model)
     hook = model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out * 0)
     assert not torch.allclose(output(model), before)

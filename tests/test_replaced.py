@@ -9,7 +9,7 @@ from bank_cases import bank_of, ids, logits, red
 from patch_cases import paths, scrambled
 
 import fastedit as fe
-from fastedit.patching.class_swap import base_of
+from fastedit.families.own_class import base_of
 from fastedit.patching.merge import MergeError
 
 FAMILIES = ("llama", "gpt2", "t5")

@@ -214,7 +214,7 @@ def test_gradients_take_what_autograd_gives():
     h = H.view(2, 2, 32)
     grad = torch.ones(()).expand(2, 2, 32)
     d_hidden, d_scale, *_ = gradients(
-        "edit_backward", grad, h, None, TWO, ONE, *[None] * 5, None, None, (True, True, False, False, False, False, False), torch.float32
+        "edit_backward", grad, h, None, TWO, ONE, *[None] * 7, (True, True, *[False] * 5), torch.float32
     )
     assert torch.equal(d_hidden, torch.full_like(h, 2.0))
     torch.testing.assert_close(d_scale, H.sum(0))

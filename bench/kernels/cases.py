@@ -16,7 +16,8 @@ import itertools
 import torch
 import torch._functorch.config
 
-from fastedit import dispatch, ops, running
+from fastedit import dispatch, ops
+from fastedit.ops import running
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPS = ("edit", "edit_add", "edit_add_norm", "project")

@@ -80,16 +80,14 @@ def _entries():
     """Where kernels are called: they take raw pointers, which no dispatch mode sees."""
     from fastedit.dispatch import BACKENDS, load, why_not
 
-    from fastedit import ops
-    from fastedit.ops import autograd as functions
-    from fastedit.ops import registered as torch_library
+    from fastedit.ops import autograd, public, registered
     from fastedit.patching import residual_add as adds
     from fastedit.patching import site as runtime
 
     backends = [load(name) for name in BACKENDS if why_not(name) is None]
     served = [(backend, name) for backend in backends for name, op in vars(backend).items() if callable(op)]
-    asked = [(ops, name) for name in vars(ops) if name.startswith("try_")]
-    run = [(module, "run") for module in (ops, functions, torch_library)]
+    asked = [(public, name) for name in vars(public) if name.startswith("try_")]
+    run = [(module, "run") for module in (public, autograd, registered)]
     return [(adds.Add, "run"), (adds, "edit"), (adds, "bound"), (runtime, "bound"), *asked, *run, *served]
 
 

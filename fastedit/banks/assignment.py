@@ -1,7 +1,7 @@
 """Which rows of a forward are whose edit's: a bank's assignments, and the stage that reads its tables.
 
-An assignment belongs to the context that entered it (patching/rows/in_force.py): forwards of other threads and tasks do not see it. Its
-slots and strengths are spread over the rows once for all layers and steps of a shape.
+An assignment belongs to the context that entered it (patching/rows/in_force.py): forwards of other threads and tasks
+do not see it. Its slots and strengths are spread over the rows once for all layers and steps of a shape.
 """
 
 import weakref

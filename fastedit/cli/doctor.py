@@ -1,7 +1,7 @@
 """`fastedit doctor`: what is installed, what is missing, how to get it.
 
 An install without compilers is pure Python and fine; one that had a compiler and built no kernels hides a
-compile error (DESIGN.md 4), so that is exit code 1.
+compile error, so that is exit code 1.
 """
 
 import importlib.metadata

@@ -144,7 +144,7 @@ class Sweep:
         """Draw the means, a row for each set of layers and a column for each dose, as PNG."""
         from ..plots.sweep import draw
 
-        draw(self, path)
+        draw(self, path, layers_text)
 
     def __str__(self):
         lines = [f"{'layers':>10} {self.unit:>9} {'mean':>9}   95 % interval          random direction"]

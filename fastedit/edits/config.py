@@ -1,13 +1,12 @@
-"""Edits rebuilt from their descriptions (`Edit.config`), as files hold them."""
+"""Edits rebuilt from the descriptions that files hold (`Edit.config`)."""
 
-from ..patching import control  # noqa: F401, whose kinds are edits too
 from . import probes, reft  # noqa: F401, whose kinds are edits too
 from .gates import rule_of
 from .kinds import Edit
 
 
 def from_config(configs):
-    """Edits rebuilt from configs (`Edit.config`, `Handle.config`), which change nothing until loaded.
+    """Edits rebuilt from configs (`Edit.config`, `Handle.config`). They change nothing until tensors are loaded.
 
     Raises:
         ValueError: an unknown kind, site, tensor or key, by name.

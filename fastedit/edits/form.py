@@ -1,9 +1,9 @@
-"""The normal form of a linear representation edit, as plain tensors: build, fold, merge (DESIGN.md 2).
+"""The normal form of a linear representation edit, as plain tensors: build, fold, merge (docs/design.md, 1 to 3).
 
     h' = scale ⊙ h + bias + (h @ readᵀ + offset) @ write
 
-`Form` holds one edit; `None` stands for scale 1, bias 0, offset 0 and no low-rank part. Works in any
-floating dtype (properties are proved in float64) and is differentiable.
+`Form` holds one edit. `None` stands for scale 1, bias 0, offset 0 and no low-rank part. Works in any floating dtype
+(tests prove its properties in float64) and is differentiable.
 """
 
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Form:
-    """An edit in normal form on hidden states `width` wide.
+    """An edit in normal form, on hidden states of one width.
 
     scale, bias: (width,). read, write: (rank, width), both or neither. offset: (rank,).
     """
@@ -41,7 +41,7 @@ class Form:
 
     @property
     def width(self):
-        """Width of the hidden states, or None for the empty form (which changes nothing)."""
+        """Width of the hidden states, or None for the empty form, which changes nothing."""
         return next((getattr(self, f.name).shape[-1] for f in fields(self) if getattr(self, f.name) is not None), None)
 
     @property
@@ -56,7 +56,7 @@ class Form:
         return sum(t.numel() for t in self.tensors() if t is not None)
 
     def __call__(self, hidden):
-        """Apply by definition, in hidden's own dtype: hidden (…, width). For proofs, not for speed."""
+        """Apply the form by its definition, in hidden's own dtype: hidden (…, width). For proofs, not for speed."""
         out = hidden if self.scale is None else self.scale * hidden
         out = out if self.bias is None else out + self.bias
         if self.read is None:
@@ -72,7 +72,7 @@ def _check_shape(name, tensor, shape):
 
 
 def at_strength(form, strength):
-    """The form dialled to a static strength c: 1 + c(scale − 1), c·bias, c·write. Strength 1 is the form itself."""
+    """The form at a static strength c: 1 + c(scale − 1), c·bias, c·write. Strength 1 gives the form itself."""
     if isinstance(strength, (int, float)) and strength == 1:
         return form
     return Form(
@@ -85,15 +85,15 @@ def at_strength(form, strength):
 
 
 def fold(first, second):
-    """One form that equals `second` applied after `first`; its rank is the sum of theirs.
+    """One form that equals `second` applied after `first`. Its rank is the sum of their ranks.
 
         scale = s₂s₁                      bias = s₂b₁ + b₂
         read = [read₁ ; read₂⊙s₁ + (read₂ write₁ᵀ) read₁]
         offset = [o₁ ; o₂ + read₂·b₁ + (read₂ write₁ᵀ) o₁]
         write = [write₁⊙s₂ ; write₂]
 
-    Exact in real numbers, for neighbours with the same positions and coefficients; dial strengths in first
-    (`at_strength`): a folded form dialled to c is not its parts dialled to c.
+    Exact in real numbers, for neighbors with the same positions and coefficients. Apply strengths first
+    (`at_strength`): a folded form at strength c is not its parts at strength c.
     """
     if first.width is None or second.width is None:
         return second if first.width is None else first
@@ -125,7 +125,7 @@ def fold(first, second):
 
 
 def fold_all(forms):
-    """One form for a stack of forms, applied in order. An empty stack is the empty form."""
+    """One form for a stack of forms, applied in order. An empty stack gives the empty form."""
     folded = Form()
     for form in forms:
         folded = fold(folded, form)
@@ -137,8 +137,8 @@ def merge(form, weight, bias=None):
 
         W' = diag(s) W + writeᵀ (read W)       m' = s⊙m + b + (m @ readᵀ + offset) @ write
 
-    weight is (width, in_features), bias (width,) or None; bias' is None only if it would be zero throughout.
-    GPT-2's Conv1D stores the transpose: pass and take back `weight.T`.
+    weight is (width, in_features), bias (width,) or None. bias' is None only if it would be zero throughout. GPT-2's
+    Conv1D stores the transpose: pass `weight.T`, and transpose the result.
     """
     if form.width is not None and weight.shape[0] != form.width:
         raise ValueError(f"the edit is {form.width} wide, but the linear map has {weight.shape[0]} outputs")
@@ -157,7 +157,7 @@ def merge_input(form, weight, bias=None):
 
         W' = W diag(s) + (W writeᵀ) read       m' = m + W (b + writeᵀ offset)
 
-    weight is (out_features, width), bias (out_features,) or None; bias' is None only if it would be zero throughout.
+    weight is (out_features, width), bias (out_features,) or None. bias' is None only if it would be zero throughout.
     """
     if form.width is not None and weight.shape[1] != form.width:
         raise ValueError(f"the edit is {form.width} wide, but the linear map has {weight.shape[1]} inputs")
@@ -170,7 +170,7 @@ def merge_input(form, weight, bias=None):
 
 
 def _scaled(tensor, scale):
-    """tensor ⊙ scale; a tensor None (0) stays None, a scale None is 1."""
+    """tensor ⊙ scale. A tensor None (0) stays None; a scale None is 1."""
     return tensor if tensor is None or scale is None else tensor * scale
 
 

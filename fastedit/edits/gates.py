@@ -1,9 +1,9 @@
-"""Gates: when an edit acts, decided row by row from what the hidden states say.
+"""Gates: when an edit acts, decided row by row from the hidden states.
 
     fastedit.Steer(directions).when(fastedit.Gate(condition, threshold=0.3, kind="cosine", decide="prompt"))
 
-A gate is a coefficient g in [0, 1] for each row: h' = h + c · g(h) · (…). Gates combine with & (g₁g₂), | (g₁ + g₂ − g₁g₂)
-and ~ (1 − g), which on hard gates are and, or and not. They are frozen: nothing in them trains.
+A gate is a coefficient g in [0, 1] per row: h' = h + c · g(h) · (…). Gates combine with & (g₁g₂), | (g₁ + g₂ − g₁g₂)
+and ~ (1 − g). On hard gates these are and, or and not. Gates are frozen: nothing in them trains.
 """
 
 import math
@@ -20,7 +20,7 @@ DECIDE = ("token", "prompt", "prompt mean")
 
 
 class Rule:
-    """A gate, or several combined."""
+    """A gate, or a combination of several."""
 
     def __and__(self, other):
         return _Both("and", self, other)
@@ -33,24 +33,24 @@ class Rule:
 
 
 class Gate(Rule):
-    """g = 1 where s > threshold, else 0; with a sharpness, g = sigmoid(sharpness · (s − threshold)). s is, by `kind`::
+    """g = 1 where s > threshold, else 0. With a sharpness, g = sigmoid(sharpness · (s − threshold)). By `kind`, s is::
 
         "dot"      s = h · c
         "cosine"   s = h · c / (‖h‖ ‖c‖)
-        "cast"     s = cos(h, tanh(ĉ (ĉ · h))), ĉ = c / ‖c‖: conditional activation steering (arXiv 2409.05907, Eq. 2 and
-                   the released code); the sign and the length of c do not matter
+        "cast"     s = cos(h, tanh(ĉ (ĉ · h))), ĉ = c / ‖c‖: conditional activation steering (arXiv 2409.05907,
+               Eq. 2 and the released code); the sign and the length of c do not matter
 
     Args:
-        condition: c, values (width,): one tensor, one a layer, or a mapping from layer numbers (edits/kinds.py).
-        threshold: a number, one a layer, or a mapping from layer numbers.
+        condition: c, values (width,): one tensor, one per layer, or a mapping from layer numbers (edits/kinds.py).
+        threshold: one number, one per layer, or a mapping from layer numbers.
         kind: which s.
-        decide: "token": for each token by itself. "prompt": once for a sequence, on its prompt's last token; all of
-            its tokens in that forward and in those that follow on its cache are edited by that. "prompt mean": the
-            same, on the mean of the prompt's tokens, attention sinks (texts/sinks.py) left out.
+        decide: "token": each token by itself. "prompt": once per sequence, on its prompt's last token. The decision
+            holds for all tokens of the sequence, in that forward and in those that follow on its cache. "prompt mean":
+            the same, on the mean of the prompt's tokens without attention sinks (texts/sinks.py).
         sharpness: None for a hard gate, else a number above 0, in units of 1/s.
-        layer: where h is measured: None for what the edit itself is given; else a layer number or name, no later than
-            the edit's: what arrives at that layer's site, before the edits there.
-        site: with layer: the site there; the edit's own by default.
+        layer: where h is measured. None: what the edit itself is given. Else a layer number or name, no later than the
+            edit's: h is what arrives at that layer's site, before the edits there.
+        site: with layer: the site there. By default the edit's own.
 
     Raises:
         TypeError, ValueError: an argument that is none of these.
@@ -80,12 +80,12 @@ class Gate(Rule):
             self.threshold = PerLayer("threshold", _thresholds(threshold), (1,))
 
     def hold(self, conditions, thresholds):
-        """Take {layer number: tensor} as they are, from a file: nothing is brought to length 1 a second time."""
+        """Take {layer number: tensor} from a file as they are: nothing is normalized a second time."""
         self.condition = PerLayer("condition", conditions, (1,))
         self.threshold = PerLayer("threshold", thresholds, (1,))
 
     def values(self, spot, width):
-        """{name: fp32 tensor on the CPU} for a layer; zeros for a gate rebuilt from its config."""
+        """{name: fp32 tensor on the CPU} of a layer. Zeros for a gate rebuilt from its config."""
         if self.condition is None:
             return {"condition": torch.zeros(width), "threshold": torch.zeros(1)}
         found = {"condition": self.condition.at(spot), "threshold": self.threshold.at(spot)}
@@ -100,7 +100,7 @@ class Gate(Rule):
         return [self]
 
     def combine(self, values):
-        """The rule's coefficient from an iterator over those of its leaves."""
+        """The rule's coefficient, from an iterator over the coefficients of its leaves."""
         return next(values)
 
     def spec(self):
@@ -152,7 +152,7 @@ class _Not(Rule):
 
 
 def outside_kernels(rule):
-    """Why an edit's kernel cannot decide this itself, row by row as it edits; None where it can."""
+    """Why an edit's kernel cannot decide this row by row as it edits, in words. None if it can."""
     if not isinstance(rule, Gate):
         return f"several gates are combined ({rule})"
     if rule.layer is not None:
@@ -171,7 +171,7 @@ def check_rule(rule):
 
 
 def rule_of(spec):
-    """The rule that `spec` described; its tensors are zeros until loaded.
+    """The rule that `spec` describes. Its tensors are zeros until loaded.
 
     Raises:
         ValueError, TypeError: an unknown word or setting, by name.

@@ -1,34 +1,34 @@
-"""Edits: declarative objects saying what to do to hidden states h, at which site of which layers.
+"""Edits: declarative objects that say what to do to hidden states h, at which site of which layers.
 
-Every edit is an instance of the normal form of DESIGN.md 2,
+Every edit is an instance of the normal form (docs/design.md, 1),
 
     h' = h + c · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write),
 
-and all an edit does is write down those tensors for a layer. `fastedit.patch` copies them into fp32
-masters on the model; the edit object itself is never changed and may be used again.
+and only writes down those tensors for each layer. `fastedit.patch` copies them into fp32 masters on the model. The edit
+object itself never changes and may be used again.
 
 Arguments that all edits take:
     site: "mlp", "attn", "block", "q", "k", "v", "ffn_in", "embed" or "final" (fastedit/edits/sites.py).
-    layers: None for every layer (the one choice for "embed" and "final", which are of the model), or layer
-        numbers: an int, a range, a slice, a list; negative ones count from the end. A model with two stacks is numbered
-        through, encoder first; "decoder" or "decoder.3" also work.
-    positions: which tokens, as fastedit/edits/positions.py lists: None or "all", "prompt", "generated", "first 4", "last 4", …
-    strength: c, a number; `handle.strength` multiplies it at run time.
-    keep_norm: scale each edited row back to the length it had: h'·‖h‖/‖h'‖. Such an edit rides on no add.
+    layers: None for every layer, or layer numbers: an int, a range, a slice, a list. Negative numbers count from the
+        end. A model with two stacks is numbered through, encoder first; "decoder" or "decoder.3" also work. "embed"
+        and "final" belong to the model: leave layers out, or name a stack.
+    positions: which tokens, as fastedit/edits/positions.py lists: None or "all", "prompt", "generated", "first 4",
+        "last 4", …
+    strength: c, a number. `handle.strength` multiplies it at run time.
+    keep_norm: scale each edited row back to its former length: h'·‖h‖/‖h'‖. Such an edit rides on no add.
 
 `edit.when(gate)` is the same edit behind a gate (edits/gates.py).
 
-A value that may differ by layer is one tensor for all layers, a tensor with a leading layer dimension (as
-many as the model has layers, or as the edit names), or a mapping from layer number to tensor (or an object
-with one, as `directions` or `vectors`).
+A value that may differ by layer is one of these: one tensor for all layers; a tensor with a leading layer dimension (as
+many as the model has layers, or as the edit names); a mapping from layer number to tensor; or an object that has such a
+mapping as `directions` or `vectors`.
 """
 
 import copy
 
 import torch
 
-from ..arguments import as_layers, as_number
-from ..ops.checks import MAX_RANK
+from ..arguments import MAX_RANK, as_layers, as_number
 from .form import Form
 from .gates import check_rule
 from .per_layer import PerLayer
@@ -40,9 +40,9 @@ TENSORS = ("scale", "bias", "read", "offset", "write")
 
 
 class Edit:
-    """What all edits share: where they act and how strongly. A subclass gives a layer's tensors (`values`).
+    """What all edits share: where they act and how strongly. A subclass gives the tensors of a layer (`values`).
 
-    names: the tensors it has. rank: of its low-rank part, 0 for none.
+    names: of its tensors. rank: of its low-rank part, 0 for none.
     """
 
     default_site = "block"
@@ -69,9 +69,9 @@ class Edit:
         self.neutral, self.keep_norm = False, keep_norm
 
     def when(self, gate):
-        """The same edit where a gate says so: a fastedit.Gate, or several combined by &, | and ~.
+        """The same edit behind a gate: a fastedit.Gate, or several combined by &, | and ~.
 
-        Behind a gate already, it is behind both. h' = h + c · g · (…), g one number a row.
+        An edit that has a gate already is then behind both. h' = h + c · g · (…), with one number g per row.
         """
         gated = copy.copy(self)
         gated.gate = check_rule(gate) if self.gate is None else self.gate & gate
@@ -82,7 +82,7 @@ class Edit:
         raise NotImplementedError
 
     def tensors(self, spot, width):
-        """`values`, checked; for an edit rebuilt from its config, tensors that change nothing."""
+        """`values`, checked. For an edit rebuilt from its config, tensors that change nothing."""
         if self.neutral:
             return {name: self.neutral_tensor(name, width) for name in self.names}
         found = self.values(spot, width) if self.held is None else self.held[spot.index]
@@ -96,15 +96,15 @@ class Edit:
 
     @staticmethod
     def form(masters):
-        """The normal form from an edit's masters {name: tensor}, differentiably."""
+        """The normal form from an edit's masters {name: tensor}, differentiable."""
         return Form(**masters)
 
     def neutral_tensor(self, name, width):
-        """What a tensor is where the edit changes nothing."""
+        """The value of a tensor where the edit changes nothing."""
         return _neutral(name, self.rank, width)
 
     def shape(self, name, width):
-        """Of one of its tensors."""
+        """The shape of one of its tensors."""
         vectors = {"scale": (width,), "bias": (width,), "offset": (self.rank,), "angle": (1,)}
         return vectors.get(name, (self.rank, width))
 
@@ -115,10 +115,10 @@ class Edit:
         return held
 
     def check(self):
-        """Raise ValueError for options, read from a file, that make no sense."""
+        """Raise ValueError for options from a file that make no sense."""
 
     def config(self):
-        """A JSON-able description; with the tensors of `Handle.named_tensors` it is the whole edit."""
+        """A JSON-able description. With the tensors of `Handle.named_tensors` it is the whole edit."""
         described = {
             "kind": type(self).__name__, "site": self.site,
             "layers": None if self.layers is None else [n if isinstance(n, (int, str)) else str(n) for n in self.layers],
@@ -164,8 +164,9 @@ class ScaleBias(Edit):
 
 
 class RED(ScaleBias):
-    """Representation editing (arXiv 2402.15179, Eq. 3): trainable scale (ones) and bias (zeros) on the FFN's
-    output of every layer, 2 · width parameters a layer.
+    """Representation editing (arXiv 2402.15179, Eq. 3): trainable scale (ones) and bias (zeros) on the FFN's output.
+
+    Acts on every layer, with 2 · width parameters per layer.
     """
 
 
@@ -186,8 +187,9 @@ class Steer(Edit):
 class Ablate(Edit):
     """h' = h − Σ (h·v̂) v̂ over an orthonormal basis of the directions' span: directional ablation.
 
-    directions: values (width,) or (k, width), which is k directions at every layer and not one a layer; linearly dependent
-        ones count once. One direction a layer: a mapping from layer numbers, or (layers, 1, width).
+    directions: values (width,) or (k, width). (k, width) means k directions at every layer, not one per layer. Linearly
+        dependent directions count once. For one direction per layer pass a mapping from layer numbers, or
+        (layers, 1, width).
     """
 
     def __init__(self, directions, **where):
@@ -204,7 +206,7 @@ class Ablate(Edit):
 class Clamp(Edit):
     """h' = h + (value − h·v̂) v̂: the component along the unit direction v̂ becomes `value`.
 
-    direction: values (width,), normalised here. value: a number, in units of h.
+    direction: values (width,), normalized here. value: a number, in units of h.
     """
 
     options = ("value",)
@@ -222,9 +224,9 @@ class Clamp(Edit):
 
 
 class Amplify(Edit):
-    """h' = h + (factor − 1)(h·v̂) v̂: the component along the unit direction v̂ grows by `factor`.
+    """h' = h + (factor − 1)(h·v̂) v̂: the component along the unit direction v̂ is multiplied by `factor`.
 
-    direction: values (width,), normalised here. factor: a number; 1 changes nothing, 0 ablates.
+    direction: values (width,), normalized here. factor: a number. 1 changes nothing, 0 ablates.
     """
 
     options = ("factor",)
@@ -242,11 +244,12 @@ class Amplify(Edit):
 
 
 class Rotate(Edit):
-    """h' = h + z (Rot(angle) − I)ᵀ V, z = h Vᵀ: turn h in a plane (angular steering).
+    """h' = h + z (Rot(angle) − I)ᵀ V, z = h Vᵀ: rotate h in a plane (angular steering).
 
-    plane: values (2, width); V is its Gram–Schmidt basis. The turn is from the first row towards the second.
+    plane: values (2, width). V is its Gram–Schmidt basis. The rotation goes from the first row toward the second.
     angle: radians.
-    trainable: plane and angle then train, the plane's basis kept orthonormal as LoReFT's (patching/orthonormal_basis.py).
+    trainable: whether plane and angle train. The plane's basis then stays orthonormal, as LoReFT's does
+        (patching/orthonormal_basis.py).
     """
 
     options = ("angle",)
@@ -292,7 +295,7 @@ class Rotate(Edit):
 
 
 class LowRank(Edit):
-    """h' = h + (h @ readᵀ + offset) @ write, frozen: any low-rank edit by its factors.
+    """h' = h + (h @ readᵀ + offset) @ write, frozen: any low-rank edit, given by its factors.
 
     read, write: values (rank, width). offset: values (rank,), or None for 0.
     """
@@ -335,6 +338,6 @@ def orthonormal_rows(directions):
 
 
 def _layers_of(where, *values):
-    """`where` with layers= taken from a mapping's keys, if it does not say."""
+    """`where` with layers= taken from a mapping's keys, unless it is given."""
     named = next((v.layers for v in values if v is not None and v.layers is not None), None)
     return where if named is None or where.get("layers") is not None else {**where, "layers": named}

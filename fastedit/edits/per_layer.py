@@ -8,7 +8,8 @@ import torch
 
 @dataclass(frozen=True)
 class Spot:
-    """A layer as an edit sees it: number `index` of `total` in the model, `order`th of the `count` edited."""
+    """A layer as an edit sees it: number `index` of `total` in the model, and `order`th of the `count` edited
+    layers."""
 
     name: str
     index: int
@@ -19,7 +20,7 @@ class Spot:
 
 
 def as_values(name, value):
-    """A finite fp32 tensor on the CPU; raises for integers, complex numbers, NaN and infinities."""
+    """A finite fp32 tensor on the CPU. Raises for integers, complex numbers, NaN and infinities."""
     try:
         tensor = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -35,7 +36,7 @@ def as_values(name, value):
 
 
 class PerLayer:
-    """`value` for each layer; `dims` are the numbers of dimensions that one layer's tensor may have."""
+    """`value` for each layer. `dims`: the numbers of dimensions that one layer's tensor may have."""
 
     def __init__(self, name, value, dims):
         self.name, self.dims = name, dims
@@ -68,7 +69,7 @@ class PerLayer:
 
     @property
     def layers(self):
-        """The layers a mapping names, or None."""
+        """The layers that a mapping names, or None."""
         return None if self.by_layer is None else tuple(sorted(self.by_layer))
 
     def all(self):
@@ -78,7 +79,7 @@ class PerLayer:
         return [self.shared] if self.stack is None else self.stack
 
     def map(self, function):
-        """The same values after `function`, a tensor for a tensor."""
+        """The same values after `function`, which takes and returns a tensor."""
         new = object.__new__(PerLayer)
         new.name, new.dims = self.name, self.dims
         new.by_layer = None if self.by_layer is None else {k: function(v) for k, v in self.by_layer.items()}
@@ -87,7 +88,7 @@ class PerLayer:
         return new
 
     def at(self, spot):
-        """The tensor for a layer."""
+        """The tensor of a layer."""
         if self.shared is not None:
             return self.shared
         if self.by_layer is not None:

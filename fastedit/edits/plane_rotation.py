@@ -1,6 +1,7 @@
-"""Rotation in a plane whose basis and angle are what is kept, and trained: h' = h + (h Vᵀ)(Rot(angle) − I)ᵀ V.
+"""Rotation in a plane: h' = h + (h Vᵀ)(Rot(angle) − I)ᵀ V. The basis V and the angle are what is kept and trained.
 
-Masters: plane = V (2, width), rows orthonormal; angle (1,), radians. Leading dimensions (layers, tenants) may come first.
+Masters: plane = V (2, width), rows orthonormal; angle (1,), radians. Leading dimensions (layers, tenants) may come
+    first.
 """
 
 import torch
@@ -21,7 +22,7 @@ def turned(masters):
 
 
 def turned_back(masters, grads):
-    """The transpose: gradients of plane and angle from those of read and write."""
+    """The transpose of `turned`: gradients of plane and angle from those of read and write."""
     _, _, d_read, _, d_write = grads
     plane, angle = masters["plane"], masters["angle"]
     if d_write is None:

@@ -1,14 +1,14 @@
 """Which tokens an edit acts on: `positions=` of every edit.
 
-    "all" or None        every token; padding, too, where nobody looks
+    "all" or None        every token; padding too, which nothing reads
     "prompt"             the tokens of the prompt
-    "generated"          the tokens behind it
-    "first 4", "last 4"  the prompt's first or last ones (LoReFT, arXiv 2404.03592, section 3.2); "last 1" is its last token
+    "generated"          the tokens after the prompt
+    "first 4", "last 4"  the prompt's first or last tokens (LoReFT, arXiv 2404.03592, section 3.2); "last 1" is its last
     "mask"               what `handle.mask` says, by column
-    {"tokens": [5, 9]}   wherever one of these token ids stands in the input, prompt or not
+    {"tokens": [5, 9]}   every occurrence of one of these token ids in the input, prompt or not
 
-Parts are joined by "+": "first 4 + last 4" is one edit on both (LoReFT's tied weights), a token that is among both
-edited once. Padding, by the attention mask, is not counted and not edited.
+"+" joins parts: "first 4 + last 4" is one edit on both (LoReFT's tied weights). A token in both parts is edited once.
+Padding, by the attention mask, is neither counted nor edited.
 """
 
 import re
@@ -21,9 +21,9 @@ _WORDS = ("prompt", "generated", "mask")
 
 @dataclass(frozen=True)
 class Positions:
-    """Some of the tokens: the union of its parts. Never all of them: that is None.
+    """Some of the tokens: the union of its parts. All tokens are None, never a Positions.
 
-    first, last: how many of the prompt's. prompt, generated, mask: whether those. tokens: ids.
+    first, last: how many tokens of the prompt. prompt, generated, mask: whether those are included. tokens: ids.
     """
 
     first: int = 0
@@ -35,16 +35,16 @@ class Positions:
 
     @property
     def of_prompt(self):
-        """Whether it matters where the prompt ends."""
+        """Whether the end of the prompt matters."""
         return bool(self.first or self.last or self.prompt or self.generated)
 
     @property
     def only_first(self):
-        """Whether it is the same wherever a prompt that is long enough ends."""
+        """Whether only first tokens are meant, so that the end of a long enough prompt does not matter."""
         return not (self.last or self.prompt or self.generated)
 
     def spec(self):
-        """What `positions` makes this of, for JSON."""
+        """The same as a JSON-able value that `positions` reads."""
         words = [f"{name} {getattr(self, name)}" for name in ("first", "last") if getattr(self, name)]
         words += [name for name in _WORDS if getattr(self, name)]
         text = " + ".join(words)
@@ -61,10 +61,10 @@ class Positions:
 
 
 def positions(spec):
-    """The Positions of what a user wrote, None for all.
+    """The Positions that a user's value describes, None for all tokens.
 
     Raises:
-        ValueError, TypeError: what is not in the list above, with that list.
+        ValueError, TypeError: a value that is not in the list above. The message has that list.
     """
     if spec is None or isinstance(spec, Positions):
         return spec

@@ -1,4 +1,4 @@
-"""RED+ (arXiv 2402.15179, section on where to edit): RED at the attention's projections too."""
+"""RED+ (arXiv 2402.15179, section on where to edit): RED also at the attention's projections."""
 
 from .kinds import RED
 
@@ -8,8 +8,8 @@ SITES = ("q", "k", "v", "attn", "mlp")
 def REDPlus(**where):
     """The edits of RED+, a list for `fastedit.patch`: trainable scale and bias on q, k, v, attn and mlp.
 
-    10 · width parameters a layer where all are as wide as the model (RoBERTa-base 92,160, GPT-2 medium 245,760); fewer
-    where heads share keys and values.
+    10 · width parameters per layer if all sites are as wide as the model (RoBERTa-base 92,160, GPT-2 medium 245,760).
+    Fewer if heads share keys and values.
 
     Args:
         where: layers=, positions= and strength=, as every edit takes them.

@@ -1,8 +1,8 @@
-"""Representation finetuning (arXiv 2404.03592): LoReFT, and its kin without the constraint."""
+"""Representation finetuning (arXiv 2404.03592): LoReFT, and its relatives without the constraint."""
 
 import torch
 
-from ..ops.checks import MAX_RANK
+from ..arguments import MAX_RANK
 from .form import Form
 from .kinds import Edit, orthonormal_rows
 
@@ -10,7 +10,7 @@ from .kinds import Edit, orthonormal_rows
 class DiReFT(Edit):
     """h' = h + W₂ᵀ(W₁ h + c), trainable (arXiv 2404.03592, DiReFT): W₁ = read, c = offset, W₂ = write.
 
-    Starts as the identity in LoRA's way: read random (uniform, ±1/√width), offset and write zero.
+    Starts as the identity, as LoRA does: read random (uniform, ±1/√width), offset and write zero.
     rank: 1 to 64. seed: of the private generator that draws the start; layers differ.
     """
 
@@ -28,7 +28,7 @@ class DiReFT(Edit):
 class NoReFT(Edit):
     """h' = h + Rᵀ(W h + c − R h), trainable (arXiv 2404.03592, NoReFT: LoReFT without the constraint on R).
 
-    Its masters are source = W, offset = c and write = R, trained apart; the normal form reads W − R.
+    Its masters are source = W, offset = c and write = R, trained separately. The normal form reads W − R.
     Starts as the identity: W = R random (uniform, ±1/√width), c zero.
     rank: 1 to 64. seed: of the private generator that draws the start; layers differ.
     """
@@ -62,9 +62,9 @@ class NoReFT(Edit):
 class LoReFT(NoReFT):
     """h' = h + Rᵀ(W h + c − R h), trainable, R's rows orthonormal (arXiv 2404.03592, Eq. 2).
 
-    Its masters are source = W, offset = c and write = R; the normal form reads W − R. R is an ordinary parameter for
-    any optimiser: its gradient lies on the manifold of orthonormal bases, and the first forward after a step (or a
-    state_dict, or saving) brings R back onto it, all layers at once. Starts as the identity: W = R random, c zero.
+    Its masters are source = W, offset = c and write = R. The normal form reads W − R. R is an ordinary parameter for
+    any optimizer. Its gradient is tangent to the manifold of orthonormal bases, and the first forward after a step (or
+    a state_dict, or a save) brings R back onto it, all layers at once. Starts as the identity: W = R random, c zero.
 
     rank: 1 to 64, at most the site's width. seed: of the private generator that draws the start; layers differ.
     """

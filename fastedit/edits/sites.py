@@ -1,4 +1,4 @@
-"""The places in a model where an edit may act (DESIGN.md 1). Widths differ: `planning.width_at`."""
+"""The places in a model where an edit may act (docs/families.md). Widths differ: `layer_plan.width_at`."""
 
 SITES = {
     "embed": "the hidden states entering the first layer of a stack: embeddings, their norm and dropout behind them",

@@ -1,9 +1,9 @@
-"""A stack of named edits on one sequence, as banks and serving know it: applied in order, run as one normal form.
+"""A stack of named edits on one sequence, for banks and serving: applied in order, run as one normal form.
 
     with bank.assign([fastedit.Stack("tone", "facts"), "tone", None]): ...
 
-A combination is folded when it is first in use and has a slot of its own then, so that a row is still one slot and each
-place one pass (DESIGN.md 2, fold).
+A combination is folded when it is first used and then has a slot of its own. So a row is still one slot, and each place
+one pass (docs/design.md, 2).
 """
 
 import math
@@ -12,9 +12,10 @@ from .form import at_strength, fold_all
 
 
 class Stack:
-    """Names of one sequence's edits, in the order they are applied. A name may come more than once.
+    """Names of one sequence's edits, in the order in which they apply. A name may occur more than once.
 
-    A type of its own, since a list of names beside another is a packed sequence's tokens, and a name may hold any sign.
+    This is a type of its own because a list of names beside another is a packed sequence's tokens, and because a name
+    may hold any character.
 
     Raises:
         TypeError, ValueError: no names, or something that is not a name.
@@ -33,10 +34,10 @@ class Stack:
         self.names, self.strengths = names, (1.0,) * len(names)
 
     def at(self, strengths):
-        """The same, each part dialled to a number of its own.
+        """The same stack with a strength for each part.
 
         Raises:
-            ValueError: not one finite number a part.
+            ValueError: not one finite number per part.
         """
         if len(strengths) != len(self.names):
             raise ValueError(f"{len(strengths)} strengths for the {len(self.names)} parts of {self!r}: one number, or one each")
@@ -69,9 +70,9 @@ def finite(strength):
 
 
 def stacked(parts, strengths):
-    """{place: Form} of edits one after the other, each at its strength.
+    """{place: Form} of edits applied in order, each at its strength.
 
-    parts: an edit {place: [Form, …]}, its forms at a place in the order they are applied.
+    parts: {place: [Form, …]} per edit, the forms at a place in the order in which they apply.
     """
     by_place = {}
     for forms_by_place, strength in zip(parts, strengths, strict=True):
@@ -81,9 +82,9 @@ def stacked(parts, strengths):
 
 
 def steepest(ranks):
-    """(rank, place) where edits one after the other need the largest rank, since theirs add up; (0, None) for none.
+    """(rank, place) where a stack needs the largest rank, because ranks add up. (0, None) for none.
 
-    ranks: an edit {place: rank}.
+    ranks: {place: rank} per edit.
     """
     total = {}
     for by_place in ranks:
@@ -93,7 +94,7 @@ def steepest(ranks):
 
 
 def check_gates(named, error=ValueError):
-    """That an edit behind a gate is alone at its places: what a gate decides on is what the edit itself is given.
+    """Check that a gated edit is alone at its places: its gate decides on what the edit itself is given.
 
     named: [(name, places, those of them with a gate)].
     """
@@ -108,7 +109,7 @@ def check_gates(named, error=ValueError):
 
 
 def check_positions(named, error=ValueError):
-    """That edits of one stack act on the same tokens: they are one slot, whose rows have one coefficient.
+    """Check that the edits of a stack act on the same tokens: they are one slot, and its rows have one coefficient.
 
     named: [(name, positions)].
     """

@@ -32,12 +32,12 @@ __all__ = [
 def find_layers(model):
     """Every layer of the model in order, the encoder's before the decoder's.
 
-    Of a model that reads images or sound beside text, the layers that write the text; patch the submodule of another
-    stack to edit that one.
+    In a model that reads images or sound beside text, these are the layers that write the text. Patch the submodule of
+    another stack to edit that one.
 
     Raises:
-        ValueError: no list of layers was found (says what was looked for), or several of which nothing says which is
-            meant (says which; patch the submodule that holds one).
+        ValueError: no list of layers was found (the message says what was looked for), or several lists could be meant
+            (the message names them; patch the submodule that holds one).
     """
     layers = []
     stacks = stacks_of(model, _family)
@@ -52,7 +52,7 @@ def find_layers(model):
 
 
 def alternatives(family):
-    """A family's recipes by owner, each a list of which the first that is proved is used."""
+    """A family's recipes, one list per owner. The first recipe of a list that is proved is used."""
     by_owner = {}
     for recipe in family.fused:
         by_owner.setdefault(recipe.owner, []).append(recipe)
@@ -60,7 +60,7 @@ def alternatives(family):
 
 
 def _final(model, path, members):
-    """What ends the stack at `path`: the module behind its last layer, or that layer; None if not known."""
+    """What ends the stack at `path`: the module after its last layer, or that layer. None if not known."""
     layer, family = members[-1]
     if family.final is None:
         return None

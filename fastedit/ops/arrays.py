@@ -1,15 +1,15 @@
 """The same kernels on NumPy and CuPy arrays, and on anything that speaks DLPack (JAX on the CPU): no torch.
 
-Rows are fp32, fp16 or bf16 (the `ml_dtypes` type); edit parameters fp32; results are new arrays of the kind the
-rows were: NumPy for the host, CuPy for a GPU. Formulas and arguments are those of `fastedit.ops`. Inside JAX's jit,
-grad and vmap: `fastedit.jax`.
+Rows are fp32, fp16 or bf16 (the `ml_dtypes` type). Edit parameters are fp32. Results are new arrays of the rows' kind:
+NumPy on the host, CuPy on a GPU. Formulas and arguments are those of `fastedit.ops`. Inside JAX's jit, grad and vmap
+use `fastedit.jax`.
 
     import numpy as np
     from fastedit import arrays
     edited = arrays.edit(hidden, scale=scale, bias=bias)
 
-The native module takes arrays as they are. What it does not take as it is (another byte order, rows that are not evenly
-spaced, a DLPack exporter) is copied or viewed first (`_plain`), and then it is taken or refused with the reason.
+The native module takes arrays as they are. Three kinds are copied or viewed first (`_plain`): another byte order, rows
+that are not evenly spaced, a DLPack exporter. The result is then taken, or refused with the reason.
 """
 
 import math
@@ -30,9 +30,9 @@ def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, s
          gate=None, rule=None, return_projection=False):  # fmt: skip
     """h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write), as `fastedit.ops.edit`.
 
-    hidden (…, width); scale, bias (width,); read, write (rank, width); offset (rank,); slot int32 and strength
-    fp32 one a row, strength also a float; gate (width,) with rule (3,) = (threshold, sharpness or 0, 1 for the cosine
-    else 0), behind the slot dimension where there is one. Returns h', or (h', z (…, rank)).
+    hidden (…, width); scale, bias (width,); read, write (rank, width); offset (rank,). slot int32 and strength fp32,
+    one per row; strength may also be a float. gate (width,) with rule (3,) = (threshold, sharpness or 0, 1 for the
+    cosine else 0), each with a leading slot dimension if there are slots. Returns h', or (h', z (…, rank)).
     """
     done = _native.try_edit(hidden, scale, bias, read, offset, write, slot, strength, return_projection, gate, rule)
     if done is not None:
@@ -84,7 +84,8 @@ def project(hidden, read, offset=None):
 def moments(hidden, group=None, groups=None):
     """(count (groups,) int64, mean, m2 (groups, width) float64) of each group's rows, as `fastedit.ops.moments`.
 
-    group int32, one a row; a number outside 0 to groups − 1 leaves the row out. groups: None for the largest + 1.
+    group int32, one per row. A number outside 0 to groups − 1 leaves the row out. groups: None for the largest number +
+    1.
     """
     hidden, group = _plain(hidden=hidden, group=group)
     library, order = _library(hidden), None
@@ -101,10 +102,10 @@ def moments(hidden, group=None, groups=None):
 
 
 def value_ascent(hidden, weight, bias, head, *, steps, step_size, weight2=None, bias2=None, gram=None):
-    """h + u after u ← u + a ∇V(h + u), `steps` times, as `fastedit.ops.value_ascent`; on the host alone.
+    """h + u after u ← u + a ∇V(h + u), `steps` times, as `fastedit.ops.value_ascent`. On the host only.
 
     V(h) = head · relu(weight h + bias), or with a second hidden layer (weight2 (units2, units), bias2). gram: weight
-    weightᵀ, to be kept for further calls; made here where it is None.
+    weightᵀ, to be kept for further calls. It is computed here if None.
     """
     check_steps(steps, step_size)
     if gram is None and weight is not None:
@@ -115,9 +116,9 @@ def value_ascent(hidden, weight, bias, head, *, steps, step_size, weight2=None, 
 
 
 def edit_backward(grad, hidden, scale=None, bias=None):
-    """(d_hidden, d_scale, d_bias) of `edit` under scale and bias at the gradient `grad` of h'.
+    """(d_hidden, d_scale, d_bias) of `edit` with scale and bias, for the gradient `grad` of h'.
 
-    d_scale and d_bias are fp32, None where the parameter is.
+    d_scale and d_bias are fp32, or None where the parameter is None.
     """
     grad, hidden, scale, bias = _plain(grad=grad, hidden=hidden, scale=scale, bias=bias)
     _same(hidden, grad, "grad")
@@ -126,7 +127,7 @@ def edit_backward(grad, hidden, scale=None, bias=None):
 
 
 def _plain(**given):
-    """NumPy or CuPy arrays over the same memory where a kernel can read it, else contiguous copies; None stays None."""
+    """NumPy or CuPy arrays over the same memory if a kernel can read it, else contiguous copies. None stays None."""
     return [None if value is None else _usable(_as_array(value, name)) for name, value in given.items()]
 
 
@@ -164,7 +165,7 @@ def _sorted(library, group, groups):
 
 
 def _as_array(value, name):
-    """A NumPy or CuPy array over the same memory; other DLPack exporters on the host come in as NumPy."""
+    """A NumPy or CuPy array over the same memory. Other DLPack exporters on the host become NumPy."""
     if isinstance(value, np.ndarray) or hasattr(value, "__cuda_array_interface__"):
         return value
     try:

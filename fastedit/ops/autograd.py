@@ -4,19 +4,18 @@ An op's setup decides what is saved (bias-only training saves no hidden states),
 exactly the gradients that are wanted. Formulas: DESIGN.md 2, Backward. Where a gradient of gradients is wanted
 (create_graph=True), the backward is the reference's, in operations that autograd sees.
 
-The eager Functions take ctx in forward: with a setup_context of its own, torch inspects forward's signature at every
-call (119 µs for one row of 64 columns where this took 46, other work beside).
+The eager Functions take ctx in forward. With a setup_context, torch inspects forward's signature at every call (119 µs
+for one row of 64 columns, where this took 46, with other work running beside).
 """
 
 import torch
 from torch.autograd import Function
 
-from ..kernels import reference
 from ..kernels.reference.edit_add_norm import norm as norm_by_definition
-from ..running import PLAIN, run
 from . import registered as torch_library
 from .dispatch import load
 from .parameter_changes import transformed
+from .running import PLAIN, run
 
 _PLAIN = (*PLAIN, type(None))
 _EXACT = (torch.float32, torch.float64)
@@ -42,10 +41,11 @@ def gradients(op, *args):
 
 
 def _recovers(needs, scale, bias, slot, coefficient):
-    """Whether the gradient of `read` may be had from the edit's output h' = h + k (z @ write) in place of its input.
+    """Whether the gradient of `read` can be computed from the edit's output h' = h + k (z @ write) in place of its
+    input.
 
-    The output is there anyway: the norm that comes next saves it. So a low-rank edit that trains on the sum keeps no rows
-    of its own, where autograd of the plain expression keeps h.
+    The output exists anyway, because the norm that comes next saves it. So a low-rank edit that trains on the sum keeps
+    no rows of its own, where autograd of the plain expression keeps h.
     """
     one = coefficient is None or coefficient.numel() == 1
     return needs[2] and needs[4] and scale is None and bias is None and slot is None and one

@@ -5,10 +5,9 @@ From metadata alone, but for slots in host memory. The native module has checks 
 
 import torch
 
-from ..arguments import check_norm_kind, check_projection, check_steps
+from ..arguments import MAX_RANK, check_norm_kind, check_projection, check_steps
 from .value_net import ValueNet
 
-MAX_RANK = 64
 _ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _SHAPES = {  # of the parameters, behind the slots
     "scale": ("width",), "bias": ("width",), "read": ("rank", "width"), "offset": ("rank",), "write": ("rank", "width"),

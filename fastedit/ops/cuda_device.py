@@ -1,7 +1,7 @@
-"""Whether a CUDA device can run the native kernels: one launch that does nothing, once a device, and what it said.
+"""Whether a CUDA device can run the native kernels: one launch that does nothing, once per device, and its error.
 
-The kernels are built for some architectures, and the module carries a CUDA runtime that the driver must serve. Without asking,
-the first edit on a GPU of another kind would fail with a bare error number.
+The kernels are built for some architectures, and the module carries a CUDA runtime that the driver must serve. Without
+this check the first edit on another kind of GPU would fail with a bare error number.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ OLDEST = (8, 0)  # compute capability: kernels/cuda copies asynchronously
 
 @functools.cache
 def _library():
-    """The native module's C functions of kernels/cuda/probe.cu; None where it has none."""
+    """The native module's C functions of kernels/cuda/probe.cu. None if it has none."""
     if _native is None or not getattr(_native, "CUDA_ARCHITECTURES", ""):
         return None
     library = ctypes.CDLL(_native.__file__)
@@ -63,9 +63,9 @@ def why_not(device, library=None, capability=None):
 
 @functools.cache
 def why_not_here():
-    """why_not of this process's current device, once: what the dispatch asks; None too where there is none to ask.
+    """why_not of this process's current device, asked once, for the dispatch. None also if there is no device to ask.
 
-    A launch makes a context, some hundred megabytes: of the other devices only kinds that the current one is not are asked.
+    A launch creates a context of some hundred megabytes. So other devices are asked only if they are of another kind.
     """
     if not torch.cuda.is_available() or torch.version.hip:
         return None

@@ -1,8 +1,9 @@
 """Which backend serves a call: a pure function of device type and dtypes, remembered.
 
-CPU tensors go to the native cpu kernels, CUDA tensors to the native cuda kernels if they are built and run on the
-device (ops/cuda_device.py), else to Triton; anything else, and anything a kernel cannot take, to the reference. `FASTEDIT_BACKEND`
-(reference, cpu, cuda or triton) forces one, which then serves or raises: no silent fallback.
+CPU tensors go to the native cpu kernels. CUDA tensors go to the native cuda kernels if those are built and run on the
+device (ops/cuda_device.py), else to Triton. Everything else, and everything a kernel cannot take, goes to the
+reference. `FASTEDIT_BACKEND` (reference, cpu, cuda or triton) forces a backend, which then serves or raises. There is
+no silent fallback.
 """
 
 import functools
@@ -58,8 +59,10 @@ def _announce(message):
 
 
 class _Selection:
-    """select(device_type, dtype, second_dtype=None, on_sum=False): the backend for rows of `dtype`, added to a stream of
-    `second_dtype`, on `device_type`; remembered. Once it is a native one, calls go there without asking here.
+    """select(device_type, dtype, second_dtype=None, on_sum=False): the backend for rows of `dtype`, remembered.
+
+    The rows are added to a stream of `second_dtype`, on `device_type`. Once the answer is a native backend, calls go
+    there without asking here.
     """
 
     def __init__(self):
@@ -72,7 +75,7 @@ class _Selection:
         return backend
 
     def cache_clear(self):
-        """Forget, so that a changed FASTEDIT_BACKEND is seen."""
+        """Forget the answers, so that a changed FASTEDIT_BACKEND is seen."""
         for device_type in ("cpu", "cuda"):
             native.serve(device_type, False)
         self._remembered.cache_clear()
@@ -104,7 +107,7 @@ def _choose(device_type, dtype, second_dtype=None, on_sum=False):
 
 
 def _served(device_type, dtype, second_dtype, on_sum):
-    """None if the kernels take these dtypes, else what they are."""
+    """None if the kernels take these dtypes, else the dtypes in words."""
     dtypes = {dtype, second_dtype or dtype}
     if device_type == "cpu" and dtypes == {torch.float16, torch.float32}:
         return "float16 + float32 rows"

@@ -1,4 +1,4 @@
-"""The native module's backends, `cpu` and `cuda`: its functions of tensors, with the names of fastedit.kernels.reference.
+"""The native module's backends, `cpu` and `cuda`: its functions of tensors, named as in fastedit.kernels.reference.
 
 `try_*` are for calls that only ask, and get what fastedit.ops returns: None where autograd, a transform, a tracer or another
 backend must see the call, or where an argument is not as a kernel takes it. Nothing is done then. `bound` is such a call that
@@ -53,13 +53,13 @@ bound = _unserved if _native is None else _native.bound
 
 
 def serve(device_type, on):
-    """Whether calls that only ask are answered for tensors on that device."""
+    """Whether `try_*` calls are answered for tensors on that device."""
     if _native is not None:
         _native.serve(device_type, on)
 
 
 def why_not(name):
-    """None if the backend is there, else the reason that it is not."""
+    """None if the backend exists, else the reason why it does not."""
     if _native is None:
         return f"the native module is not built ({_missing}); see `fastedit doctor`"
     if name == "cuda" and not _native.CUDA_ARCHITECTURES:
@@ -71,7 +71,7 @@ _last_order = ()  # (what it was computed from, the slots themselves, order): a 
 
 
 def _gpu_order(slot, slots):
-    """Rows of a GPU sorted by slot, or None; the host's the module sorts itself."""
+    """Rows on a GPU sorted by slot, or None. The module itself sorts rows on the host."""
     global _last_order
     if slot is None:
         return None

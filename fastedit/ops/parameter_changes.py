@@ -1,4 +1,4 @@
-"""Whether what a tensor holds may have changed since one last looked, and whether it holds anything that one may look at."""
+"""Whether a tensor's values may have changed since the last look, and whether it has values that may be looked at."""
 
 import warnings
 import weakref
@@ -29,7 +29,7 @@ def _count(optimizer, args, kwargs):
 
 
 def _warn_of_rate(groups):
-    """Once an edit: its masters ask for no more advice."""
+    """Warn once per edit: its masters then ask for no more advice."""
     asked = [(p, float(g.get("initial_lr", g.get("lr", 1.0)))) for g in groups for p in g["params"] if p in _rates]
     low = [(p, rate) for p, rate in asked if 0 < rate <= LOW_RATE]
     advice = [_rates.pop(p) for p, _ in asked]
@@ -43,36 +43,37 @@ def _warn_of_rate(groups):
 
 
 def has_stepped(parameter, since=0):
-    """Whether an optimizer that holds the parameter has begun in this process, after step number `since`."""
+    """Whether an optimizer that holds the parameter has taken a step in this process, after step number `since`."""
     return _stepped.get(parameter, 0) > since
 
 
 def advise_rate(parameters, advice):
-    """Say `advice` once, if the first step of an optimizer with these parameters is at a rate that is too low."""
+    """Show `advice` once, if the first step of an optimizer with these parameters has too low a learning rate."""
     for parameter in parameters:
         _rates[parameter] = advice
 
 
 def optimizer_steps():
-    """How many steps optimisers have taken in this process.
+    """How many steps optimizers have taken in this process.
 
-    Version counters do not tell of all of them: `fused=True`, which is the Trainer's default, moves parameters without
-    raising a version.
+    Version counters do not show all of them: `fused=True`, the Trainer's default, changes parameters without raising a
+    version.
     """
     return _steps
 
 
 def stamp(tensor):
-    """What differs once a tensor was written in place, or given other memory (`parameter.data = …`).
+    """A value that differs once a tensor was written in place, or was given other memory (`parameter.data = …`).
 
-    A write through `parameter.data` in place (`p.data.copy_`) leaves no trace that could be seen.
+    An in-place write through `parameter.data` (`p.data.copy_`) leaves no trace that could be seen.
     """
     return tensor._version, tensor.data_ptr()
 
 
 def transformed():
-    """Whether tensors may be wrapped, by torch.func (vmap, grad, jvp) or forward-mode differentiation: then plain operations
-    are all that sees the whole of them.
+    """Whether tensors may be wrapped, by torch.func (vmap, grad, jvp) or by forward-mode differentiation.
+
+    Only plain operations see such tensors whole.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

@@ -1,9 +1,13 @@
 """The kernels as torch functions: `edit`, `edit_add`, `edit_add_norm`, `project`, `moments`, `value_ascent`.
 
 In plain eager mode an op is one call of the native module, which reads the tensors, checks them and allocates the
-result. Where that says no (None), Python finds out why: a gradient is needed (an autograd.Function), a tracer looks on
-(the registered operators of ops/registered.py), a transform of torch.func is at work (the reference), another backend
-serves (ops/dispatch.py), or an argument is wrong, which the checks name.
+result. If that returns None, Python finds out why:
+
+- a gradient is needed: an autograd.Function;
+- a tracer looks on: the registered operators of ops/registered.py;
+- a transform of torch.func is at work: the reference;
+- another backend serves: ops/dispatch.py;
+- an argument is wrong: the checks name it.
 """
 
 import torch
@@ -11,42 +15,42 @@ from torch.compiler import is_dynamo_compiling
 
 from ..arguments import NORM_KINDS, TAKES, check_norm_kind, check_on, check_projection
 from ..kernels import reference
-from ..running import PLAIN, run
 from .autograd import FUNCTIONS
 from .checks import check, check_ascent, check_group
 from .native import try_edit, try_edit_add, try_edit_add_norm, try_project
 from .parameter_changes import transformed
 from .registered import OPERATORS, ascend
+from .running import PLAIN, run
 
 
 def edit(
     hidden, scale=None, bias=None, read=None, offset=None, write=None, *,
     slot=None, strength=None, gate=None, rule=None, return_projection=False,
 ):  # fmt: skip
-    """Apply an edit in normal form to hidden states, in one pass (DESIGN.md 2).
+    """Apply an edit in normal form to hidden states, in one pass (docs/design.md, 1).
 
         h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write)
 
-    k = strength · g, where g = 1 without a gate. With one, s = h · gate, or their cosine for a gate of length 1, and
-    g = 1 where s > threshold, else 0; with a sharpness, g = sigmoid(sharpness · (s − threshold)).
+    k = strength · g, where g = 1 without a gate. With a gate, s = h · gate (or their cosine, for a gate of length 1),
+    and g = 1 where s > threshold, else 0. With a sharpness, g = sigmoid(sharpness · (s − threshold)).
 
     Covers RED (scale, bias; arXiv 2402.15179 Eq. 3), (IA)³, steering (bias), directional ablation, clamping
     and LoReFT (read, offset, write).
 
     Args:
-        hidden: (…, width), fp32, bf16 or fp16 (fp64 is served by the reference).
+        hidden: (…, width), fp32, bf16 or fp16 (the reference serves fp64).
         scale, bias: (width,) fp32, or None for 1 and 0.
         read, write: (rank, width) fp32, rank 1 to 64. Both, or neither.
         offset: (rank,) fp32, added to the projection; None for 0.
-        slot: int32, one a row (hidden.shape[:-1]); the parameters then have a leading slot dimension and
-            row i uses parameters[slot[i]]. −1 leaves the row's bits as they are. Out of range raises
-            IndexError on the CPU; on a GPU, where looking would stall the stream, such a row is left alone.
-        strength: A float, an fp32 tensor of one element (a dial that can change without a re-trace), or
-            fp32, one a row. 0 leaves the row's bits as they are, and so does a gate that is shut.
-        gate: (width,) fp32, what is looked for in h; with slot (slots, width).
-        rule: (3,) fp32, with gate: threshold, sharpness or 0 for a hard gate, 1 for the cosine (s over ‖h‖, and 0 for
-            a row of zeros) else 0; with slot (slots, 3). Looked at in the same pass; where a gradient is needed, and
-            under torch.compile, in operations before it. A hard gate has no gradient.
+        slot: int32, one per row (hidden.shape[:-1]). The parameters then have a leading slot dimension, and row i uses
+            parameters[slot[i]]. −1 leaves the row's bits as they are. Out of range raises IndexError on the CPU. On a
+            GPU that check would stall the stream, so such a row is left alone.
+        strength: a float, an fp32 tensor of one element (a dial that can change without a new trace), or fp32, one per
+            row. 0 leaves the row's bits as they are. So does a gate that is shut.
+        gate: (width,) fp32, the direction that is looked for in h; with slot (slots, width).
+        rule: (3,) fp32, with gate: threshold; sharpness, or 0 for a hard gate; 1 for the cosine (s over ‖h‖, and 0 for
+            a row of zeros), else 0. With slot (slots, 3). The gate is evaluated in the same pass. If a gradient is
+            needed, and under torch.compile, it is evaluated in operations before it. A hard gate has no gradient.
         return_projection: also return z = h @ readᵀ + offset, (…, rank) fp32.
 
     Returns:
@@ -68,14 +72,14 @@ def edit_add(
     x, residual, scale=None, bias=None, read=None, offset=None, write=None, *,
     on="x", slot=None, strength=None, gate=None, rule=None, return_projection=False,
 ):  # fmt: skip
-    """The residual add with an edit on it: the traffic of the plain add.
+    """The residual add with an edit on it. It moves the bytes of the plain add.
 
     on="x":   residual' = residual + E(x)      sites `mlp` and `attn`
     on="sum": residual' = E(residual + x)      site `block`
 
     Args:
-        x, residual: the same shape (…, width); dtypes promote as PyTorch's add does.
-        Others: as `edit`; a gate sees what the edit is given: x, or the sum in fp32. With no parameters this is the
+        x, residual: the same shape (…, width); dtypes promote as in PyTorch's add.
+        Others: as `edit`. A gate sees what the edit is given: x, or the sum in fp32. Without parameters this is the
             plain add.
 
     Returns:
@@ -106,13 +110,13 @@ def edit_add_norm(
 
     Args:
         x, residual: as `edit_add`.
-        weight: (width,), the norm's weight in the residual's dtype; None only for kind="layer".
+        weight: (width,), the norm's weight in the residual's dtype. None only for kind="layer".
         norm_bias: (width,), kind="layer" only.
-        kind: "rms" (Llama, T5: rounds before the weight multiply), "gemma" (rounds after, multiplies by
+        kind: "rms" (Llama, T5: rounds before it multiplies by the weight), "gemma" (rounds after, multiplies by
             1 + weight) or "layer" (LayerNorm).
         eps: added to the variance.
-        return_residual: False where only the norm is read (BERT's post-norm): saves the store, and
-            returns None in its place wherever no gradient is needed.
+        return_residual: False if only the norm is read (BERT's post-norm). This saves the store, and returns None in
+            its place unless a gradient is needed.
         Others: as `edit_add`.
 
     Returns:
@@ -163,24 +167,25 @@ def project(hidden, read, offset=None):
 def moments(hidden, group=None, mask=None, groups=None):
     """Count, mean and M2 = Σ (h − mean)² of each group's rows, in one pass (Welford, merged by Chan's formula).
 
-    What a direction is made of without storing activations: differences of means, variances for a probe or for
-    RoleRef's feature mask. As accurate as two passes in float64, whatever the rows' dtype and however large the mean is
-    beside the deviations. Has no gradient: hidden states that require one are read as if they did not.
+    Directions are made of these without storing activations: differences of means, and variances for a probe or for
+    RoleRef's feature mask. The result is as accurate as two passes in float64, for every dtype of the rows and however
+    large the mean is beside the deviations. There is no gradient: hidden states that require one are read as if they
+    did not.
 
     Args:
-        hidden: (…, width), fp32, bf16 or fp16 (fp64 is served by the reference).
-        group: int32, one a row (hidden.shape[:-1]), 0 to groups − 1; −1 leaves a row out. None: all rows are group 0.
-        mask: bool, one a row; False leaves a row out.
-        groups: how many groups there are; None: the largest number in `group` + 1, which waits for a GPU, and which
+        hidden: (…, width), fp32, bf16 or fp16 (the reference serves fp64).
+        group: int32, one per row (hidden.shape[:-1]), 0 to groups − 1. −1 leaves a row out. None: all rows are group 0.
+        mask: bool, one per row. False leaves a row out.
+        groups: the number of groups. None: the largest number in `group` + 1, which waits for a GPU and which
             torch.compile cannot know.
 
     Returns:
         count (groups,) int64, mean (groups, width) float64, m2 (groups, width) float64; zeros for a group without rows.
-        To be merged with others: fastedit.Moments.
+        To merge several: fastedit.Moments.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device. IndexError: a group beyond groups, on the CPU; on a GPU,
-        where looking would stall the stream, such a row is left out.
+        TypeError, ValueError: a wrong dtype, shape or device. IndexError: a group beyond groups, on the CPU. On a GPU
+            that check would stall the stream, so such a row is left out.
     """
     traced = _traced(hidden)
     groups = check_group(hidden, group, mask, groups, traced)
@@ -193,16 +198,16 @@ def moments(hidden, group=None, mask=None, groups=None):
 
 @torch.no_grad()
 def value_ascent(hidden, value_net, steps, step_size):
-    """Gradient ascent on a value net, from each row on its own: u ← u + a ∇V(h + u), `steps` times; h' = h + u.
+    """Gradient ascent on a value net, from each row by itself: u ← u + a ∇V(h + u), `steps` times; h' = h + u.
 
-    RE-Control's control at test time (arXiv 2406.05954), without autograd: the steps stay in the first hidden layer's
-    z = W h + b, which moves by a · (W Wᵀ) m, and only units that change sign cost anything after the first. Has no
-    gradient: neither hidden states nor the value net are trained through it.
+    This is RE-Control's control at test time (arXiv 2406.05954), without autograd. The steps stay in the first hidden
+    layer's z = W h + b, which moves by a · (W Wᵀ) m. After the first step only units that change sign cost anything.
+    There is no gradient: neither hidden states nor the value net train through it.
 
     Args:
-        hidden: (…, width), fp32, bf16 or fp16 (fp64 is served by the reference).
-        value_net: a fastedit.ValueNet of that width, on the same device. Its Gram matrix is made at the first call, and
-            anew when its first weight has changed; under torch.compile that is the caller's: value_net.gram().
+        hidden: (…, width), fp32, bf16 or fp16 (the reference serves fp64).
+        value_net: a fastedit.ValueNet of that width, on the same device. Its Gram matrix is computed at the first call,
+            and again when its first weight has changed. Under torch.compile the caller does that: value_net.gram().
         steps, step_size: n and a of the paper.
 
     Returns:
@@ -300,7 +305,7 @@ def _defined(op, arguments):
 
 
 def _behind(gate, rule, hidden, slot, strength):
-    """strength · g, one a row of hidden (…, width), in operations that autograd and a compiler see."""
+    """strength · g, one per row of hidden (…, width), in operations that autograd and a compiler see."""
     with torch.autocast(hidden.device.type, enabled=False):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         if slot is None:

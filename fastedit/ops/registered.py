@@ -7,8 +7,8 @@ Operators return tensors only, so an absent output is an empty tensor (0,).
 import torch
 
 from ..arguments import GIVES, SCHEMAS, TAKES
-from ..running import run
 from .dispatch import load
+from .running import run
 
 library = torch.library.Library("fastedit", "DEF")
 

@@ -1,4 +1,4 @@
-"""The value of a hidden state: the MLP that RE-Control ascends (arXiv 2406.05954), one or two hidden layers, one output."""
+"""The value of a hidden state: the MLP that RE-Control ascends (arXiv 2406.05954), with one or two hidden layers."""
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ class ValueNet(nn.Module):
 
     Args:
         width: of the hidden states it reads.
-        units: of the hidden layers, one number or two; initialised as nn.Linear is.
+        units: of the hidden layers, one number or two. Initialized as nn.Linear is.
 
     Raises:
         ValueError: widths below 1, or not one or two hidden layers.
@@ -63,9 +63,9 @@ class ValueNet(nn.Module):
 
     @classmethod
     def from_released(cls, path):
-        """The net of a file that RE-Control's authors released, or of one of its kind: fc1, fc2 (, fc3), the last to one value.
+        """The net in a file of RE-Control's authors, or in a file like it: fc1, fc2 (, fc3), the last to one value.
 
-        path: .safetensors, or a PyTorch file of a state dict, which is read without running any code of it.
+        path: .safetensors, or a PyTorch file of a state dict. Reading it runs no code of it.
 
         Raises:
             ValueError: other layers, an output that is not one value (the successor's nets have five), or no such file.
@@ -89,7 +89,8 @@ class ValueNet(nn.Module):
 
     @classmethod
     def from_tensors(cls, weight, bias, weight2, bias2, head, offset):
-        """The frozen net on these fp32 tensors themselves, no copies; weight2 and bias2 None for one hidden layer."""
+        """The frozen net on these fp32 tensors themselves, without copies. weight2 and bias2 None for one hidden
+        layer."""
         net = cls.__new__(cls)
         nn.Module.__init__(net)
         net._grams, net.gram_version = {}, -1
@@ -103,7 +104,7 @@ class ValueNet(nn.Module):
         return self.weight.shape[1]
 
     def forward(self, hidden):
-        """V of each row (…, width), (…): fp32, differentiable; fp64 for fp64 rows."""
+        """V of each row (…, width), (…): fp32, differentiable. fp64 for fp64 rows."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         z = torch.relu(nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), self.bias.to(dtype)))
         if self.weight2 is not None:
@@ -117,9 +118,9 @@ class ValueNet(nn.Module):
         )
 
     def gram(self, dtype=torch.float32):
-        """weight @ weightᵀ (units, units), summed in fp64 and rounded once; kept until the weight changes.
+        """weight @ weightᵀ (units, units), summed in fp64 and rounded once. Kept until the weight changes.
 
-        Under torch.compile the one that is there is used, which the compiled function then checks.
+        Under torch.compile the existing one is used, and the compiled function checks it.
         """
         kept = self._grams.get(dtype)
         if torch.compiler.is_compiling():
@@ -134,7 +135,7 @@ class ValueNet(nn.Module):
         return self._grams[dtype][1]
 
     def _apply(self, fn, recurse=True):
-        """Follow the model to its device, never to its dtype."""
+        """Follow the model to its device, but not to its dtype."""
 
         def move(tensor):
             moved = fn(tensor)
@@ -181,7 +182,7 @@ def _fp32_copy(layer):
 @torch.inference_mode(False)
 @torch.no_grad()
 def _gram(weight, dtype):
-    """Outside inference mode, so that the matrix serves beyond it."""
+    """The Gram matrix, computed outside inference mode so that it can be used beyond it."""
     wide, out = weight.double(), torch.empty((len(weight), len(weight)), dtype=dtype, device=weight.device)
     for first in range(0, len(weight), GRAM_ROWS):
         out[first : first + GRAM_ROWS] = wide[first : first + GRAM_ROWS] @ wide.T

@@ -1,8 +1,8 @@
 """Swapping a module's class for a subclass of it, on this instance only, and back.
 
-An instance-level `forward` would be wrong: from transformers 5.23 gradient checkpointing wraps the forward of
-the class and would silently stop. A forward hook costs 3.5 µs a call where this costs nothing that could be
-measured (a 64-wide Linear at 17 µs, one thread), and everyone's own hooks see the edited output.
+An instance attribute `forward` would be wrong: since transformers 5.23 gradient checkpointing wraps the forward of the
+class and would silently stop. A forward hook costs 3.5 µs per call, where this costs nothing that could be measured (a
+64-wide Linear at 17 µs, one thread). Hooks of others see the edited output.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import types
 
 import torch
 
+from ..families.own_class import BASE, base_of
 from .fused_chain import FORWARDS
 from .fused_layer import STATE
 from .rows.in_force import copies
 
-_BASE = "_fastedit_base"
 STACK = "_fastedit_stack"  # of a layer with edits at some positions: its row_plan.Stack
 CARRY = "_fastedit_carry"  # of a layer with edits: its recomputing.Carry
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps a layer's checkpointing function
@@ -27,16 +27,11 @@ _ENTRIES = {  # of a generating module: {its method: that of generating.Rows whi
 }  # fmt: skip
 
 
-def base_of(module):
-    """The module's own class, whether or not it is swapped."""
-    return type(module).__dict__.get(_BASE, type(module))
-
-
 @functools.cache
 def swapped_class(base, recipe):
-    """`base` with the recipe's fused forward; with recipe None, its own with the edits of the module's sites.
+    """`base` with the recipe's fused forward. With recipe None, its own forward with the edits of the module's sites.
 
-    PLANNED: its own under a row plan. CARRIED: its own, for a layer that hands its plan to checkpointing.
+    PLANNED: its own forward under a row plan. CARRIED: its own, for a layer that hands its plan to checkpointing.
     """
     forward = _FORWARDS[recipe](base) if recipe in _FORWARDS else FORWARDS[type(recipe)](recipe, base)
     functools.update_wrapper(forward, base.forward)
@@ -46,7 +41,7 @@ def swapped_class(base, recipe):
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        _BASE: base,
+        BASE: base,
     }
     if recipe == PLANNED:
         members |= {n: functools.wraps(getattr(base, n))(_asked(base, n)) for n in _ENTRIES if hasattr(base, n)}
@@ -93,7 +88,7 @@ def _planned(base):
 
 
 def _asked(base, name):
-    """A method of a generating module that its Rows hear of, and answer in its place."""
+    """A method of a generating module that first asks its Rows, which may answer in its place."""
     own = getattr(base, name)
 
     def method(self, *args, **kwargs):
@@ -107,7 +102,7 @@ def _asked(base, name):
 
 
 def _labelled(base):
-    """A call, and not a forward: TRL puts a forward of its own on the instance, and gives that the labels."""
+    """A call, not a forward: TRL puts a forward of its own on the instance, and passes the labels to that."""
 
     def __call__(self, *args, **kwargs):
         state, labels = self.__dict__.get(STATE), kwargs.get("labels")
@@ -136,7 +131,7 @@ def _set_checkpoint(module, checkpoint):
 
 
 def _restore(base, recipe):
-    """Unpickling: an empty instance of the swapped class."""
+    """An empty instance of the swapped class, for unpickling."""
     return object.__new__(swapped_class(base, recipe))
 
 
@@ -147,7 +142,7 @@ def swappable(module):
 
 
 def swap(module, recipe, state):
-    """Give the module the class for `recipe`, reading `state`."""
+    """Give the module the class for `recipe`, which reads `state`."""
     module.__class__ = swapped_class(base_of(module), recipe)
     module.__dict__[STATE] = state
     if "_old_forward" in module.__dict__:
@@ -155,11 +150,11 @@ def swap(module, recipe, state):
 
 
 def swap_back(module):
-    """The module's own class and forward. Under another class put on top, ours becomes inert."""
+    """Restore the module's own class and forward. If another class was put on top, ours becomes inert."""
     module.__dict__.pop(STATE, None)
     module.__dict__.pop(STACK, None)
     module.__dict__.pop(CARRY, None)
-    if _BASE not in type(module).__dict__:
+    if BASE not in type(module).__dict__:
         return
     ours = type(module)
     module.__class__ = base_of(module)

@@ -2,8 +2,8 @@
 
     u ← u + a ∇V(h + u), n times;  h' = h + u              (RE-Control, arXiv 2406.05954)
 
-An edit on `final` like any other: patched, stacked, dialled, saved and removed by the same handle. It is no normal form,
-so it is a stage of its own (`Ascending`), and acts only on rows that a next token is predicted from.
+This is an edit on `final` like any other: the same handle patches, stacks, dials, saves and removes it. It has no
+normal form, so it is a stage of its own (`Ascending`). It acts only on rows that a next token is predicted from.
 """
 
 import itertools
@@ -27,10 +27,10 @@ _library.define(
 
 
 class Ascending:
-    """A stage that moves the rows a next token is predicted from, and passes the others on.
+    """A stage that moves the rows that a next token is predicted from, and passes on the others.
 
-    In `generate` these are the columns from the prompt's last one on: one a forward, but for the candidates of an
-    assistant. In a forward by hand it is each sequence's last token, by the attention mask.
+    In `generate` these are the columns from the prompt's last one on: one per forward, or several for the candidates of
+    an assistant. In a forward by hand it is each sequence's last token, by the attention mask.
     """
 
     on_x, on_sum, positions, looks = False, False, None, None
@@ -70,8 +70,11 @@ class Ascending:
         return ops.value_ascent(hidden, self._net(), options["steps"], options["step_size"] * self.control.strength)
 
     def _net(self):
-        """A ValueNet on the masters' own memory: what is copied into them it sees. A new one where they were replaced.
-        An exported program, which may run where there is no stage, holds the net and its Gram matrix of now."""
+        """A ValueNet on the masters' own memory, so that it sees what is copied into them. A new one if they were
+        replaced.
+
+        An exported program may run where there is no stage. It holds the present net and Gram matrix.
+        """
         if torch.compiler.is_exporting():
             if self.net is None:
                 raise RuntimeError("a Control prepares its value net in the first forward: run one before torch.export")
@@ -84,7 +87,8 @@ class Ascending:
 
 
 def _in_graph():
-    """Under torch.compile. A graph calls the stage by its number and looks at dial, net and Gram matrix in each call."""
+    """The stage under torch.compile. A graph calls it by its number and reads dial, net and Gram matrix in each
+    call."""
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
@@ -117,7 +121,7 @@ def _check_call(hidden, plan):
 
 
 def _rows(plan, hidden):
-    """How many columns at the end predict a next token, or their (sequence, column) indices; None for none."""
+    """How many columns at the end predict a next token, or their (sequence, column) indices. None for none."""
     tokens = hidden.shape[1]
     if plan.generation is not None:
         if torch.compiler.is_compiling() and isinstance(plan.offset, torch.Tensor):
@@ -141,17 +145,18 @@ class Control(Edit):
     """RE-Control at generation (arXiv 2406.05954): u ← u + a ∇V(h + u), n times, on the state the LM head reads.
 
     Only rows that a next token is predicted from move: the last position of each forward of `generate`, with sampling
-    or greedily, padded on either side; KV caches hold nothing of it. `handle.strength` multiplies the step size: 0 leaves
-    every bit, a negative one descends. Beam search and forwards that need a gradient are refused when they run.
+    or greedily, padded on either side. KV caches hold nothing of it. `handle.strength` multiplies the step size: 0
+    leaves every bit, a negative strength descends. Beam search and forwards that need a gradient are refused when they
+    run.
 
     Args:
-        value_net: a fastedit.ValueNet of the model's width (`fastedit.methods.recontrol.fit`). Its values of now are
-            copied onto the model, fp32 whatever the model's dtype.
-        step_size, steps: a and n; the published ones are in fastedit/methods/recontrol.py.
-        strength: as of every edit.
+        value_net: a fastedit.ValueNet of the model's width (`fastedit.methods.recontrol.fit`). Its present values are
+            copied onto the model, in fp32 whatever the model's dtype.
+        step_size, steps: a and n. fastedit/methods/recontrol.py has the published ones.
+        strength: as in every edit.
 
     Raises:
-        TypeError, ValueError: not a ValueNet, or not finite; a and n that are no numbers.
+        TypeError, ValueError: not a ValueNet, or not finite; a or n that is not a number.
     """
 
     default_site = "final"
@@ -179,7 +184,7 @@ class Control(Edit):
         self.check()
 
     def check(self):
-        """Of one that was built, or rebuilt from a file."""
+        """Check one that was built, or rebuilt from a file."""
         if isinstance(self.step_size, bool):
             raise ValueError(f"step_size is {self.step_size!r}, expected a finite number")
         check_steps(self.steps, self.step_size)

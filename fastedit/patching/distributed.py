@@ -1,7 +1,7 @@
 """Edits on a model that several processes train together.
 
 Under DDP nothing is needed: masters are parameters like others. FSDP2 (`fully_shard`) would put them into the root's
-group, and cast them with it where the model computes in bf16. So they are kept apart, in fp32:
+group, and cast them with it if the model computes in bf16. So they are kept apart, in fp32:
 
     handle = fastedit.patch(model, fastedit.RED(), freeze=True)
     apart = fastedit.distributed.shard(handle, mesh)                 # before the optimizer is made
@@ -21,21 +21,22 @@ POLICIES = ("replicate", "shard")
 def shard(handle, mesh, policy="replicate"):
     """Lay a handle's trainable masters out over a mesh of data-parallel processes, as DTensors in fp32.
 
-    Gradients become the mean over the mesh, as under DDP and FSDP2. Every process calls this, before the optimizer is
-    made (the parameters are new objects), and afterwards forwards, `save` and `named_tensors` together. Values are
-    those of the mesh's first process.
+    Gradients become the mean over the mesh, as under DDP and FSDP2. Values are those of the mesh's first process. Every
+    process calls this before the optimizer is made, because the parameters are new objects. Afterwards forwards, `save`
+    and `named_tensors` are collective.
 
     Args:
         mesh: a DeviceMesh, all of whose dimensions are data-parallel (HSDP: replicate, then shard).
-        policy: "replicate", whole on each process (an edit is small: the gradients' all-reduce is all that moves);
-            "shard", split over the mesh's last dimension, the optimizer's state with it, and gathered at use.
+        policy: "replicate": whole on each process. An edit is small, and only the gradients' all-reduce is
+            communicated. "shard": split over the mesh's last dimension together with the optimizer's state, and
+            gathered at use.
 
     Returns:
         The set of new parameters, for fully_shard's `ignored_params`.
 
     Raises:
-        ValueError: an unknown policy, masters that are laid out already, or of LoReFT or a trainable rotation;
-            nothing has changed.
+        ValueError: an unknown policy, masters that are laid out already, or masters of LoReFT or a trainable rotation.
+            Nothing has changed.
         RuntimeError: the handle was removed.
     """
     if policy not in POLICIES:
@@ -67,7 +68,7 @@ def shard(handle, mesh, policy="replicate"):
 
 
 def whole(parameter):
-    """The full local tensor of a laid-out master, differentiable: the gradient is the mean over its mesh."""
+    """The full local tensor of a laid-out master, differentiable. The gradient is the mean over its mesh."""
     return _Whole.apply(parameter) if isinstance(parameter, DTensor) else parameter
 
 
@@ -85,18 +86,18 @@ class _Whole(torch.autograd.Function):
 
 
 def gathered(tensors):
-    """{name: tensor} with every DTensor whole; all of its processes take part."""
+    """{name: tensor} with every DTensor whole. All of its processes take part."""
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
 
 def writes(tensors):
-    """Whether this process writes what `gathered` returned: the first of the mesh, or where nothing is laid out."""
+    """Whether this process writes what `gathered` returned: the first of the mesh, or any if nothing is laid out."""
     meshes = [t.device_mesh for t in tensors.values() if isinstance(t, DTensor)]
     return not meshes or not any(meshes[0].get_coordinate())
 
 
 def copy_into(own, tensor):
-    """own ← a whole tensor that every process has; into this process's part where `own` is laid out."""
+    """Copy a whole tensor that every process has into `own`, or into this process's part of it."""
     if isinstance(own, DTensor):
         tensor = tensor.to(own.device, own.dtype)
         tensor = distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)

@@ -1,15 +1,15 @@
-"""A model in eval mode for as long as something is measured on it."""
+"""A model in eval mode while something is measured on it."""
 
 import contextlib
 
 
 @contextlib.contextmanager
 def evaluating(model):
-    """The model in eval mode; afterwards, and after an exception, each of its modules is in the mode that it had.
+    """Set the model to eval mode. Afterwards, also after an exception, each of its modules is in its former mode.
 
-    Flags are set one by one: `model.eval()` would call overridden `train` methods, which setting the modes back, some
-    modules training and others not, could not call again in the same way. And past nn.Module's search for parameters,
-    which took most of the time here.
+    Flags are set one by one. `model.eval()` would call overridden `train` methods, which could not be called again in
+    the same way to restore modules of which some train and some do not. Setting flags also avoids nn.Module's search
+    for parameters, which took most of the time here.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:

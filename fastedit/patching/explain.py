@@ -1,7 +1,7 @@
 """What a handle's edits did to a batch: which tokens of which rows, by which edit, how strongly, behind which gate.
 
-The forward runs on the plain path, where every edit sees the hidden states that it is given; fused or not, the same rows
-are edited.
+The forward runs on the plain path, where every edit sees the hidden states that it is given. The fused path edits the
+same rows.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,9 @@ _HEAD = ("edit", "site", "layers", "row", "tokens", "strength", "gate")
 class Told:
     """One edit at one layer: the factor on it at each token (batch, tokens), 0 where nothing was edited.
 
-    number: of the edit in its handle. strength: what all its tokens have, before `gated`, the gate's share (batch, tokens)
-    or None without one. gate: the gate in words, or None.
+    number: of the edit in its handle. strength: the part that all its tokens share. gated: the gate's part (batch,
+        tokens),
+    or None without a gate. gate: the gate in words, or None.
     """
 
     number: int
@@ -41,14 +42,15 @@ class Told:
 
 @dataclass
 class Explanation:
-    """`told`: a Told for each edit and layer. Printed, a line for each row of the batch, layers that are alike together."""
+    """`told`: one Told per edit and layer. Printed: one line per row of the batch; layers that are alike share a
+    line."""
 
     told: list
     input_ids: torch.Tensor | None = None
     names: tuple = field(default=_HEAD, repr=False)
 
     def lines(self):
-        """[(edit, site, layers, row, tokens, strength, gate)]; a row that no edit touches has "none"."""
+        """[(edit, site, layers, row, tokens, strength, gate)]. A row that no edit touches has "none"."""
         groups = {}
         for one in self.told:
             for row, factor in enumerate(one.factor):
@@ -79,10 +81,11 @@ class Explanation:
         return table
 
     def plot(self, tokenizer=None, axes=None):
-        """A picture: a line for each edit and row of the batch, a column for each token; the mean factor over its layers.
+        """A picture: one line per edit and row of the batch, one column per token. Color is the mean factor over the
+        layers.
 
         Args:
-            tokenizer: to write the tokens of the first row below the columns. axes: matplotlib's, or None for new ones.
+            tokenizer: writes the tokens of the first row below the columns. axes: matplotlib's, or None for new ones.
         """
         from ..plots.explained import draw
 
@@ -96,7 +99,7 @@ def _open(gated, placed):
 
 
 def explain(handle, inputs):
-    """Run a forward of a handle's model on `inputs` and tell what its edits did."""
+    """Run a forward of a handle's model on `inputs` and say what its edits did."""
     if handle.removed or handle.merged:
         state = "removed from its model" if handle.removed else "merged into the weights, which act on every token"
         raise RuntimeError(f"there is nothing to explain: this handle is {state}")
@@ -125,7 +128,7 @@ def explain(handle, inputs):
 
 
 def _listen(handle, told):
-    """Let the stages of a handle's edits say what they are about to do."""
+    """Make the stages of a handle's edits report what they are about to do."""
     own = {}
     for number, (edit, members) in enumerate(zip(handle.edits, handle._members, strict=True)):
         own |= {id(masters): (number, edit, layer) for layer, masters in members}

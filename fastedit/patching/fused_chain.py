@@ -1,4 +1,4 @@
-"""The fused forwards of layers made of steps (families/steps.py), beside those of fused.py."""
+"""The fused forwards of layers made of steps (families/steps.py), beside those of fused_layer.py."""
 
 from torch.compiler import is_compiling
 from torch.nn.functional import dropout as functional_dropout
@@ -10,7 +10,7 @@ from .residual_add import Add
 
 
 class _Dropout:
-    """What a Ride asks of a dropout, of one that is a probability of its owner, or a module without one."""
+    """What a Ride asks of a dropout, for a dropout that is a probability of its owner, or for a module without one."""
 
     def __init__(self, owner, name, module):
         self.owner, self.name, self.module = owner, name, module
@@ -35,7 +35,7 @@ def _probability(owner, name):
 
 
 def _dropout_of(owner, name):
-    """What a Ride may ask about the dropout of that name; None for none."""
+    """What a Ride may ask about the dropout of that name. None if there is none."""
     if name is None:
         return None
     module = submodule(owner, name)
@@ -43,7 +43,7 @@ def _dropout_of(owner, name):
 
 
 def _dropped(owner, name, x):
-    """x after the owner's own dropout; one inside an inner module has run already."""
+    """x after the owner's own dropout. A dropout inside an inner module has run already."""
     if name is None:
         return x
     module = owner._modules.get(name)
@@ -167,7 +167,7 @@ FORWARDS = {**fused.FORWARDS, ResidualLayer: residual_layer, ParallelLayer: para
 
 
 def build_state(recipe, owner, sites, norms, ride, add=Add):
-    """fused.build_state, for every recipe. Sites that no add carries keep ride None."""
+    """fused_layer.build_state, for every recipe. Sites that no add carries keep ride None."""
     if isinstance(recipe, ResidualLayer):
         return _residual_state(recipe, owner, sites, norms, ride, add)
     if isinstance(recipe, ParallelLayer):

@@ -1,6 +1,6 @@
-"""The fused forwards, one for each recipe of families/family.py: the layer's own, its adds replaced.
+"""The fused forwards, one per recipe of families/family.py: the layer's own forward with its adds replaced.
 
-A fused forward runs on a module whose class was swapped (patching/class_swap.py) and finds what it needs in a state
+A fused forward runs on a module whose class was swapped (patching/class_swap.py). It finds what it needs in a state
 object beside the module's attributes. Without a state it is the layer's own forward.
 """
 
@@ -19,10 +19,11 @@ STATE = "_fastedit"
 class State:
     """What the fused forward of one module uses.
 
-    adds: {name of the inner module: Add}. norms: {name: Norm, or None where the module must be called}.
-    entry: the Norm that a predecessor may have computed already; successor: the State it may do so for.
-    apart: the dtype in which the sum is not what the successor reads. block: the `block` Site, where the module's
-    own forward may have to leave it to us.
+    adds: {name of the inner module: Add}. norms: {name: Norm, or None if the module must be called}.
+    entry: the Norm that a predecessor may have computed already. successor: the State for which this one may do so.
+    apart: the dtype in which the sum is not what the successor reads. block: the `block` Site, if the module's own
+        forward
+    may have to leave it to us.
     """
 
     def __init__(self, module, adds, norms, entry=None, apart=None):
@@ -69,7 +70,7 @@ def entry_norm(state, hidden, norm):
 
 
 def leave(state, add, x, residual):
-    """The module's last add, with the successor's first norm where that can be carried over."""
+    """The module's last add, with the successor's first norm if that can be carried over."""
     successor = state.successor
     if successor is None or not (_may_carry(state.module) and _may_carry(successor.module)):
         return add(x, residual)
@@ -197,7 +198,7 @@ def build_state(recipe, owner, sites, norms, ride, add=Add):
 
 
 def served_norms(recipe, owner, norms):
-    """{name: Norm, or None where the module must be called}"""
+    """{name: Norm, or None if the module must be called}"""
     return {
         name: None if norms[name] is None
         else Norm(owner._modules[name], *norms[name], ((owner._modules, name, owner._modules[name]),))

@@ -1,11 +1,11 @@
-"""Patching: edits onto this model's instances, and every bit of the model back (DESIGN.md 5).
+"""Patching: edits go onto this model's instances, and the model comes back bit for bit (docs/design.md, 8).
 
     handle = fastedit.patch(model, edits)
     ...
     handle.remove()
 
-Edits live in one submodule, `model.fastedit`, one child a handle, so parameters(), state_dict(), Trainer and
-the wrappers see them. Each (layer, site) has one `Site` holding the edits of all handles there, in order.
+Edits live in one submodule, `model.fastedit`, with one child per handle. So parameters(), state_dict(), Trainer and the
+wrappers see them. Each (layer, site) has one `Site` with the edits of all handles there, in order.
 """
 
 import math
@@ -16,12 +16,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..edits.kinds import Edit
-from ..edits.probes import readings
 from ..ops.parameter_changes import advise_rate, optimizer_steps
+from . import saving
 from .heads import heads
 from .layer_plan import device_at, plan, width_at
 from .merge import MergeError, merge_handle
 from .model_edits import Root, mark_first, root_of
+from .probe_readings import readings
 from .report import report
 from .rows.generating import check_lengths, check_mask
 from .rows.tenants import Assignment, Tenancy, check_count, check_tenant
@@ -30,24 +31,25 @@ RATES = "Published: RED 1e-3 to 2e-2, LoReFT and its kin 4e-4 to 4e-3, a vector 
 
 
 def patch(model, edits, *, freeze=False, fused=True, tenants=None):
-    """Put edits on a model, in place; returns the Handle that dials, saves, merges and removes them.
+    """Put edits on a model, in place. Returns the Handle that dials, saves, merges and removes them.
 
     Args:
-        model: an nn.Module with a stack of layers (fastedit/families); on any device, meta included.
+        model: an nn.Module with a stack of layers (fastedit/families), on any device, meta included.
         edits: an Edit or a list of them: a stack, applied in order, after those of earlier handles.
-        freeze: let only the edits train, and what is newly initialised: a task head, a pooler, a projector (fastedit/patching/heads.py).
+        freeze: let only the edits train, and newly initialized modules: a task head, a pooler, a projector
+            (fastedit/patching/heads.py).
         fused: False keeps to the plain path, where an edit is an op of its own.
-        tenants: a number of tenants to train in one batch: every tensor gets a leading tenant dimension, and forwards
+        tenants: a number of tenants to train in one batch. Every tensor gets a leading tenant dimension, and forwards
             run inside `handle.assign` (fastedit/patching/rows/tenants.py).
 
     Raises:
-        TypeError, ValueError: what cannot be patched, before anything on the model has changed.
+        TypeError, ValueError: something that cannot be patched, before anything on the model has changed.
     """
     return patch_as(Handle, model, edits, freeze, fused, tenants)
 
 
 def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
-    """`patch`, with a Handle of another kind."""
+    """`patch`, with another class of Handle."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r:.60}, expected a torch.nn.Module, such as a transformers model")
     if not isinstance(edits, (Edit, list, tuple)):
@@ -82,13 +84,13 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
 
 
 def handles(model):
-    """The handles on a model, in the order they were patched; a copied model has handles of its own."""
+    """The handles on a model, in the order in which they were patched. A copied model has handles of its own."""
     root = root_of(model)
     return [] if root is None else [handle for handle in root.handles.values() if isinstance(handle, Handle)]
 
 
 class Handle:
-    """The edits of one `patch` call on a model. Also a context manager: leaving it removes them."""
+    """The edits of one `patch` call on a model. As a context manager it removes them on exit."""
 
     def __init__(self, model, root, edits, members, freeze, fused, tenancy=None):
         self.tenancy = tenancy
@@ -116,7 +118,7 @@ class Handle:
     # --- what it holds --------------------------------------------------------------------------------------
 
     def config(self):
-        """One JSON-able description an edit, layers resolved; `fastedit.edits.config.from_config` reads it back."""
+        """One JSON-able description per edit, layers resolved. `fastedit.edits.config.from_config` reads it back."""
         return [
             {**edit.config(), "layers": [layer.index for layer, _ in members]}
             for edit, members in zip(self.edits, self._members, strict=True)
@@ -125,8 +127,8 @@ class Handle:
     def named_tensors(self, *, tenant=None):
         """{"0.layers.3.mlp.scale": tensor}: edit number, layer, site, name. The fp32 masters, detached.
 
-        Of a handle with tenants all of them, (tenants, …), or one tenant's. Masters laid out over several processes are
-        gathered: all of these call this together.
+        With tenants, a tensor has the shape (tenants, …). `tenant=` selects the tensors of one tenant. Masters laid out
+        over several processes are gathered: all of these processes must call this.
         """
         found = {name: tensor.detach() for name, tensor in self._named()}
         if any(type(tensor) is not torch.Tensor for tensor in found.values()):
@@ -142,7 +144,7 @@ class Handle:
         """Copy tensors into the masters, in place. `tensors` has exactly the names of `named_tensors`.
 
         Raises:
-            KeyError, ValueError, TypeError: names, shapes, dtypes or values that do not fit; nothing changed.
+            KeyError, ValueError, TypeError: names, shapes, dtypes or values that do not fit. Nothing has changed.
         """
         self._changeable()
         own = dict(self._named())
@@ -175,14 +177,14 @@ class Handle:
         return self._tree.parameters()
 
     def never_moved(self):
-        """Whether the edits are to be trained and are still where they began; False where that is not known."""
+        """Whether the edits should train and still have their initial values. False if that is not known."""
         if self._start is None or not any(masters.trainable for _, _, masters in self._each()):
             return False
         now = self._sums()
         return now is not None and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(self._start, now, strict=True))
 
     def _sums(self):
-        """Two numbers a tensor, which tell whether any has moved; None where there is nothing to add up."""
+        """Two numbers per tensor, which show whether any has moved. None if there is nothing to add up."""
         found = [tensor.detach() for _, tensor in self._named()]
         if any(type(t) is not torch.Tensor or t.device.type in ("meta", "mps") for t in found):
             return None  # mps has no fp64
@@ -193,7 +195,7 @@ class Handle:
         return sum(tensor.numel() for _, tensor in self._named())
 
     def print_trainable_parameters(self):
-        """Print how many numbers train, of the edits and of the whole model, as PEFT's models do."""
+        """Print how many numbers train, in the edits and in the whole model, as PEFT's models do."""
         mine = sum(p.numel() for p in self.parameters() if p.requires_grad)
         model = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         total, trained = sum(n for n, _ in model), sum(n for n, needs in model if needs)
@@ -204,7 +206,7 @@ class Handle:
 
     @property
     def strength(self):
-        """A factor on every edit's own strength, 1 as patched. Setting it needs no re-trace or recapture."""
+        """A factor on every edit's own strength, 1 as patched. Setting it needs no new trace or capture."""
         return self._strength
 
     @strength.setter
@@ -227,20 +229,22 @@ class Handle:
         self._strength = value
 
     def prompt(self, lengths):
-        """How long the prompts are, for forwards on a filled cache: positions such as "generated" depend on it.
+        """Say how long the prompts are, for forwards on a filled cache. Positions such as "generated" depend on it.
 
-        lengths: real tokens, an int for every sequence or whole numbers (sequences,), of packed rows one per sequence in
-        their order; None to take it back. For all handles of the model, in this thread and asyncio task. `generate` knows
-        its own prompts and needs no telling.
+        lengths: in real tokens: an int for every sequence, or whole numbers (sequences,). For packed rows one per
+            sequence,
+        in order. None takes it back. Holds for all handles of the model, in this thread and asyncio task. `generate`
+        knows its own prompts and needs no call of this.
         """
         self._alive()
         self._root.rows.lengths = check_lengths(lengths)
 
     def mask(self, mask):
-        """Where edits with positions="mask" act, in the forwards and calls of `generate` from now on.
+        """Say where edits with positions="mask" act, in all later forwards and calls of `generate`.
 
-        mask: (sequences, columns), bool, or fp32 as a factor on the edit; columns behind it are not edited. None to take
-        it back. For all handles of the model, in this thread and asyncio task.
+        mask: (sequences, columns), bool, or fp32 as a factor on the edit. Columns beyond it are not edited. None takes
+            it back.
+        Holds for all handles of the model, in this thread and asyncio task.
         """
         self._alive()
         mask = check_mask(mask)
@@ -248,32 +252,30 @@ class Handle:
 
     @property
     def readings(self):
-        """What the probes among the edits read in this thread's last forward: a list of fp32 tensors, one a Probe.
+        """What the probes among the edits read in this thread's last forward: a list of fp32 tensors, one per Probe.
 
         Each is (layers, batch, tokens, probes). Within a call of `generate` the forwards are joined by token, except
-        under torch.compile. [] before the first forward; no gradient flows through them.
+        under torch.compile. [] before the first forward. No gradient flows through them.
         """
         return readings(self._members)
 
     def save(self, folder, *, tenant=None):
-        """Write the edits to a folder (fastedit.store), and the head or adapter that was trained along (fastedit.patching.trained_beside); of
-        a handle with tenants one tenant's, as an ordinary edit.
+        """Write the edits to a folder (fastedit.store), with the head or adapter that was trained beside them.
 
-        Over several processes (fastedit.distributed) all call this, and the first writes.
+        With tenants, `tenant=` selects the one to save, as an ordinary edit. Over several processes
+        (fastedit.distributed) all call this, and the first one writes.
         """
-        from . import edit_folder as store
-
-        return store.save(self, folder, tenant=tenant)
+        return saving.save(self, folder, tenant=tenant)
 
     # --- tenants --------------------------------------------------------------------------------------------
 
     def assign(self, tenants):
-        """A context inside which sequence i of a batch is edited by, and trains, tenants[i]; None or -1: by none.
+        """A context in which tenants[i] edits sequence i of a batch and trains on it. None or −1: no tenant.
 
         Args:
-            tenants: one tenant a sequence, numbers from 0 (in `generate`, beams and samples of a sequence share its
-                tenant). It holds as Bank.assign's does. Backward may follow outside; that of a checkpoint made by hand
-                (torch.utils.checkpoint), which runs forwards again, belongs inside.
+            tenants: one tenant per sequence, numbered from 0. In `generate`, beams and samples of a sequence share its
+                tenant. An assignment holds as Bank.assign's does. The backward may follow outside. The backward of a
+                checkpoint made by hand (torch.utils.checkpoint) runs forwards again and belongs inside.
 
         Raises:
             ValueError: the handle has no tenants, or not that one.
@@ -281,7 +283,7 @@ class Handle:
         return Assignment(self._tenants(), tenants)
 
     def tenant(self, tenant):
-        """One tenant's edits as they are now: ordinary edits, to patch onto any model of this shape."""
+        """One tenant's present edits, as ordinary edits. They can be patched onto any model of this shape."""
         mine = self.named_tensors(tenant=check_tenant(tenant, self._tenants().count))
         held = [{} for _ in self.edits]
         for number, (edit, members) in enumerate(zip(self.edits, self._members, strict=True)):
@@ -296,18 +298,18 @@ class Handle:
         return self.tenancy
 
     def report(self):
-        """Each edit's site, path (fused, or plain and why), backend, parameters and bytes; print it."""
+        """Each edit's site, path (fused, or plain and why), backend, parameters and bytes. Print it."""
         return report(self)
 
     def explain(self, inputs):
-        """Run a forward and tell which tokens of which rows were edited, by which edit, how strongly, behind which gate.
+        """Run a forward and say which tokens of which rows were edited, by which edit, how strongly, behind which gate.
 
         Args:
             inputs: input_ids (batch, tokens), or a mapping with what the model's forward takes.
 
         Returns:
-            An Explanation: print it for a table, `plot()` for a picture; `told` has the numbers. Probes and a Control are
-            not in it.
+            An Explanation. Print it for a table, call `plot()` for a picture; `told` has the numbers. Probes and a
+            Control are not in it.
 
         Raises:
             RuntimeError: the handle is removed or merged. TypeError: inputs without tokens.
@@ -324,21 +326,21 @@ class Handle:
         return self._merged is not None
 
     def merge(self, *, fp32=False):
-        """Put the edits, at their strength now, into the weights of the linear maps they follow.
+        """Put the edits, at their present strength, into the weights of the linear maps they follow.
 
-        While merged the model is an ordinary one: its state dict holds no edits, and `save_pretrained` saves
-        the merged weights. An existing bias is changed. A missing one is added; where the config has a
-        setting for it (Llama: mlp_bias, attention_bias) that is set, and zeros fill the biases it implies
-        elsewhere, so that `from_pretrained` reloads it. T5, Mistral and Qwen2 have no such setting: a warning
-        says so, and such a model runs but does not reload its new biases.
+        While merged the model is an ordinary one: its state dict holds no edits, and `save_pretrained` saves the merged
+        weights. An existing bias is changed. A missing bias is added. If the config has a setting for it (Llama:
+        mlp_bias, attention_bias), the setting is set, and zeros fill the other biases that it implies, so that
+        `from_pretrained` reloads it. T5, Mistral and Qwen2 have no such setting. A warning says so: such a model runs
+        but does not reload its new biases.
 
         Args:
-            fp32: keep a layer in float32 where its own dtype would lose more than 2 % of the edit to rounding
+            fp32: keep a layer in float32 if its own dtype would lose more than 2 % of the edit to rounding
                 (reload such a model with dtype=torch.float32).
 
         Raises:
-            MergeError: `block`, `embed` and `final` edits, quantised, adapted or tied weights, another handle's
-                edits in front, or too much rounding; the model is as it was.
+            MergeError: `block`, `embed` and `final` edits; quantized, adapted or tied weights; another handle's edits
+                in front; too much rounding. The model is as it was.
         """
         self._alive()
         if self.merged:
@@ -350,7 +352,7 @@ class Handle:
         self._root.merged.append(self)
 
     def unmerge(self):
-        """Put the original weights back, bit for bit, and the edits in force again.
+        """Restore the original weights bit for bit, and put the edits in force again.
 
         Raises:
             MergeError: not merged, not the last one merged there, or a module with merged weights was replaced since.
@@ -375,13 +377,13 @@ class Handle:
             masters.to(device_at(layer, edit.site))
 
     def _modules(self):
-        """Those whose weights a merge changes: several sites may share one."""
+        """The modules whose weights a merge changes. Several sites may share one."""
         return {layer.at(edit.site) for edit, layer, _ in self._each()}
 
     # --- undo -----------------------------------------------------------------------------------------------
 
     def remove(self):
-        """Give the model back bit for bit, a merge undone too. Doing it again does nothing."""
+        """Give the model back bit for bit. A merge is undone too. A second call does nothing."""
         if self.removed:
             return
         if self.merged:
@@ -432,7 +434,7 @@ class Handle:
                 yield from _under(f"{number}.{name}", sensor)
 
     def _sensors(self):
-        """The gates that measure elsewhere than their edits act."""
+        """The gates that measure at another place than their edits."""
         return [sensor for members in self._members for sensor in _shared(members).values()]
 
     def _build_tree(self):
@@ -451,7 +453,7 @@ class Handle:
         return tree
 
     def _activate(self, in_front=False):
-        """Put the masters behind those that are at their sites already, or in front of them."""
+        """Put the masters after those that are at their sites already, or in front of them."""
         own = {}
         for sensor in self._sensors():
             own.setdefault((sensor.layer, sensor.site), []).append(sensor)

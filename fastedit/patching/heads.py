@@ -1,4 +1,4 @@
-"""What of a model is no base: the modules that `freeze=True` leaves trainable."""
+"""The modules of a model that are not its base. `freeze=True` leaves them trainable."""
 
 from torch import nn
 
@@ -6,10 +6,10 @@ HEADS = ("classifier", "score", "qa_outputs", "classification_head")  # by name,
 
 
 def heads(model):
-    """The task head and whatever else is newly initialised: modules to train along with the edits.
+    """The task head and other newly initialized modules, to train beside the edits.
 
-    Of a transformers model everything outside its base model, unless that is what writes tokens (projectors, pre-classifiers,
-    classifiers), and a pooler whose biases are all zero: no pretraining leaves them there. Of any model the HEADS by name.
+    In a transformers model: everything outside its base model that does not write tokens (projectors, pre-classifiers,
+    classifiers), and a pooler whose biases are all zero, which no pretraining leaves. In any model: the HEADS by name.
     """
     found = [module for name in HEADS if isinstance(module := getattr(model, name, None), nn.Module)]
     base = getattr(model, "base_model", None)

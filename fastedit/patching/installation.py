@@ -1,10 +1,11 @@
-"""Putting the sites of one layer in force: fused where the proof allows, else after the site's own module."""
+"""Putting the sites of one layer in force: fused if the proof allows, else after the site's own module."""
 
 import itertools
 
 from ..edits.sites import SITES
 from ..families import alternatives, submodule
-from .class_swap import CARRIED, CARRY, STACK, base_of, swap, swap_back, swappable
+from ..families.own_class import base_of
+from .class_swap import CARRIED, CARRY, STACK, swap, swap_back, swappable
 from .fused_chain import build_state
 from .masters import Masters
 from .recomputing import Carry
@@ -18,8 +19,10 @@ class Installation:
     """The sites in force at one layer. paths: {site: None if fused, else why it is plain}."""
 
     def __init__(self, layer, sites, verdicts, fused=True, stack=None):
-        """verdicts: {recipe: Verdict}, of those recipes that were tried. stack: the row_plan.Stack, where an edit has
-        positions."""
+        """verdicts: {recipe: Verdict} of the recipes that were tried.
+
+        stack: the row_plan.Stack, if an edit has positions.
+        """
         self.layer, self.swapped, self.hooks, self.carry = layer, [], [], None
         self.states = {}  # recipe → State
         self.paths = {site: "fused=False was asked" if not fused else _no_add(layer, site) for site in sites}
@@ -36,7 +39,7 @@ class Installation:
             raise
 
     def _fuse_one_of(self, recipes, sites, verdicts):
-        """Fuse by the recipe that was proved; sites that it does not carry say why."""
+        """Fuse by the recipe that was proved. Sites that it does not carry get a reason."""
         tried = [recipe for recipe in recipes if verdicts.get(recipe) is not None]
         if not tried:
             return  # no site that a recipe of this owner could carry
@@ -72,7 +75,7 @@ class Installation:
             self.swapped.append(owner)
 
     def _by_module(self, sites):
-        """{module: its sites that no fused forward of its own serves}, in the order of SITES."""
+        """{module: its sites that no fused forward serves}, in the order of SITES."""
         found = {}
         for name in (name for name in SITES if name in sites):
             module = sites[name].module
@@ -131,7 +134,7 @@ def _no_add(layer, site):
 
 
 def link(installations):
-    """Let each state compute the first norm of the one that reads its sum next (layers in order)."""
+    """Let each state compute the first norm of the state that reads its sum next (layers in order)."""
     for installation in installations:
         for recipe, state in installation.states.items():
             state.successor, state.carried = None, {}

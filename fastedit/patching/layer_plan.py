@@ -1,4 +1,5 @@
-"""From declarative edits to masters for every layer: all that can fail, before the model is touched."""
+"""From declarative edits to masters for every layer. Everything that can fail fails here, before the model is
+touched."""
 
 import itertools
 
@@ -69,14 +70,14 @@ def _sensor_elsewhere(gate, key, edit, members, layers):
 
 
 def _precedes(layer, site, other, other_site):
-    """Whether one place is passed before another, or is the same."""
+    """Whether a forward passes one place before the other, or they are the same."""
     if layer.index != other.index or site == other_site:
         return layer.index <= other.index
     return _PASSED[site] < _PASSED[other_site]
 
 
 def choose(edit, layers):
-    """The layers an edit acts on, in the order it names them."""
+    """The layers that an edit acts on, in the order in which it names them."""
     if edit.site in MODEL_SITES:
         return _choose_of_model(edit, layers)
     if edit.layers is None:
@@ -152,7 +153,7 @@ def _no_site(edit, layer):
 
 
 def _instead(missed, there):
-    """What to do about layers that a site does not reach."""
+    """What to do about layers that do not have a site."""
     names, numbers = ", ".join(layer.name for layer in missed), [layer.index for layer in there]
     share = f"{len(missed)} of {len(missed) + len(there)}"
     return f". It would leave out {share} layers ({names}): say layers={numbers} to leave them out"
@@ -183,11 +184,12 @@ def input_width(module, layer):
 
 
 def site_width(module, layer):
-    """How wide the hidden states at a site are: a linear map's outputs, else the residual stream's width, by the model's
-    config, checked against the layer's own maps and norms.
+    """The width of the hidden states at a site: a linear map's outputs, else the residual stream's width.
+
+    The latter comes from the model's config and is checked against the layer's own maps and norms.
 
     Raises:
-        ValueError: the config says nothing and the layer has no linear map, or what they say differs.
+        ValueError: the config gives no width and the layer has no linear map, or they contradict each other.
     """
     if _outputs(module) is not None:
         return _outputs(module)
@@ -216,13 +218,13 @@ def _outputs(module):
 
 
 def _commonest(module):
-    """{the commonest length of a vector}: of a module that is no transformers model, whose norms say it."""
+    """{the commonest length of a vector}, for a module that is not a transformers model: its norms have that length."""
     widths = [p.shape[0] for p in module.parameters() if p.dim() == 1]
     return {max(set(widths), key=widths.count)} if widths else set()
 
 
 def device_at(layer, site):
-    """Where the weights at a site are; where accelerate offloads them, where it will run."""
+    """The device of the weights at a site. If accelerate offloads them, the device on which it will run."""
     module = layer.at(site)
     held = next(module.parameters(), None)  # a norm may have none
     found = (next(layer.module.parameters()) if held is None else held).device

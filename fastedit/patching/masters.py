@@ -8,38 +8,19 @@ from torch.autograd import Function
 
 from ..edits.form import Form
 from ..edits.kinds import TENSORS, Edit
+from ..ops.fp32_module import InFp32
 from ..ops.parameter_changes import optimizer_steps, stamp, transformed
 from .orthonormal_basis import Tangent, retract_, retracted, tangent
 from .recomputing import Runs
 from .rows.tenants import Slotted
 
 
-class InFp32(nn.Module):
-    """A module whose tensors follow the model to its device, never to its dtype: in bf16, 1 ± 1e-3 rounds back to 1."""
-
-    def _apply(self, fn, recurse=True):
-        def move(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype is torch.float32 else tensor.to(moved.device)
-
-        with torch.inference_mode(False):  # inference tensors could neither be dialled nor trained
-            return super()._apply(move, recurse)
-
-    def __setattr__(self, name, value):
-        """Stay where accelerate would offload: its hooks bring weights back for a forward, and masters have none."""
-        if name == "_hf_hook":
-            value.detach_hook(self)
-            self.to(getattr(value, "execution_device", None))
-        elif name not in ("forward", "_old_forward"):
-            super().__setattr__(name, value)
-
-
 class Masters(InFp32):
-    """An edit's tensors, parameters if it is trainable, else buffers; fp32 whatever the model becomes.
+    """An edit's tensors: parameters if it is trainable, else buffers. They are fp32 whatever the model becomes.
 
-    `dial` (1,) is the edit's strength now, fp32 and not saved; `strength` is the same number for Python. `at` (1,) is it
-    again, for a forward with a backward: where the dial is turned in place, `at` is another tensor from then on.
-    With a Tenancy the tensors have a leading tenant dimension, all tenants alike at the start.
+    `dial` (1,) is the edit's present strength, fp32 and not saved. `strength` is the same number for Python. `at` (1,)
+    is the same again, for a forward with a backward: when the dial is turned in place, `at` becomes another tensor.
+    With a Tenancy the tensors have a leading tenant dimension. All tenants start alike.
     """
 
     is_sensor = False
@@ -95,7 +76,7 @@ class Masters(InFp32):
         return self.form_of(masters)
 
     def tensors(self):
-        """(scale, bias, read, offset, write), where they need no folding (`direct`); Slotted for tenants."""
+        """(scale, bias, read, offset, write), if they need no folding (`direct`). Slotted for tenants."""
         get = (self._parameters if self.trainable else self._buffers).get
         own = tuple(get(name) for name in TENSORS)
         if self.whole is not None:
@@ -136,10 +117,10 @@ class Masters(InFp32):
 class DerivedMasters(Masters):
     """Masters from which the normal form's tensors follow: LoReFT's W and R give read = W − R and write = R.
 
-    What follows is computed once after each change, for all layers of the edit (`group`) in one batch, and kept at
-    fixed addresses; a change is seen by the masters' version counters and by optimisers' steps (ops/parameter_changes.py), so any
-    optimiser, wrapper or loader may make it.
-    A constrained master is retracted in that same moment, before anything reads it.
+    The derived tensors are computed once after each change, for all layers of the edit (`group`) in one batch, and kept
+    at fixed addresses. Version counters of the masters and optimizers' steps (ops/parameter_changes.py) show a change.
+    So any optimizer, wrapper or loader may make one. A constrained master is retracted at the same moment, before
+    anything reads it.
     """
 
     def __init__(self, edit, spot, width, device, tenancy=None):
@@ -150,7 +131,7 @@ class DerivedMasters(Masters):
         self.steps, self.settled = None, None  # of optimisers, when last settled; the masters then, of a whole batch
 
     def settle(self):
-        """Retract and derive, if a master has changed since."""
+        """Retract and derive, if a master has changed since the last time."""
         held = self._parameters if self.trainable else self._buffers
         if laid_out(held):
             return  # derived from whole tensors when it is used
@@ -212,7 +193,8 @@ class DerivedMasters(Masters):
         return super()._apply(fn, recurse)
 
     def __setattr__(self, name, value):
-        """Forget what followed from a master that is replaced: fully_shard gathers into one tensor, at one version."""
+        """Forget what was derived from a master that is replaced: fully_shard gathers into one tensor, at one
+        version."""
         if isinstance(value, torch.Tensor) and name in self._parameters:
             if self.constrained is not None and laid_out({name: value}):
                 raise ValueError(
@@ -224,7 +206,8 @@ class DerivedMasters(Masters):
 
 
 class Derived(Function):
-    """From the masters to the tensors kept for them; backward by the edit's `pull_back`, on the manifold if it has one."""
+    """From the masters to the derived tensors. The backward is the edit's `pull_back`, on the manifold if it has
+    one."""
 
     @staticmethod
     def forward(ctx, owner, *masters):
@@ -250,7 +233,7 @@ def masters_of(edit, spot, width, device, tenancy=None):
 
 
 def as_written(tensor):
-    """A context without autocast, whose products would be bf16; on meta there is none."""
+    """A context without autocast, whose products would be bf16. On meta there is no autocast."""
     return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -267,7 +250,7 @@ def laid_out(held):
 
 
 def settle(group):
-    """Retract the constrained masters of a group, and derive what follows from its masters."""
+    """Retract the constrained masters of a group, and derive the tensors that follow from its masters."""
     alike = {}
     for m in group:
         held = Masters.masters(m)
@@ -299,9 +282,9 @@ def _settle(members):
 
 
 def _as_settled(members, stacked):
-    """Whether all that called for this was a step of an optimiser that moved none of them.
+    """Whether the cause of this was an optimizer's step that moved none of the masters.
 
-    What a backward has saved must not be written anew then.
+    Tensors that a backward has saved must not be written again then.
     """
     before = members[0][0].settled
     if before is None or stacked.keys() != before.keys() or any(m.kept is None for m, _ in members):
@@ -318,7 +301,7 @@ def _as_settled(members, stacked):
 def _kept(place, derived, own, members):
     """One of the five tensors for each member: None, the member's master itself, or its slice of `derived`.
 
-    Copied into the slices of the last time if they are there, whose addresses a CUDA graph may hold.
+    Copied into the last time's slices if they exist, because a CUDA graph may hold their addresses.
     """
     if derived is None:
         return [None] * len(members)

@@ -1,11 +1,13 @@
-"""Merging a handle's edits into the weights of the linear maps they follow, and back (DESIGN.md 2, Merge).
+"""Merging a handle's edits into the weights of the linear maps they follow, and back (docs/design.md, 3).
 
     W' = diag(s) W + writeᵀ (read W)        m' = s ⊙ m + bias + (m @ readᵀ + offset) @ write
 
-(for q, k and v of a fused projection on their rows of it; for `ffn_in`, on the other side, form.merge_input),
-computed in float64 and rounded once to the weight's dtype. Exact in real numbers, not in bf16: with s = 1 ±
-1e-3 not one bf16 weight changes. So the rounding is measured, and a merge that would lose more than LIMIT of
-the edit is refused, or those layers are kept in fp32 where the caller asks for it.
+For q, k and v of a fused projection this acts on their rows. For `ffn_in` it acts on the other side
+(form.merge_input). It is computed in float64 and rounded once to the weight's dtype.
+
+The formula is exact in real numbers but not in bf16: with s = 1 ± 1e-3 not one bf16 weight changes. So the rounding is
+measured. A merge that would lose more than LIMIT of the edit is refused, or keeps those layers in fp32 if the caller
+asks for it.
 """
 
 import warnings
@@ -15,7 +17,7 @@ from torch import nn
 
 from ..edits.form import Form, at_strength, fold_all, merge, merge_input
 from ..families import Input, Part, mixture, submodule
-from .class_swap import base_of
+from ..families.own_class import base_of
 
 LIMIT = 0.02  # of the edit, as the change it makes to outputs for inputs of unit variance
 
@@ -28,11 +30,11 @@ _NO_MAP = {
 
 
 class MergeError(ValueError):
-    """This edit cannot be merged; the message says why and what to do."""
+    """This edit cannot be merged. The message says why and what to do."""
 
 
 class Merged:
-    """What a merge changed, to be put back: `undo` runs the notes from the last to the first."""
+    """What a merge changed. `undo` restores it, from the last change to the first."""
 
     def __init__(self):
         self.parameters = []  # (module, name, Parameter or None, its data)
@@ -41,7 +43,7 @@ class Merged:
         self.rounding = {}  # layer name → share of the edit that rounding lost
 
     def set(self, module, name, data):
-        """Put new data into a parameter, which stays the same object; a missing one is made."""
+        """Put new data into a parameter, which stays the same object. A missing parameter is made."""
         parameter = module._parameters[name]
         self.parameters.append((module, name, parameter, None if parameter is None else parameter.data))
         if parameter is None:
@@ -68,7 +70,7 @@ class _CastIn:
 
 
 class _CastOut:
-    """Forward hook: … and gives them back in the model's."""
+    """Forward hook: a layer kept in fp32 returns rows in the model's dtype."""
 
     def __init__(self, dtype):
         self.dtype = dtype
@@ -78,7 +80,7 @@ class _CastOut:
 
 
 def merge_handle(handle, fp32):
-    """Merge every edit of a handle; the Merged to undo it. Raises MergeError with the model unchanged."""
+    """Merge every edit of a handle. Returns the Merged that undoes it. Raises MergeError with the model unchanged."""
     if handle.tenancy is not None:
         raise MergeError(
             f"this handle holds {handle.tenancy.count} tenants, and weights can hold one edit: patch a model with "
@@ -160,7 +162,7 @@ def _is_conv1d(module):
 
 
 def _merge_one(merged, layer, site, masters, fp32):
-    """Merge a stack into its linear map; whether that gained a bias."""
+    """Merge a stack into its linear map. Returns whether that gained a bias."""
     module = layer.at(site)
     transposed = _is_conv1d(module)
     weight, bias = module.weight, module._parameters.get("bias")
@@ -216,7 +218,7 @@ def _wide(form):
 
 
 def _size(weight, bias, old_bias=None):
-    """Norm of the change in outputs that a change of weight and bias makes, for inputs of unit variance."""
+    """Norm of the change in outputs for a change of weight and bias, with inputs of unit variance."""
     total = weight.square().sum()
     if bias is not None:
         total = total + (bias if old_bias is None else bias - old_bias).square().sum()
@@ -231,7 +233,7 @@ def _lost(weight, bias, dtype, change):
 
 
 def _make_reloadable(merged, handle, sites):
-    """Where biases were added: set the config's flag for them, and zeros where else it implies them."""
+    """If biases were added: set the config's flag for them, and add zeros wherever else the flag implies a bias."""
     for site in sites:
         layers = handle._root.layers
         flag, paths = layers[0].family.biases.get(site, (None, ()))

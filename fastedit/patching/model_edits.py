@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from ..families import alternatives, find_layers
+from ..families.own_class import base_of
 from . import shape_probe as probe
 from . import state_dicts as states
-from .class_swap import base_of
 from .installation import Installation, link
 from .plan_owners import check_layout, install, owner_of, uninstall
 from .proof import fingerprint, prove
@@ -19,7 +19,7 @@ from .site_kinds import site_at
 
 
 class Root(nn.Module):
-    """One child a handle; beside them, and not submodules, the handles, sites and installations.
+    """One child per handle. Beside them, but not as submodules: the handles, sites and installations.
 
     All of it is copied and pickled with the model, so a copy has handles of its own.
     """
@@ -41,7 +41,7 @@ class Root(nn.Module):
         self.frozen = []  # the parameters that freeze=True found trainable
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """With a note of what the edits are, so that whoever saves the model saves them whole (patching/state_dicts.py)."""
+        """Save with a note of what the edits are, so that a saved model holds them whole (patching/state_dicts.py)."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (note := states.note(self)) is not None:
             destination[prefix + states.KEY] = note
@@ -54,7 +54,7 @@ class Root(nn.Module):
         return next(f"{kind}{n}" for n in range(len(self.handles) + 1) if f"{kind}{n}" not in self.handles)
 
     def drop(self, model, name):
-        """Forget a handle or a bank, whose sites are empty already; with the last of them, all that is on the model."""
+        """Forget a handle or a bank whose sites are empty already. The last one takes everything off the model."""
         del self._modules[name], self.handles[name]
         if not any(handle.freeze for handle in self.handles.values()):
             for parameter in self.frozen:
@@ -73,10 +73,10 @@ class Root(nn.Module):
         return {}
 
     def check(self, places):
-        """That edits act on what they are meant to act on: [(layer, site, width, by_token, reads)] (patching/shape_probe.py).
+        """Check that edits act on what they should: [(layer, site, width, by_token, reads)] (patching/shape_probe.py).
 
         Raises:
-            ValueError: a layer that hands on something else than (batch, tokens, width).
+            ValueError: a layer that passes on something else than (batch, tokens, width).
         """
         for layer, site, width, by_token, reads in places:
             probe.check(layer, site, width, self.shapes.get(layer.index, ()), by_token, reads)
@@ -90,7 +90,7 @@ class Root(nn.Module):
                     self._settle(layer, recipes, known)
 
     def _settle(self, layer, recipes, known):
-        """Prove a layer's alternatives until one holds; a warning if none does."""
+        """Prove a layer's alternatives until one holds. Warns if none does."""
         for recipe in recipes:
             key = fingerprint(layer, recipe)
             fresh = key not in known
@@ -107,7 +107,7 @@ class Root(nn.Module):
                 warnings.warn(message, stacklevel=5)
 
     def change(self, model, stacks):
-        """Put new stacks of masters at some sites, {(layer, site name): [Masters]}; [] empties a site."""
+        """Put new stacks of masters at some sites, {(layer, site name): [Masters]}. [] empties a site."""
         self._plan(model, stacks)
         touched = {}
         for (layer, name), masters in stacks.items():
@@ -170,7 +170,7 @@ class Root(nn.Module):
 
 
 def mark_first(members):
-    """Tell the first of [(layer, what stands there)] in each stack that a forward comes to it first."""
+    """Mark the first of [(layer, what is there)] in each stack: a forward reaches it first."""
     seen = set()
     for layer, masters in members:
         stack = layer.name.partition(".")[0]
@@ -178,7 +178,7 @@ def mark_first(members):
 
 
 def root_of(model):
-    """This model's Root, or None. Raises where another attribute or another patch is in the way."""
+    """This model's Root, or None. Raises if another attribute or another patch is in the way."""
     root = model._modules.get("fastedit")
     if isinstance(root, Root):
         return root

@@ -1,14 +1,16 @@
-"""Bases whose rows stay orthonormal while any optimiser trains them: retraction and tangent gradients.
+"""Bases whose rows stay orthonormal while any optimizer trains them: retraction and tangent gradients.
 
 A basis R is a plain fp32 parameter. Its gradient is projected onto the tangent space of the Stiefel manifold,
 
     G − sym(G Rᵀ) R,        sym(A) = (A + Aᵀ) / 2,
 
-so that the moments that AdamW keeps hold no part that the constraint would undo; and once the optimiser has moved R
-off the manifold it is retracted, R ← L⁻¹ R with L Lᵀ = R Rᵀ (Cholesky's form of QR: the rows' Gram–Schmidt), in float64
-and for all layers in one batch. The alternative, a free matrix A with R = Q(A) (torch.nn.utils.parametrizations.
-orthogonal), rebuilds R and differentiates through that in every layer of every forward; per step both walk down the
-same directions to first order, and 150 steps end at most a tenth higher (tests/test_reft_training.py).
+so that AdamW's moments hold no part that the constraint would undo. When the optimizer has moved R off the manifold, it
+is retracted: R ← L⁻¹ R with L Lᵀ = R Rᵀ (Cholesky's form of QR: the rows' Gram–Schmidt), in float64 and for all layers
+in one batch.
+
+The alternative is a free matrix A with R = Q(A) (torch.nn.utils.parametrizations.orthogonal). It rebuilds R and
+differentiates through that in every layer of every forward. Per step both descend in the same directions to first
+order, and 150 steps end at most a tenth higher (tests/test_reft_training.py).
 
 Edelman, Arias and Smith 1998 (tangent projection, 2.2.1); Absil, Mahony and Sepulchre 2008 (QR retraction, 4.1.1).
 """
@@ -35,11 +37,11 @@ def tangent(basis, grad):
 
 
 def retracted(bases):
-    """The nearest that Gram–Schmidt comes: bases (…, rank, width) fp32 with orthonormal rows, new memory.
+    """Gram–Schmidt of bases (…, rank, width): fp32, orthonormal rows, new memory.
 
     Raises:
-        ValueError: on the CPU, rows that are linearly dependent (elsewhere, where looking would stall the stream, such
-            a basis is left as it is).
+        ValueError: on the CPU, rows that are linearly dependent. Elsewhere that check would stall the stream, so such a
+            basis is left as it is.
     """
     wide = bases.double()
     gram = wide @ wide.mT
@@ -57,7 +59,7 @@ def retracted(bases):
 
 
 class Tangent(Function):
-    """The basis itself, whose gradient is the tangent part: for a compiler, which then sees the rest."""
+    """The basis itself, with the tangent part as gradient. For a compiler, which then sees the rest."""
 
     @staticmethod
     def forward(ctx, basis):

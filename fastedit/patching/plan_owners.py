@@ -4,7 +4,8 @@ import inspect
 
 import torch
 
-from .class_swap import PLANNED, base_of, swap, swap_back, swappable
+from ..families.own_class import base_of
+from .class_swap import PLANNED, swap, swap_back, swappable
 from .rows.row_plan import INPUTS
 
 

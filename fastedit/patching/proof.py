@@ -1,9 +1,9 @@
-"""A fused forward is proved before it is used: the same small input goes through the layer's own forward and
-through it, with stand-ins for attention and FFN, and random-weight copies of the norms on the CPU.
+"""A fused forward is proved before it is used.
 
-So the proof needs no real weights (meta, offloaded and sharded models work), touches no global random state
-and leaves the layer alone. It compares structure, not kernels: the fused side runs the ops' definitions in
-PyTorch.
+The same small input goes through the layer's own forward and through the fused one. Stand-ins replace attention and
+FFN, and copies with random weights on the CPU replace the norms. So the proof needs no real weights (meta, offloaded
+and sharded models work), touches no global random state and leaves the layer alone. It compares structure, not kernels:
+the fused side runs the ops' definitions in PyTorch.
 """
 
 import inspect
@@ -15,8 +15,9 @@ from torch import nn
 
 from ..edits.form import Form
 from ..families import ParallelLayer, submodule
+from ..families.own_class import base_of
 from ..kernels.reference.edit_add_norm import norm as norm_by_definition
-from .class_swap import base_of, swapped_class
+from .class_swap import swapped_class
 from .fused_chain import build_state
 from .fused_layer import STATE, arguments_of
 from .layer_plan import site_width
@@ -29,7 +30,7 @@ _EPS = ("variance_epsilon", "eps", "epsilon")
 
 @dataclass
 class Verdict:
-    """reason: why a recipe is not used, or None. norms: {name: (kind, eps) or None: call the module}."""
+    """reason: why a recipe is not used, or None. norms: {name: (kind, eps), or None: call the module}."""
 
     reason: str | None = None
     norms: dict = field(default_factory=dict)
@@ -62,7 +63,7 @@ def prove(layer, recipe):
 
 
 def fingerprint(layer, recipe):
-    """Layers that share a verdict: the same classes and plain settings of the owner and its children."""
+    """A key for layers that share a verdict: the same classes and plain settings of the owner and its children."""
     owner = submodule(layer.module, recipe.owner)
     modules = [("", owner), *owner.named_children()]
     return recipe, tuple((name, base_of(m), *_settings(m)) for name, m in modules)
@@ -80,7 +81,7 @@ def _settings(module):
 
 
 def norm_spec(module, generator):
-    """(kind, eps) of a norm module that the kernel can stand in for, found by comparing them; else None."""
+    """(kind, eps) of a norm module that the kernel can replace, found by comparing the two. Else None."""
     eps = next(
         (getattr(module, name) for name in _EPS if isinstance(getattr(module, name, None), float)), None
     )
@@ -102,7 +103,7 @@ def norm_spec(module, generator):
 
 
 def _is_kind(module, kind, eps, width, dtype, generator):
-    """Whether the module is this norm, and the kernel's definition errs at most twice as much, and an ulp."""
+    """Whether the module is this norm, and the kernel's definition errs at most twice as much plus an ulp."""
     twin = _norm_twin(module, dtype, generator)
     rows = _rows((6, width), generator).to(dtype)
     weight, bias = twin._parameters.get("weight"), twin._parameters.get("bias")
@@ -150,7 +151,7 @@ def _norm_twin(module, dtype, generator):
 
 
 class _StandIn(nn.Module):
-    """In place of attention or FFN: a fixed function of the rows, then a form; notes how it was called."""
+    """Replaces attention or FFN: a fixed function of the rows, then a form. Notes how it was called."""
 
     def __init__(self, number, outputs, form, calls):
         super().__init__()
@@ -166,7 +167,7 @@ class _StandIn(nn.Module):
 
 
 class _Unexpected(nn.Module):
-    """In place of a child that the recipe does not know."""
+    """Replaces a child that the recipe does not know."""
 
     def forward(self, *args, **kwargs):
         raise RuntimeError("it calls a module that the recipe does not know")
@@ -204,7 +205,7 @@ class _DefinedAdd(Add):
 
 
 def _compare(layer, recipe, owner, base, norms, generator):
-    """None if the fused forward does what the layer's own does, with edits; else the difference."""
+    """None if the fused forward does what the layer's own does, with edits. Else the difference."""
     width = site_width(layer.at("mlp"), layer)
     forms = {
         site: Form(*(torch.randn(width, generator=generator) * 0.3 + one for one in (1.0, 0.0)))
@@ -228,7 +229,7 @@ def _compare(layer, recipe, owner, base, norms, generator):
 
 
 def _cases(recipe):
-    """(sites without an edit, arguments that are None, whether arguments go by keyword)"""
+    """(sites without an edit, arguments that are None, whether arguments are passed by keyword)"""
     for by_keyword in (True, False):
         yield (), (), by_keyword
     if isinstance(recipe, ParallelLayer):
@@ -238,7 +239,7 @@ def _cases(recipe):
 
 
 def _inners(recipe, owner):
-    """{submodule that a stand-in takes the place of: (site of its output or None, how many outputs)}"""
+    """{submodule that a stand-in replaces: (site of its output or None, how many outputs)}"""
     found = {one.inner: (one.site, one.outputs) for one in recipe.adds()}
     for step in getattr(recipe, "steps", ()):
         for name in step.chain[:-1]:
@@ -262,7 +263,7 @@ def _arguments(recipe, base, rows, by_keyword, left_out=()):
 
 
 def _run(recipe, owner, cls, weights, forms, norms, arguments):
-    """(outputs, calls of the stand-ins) of the owner's twin of class `cls`; with norms, as a fused one."""
+    """(outputs, calls of the stand-ins) of the owner's twin of class `cls`. With norms, as a fused one."""
     twin, calls, fused = _blank(owner, cls), [], norms is not None
     known = _inners(recipe, owner)
     for number, (name, child) in enumerate(owner._modules.items()):
@@ -290,7 +291,7 @@ def _run(recipe, owner, cls, weights, forms, norms, arguments):
 
 
 def _difference(expected, got, dtype):
-    """None, or in words where two outputs part: more than rounding, row by row."""
+    """None, or in words where two outputs differ by more than rounding, row by row."""
     if expected[0] is not got[0] or expected[2] != got[2]:
         return "it returns something else behind the hidden states"
     a, b = expected[1], got[1]

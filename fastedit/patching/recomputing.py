@@ -1,8 +1,8 @@
-"""A checkpoint computes a forward again, in the backward: with what that forward had, whatever has changed since.
+"""A checkpoint computes a forward again in the backward. It then has what that forward had, whatever changed since.
 
-transformers' checkpointing goes through a layer, which hands it a `Recomputed`: the layer's function, the context of the
-forward (contextvars: assignments, row plans) and the strengths. A checkpoint made by hand tells us nothing; there a
-recomputation is let through only if all forwards since the last one had the same (`Runs`).
+transformers' checkpointing goes through a layer. The layer hands it a `Recomputed`: the layer's function, the context
+of the forward (contextvars: assignments, row plans) and the strengths. A checkpoint made by hand tells us nothing.
+There a recomputation is allowed only if all forwards since the last one had the same values (`Runs`).
 """
 
 from contextvars import ContextVar, copy_context
@@ -20,18 +20,20 @@ def recomputing():
 
 
 def by_hand():
-    """Whether this runs inside a backward, and not in its own forward's context. Asked where gradients are enabled."""
+    """Whether this runs inside a backward, but not in its own forward's context. Asked where gradients are enabled."""
     return _graph_task() != -1 and _DIALS.get() is None
 
 
 def dials():
-    """{Masters: (its strength then (1,), whether that may differ from 1)} in a recomputation in its own forward's context,
-    else None."""
+    """{Masters: (its strength then (1,), whether that may differ from 1)}, in a recomputation in its forward's context.
+
+    Else None.
+    """
     return _DIALS.get()
 
 
 class Carry:
-    """What a layer with edits hands to its checkpointing function. changed: the edits there are others now."""
+    """What a layer with edits hands to its checkpointing function. changed: the layer has other edits now."""
 
     def __init__(self, name, masters):
         self.name, self.masters, self.changed = name, masters, False
@@ -48,7 +50,7 @@ class Carry:
 
 
 class Recomputed:
-    """A layer's function: run as it is, and when it is run again, in the context and at the strengths of the first time."""
+    """A layer's function. When it runs again, it has the context and the strengths of the first time."""
 
     def __init__(self, carry, function):
         self.carry, self.function, self.again = carry, function, False
@@ -77,7 +79,7 @@ _NEVER = object()
 
 
 class Runs:
-    """What forwards ran with that a checkpoint made by hand may compute again: since the last time it did.
+    """The values of the forwards that a checkpoint made by hand may compute again, since the last time it did.
 
     Forwards in inference mode are never computed again and do not count.
     """
@@ -86,7 +88,7 @@ class Runs:
         self.last, self.all, self.settled = _NEVER, [], False
 
     def note(self, value):
-        """A forward had `value`; called where it is not `last`."""
+        """A forward had `value`. Called if it is not `last`."""
         if torch.is_inference_mode_enabled():
             return
         if self.settled:
@@ -100,7 +102,7 @@ class Runs:
         """A backward computes a forward again, which now has `value`.
 
         Raises:
-            RuntimeError: forwards had others, and which one this forward had is not known.
+            RuntimeError: forwards had other values, and it is not known which one this forward had.
         """
         self.settled, self.last = True, _NEVER
         if self.all != [value]:

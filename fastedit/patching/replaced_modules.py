@@ -1,8 +1,9 @@
-"""Modules that take another's place after patching (an adapter merged and unloaded, a quantised map, another layer).
+"""Modules that are replaced after patching (an adapter merged and unloaded, a quantized map, another layer).
 
-An edit stands on the modules that it found. Before each forward of a stack its owner looks whether they are where they
-were (`Watch.intact`, some dictionary look-ups); if not, edits go over to what is in the same place now, where that is the
-same kind of place, and else the forward is refused. A module that another library has wrapped is still there.
+An edit is attached to the modules that it found. Before each forward of a stack, its owner checks that they are still
+in place (`Watch.intact`, some dictionary look-ups). If one is not, its edits move to the module that is in the same
+place now, if that is a place of the same kind. Else the forward is refused. A module that another library has wrapped
+is still there.
 """
 
 import itertools
@@ -17,7 +18,8 @@ _numbers, _watches = itertools.count(), weakref.WeakValueDictionary()
 
 
 class Watch:
-    """What the edits of a model stand on: [(holder, name, module)], from the model down. lost: what is not in it."""
+    """The modules that a model's edits depend on: [(holder, name, module)], from the model down. lost: those not in
+    it."""
 
     def __init__(self, root, model):
         self.root, self.links, self.lost = root, [], []
@@ -61,7 +63,7 @@ class Watch:
 
 @torch.compiler.assume_constant_result
 def in_trace(number):
-    """While a compiler looks on: refuse what is not in its place, as nothing can be moved then."""
+    """While a compiler looks on: refuse a module that is not in its place, because nothing can be moved then."""
     watch = _watches[number]
     if not watch.intact():
         raise RuntimeError(
@@ -72,10 +74,10 @@ def in_trace(number):
 
 
 def follow(root, model):
-    """Put a model's edits on what is now in the places that they were patched at.
+    """Move a model's edits to the modules that are now in the places where they were patched.
 
     Raises:
-        RuntimeError: another kind of place, or none.
+        RuntimeError: the place is of another kind, or is gone.
     """
     moved = root.watch.moved()
     fresh = {layer.name: layer for layer in find_layers(model)}

@@ -1,4 +1,4 @@
-"""What is where: one line for each edit at each site and path, neighbouring layers together."""
+"""What is where: one line per edit, site and path. Neighboring layers share a line."""
 
 from ..ops.dispatch import BackendError, select
 from .rows.gate_sensors import kernel_gate
@@ -7,7 +7,7 @@ _HEAD = ("layers", "site", "edit", "path", "backend", "parameters", "bytes")
 
 
 class Report:
-    """`rows`: one dict an edit and layer. Printed, layers that differ in nothing else share a line."""
+    """`rows`: one dict per edit and layer. Printed, layers that differ in nothing else share a line."""
 
     def __init__(self, rows):
         self.rows = rows

@@ -114,7 +114,7 @@ class Norm:
 
 
 class Add:
-    """residual' = residual + E(x), then E'(·) of the sum: `x` and `sum` are sites, or None.
+    """residual' = residual + E(x), then E'(·) of the sum. `x` and `sum` are sites, or None.
 
     `run` is `add`; the proof puts in its definition.
     """

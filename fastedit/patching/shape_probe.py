@@ -1,7 +1,8 @@
-"""What the layers of a model hand on: read once, when a model is patched, from a forward of two sequences of five tokens.
+"""What the layers of a model pass on. Read once, when a model is patched, from a forward of two sequences of five
+tokens.
 
-The forward runs on tensors without data (meta) where the model's code allows, else on the model itself. Everyone's hooks
-are passed over, the random state and each module's mode are as before.
+The forward runs on tensors without data (meta) if the model's code allows, else on the model itself. It runs no hooks.
+The random state and each module's mode are restored.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import inspect
 
 import torch
 
-from .class_swap import base_of
+from ..families.own_class import base_of
 from .eval_mode import evaluating
 
 BATCH, TOKENS = 2, 5
@@ -18,16 +19,17 @@ BATCH, TOKENS = 2, 5
 
 
 def check(layer, site, width, shapes, by_token, reads):
-    """That an edit at a site of a layer acts on what it is meant to act on.
+    """Check that an edit at a site of a layer acts on what it should.
 
     Args:
-        width: of the edit. shapes: what the layer handed on, a shape a call (output_shapes); () where that is not known.
+        width: of the edit. shapes: what the layer passed on, one shape per call (output_shapes). () if that is not
+            known.
         by_token: whether the edit must know which token a row is (positions, gates, probes, tenants, banks).
-        reads: whether something is read here (a probe, a gate) and not edited alone.
+        reads: whether something is read here (a probe, a gate), not only edited.
 
     Raises:
-        ValueError: what the layer hands on is no tensor, or of another width, or not laid out as (batch, tokens, width); or
-            a layer that runs more than once a forward is read.
+        ValueError: the layer passes on no tensor, or one of another width, or one not laid out as (batch, tokens,
+            width); or something is read at a layer that runs more than once per forward.
     """
     kind = type(layer.module).__name__
     if reads and len(shapes) > 1:
@@ -51,10 +53,11 @@ def check(layer, site, width, shapes, by_token, reads):
 
 
 def output_shapes(model, layers):
-    """{layer index: [shape of what the layer hands on, one a call]} in a forward of BATCH sequences of TOKENS tokens; None
-    where the model could not be run, or not on token ids.
+    """{layer index: [shape of what the layer passes on, one per call]} in a forward of BATCH sequences of TOKENS
+    tokens.
 
-    A shape is None where it is no tensor, nor a tuple that starts with one.
+    None if the model could not be run, or does not run on token ids. A shape is None if the output is neither a tensor
+    nor a tuple that starts with one.
     """
     names = _names(model)
     if names is None:
@@ -67,7 +70,7 @@ def output_shapes(model, layers):
 
 
 def _names(model):
-    """The arguments to call with, by the kind of the model; None if it takes no token ids."""
+    """The arguments to call with, by the kind of the model. None if it takes no token ids."""
     takes = inspect.signature(base_of(model).forward).parameters
     if "input_ids" not in takes:
         return None
@@ -114,7 +117,7 @@ def _keeper(shapes):
 
 @contextlib.contextmanager
 def _bare(model):
-    """The model without anyone's hooks; what its modules keep of a forward (recurrent states, say) is as it was afterwards."""
+    """The model without hooks. Afterwards its modules keep what they kept before (recurrent states, for example)."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
         for module, held in before:

@@ -3,15 +3,15 @@
 import torch
 from torch.autograd import forward_ad
 
+from ..arguments import MAX_RANK
 from ..edits.form import at_strength, fold_all
-from ..edits.probes import Reading
 from ..ops import parameter_changes as changes
-from ..ops.checks import MAX_RANK
 from ..ops.native import NOTHING, bound, holds, try_edit
 from ..ops.parameter_changes import optimizer_steps, stamp
 from . import residual_add as adds
 from .layer_plan import width_at
 from .masters import DerivedMasters, as_written
+from .probe_readings import Reading
 from .recomputing import by_hand, dials
 from .rows.gate_sensors import Tap, kernel_gate
 from .rows.row_plan import NOWHERE
@@ -22,7 +22,7 @@ _transforms = torch._C._are_functorch_transforms_active
 class Stage:
     """Consecutive edits of a site, at the same positions, that run as one form. stack: where their rows are known.
 
-    on_x, on_sum: whether an add can carry it, of what is added or of the sum, which is not there before the add.
+    on_x, on_sum: whether an add can carry it, on what is added or on the sum. Before the add, the sum does not exist.
     """
 
     def __init__(self, masters, stack=None):
@@ -38,12 +38,14 @@ class Stage:
         self.folded, self.lent, self.watched, self.steps = None, None, [], None
 
     def arguments(self, hidden):
-        """((scale, bias, read, offset, write), strength) for the ops on hidden states, beside `looks`; None where no row
-        is meant. Of hidden states, only a gate that looks at them, and is not the kernel's, needs more than the shape.
+        """((scale, bias, read, offset, write), strength) for the ops on hidden states, beside `looks`. None if no row
+        is edited.
 
-        One edit passes its own tensors, and its dial once that may differ from 1. Several are folded,
-        strengths first, into tensors that do not move; under grad or torch.compile they are folded in the
-        graph. At some positions, or behind a gate, strength is a number for each row.
+        Only the shape of the hidden states is used, unless a gate that is not the kernel's must look at them.
+
+        One edit passes its own tensors, and its dial once that may differ from 1. Several edits are folded, strengths
+        first, into tensors that do not move. With gradients or torch.compile they are folded in the graph. At some
+        positions, or behind a gate, strength is one number per row.
         """
         if self.tenants:
             plan = self.stack.known_plan("tenants")
@@ -68,8 +70,8 @@ class Stage:
     def form_and_dial(self):
         """The form's tensors, and the dial (1,) that is not in them yet, or None.
 
-        What a backward may save is of this forward: a dial that is turned since is another tensor (Masters.at), and a
-        checkpoint that computes it again has the strengths that it had.
+        What a backward may save belongs to this forward. A dial that is turned later is another tensor (Masters.at),
+        and a checkpoint that computes the forward again has the strengths that it had.
         """
         only, grad = self.only, torch.is_grad_enabled()
         if torch.compiler.is_compiling():
@@ -101,15 +103,17 @@ class Stage:
         return self._lent() if grad else self.folded, None
 
     def _strengths_then(self):
-        """{Masters: strength of the forward that a checkpoint computes again}, None in a forward."""
+        """{Masters: strength of the forward that a checkpoint computes again}. None in a forward."""
         if by_hand():
             for m in self.masters:
                 m.runs.check(m.strength, "strengths")
         return dials()
 
     def _lent(self):
-        """The fold for a backward to save, which the next fold leaves alone; a captured graph has the tensors that it
-        writes to."""
+        """The fold for a backward to save, which the next fold does not overwrite.
+
+        A captured graph keeps the tensors that it writes to.
+        """
         if self.masters[0].dial.is_cuda and torch.cuda.is_current_stream_capturing():
             return self.folded
         if self.lent is None:
@@ -147,13 +151,13 @@ class Stage:
         return (*tensors, strength, *gate), tuple(facts)
 
     def fold(self, grad, then=None):
-        """The edits' one form, differentiably; then: at those strengths."""
+        """The edits' one form, differentiable. then: use those strengths."""
         with as_written(self.masters[0].dial):
             dials = [m.at if grad else m.dial for m in self.masters] if then is None else [then[m][0] for m in self.masters]
             return fold_all([at_strength(m.form(), d) for m, d in zip(self.masters, dials, strict=True)]).tensors()
 
     def keep(self, folded):
-        """Into the tensors of the last fold, whose addresses a CUDA graph may hold, if they fit."""
+        """Copy into the tensors of the last fold, if they fit: a CUDA graph may hold their addresses."""
         kept = self.folded
         same = kept is not None and all(
             (a is None) == (b is None) and (a is None or (a.shape == b.shape and a.device == b.device))
@@ -168,7 +172,7 @@ class Stage:
 
 
 def _with_norm_of(hidden, edited):
-    """The edited rows at the length they had; a row that was not edited keeps its bits."""
+    """The edited rows, scaled to their former length. A row that was not edited keeps its bits."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     before, after = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype) for rows in (hidden, edited))
     share = before / torch.where(after > 0, after, torch.ones_like(after))
@@ -177,11 +181,11 @@ def _with_norm_of(hidden, edited):
 
 
 class Ride:
-    """Whether an add carries a site's edits in this call; if not, the site's own module applies them.
+    """Whether an add carries a site's edits in this call. If not, the site's own module applies them.
 
-    Both sides ask, and nothing that they look at changes within a forward: a hook on a module between site
-    and add (it must see the edit), an active dropout there, a dtype that the layer treats apart, a module that
-    took another's place since (PEFT wraps the linear map: what it adds comes behind the edit).
+    Both sides ask, and nothing that they look at changes within a forward: a hook on a module between site and add (it
+    must see the edit), an active dropout there, a dtype that the layer treats apart, a module that was replaced since
+    (PEFT wraps the linear map, and what it adds comes after the edit).
     """
 
     def __init__(self, between, dropout=None, apart=None, links=()):
@@ -202,8 +206,9 @@ class Ride:
 
 
 class Site:
-    """The edits at one site of one layer, in the order they were patched: on a module's output (patching/site_kinds.py has
-    the other kinds).
+    """The edits at one site of one layer, in the order in which they were patched, on a module's output.
+
+    patching/site_kinds.py has the other kinds.
     """
 
     reads_input = False
@@ -221,7 +226,7 @@ class Site:
         return self.__dict__ | {"ready": None}
 
     def set(self, masters, stack=None):
-        """Neighbours at the same positions fold while their ranks fit one kernel. Gates of other sites look first."""
+        """Neighbors at the same positions fold while their ranks fit one kernel. Gates of other sites look first."""
         masters = sorted(masters, key=lambda m: not m.is_sensor)
         groups, rank = [], 0
         for m in masters:

@@ -1,6 +1,4 @@
-"""Sites that are not the whole output of a module: its input, or columns of a fused projection; and modules that
-hold several sites.
-"""
+"""Sites that are a module's input, or columns of a fused projection; and modules that hold several sites."""
 
 import torch
 
@@ -17,9 +15,9 @@ def site_at(layer, name):
 
 
 def watch(layer, name, take):
-    """Let take(hidden) see what passes a site, edits there included; a handle to remove.
+    """Let take(hidden) see what passes a site, with the edits there. Returns a handle to remove it.
 
-    Hidden states that are a module's input are seen before edits at that very site.
+    Hidden states that are a module's input are seen before the edits at that site.
     """
     place, module = layer.place(name), layer.at(name)
     if isinstance(place, Input):
@@ -48,7 +46,7 @@ class InputSite(Site):
     reads_input = True
 
     def before(self, module, args, kwargs):
-        """The module is about to be called: apply the edits to what it is given."""
+        """The module is about to be called: apply the edits to its input."""
         if args and isinstance(args[0], torch.Tensor):
             return (self.apply(args[0]), *args[1:]), kwargs
         if isinstance(kwargs.get("hidden_states"), torch.Tensor):
@@ -66,7 +64,7 @@ class InputSite(Site):
 
 
 class PartSite(Site):
-    """Columns of a fused projection's output: in each of `groups` equal groups, those from start to stop."""
+    """Columns of a fused projection's output: those from start to stop in each of `groups` equal groups of columns."""
 
     whole = False
 
@@ -80,9 +78,10 @@ class PartSite(Site):
 
 
 def edit_parts(hidden, parts):
-    """A fused projection's output with some PartSites edited, every other column's bits as they were.
+    """A fused projection's output with some PartSites edited. Every other column keeps its bits.
 
-    One pass over the output beside the edits: the pieces are joined anew, as other people may hold the old tensor.
+    This takes one pass over the output beside the edits. The pieces are joined into a new tensor, because others may
+    hold the old one.
     """
     grouped = hidden.unflatten(-1, (parts[0].columns[0], -1))
     pieces, done = [], 0
@@ -95,7 +94,7 @@ def edit_parts(hidden, parts):
 
 
 class Gathered:
-    """Several sites of one module, in the order in which a forward pass comes to them (that of sites.SITES)."""
+    """Several sites of one module, in the order in which a forward pass reaches them (that of sites.SITES)."""
 
     def __init__(self, sites):
         self.inputs = [site for site in sites if site.reads_input]

@@ -1,7 +1,7 @@
 """Edits in a model's own state dict: what a Trainer's checkpoint or `save_pretrained` of a patched model holds.
 
-Beside the masters' tensors, `fastedit.<handle>.<name>`, there is one more, `fastedit._extra_state`: bytes of JSON with each
-handle's edits, strength and base, and the names of the parameters that were trained along.
+The masters' tensors are `fastedit.<handle>.<name>`. One more entry, `fastedit._extra_state`, is bytes of JSON: each
+handle's edits, strength and base, and the names of the parameters that were trained beside them.
 """
 
 import json
@@ -12,22 +12,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files.edit_file import EditFileError
+from .base_model import describe_base
+from .trained_beside import beside
 
 KEY = "_extra_state"
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def note(root):
-    """What is saved of a model's handles as a uint8 tensor, or None: no handles, or those of several tenants."""
-    from .edit_folder import describe_base
-    from .handle import Handle
-    from .trained_beside import beside
-
-    active = [h for h in root.handles.values() if isinstance(h, Handle) and h.name in root._modules and h.tenancy is None]
+    """What is saved about a model's handles, as a uint8 tensor. None without handles, or with tenants."""
+    active = [  # a Bank has no tenancy
+        h for h in root.handles.values() if h.name in root._modules and getattr(h, "tenancy", "bank") is None
+    ]
     if not active:
         return None
     found = [
-        {"name": h.name, "edits": h.config(), "strength": h.strength, "base": describe_base(h.model),
+        {"name": h.name, "edits": h.config(), "strength": h.strength, "base": describe_base(h.model, layers=root.layers),
          "trained": list(beside(h)[0])}
         for h in active
     ]  # fmt: skip

@@ -1,9 +1,10 @@
-"""What was trained beside an edit, and is kept with it: head.safetensors beside edit.json.
+"""What was trained beside an edit and is kept with it: head.safetensors beside edit.json.
 
     folder/head.safetensors   parameters by their names on the model: a task head, an adapter; in their own dtypes
     folder/edit.json          in `training`: "head", the sha256 of that file, and "adapters", PEFT's configs
 
-Written before edit.json under head-<sha256>.safetensors and renamed after it, so a crash leaves the old pair or the new.
+It is written before edit.json as head-<sha256>.safetensors and renamed after it. So a crash leaves the old pair or the
+new one.
 """
 
 import contextlib
@@ -26,10 +27,11 @@ HEAD = "head.safetensors"
 
 
 def beside(handle):
-    """({name: parameter} of what trains or was trained beside the edits and is kept with them, names of what is not kept).
+    """({name: parameter} that trains or was trained beside the edits and is kept, names of those that are not kept).
 
-    With freeze=True all that trains is kept: heads and adapters, and what an optimizer has moved. Without, heads and adapters
-    that an optimizer has moved since the patch; base weights it has moved are not: those are a model of its own.
+    With freeze=True everything that trains is kept: heads and adapters, and what an optimizer has moved. Without it,
+    heads and adapters that an optimizer has moved since the patch are kept. Base weights that it has moved are not:
+    they are a model of their own.
     """
     edits = {id(p) for p in handle._root.parameters()}
     new = {id(p) for module in heads(handle.model) for p in module.parameters()} | {
@@ -64,9 +66,9 @@ def adapter_parameters(model):
 
 
 def payload(tensors):
-    """(the file's bytes, their sha256) of {name: tensor}; ValueError for values that are not finite.
+    """(the file's bytes, their sha256) of {name: tensor}. ValueError for values that are not finite.
 
-    Tensors laid out over several processes are gathered: all of these call this together.
+    Tensors laid out over several processes are gathered: all of these processes must call this.
     """
     if any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors.values()):
         from . import distributed
@@ -87,7 +89,7 @@ def stage(folder, content, digest):
 
 
 def settle(folder, digest):
-    """After edit.json: the head under its own name, and none that edit.json does not name."""
+    """After edit.json: give the head its own name, and remove heads that edit.json does not name."""
     folder = Path(folder)
     with contextlib.suppress(OSError):
         if digest is None:
@@ -99,7 +101,8 @@ def settle(folder, digest):
 
 
 def read_head(folder, header):
-    """{name: tensor} of a folder's head, checked against edit.json; EditFileError if it is missing or not this edit's."""
+    """{name: tensor} of a folder's head, checked against edit.json. EditFileError if it is missing or of another
+    edit."""
     folder, training = Path(folder), header.get("training")
     digest = training.get("head") if isinstance(training, dict) else None
     found = f"{folder} has no {HEAD}: expected a folder that handle.save wrote after training with a head"
@@ -122,7 +125,7 @@ def read_head(folder, header):
 
 
 def check_head(folder, head, own):
-    """That a head's tensors are those of `own`, {name: parameter}, by name and shape."""
+    """Check a head's tensors against `own`, {name: parameter}, by name and shape."""
     if head.keys() != own.keys():
         missing, extra = sorted(own.keys() - head.keys()), sorted(head.keys() - own.keys())
         raise EditFileError(
@@ -143,7 +146,7 @@ def copy_head(head, own):
 
 
 def adapters(model):
-    """{name: PEFT config as a dict} of the adapters in a model, JSON-able; {} for none."""
+    """{name: PEFT config as a dict} of the adapters in a model, JSON-able. {} for none."""
     configs = getattr(model, "peft_config", None) if "peft" in sys.modules else None
     if not isinstance(configs, dict):
         return {}
@@ -159,12 +162,12 @@ def _plain(value):
 
 
 def restore(model, folder, header):
-    """Bring back onto a model what was trained beside a folder's edit; nothing, if there was nothing.
+    """Bring back onto a model what was trained beside a folder's edit. Does nothing if there was nothing.
 
-    Adapters that the model does not have are injected by PEFT, in place.
+    PEFT injects adapters that the model does not have, in place.
 
     Raises:
-        EditFileError: damaged, or not of this model; nothing has changed but for adapters injected.
+        EditFileError: damaged, or not of this model. Nothing has changed except for injected adapters.
     """
     note = header.get("training") or {}
     if not note.get("head"):

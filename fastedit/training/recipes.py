@@ -94,7 +94,8 @@ def _edits_as_adapters(handle):
 
 
 def save_trained(model, handle, folder, *, base_model=None, training=None):
-    """`store.save` with a summary of the training: the edit, and every other parameter that trains (fastedit/patching/trained_beside.py)."""
+    """`store.save` with a summary of the training: the edit, and every other parameter that trains
+    (fastedit/patching/trained_beside.py)."""
     return store.save(handle, folder, base_model=base_model, training=training)
 
 

@@ -1,16 +1,16 @@
 """The kernels as JAX functions: `edit`, `edit_add`, `edit_add_norm`, `project`; no torch.
 
-They work under `jax.jit`, `jax.grad` and `jax.vmap`, on CPUs and, where fastedit was built with a CUDA compiler, on
-NVIDIA GPUs. Rows are float32, bfloat16 or float16; edit parameters float32. Formulas, arguments and results are those
-of `fastedit.ops`; a wrong shape or dtype fails while the function is traced.
+They work under `jax.jit`, `jax.grad` and `jax.vmap`, on CPUs and, if fastedit was built with a CUDA compiler, on NVIDIA
+GPUs. Rows are float32, bfloat16 or float16. Edit parameters are float32. Formulas, arguments and results are those of
+`fastedit.ops`. A wrong shape or dtype fails while the function is traced.
 
     import jax
     from fastedit import jax as fej
     step = jax.jit(jax.grad(lambda bias, x, residual: fej.edit_add(x, residual, bias=bias).sum()))
 
-`slot` out of range raises on the CPU when the call runs; on a GPU such a row is left alone. Under vmap, calls whose
-batched arguments are rows run once over the whole batch; those with batched parameters, and backwards that yield
-parameter gradients, run once an element. XLA does not split these calls over devices; see docs/frameworks.md.
+A `slot` out of range raises on the CPU when the call runs. On a GPU such a row is left alone. Under vmap, calls whose
+batched arguments are rows run once over the whole batch. Calls with batched parameters, and backwards that return
+parameter gradients, run once per element. XLA does not split these calls over devices (docs/frameworks.md).
 """
 
 try:
@@ -39,9 +39,9 @@ def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, s
         hidden: (…, width), float32, bfloat16 or float16.
         scale, bias: (width,) float32, or None for 1 and 0.
         read, write: (rank, width) float32, rank 1 to 64; both or neither. offset: (rank,) float32 or None.
-        slot: int32, one a row (hidden.shape[:-1]); parameters then have a leading slot dimension, and row i uses
-            parameters[slot[i]]; −1 leaves the row's bits as they are.
-        strength: k. A number, a float32 array of one element, or float32, one a row; 0 leaves the row's bits.
+        slot: int32, one per row (hidden.shape[:-1]). Parameters then have a leading slot dimension, and row i uses
+            parameters[slot[i]]. −1 leaves the row's bits as they are.
+        strength: k. A number, a float32 array of one element, or float32, one per row. 0 leaves the row's bits.
         return_projection: also return z = h @ readᵀ + offset, (…, rank) float32.
 
     Returns:
@@ -81,9 +81,9 @@ def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, of
                   return_residual=True):  # fmt: skip
     """(residual', normed): edit_add, then a norm of the stored residual', as `fastedit.ops.edit_add_norm`.
 
-    weight and norm_bias (width,) in the residual's dtype; kind "rms", "gemma" or "layer" (weight may then be None, and
-    norm_bias given); eps a Python number. return_residual=False stores no residual' where no gradient is taken and
-    returns None in its place. With return_projection (residual', normed, z).
+    weight and norm_bias (width,) in the residual's dtype. kind is "rms", "gemma" or "layer" (then weight may be None,
+    and norm_bias may be given). eps is a Python number. return_residual=False returns None in place of residual', and
+    stores it only if a gradient is taken. With return_projection: (residual', normed, z).
     """
     check_norm_kind(weight, norm_bias, kind)
     x, residual, form = _add(x, residual, scale, bias, read, offset, write, on, slot, strength, return_projection)
@@ -125,7 +125,7 @@ def _add(x, residual, scale, bias, read, offset, write, on, slot, strength, retu
 
 
 def _empty_projection(rows, read, offset, slot=None):
-    """z where there is nothing to read: rows of no width project to their offset, untouched ones to 0."""
+    """z if there is nothing to read: rows without columns project to their offset, untouched rows to 0."""
     if read is None:
         return None
     z = jnp.zeros((*rows.shape[:-1], read.shape[-2]), jnp.float32)

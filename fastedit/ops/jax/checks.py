@@ -1,4 +1,4 @@
-"""Argument checks of the JAX face, from shapes and dtypes alone: a wrong call fails while it is traced."""
+"""Argument checks of the JAX face, from shapes and dtypes alone. A wrong call fails while it is traced."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ FP32 = jnp.dtype(jnp.float32)
 
 
 class Form(NamedTuple):
-    """The normal form's parameters, absent ones None. Also their gradients, or which of these are wanted."""
+    """The normal form's parameters, absent ones None. Also used for their gradients, or for which of these are
+    wanted."""
 
     scale: Any = None
     bias: Any = None
@@ -55,7 +56,7 @@ def as_residual(value, x, on):
 
 
 def as_parameter(value, name, shape, dtype=FP32):
-    """The array, of exactly this shape and dtype; None stays None."""
+    """The array, which must have exactly this shape and dtype. None stays None."""
     if value is None:
         return None
     array = as_array(value, name)
@@ -102,7 +103,7 @@ def as_form(rows, scale, bias, read, offset, write, slot, strength):
 
 
 def _as_strength(strength, lead):
-    """None (1 for every row), (1,) or one a row."""
+    """None (1 for every row), (1,) or one number per row."""
     if strength is None or (isinstance(strength, (int, float)) and strength == 1.0):
         return None
     if isinstance(strength, (int, float)):

@@ -1,8 +1,8 @@
 """Derivatives of the JAX face: each op as a `jax.custom_vjp` over the native forward and backward.
 
-Symbolic zeros are on: JAX tells the forward which arguments are differentiated, and the backward which results
-have a gradient at all. So only what is asked for is computed, and bias-only training saves no hidden states.
-Formulas: DESIGN.md 2, Backward. Once differentiable, in reverse mode; jvp is refused by JAX.
+Symbolic zeros are on: JAX tells the forward which arguments are differentiated, and the backward which results have a
+gradient. So only what is asked for is computed, and bias-only training saves no hidden states. Formulas:
+docs/design.md, 4. Differentiable once, in reverse mode; JAX refuses jvp.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from .checks import Form
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Which gradients the forward was told of; no leaves, so it may travel among the saved arrays."""
+    """Which gradients the forward was told of. It has no leaves, so it may be among the saved arrays."""
 
     rows: tuple
     form: Form
@@ -48,7 +48,7 @@ def _split_form(form):
 
 
 def _given(gradient):
-    """None where the result has no gradient."""
+    """None if the result has no gradient."""
     return None if gradient is None or type(gradient) is SymbolicZero else gradient
 
 
@@ -135,7 +135,7 @@ class _Dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """What of edit_add_norm is fixed when it is traced."""
+    """The part of edit_add_norm that is fixed when it is traced."""
 
     on_sum: bool
     kind: int

@@ -1,8 +1,8 @@
-"""The native kernels as JAX calls: one function an op, over rows (…, width), without derivatives.
+"""The native kernels as JAX calls: one function per op, over rows (…, width), without derivatives.
 
-Arguments have been checked. Each function lists its buffers in the order in which csrc/xla.cpp reads them, absent
-ones as None. Under vmap a call whose results are rows, and whose batched arguments are rows, runs once over all rows
-of the batch; any other call runs once an element.
+Arguments have been checked. Each function lists its buffers in the order in which csrc/xla.cpp reads them, absent ones
+as None. Under vmap, a call whose results and batched arguments are all rows runs once over the whole batch. Any other
+call runs once per element.
 """
 
 import math
@@ -28,7 +28,7 @@ for _platform, _op, _handler in _native.xla_handlers():
 
 
 class Out:
-    """A result: `tail` is its shape, behind the rows if `per_row`."""
+    """A result. `tail` is its shape, without the rows if `per_row`."""
 
     def __init__(self, wanted, tail, dtype=jnp.float32, per_row=True):
         self.wanted, self.tail, self.dtype, self.per_row = wanted, tail, dtype, per_row
@@ -46,7 +46,7 @@ def shared(*arrays):
 
 
 def _call(op, rows, inputs, outputs, workspace, attributes):
-    """Results in the order of `outputs`, None where not wanted. `inputs`: (array or None, per_row) each."""
+    """Results in the order of `outputs`, None if not wanted. `inputs`: one (array or None, per_row) each."""
     given = [(array, in_rows) for array, in_rows in inputs if array is not None]
     wanted = [out for out in outputs if out.wanted]
     arrays = [array.reshape(rows, -1) if in_rows else array for array, in_rows in given]
@@ -88,7 +88,7 @@ def _call(op, rows, inputs, outputs, workspace, attributes):
 
 
 def _again(inputs, arrays):
-    """`inputs` with the arrays that are there replaced in turn."""
+    """`inputs` with the arrays that are present replaced in turn."""
     arrays = iter(arrays)
     return [(array if array is None else next(arrays), in_rows) for array, in_rows in inputs]
 
@@ -200,7 +200,7 @@ def _order(form, wanted):
 
 
 def _form_gradients(form, wanted):
-    """Results for a form's gradients; the strength's is always one number a row."""
+    """Results for a form's gradients. The strength's gradient is always one number per row."""
     return [
         *(Out(w, () if p is None else p.shape, per_row=False) for w, p in zip(wanted[:5], form[:5], strict=True)),
         Out(wanted.strength, ()),
@@ -256,7 +256,7 @@ def edit_add_norm_backward(
     grad_residual, grad_normed, residual_out, x, residual, weight, mean, rstd, form, grad_z, z, on_sum, kind,
     want_x, want_residual, wanted, want_weight, want_norm_bias, x_dtype,
 ):  # fmt: skip
-    """(d_x, d_residual, Form of gradients, d_weight, d_norm_bias), each None where not wanted; the last two fp32."""
+    """(d_x, d_residual, Form of gradients, d_weight, d_norm_bias), each None if not wanted. The last two are fp32."""
     rows, width = _size(residual_out.shape)
     dtype = residual_out.dtype
     one_gradient = on_sum and (want_x or want_residual)  # of the sum: x's and the residual's alike

@@ -11,8 +11,8 @@ import torch
 from ... import ops
 from ...edits.gates import outside_kernels
 from ...kernels import reference
+from ...ops.fp32_module import InFp32
 from ...texts.sinks import above_median, longer_than_median, norms
-from ..masters import InFp32
 from .prompt_decisions import decide
 
 
@@ -29,7 +29,8 @@ class Sensor(InFp32):
         super().__init__()
         self.kind, self.decide, self.sharpness = gate.kind, gate.decide, gate.sharpness
         self.key, self.layer, self.site = key, layer, site
-        self.kept = self.keeper = None  # the last decision on a prompt, and the call of `generate` it is of: patching/rows/prompt_decisions.py
+        # The last decision on a prompt (prompt_decisions.py), and the call of `generate` that it belongs to.
+        self.kept = self.keeper = None
         self.left_out = None  # of the last prompt mean: (sequences,), how many attention sinks it is without
         for name, tensor in gate.values(spot, width).items():
             self.register_buffer(name, tensor.to(device, torch.float32, copy=True))

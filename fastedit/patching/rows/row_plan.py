@@ -4,8 +4,10 @@ The module that owns a stack of layers (LlamaModel, BertModel, a T5Stack) is giv
 class is swapped (patching/class_swap.py) for one that first makes a plan of them. From a plan the layers' edits take their
 coefficients (edits/positions.py): fp32, one a row, made at first use and kept for the layers after.
 
-What is prompt: in `generate` what it was given, however the forwards cut it (patching/rows/generating.py); in a forward on an empty cache
-everything, of packed rows everything of each sequence (patching/rows/packing.py); else what `handle.prompt` says. A causal model that is
+What is prompt: in `generate` what it was given, however the forwards cut it (patching/rows/generating.py); in a
+forward on an empty cache
+everything, of packed rows everything of each sequence (patching/rows/packing.py); else what `handle.prompt` says. A
+causal model that is
 given `labels` takes the prompt to be what stands before the first that is not −100; training without labels or lengths is
 refused where it matters. What is not known, or what its sources do not agree on, is refused where an edit depends on it.
 """

@@ -8,10 +8,10 @@ import math
 
 import torch
 
-from .arguments import GIVES, TAKES
-from .ops.checks import check
-from .ops.dispatch import load, select
-from .ops.native import ASKED
+from ..arguments import GIVES, TAKES
+from .checks import check
+from .dispatch import load, select
+from .native import ASKED
 
 _ROWS = {"hidden", "x", "residual", "grad", "grad_residual", "grad_normed", "residual_out", "grad_z", "z"}
 _RESULT_ROWS = {"out", "normed", "z", "d_hidden", "d_x", "d_residual"}
