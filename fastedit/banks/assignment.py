@@ -1,7 +1,7 @@
-"""Which rows of a forward are whose edit's: a bank's assignments, and the stage that reads its tables.
+"""Which rows of a forward get whose edit: a bank's assignments, and the stage that reads its tables.
 
-An assignment belongs to the context that entered it (patching/rows/in_force.py): forwards of other threads and tasks
-do not see it. Its slots and strengths are spread over the rows once for all layers and steps of a shape.
+An assignment belongs to the context that entered it (patching/rows/in_force.py). Forwards of other threads and tasks do
+not see it. Its slots and strengths are spread over the rows once, for all layers and steps of a shape.
 """
 
 import weakref
@@ -28,7 +28,7 @@ class Assigned(Owner):
         return {name: value for name, value in super().__getstate__().items() if name not in ("spare", "over")}
 
     def slot(self, hidden):
-        """int32, one a row of hidden (…, width)."""
+        """int32, one per row of hidden (…, width)."""
         return self.now().slot(hidden)
 
     def buffers(self, shape, device):
@@ -43,13 +43,14 @@ class Assigned(Owner):
         self.spare.setdefault((shape, device), []).append(pair)
 
     def settle(self, books):
-        """Give back the slots of assignments that a checkpoint held on to; not where garbage is collected, under any lock."""
+        """Free the slots of assignments that a checkpoint still held. Not during garbage collection, which may run
+        under any lock."""
         while self.over:
             books.release(self.over.popleft())
 
 
 class Assignment:
-    """A context: inside it, sequence i of a batch (or token i of a packed one) is edited by names[i]."""
+    """A context in which names[i] edits sequence i of a batch (or token i of a packed one)."""
 
     def __init__(self, bank, names, strengths, shape):
         self.bank, self.names, self.strengths, self.shape = bank, names, strengths, shape
@@ -57,7 +58,7 @@ class Assignment:
 
     @property
     def slots(self):
-        """int32, as the names were given; inside the assignment."""
+        """int32, shaped like the names. Only inside the assignment."""
         return self.entered.slots
 
     def __enter__(self):
@@ -88,7 +89,7 @@ class Assignment:
 
 
 class EnteredNames(Entered):
-    """What an assignment is while it is in force: the rows' slots, strengths and positions on the device."""
+    """An assignment while it is in force: the rows' slots, strengths and positions on the device."""
 
     def __init__(self, assignment, held):
         super().__init__()
@@ -117,7 +118,7 @@ class EnteredNames(Entered):
         return self._spread("slots", self.slots, hidden)
 
     def coefficient(self, hidden, stack):
-        """fp32, one a row of hidden (…, width); None for 1 throughout."""
+        """fp32, one per row of hidden (…, width). None for 1 throughout."""
         compiling = torch.compiler.is_compiling()
         if not compiling and self.plain:
             return None
@@ -131,7 +132,7 @@ class EnteredNames(Entered):
         return plan.measured[key]
 
     def _placed(self, hidden, stack):
-        """1 where a row's own edit acts, 0 elsewhere (or a share, where a mask says one)."""
+        """1 where a row's own edit acts, 0 elsewhere (or a share, where a mask gives one)."""
         which = self._spread("which", self.which, hidden)
         total = torch.zeros(hidden.shape[:-1], device=hidden.device)
         for number, positions in enumerate(self.positions):
@@ -164,7 +165,7 @@ class EnteredNames(Entered):
 
 
 class Served:
-    """What stands at a site in place of an edit's masters: the tables there."""
+    """Takes the place of an edit's masters at a site: the tables there."""
 
     is_sensor = is_probe = trainable = keep_norm = dialled = False
     positions = gating = None
@@ -184,7 +185,7 @@ class Served:
 
 
 class TableGate:
-    """The gates of a site's tables, as patching/native_add.py asks for an edit's own."""
+    """The gates of a site's tables, as patching/native_add.py asks for an edit's own gate."""
 
     def __init__(self, tables, place, assigned):
         self.tables, self.place, self.tenancy = tables, place, assigned
@@ -193,7 +194,7 @@ class TableGate:
         return self.tables.gate(*self.place)
 
     def say(self, rows):
-        """g of rows (…, width), (…,) fp32: where a compiler or autograd looks on, who must see the operations."""
+        """g of rows (…, width), (…,) fp32, if a compiler or autograd must see the operations."""
         gate, rule = self.gate()
         flat = rows.reshape(-1, rows.shape[-1]).to(torch.promote_types(rows.dtype, torch.float32))
         said = gated_coefficient(flat, gate, rule, self.tenancy.slot(rows).reshape(-1), None)
@@ -201,7 +202,7 @@ class TableGate:
 
 
 class TableStage(Stage):
-    """A site's tables at work: nothing outside of an assignment."""
+    """A site's tables at work. Does nothing outside of an assignment."""
 
     def __init__(self, masters, stack):
         super().__init__(masters, stack)
@@ -229,7 +230,7 @@ def check_name(name):
 
 
 def flat_names(names):
-    """(names in a row, shape): (sequences,), or (batch, tokens) of nested lists."""
+    """(names in a row, shape): (sequences,), or (batch, tokens) for nested lists."""
     if isinstance(names, (str, torch.Tensor)) or not isinstance(names, (list, tuple)):
         raise TypeError(
             f"names is {names!r:.60}, expected a list with one name a sequence (None: untouched); for packed sequences a "
@@ -255,7 +256,7 @@ def flat_names(names):
 
 
 def dialled(names, strengths):
-    """(names, a factor for each): a Stack whose parts have strengths is another Stack, at factor 1."""
+    """(names, one factor each). A Stack whose parts have strengths is another Stack, at factor 1."""
     if strengths is None or isinstance(strengths, (int, float)) or getattr(strengths, "shape", None) == ():
         strengths = [1.0 if strengths is None else strengths] * len(names)
     strengths = list(strengths)

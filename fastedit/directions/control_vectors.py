@@ -1,8 +1,8 @@
 """Control vectors of llama.cpp (GGUF) and repeng, both ways.
 
-The file: architecture "controlvector", `controlvector.model_hint`, `controlvector.layer_count`, and one F32 tensor
-"direction.<layer>" a layer, added to the residual stream that leaves the layer of that number, counted from 0. llama.cpp
-refuses layer 0. repeng numbers layers in the same way.
+The file has architecture "controlvector", `controlvector.model_hint`, `controlvector.layer_count`, and one F32 tensor
+"direction.<layer>" per layer. It is added to the residual stream that leaves the layer of that number, counted from 0.
+llama.cpp refuses layer 0. repeng numbers layers in the same way.
 """
 
 import os
@@ -20,13 +20,14 @@ ARCHITECTURE = "controlvector"
 
 
 def save_gguf(directions, path, *, model=None):
-    """Write Directions as a control vector; a crash leaves the old file or the new. Returns the Path.
+    """Write Directions as a control vector. A crash leaves the old file or the new one. Returns the Path.
 
     Args:
-        model: llama.cpp's name of the architecture, for model_hint; by default `directions.about["type"]`.
+        model: llama.cpp's name of the architecture, for model_hint. By default `directions.about["type"]`.
 
     Raises:
-        ValueError: there is a vector at layer 0, which llama.cpp cannot add, or directions of another site than the
+        ValueError: there is a vector at layer 0, which llama.cpp cannot add, or the directions are of another site than
+            the
         residual stream. ImportError: no `gguf` package.
     """
     gguf = _gguf()
@@ -58,10 +59,10 @@ def save_gguf(directions, path, *, model=None):
 
 
 def load_gguf(path):
-    """Directions of a control vector's file.
+    """Directions from a control vector's file.
 
     Raises:
-        DirectionsFileError: it is no GGUF file, no control vector, or holds a tensor that is none.
+        DirectionsFileError: the file is no GGUF file, no control vector, or holds a tensor that is none.
         ImportError: no `gguf` package.
     """
     gguf = _gguf()
@@ -90,7 +91,7 @@ def load_gguf(path):
 
 
 def _check_head(head):
-    """The reader takes the counts that a header announces, and reads that many: a control vector has few of either."""
+    """Check the counts in a header, because the reader reads as many as it announces. A control vector has few."""
     tensors, keys = (int.from_bytes(head[at : at + 8], "little") for at in (8, 16))
     if len(head) == 24 and head[:4] == b"GGUF" and (tensors > 1 << 16 or keys > 1 << 16):
         raise Damaged(f"it announces {tensors:,} tensors and {keys:,} keys")
