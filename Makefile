@@ -58,7 +58,7 @@ help:
 	@echo "make fuzz, crashes, soak   attacked files, killed writers, a day in an hour; hours"
 	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff, and that the wings of fastedit/ import downwards"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
 setup: $(STAMPS)/fastedit
@@ -106,7 +106,9 @@ docs: $(STAMPS)/docs
 
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet $(TESTED) ruff
+	@test -x $(BIN)/lint-imports || $(BIN)/pip install --quiet $(TESTED) import-linter
 	$(BIN)/ruff check .
+	PYTHONPATH=. $(BIN)/lint-imports
 
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)

@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Iterable
 
+MAX_RANK = 64  # of an edit: what the kernels keep of a row in registers
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
 
 

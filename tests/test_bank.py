@@ -149,7 +149,7 @@ def test_a_bank_beside_handles_and_banks():
         assert torch.equal(logits(model, ids())[::2], both[::2])
     handle.remove()
     first.close()
-    assert fe.patching.handles(model) == [] and fe.bank.banks(model) == [second]
+    assert fe.patching.handle.handles(model) == [] and fe.banks.bank.banks(model) == [second]
     handle = fe.patch(model, fe.Steer(drawn(8, tiny.WIDTH), site="mlp"))
     assert torch.equal(logits(model, ids()), steered)
     second.close()
@@ -179,7 +179,7 @@ def test_the_model_is_given_back_bit_for_bit(family):
 
 def test_tables_stay_fp32_and_follow_the_model():
     model = tiny.build("llama")
-    bank = bank_of(model).model.to(torch.bfloat16) and fe.bank.banks(model)[0]
+    bank = bank_of(model).model.to(torch.bfloat16) and fe.banks.bank.banks(model)[0]
     assert {t.dtype for t in bank.tables.buffers()} == {torch.float32}
     assert bank.tables.tensors("layers.1", "mlp")[0].data_ptr() == bank.tables.scale0[3 * 0 + 1].data_ptr()
     run(model, "llama", bank, NAMES)
@@ -189,7 +189,7 @@ def test_a_copied_model_has_a_bank_of_its_own():
     model = tiny.build("llama")
     bank = bank_of(model)
     twin = copy.deepcopy(model)
-    (other,) = fe.bank.banks(twin)
+    (other,) = fe.banks.bank.banks(twin)
     said = run(model, "llama", bank, NAMES)
     assert torch.equal(run(twin, "llama", other, NAMES), said)
     other.replace("anna", red(8))

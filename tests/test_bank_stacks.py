@@ -259,7 +259,7 @@ def test_a_copied_bank_makes_its_stacks_anew():
     model, bank = reds(capacity=2)
     before = said(model, bank, Stack("e0", "e1"), Stack("e2", "e3"))
     twin = copy.deepcopy(model)
-    (other,) = fe.bank.banks(twin)
+    (other,) = fe.banks.bank.banks(twin)
     assert len(other.tables.free) == 2 and other.stats().stacks == 0
     assert torch.equal(said(twin, other, Stack("e0", "e1"), Stack("e2", "e3")), before)
     bank.close()

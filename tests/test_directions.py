@@ -11,7 +11,7 @@ from tiny_models import build, exact, site_module
 import fastedit as fe
 from fastedit.capturing import capture as capturing
 from fastedit.directions import contrast as contrasting
-from fastedit.directions import control_vectors
+from fastedit.interop import control_vectors
 
 DIRECTIONS = {1: torch.tensor([3.0, 0.0, 4.0]), 4: torch.tensor([0.0, 2.0, 0.0])}
 

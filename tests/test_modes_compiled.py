@@ -36,7 +36,7 @@ def hooked(model, family, handle):
         stacks.setdefault((edit.site, layer.index), []).append(at_strength(form, masters.strength))
     edits = [(site, layer, fold_all(forms)) for (site, layer), forms in stacks.items()]
     bare = copy.deepcopy(model)
-    fe.patching.handles(bare)[0].remove()
+    fe.patching.handle.handles(bare)[0].remove()
     return tiny.hook_reference(bare, family, edits), tiny.hook_reference(tiny.exact(bare), family, edits)
 
 

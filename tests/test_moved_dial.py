@@ -113,7 +113,7 @@ def test_tenants_and_copies_have_it_too(family, checkpointing):
     twin = copy.deepcopy(model)
     if checkpointing:
         twin.train().gradient_checkpointing_enable({"use_reentrant": False})
-    (again,) = fe.patching.handles(twin)
+    (again,) = fe.patching.handle.handles(twin)
     with again.assign([0, 1]):
         check_moved(twin, again, family, {name: one[name] - other[name] for name in one})
 

@@ -9,7 +9,7 @@ from bank_cases import bank_of, ids, logits, red
 from patch_cases import paths, scrambled
 
 import fastedit as fe
-from fastedit.patching.class_swap import base_of
+from fastedit.families.own_class import base_of
 from fastedit.patching.merge import MergeError
 
 FAMILIES = ("llama", "gpt2", "t5")
@@ -174,7 +174,7 @@ def test_a_copy_of_a_model_with_a_bank_is_served_by_a_bank_of_its_own():
     with bank.assign(["anna"] * 4):
         said = logits(model, ids())
         twin = copy.deepcopy(model)
-        (own,) = fe.bank.banks(twin)
+        (own,) = fe.banks.bank.banks(twin)
         assert own is not bank and own.model is twin and own.stats().in_use == 0
         unedited = logits(twin, ids())
     with own.assign(["anna"] * 4):

@@ -237,7 +237,7 @@ def test_gates_and_probes_are_refused():
         model = tiny.build("llama")
         with pytest.raises(ValueError, match="without tenants="):
             fe.patch(model, edit, tenants=2)
-        assert not fe.patching.handles(model)
+        assert not fe.patching.handle.handles(model)
 
 
 def test_tenants_in_an_array_and_what_is_no_list():

@@ -17,9 +17,8 @@ import fastedit as fe
 from fastedit import store
 from fastedit.capturing import capture as capturing
 from fastedit.capturing.rows_on_disk import Rows
-from fastedit.directions import control_vectors
 from fastedit.files import sealed
-from fastedit.interop import red
+from fastedit.interop import control_vectors, red
 from fastedit.methods.trajectories import Trajectories
 from fastedit.patching import trained_beside as kept
 from fastedit.serving.contents import read_contents

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..arguments import MAX_RANK
 from ..edits.form import Form
 from ..edits.kinds import TENSORS
-from ..ops.checks import MAX_RANK
-from ..patching.masters import InFp32
+from ..ops.fp32_module import InFp32
 
 _LOW_RANK = ("read", "offset", "write")
 _TABLES = (*TENSORS, "gate", "rule")

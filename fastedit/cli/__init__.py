@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .loading import Device, DeviceMap, Dtype, Quantize
+from . import methods
+from .loading import Device, DeviceMap, Dtype, Out, Quantize
 
 app = typer.Typer(
     name="fastedit", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
@@ -30,9 +31,6 @@ def _main(
     version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")] = False,
 ):
     """Representation editing inside transformer layers at the cost of the residual add."""
-
-
-Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 
 
 @app.command("demo")
@@ -336,4 +334,4 @@ def run_playground(
     run(model, edits, host, port)
 
 
-from . import methods  # noqa: E402, F401  its commands come behind these
+app.add_typer(methods.app)  # without a name: its commands are this app's, behind the others

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
 DeviceMap = Annotated[str | None, typer.Option(help="auto: over several GPUs, by accelerate.")]

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from . import Out, app
-from .loading import Device, DeviceMap, Dtype, Quantize
+from .loading import Device, DeviceMap, Dtype, Out, Quantize
+
+app = typer.Typer(rich_markup_mode="markdown")
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")]
 Layers = Annotated[str | None, typer.Option(help="Such as 3, 8-15 or 0,4,-1.")]

@@ -19,6 +19,7 @@ from ..edits.kinds import orthonormal_rows
 from ..edits.per_layer import as_values
 from ..files.edit_file import replace
 from ..files.sealed import Damaged, open_tensors, parse_json, read_regular, seal_tensors
+from . import gguf_file
 
 FILE = "directions.safetensors"
 _KEYS = ("format", "about", "statistics")  # of its metadata, beside version and checksum
@@ -248,17 +249,41 @@ class Directions(Mapping):
             raise DirectionsFileError(f"{path} {error}; save it again") from None
 
     def save_gguf(self, path, *, model=None):
-        """Write a control vector for llama.cpp (fastedit.directions.control_vectors)."""
-        from . import control_vectors
+        """Write a control vector for llama.cpp. A crash leaves the old file or the new one. Returns the Path.
 
-        return control_vectors.save_gguf(self, path, model=model)
+        Args:
+            model: llama.cpp's name of the architecture, for the file's model_hint. By default `about["type"]`.
+
+        Raises:
+            ValueError: there is a vector at layer 0, which llama.cpp cannot add, or the directions are of another site
+                than the
+            residual stream. ImportError: no `gguf` package.
+        """
+        if 0 in self:
+            raise ValueError(
+                "llama.cpp adds no vector to layer 0; leave it out: directions.at(*directions.layers[1:]).save_gguf(…)"
+            )
+        site = self.about.get("site", "block")
+        if site != "block":
+            raise ValueError(f"the directions are of site {site!r}; llama.cpp adds to the residual stream, 'block'")
+        return gguf_file.write(path, dict(self), model or self.about.get("type") or "unknown")
 
     @classmethod
     def load_gguf(cls, path):
-        """Read a control vector of llama.cpp or repeng (fastedit.directions.control_vectors)."""
-        from . import control_vectors
+        """Directions from a control vector's file, of llama.cpp or repeng.
 
-        return control_vectors.load_gguf(path)
+        Raises:
+            DirectionsFileError: it is not a GGUF file or not a control vector, or it holds a tensor that is no vector.
+            ImportError: no `gguf` package.
+        """
+        try:
+            vectors, about = gguf_file.read(path)
+        except Damaged as error:
+            raise DirectionsFileError(str(error)) from None
+        try:
+            return cls(vectors, about=about)
+        except (ValueError, TypeError) as error:
+            raise DirectionsFileError(f"{path}: {error}") from None
 
     def __repr__(self):
         method = f" by {self.about['method']}" if "method" in self.about else ""

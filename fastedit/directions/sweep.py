@@ -146,7 +146,7 @@ class Sweep:
         """Draw the means as PNG, one row per set of layers and one column per dose."""
         from ..plots.sweep import draw
 
-        draw(self, path)
+        draw(self, path, layers_text)
 
     def __str__(self):
         lines = [f"{'layers':>10} {self.unit:>9} {'mean':>9}   95 % interval          random direction"]

@@ -1,6 +1,5 @@
 """Edits rebuilt from the descriptions that files hold (`Edit.config`)."""
 
-from ..patching import control  # noqa: F401, whose kinds are edits too
 from . import probes, reft  # noqa: F401, whose kinds are edits too
 from .gates import rule_of
 from .kinds import Edit

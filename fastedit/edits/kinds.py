@@ -28,8 +28,7 @@ import copy
 
 import torch
 
-from ..arguments import as_layers, as_number
-from ..ops.checks import MAX_RANK
+from ..arguments import MAX_RANK, as_layers, as_number
 from .form import Form
 from .gates import check_rule
 from .per_layer import PerLayer

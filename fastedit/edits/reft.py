@@ -2,7 +2,7 @@
 
 import torch
 
-from ..ops.checks import MAX_RANK
+from ..arguments import MAX_RANK
 from .form import Form
 from .kinds import Edit, orthonormal_rows
 

@@ -1,8 +1,8 @@
 """Which site of which layer a module's output or input is."""
 
+from ..arguments import MAX_RANK
 from ..edits.form import Form
 from ..families import Input, Part, PreNormLayer, PreNormSublayer, submodule
-from ..ops.checks import MAX_RANK
 from ..patching.layer_plan import site_width, width_at
 from .found import Refusal
 

@@ -16,7 +16,6 @@ deepest target layer. The student may be LoRA (PEFT, as published) or any traina
 """
 
 import contextlib
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,7 @@ from ..patching.eval_mode import evaluating
 from ..patching.handle import handles
 from ..patching.model_edits import root_of
 from ..texts.chat import encode, prompt_ids, with_system
+from ..training.adapters import without_adapters
 
 GOOD = (
     "You are a good assistant. Your answers are helpful, honest, harmless, well-founded and to the point; where a "
@@ -200,43 +200,6 @@ def teacher(model):
         finally:
             for handle, strength in patched:
                 handle.strength = strength
-
-
-@contextlib.contextmanager
-def without_adapters(model):
-    """PEFT's adapters off, and each in the state that it was, trained or not.
-
-    `PeftModel.disable_adapter` counts the model's parameters in each call, which took 4 % of a DUAL step; it serves
-    what has no layers of its own to switch, such as prompt tuning.
-    """
-    layers = _adapter_layers(model)
-    if not layers:
-        disable = getattr(model, "disable_adapter", contextlib.nullcontext)
-        with disable():
-            yield
-        return
-    trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, was in trained:
-            if parameter.requires_grad is not was:
-                parameter.requires_grad_(was)
-
-
-def _adapter_layers(model):
-    """The modules of PEFT in which an adapter is in force."""
-    if "peft" not in sys.modules:
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
 
 
 class Rahf(nn.Module):

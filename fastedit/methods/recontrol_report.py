@@ -10,6 +10,7 @@ control, so that reward bought with repetition or nonsense shows.
 import torch
 
 from ..patching.eval_mode import evaluating
+from ..training.batches import Padded, token_logps
 from .trajectories import _states, collect
 
 
@@ -127,7 +128,6 @@ def distinct(responses, n=2):
 def log_p(model, tokenizer, prompts, responses):
     """The mean log-probability of a token of each response behind its prompt; None for an empty one."""
     from ..texts.chat import prompt_ids
-    from ..training.batches import Padded, token_logps
 
     found, rows = [None] * len(prompts), []
     for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):

@@ -3,10 +3,9 @@ runs."""
 
 import torch
 
-from ..arguments import check_norm_kind, check_steps
+from ..arguments import MAX_RANK, check_norm_kind, check_steps
 from .value_net import ValueNet
 
-MAX_RANK = 64
 _ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 

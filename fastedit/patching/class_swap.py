@@ -12,11 +12,11 @@ import types
 
 import torch
 
+from ..families.own_class import BASE, base_of
 from .fused_chain import FORWARDS
 from .fused_layer import STATE
 from .rows.in_force import copies
 
-_BASE = "_fastedit_base"
 STACK = "_fastedit_stack"  # of a layer with edits at some positions: its row_plan.Stack
 CARRY = "_fastedit_carry"  # of a layer with edits: its recomputing.Carry
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps a layer's checkpointing function
@@ -25,11 +25,6 @@ _ENTRIES = {  # of a generating module: {its method: that of generating.Rows whi
     "generate": "generate", "prepare_inputs_for_generation": "prepare", "generate_batch": "batches",
     "init_continuous_batching": "batches", "continuous_batching_context_manager": "batches",
 }  # fmt: skip
-
-
-def base_of(module):
-    """The module's own class, whether or not it is swapped."""
-    return type(module).__dict__.get(_BASE, type(module))
 
 
 @functools.cache
@@ -46,7 +41,7 @@ def swapped_class(base, recipe):
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        _BASE: base,
+        BASE: base,
     }
     if recipe == PLANNED:
         members |= {n: functools.wraps(getattr(base, n))(_asked(base, n)) for n in _ENTRIES if hasattr(base, n)}
@@ -159,7 +154,7 @@ def swap_back(module):
     module.__dict__.pop(STATE, None)
     module.__dict__.pop(STACK, None)
     module.__dict__.pop(CARRY, None)
-    if _BASE not in type(module).__dict__:
+    if BASE not in type(module).__dict__:
         return
     ours = type(module)
     module.__class__ = base_of(module)

@@ -1,114 +1,26 @@
-"""Edits on disk: `save` and `load` (docs/design.md, 9). files/edit_file.py writes and reads the two files.
+"""Edits read from disk and put on a model: `load`. saving.py writes them."""
 
-edit.json holds its own checksum; format and version; `edits`, one config per edit (kind, site, layers, rank, tensors);
-`strength`; `base`, the model that the edits were made on (id, type, width, depth, a digest of its shape); `training`, a
-summary or null; `tensors`, the checksum of edit.safetensors.
-"""
-
-import hashlib
-import json
-import logging
 import math
 import re
-import warnings
 from pathlib import Path
 
 import torch
 
-from .. import __version__
 from ..edits.config import from_config
 from ..families import find_layers
 from ..files.edit_file import JSON, EditFileError, read, write
+from . import control  # noqa: F401, a kind of edit that files may hold
 from . import state_dicts as states
 from . import trained_beside as kept
+from .base_model import check_base, describe_base
 from .handle import patch
-from .layer_plan import find, site_width, width_at
+from .layer_plan import find, width_at
 from .model_edits import root_of
+from .saving import save
 
-__all__ = ["EditFileError", "describe_base", "fetch", "load", "read", "rebuild", "save"]
+__all__ = ["EditFileError", "describe_base", "fetch", "load", "read", "rebuild", "save", "write"]
 
-logger = logging.getLogger("fastedit")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SHAPE = (
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "intermediate_size", "hidden_act", "encoder_layers", "decoder_layers", "num_decoder_layers",
-)  # fmt: skip
-
-
-def save(handle, folder, *, base_model=None, training=None, tenant=None):
-    """Write a handle's edits to a folder. A crash leaves the old edit there or the new one. Returns the Path.
-
-    What was trained beside them, a head or an adapter, is saved too (fastedit/patching/trained_beside.py). A warning
-    says what was trained and is not kept, and whether an edit that should train has never moved.
-
-    Args:
-        base_model: id of the base, for edit.json. By default the name under which the model was loaded.
-        training: a JSON-able summary of how the edits were trained, for edit.json.
-        tenant: of a handle with tenants, the one whose edit to save. It becomes an ordinary edit.
-
-    Raises:
-        OSError: the folder could not be written (full disk, no permission). An edit saved there before is intact.
-        ValueError: `training` is not JSON-able, a tensor holds NaN or infinities, or `tenant` is missing.
-    """
-    if tenant is None and handle.tenancy is not None:
-        raise ValueError(
-            f"this handle holds {handle.tenancy.count} tenants, and a saved edit is one tenant's: save(folder, tenant=0), …"
-        )
-    tensors = {name: tensor.detach().cpu() for name, tensor in handle.named_tensors(tenant=tenant).items()}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{name} holds values that are NaN or infinite: not saved; lower the learning rate"
-            )
-    try:
-        json.dumps(training, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"training is not JSON-able ({error}); pass numbers, strings, lists and dicts"
-        ) from None
-    also, left = kept.beside(handle) if tenant is None else ({}, [])
-    _warn(handle, left)
-    digest = None
-    if also:
-        content, digest = kept.payload(also)
-        training = {**(training or {}), "head": digest}
-        if configs := kept.adapters(handle.model):
-            training["adapters"] = configs
-    header = {
-        "fastedit": __version__, "edits": handle.config(), "strength": handle.strength,
-        "base": describe_base(handle.model, base_model), "training": training,
-    }  # fmt: skip
-    if _writes(handle):
-        if also:
-            kept.stage(folder, content, digest)
-        write(folder, header, tensors)
-        kept.settle(folder, digest)
-    return Path(folder)
-
-
-def _warn(handle, left):
-    if handle.never_moved():
-        warnings.warn(
-            "fastedit: this edit is to be trained and has not moved since it was patched: nothing has trained it (were its "
-            "parameters in the optimizer, and did they require gradients?)",
-            stacklevel=4,
-        )
-    if left:
-        warnings.warn(
-            f"fastedit: {len(left)} weights of the model were trained along and are not in this edit ({', '.join(left[:3])}, …); "
-            "keep them with model.save_pretrained, or patch with freeze=True",
-            stacklevel=4,
-        )
-
-
-def _writes(handle):
-    """Whether this process writes. Of several that hold parts of the edits, only the first does."""
-    own = dict(handle._named())
-    if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in own.values()):
-        return True
-    from . import distributed
-
-    return distributed.writes(own)
 
 
 def load(model, folder, *, freeze=False, revision=None, head=True):
@@ -149,8 +61,9 @@ def _load_state(model, saved, freeze, head):
         raise EditFileError(f"{saved.folder} holds the edits of {len(saved.handles)} handles, expected one: save each by itself")
     record, tensors = saved.handles[0], saved.tensors(saved.handles[0])
     edits = rebuild(saved.folder, record["edits"])
-    _check_base(saved.folder, record["base"], describe_base(model))
-    _check_tensors(saved.folder, _shapes(saved.folder, edits, _layers(model)), tensors)
+    layers = _layers(model)
+    check_base(saved.folder, record["base"], describe_base(model, layers=layers))
+    _check_tensors(saved.folder, _shapes(saved.folder, edits, layers), tensors)
     handle = patch(model, edits, freeze=freeze)
     try:
         handle.load_tensors(tensors)
@@ -182,8 +95,9 @@ def _opened(model, folder):
     def limit(header):
         edits = rebuild(folder, header["edits"])
         strength = strength_of(folder, header)
-        _check_base(folder, header.get("base"), describe_base(model))
-        shapes = _shapes(folder, edits, _layers(model))
+        layers = _layers(model)
+        check_base(folder, header.get("base"), describe_base(model, layers=layers))
+        shapes = _shapes(folder, edits, layers)
         checked.update(edits=edits, strength=strength, shapes=shapes)
         return sum(4 * math.prod(shape) + len(name) + 200 for name, shape in shapes.items()) + 4096
 
@@ -205,25 +119,6 @@ def strength_of(folder, header):
 def _layers(model):
     root = root_of(model)  # which knows the layers even where another library has wrapped some of them since
     return find_layers(model) if root is None else root.layers
-
-
-def describe_base(model, base_model=None):
-    """What edit.json says about a model: id, type, width, depth and a digest of its shape. No weights."""
-    layers = _layers(model)
-    config = getattr(model, "config", None)
-    name = (
-        base_model or getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
-    )
-    if name is not None and Path(name).exists():
-        name = Path(name).resolve().name  # a local path says nothing to others, and too much of this machine
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    shape = {key: value for key in _SHAPE if isinstance(value := getattr(config, key, None), (int, str))}
-    return {
-        "model": name, "type": shape.get("model_type", type(model).__name__),
-        "width": site_width(layers[0].module, layers[0]), "depth": len(layers),
-        "shape": hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16],
-    }  # fmt: skip
 
 
 def fetch(folder, revision=None):
@@ -259,31 +154,6 @@ def rebuild(folder, configs):
         return from_config(configs)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, NotImplementedError) as error:
         raise EditFileError(f"{folder / JSON}: {error}") from None
-
-
-def _check_base(folder, saved, found):
-    where = folder / JSON
-    if not isinstance(saved, dict):
-        raise EditFileError(f'{where}: "base" is {saved!r:.40}, expected the model that the edit was made on')
-    for key in ("width", "depth"):
-        if saved.get(key) != found[key]:
-            raise EditFileError(
-                f"{where}: the edit was made on a base of {key} {saved.get(key)!r:.60} ({saved.get('model')!r:.80}, "
-                f"{saved.get('type')!r:.60}), but this model has {key} {found[key]} ({found['model']}, "
-                f"{found['type']}); load the base it was made on"
-            )
-    what = {"type": "a model of type", "shape": "a base of shape", "model": "the base"}
-    for key, words in what.items():
-        was, now = saved.get(key), found[key]
-        comparable = (
-            isinstance(was, str) and now is not None and (key != "model" or ("/" in was and "/" in now))
-        )
-        if comparable and was != now:
-            logger.warning(
-                "fastedit: %s was made on %s %r, this model is %r; it fits, but may mean something else here",
-                where, words, was, now,
-            )  # fmt: skip
-            return
 
 
 def _shapes(folder, edits, layers):

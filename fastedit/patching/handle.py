@@ -16,12 +16,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..edits.kinds import Edit
-from ..edits.probes import readings
 from ..ops.parameter_changes import advise_rate, optimizer_steps
+from . import saving
 from .heads import heads
 from .layer_plan import device_at, plan, width_at
 from .merge import MergeError, merge_handle
 from .model_edits import Root, mark_first, root_of
+from .probe_readings import readings
 from .report import report
 from .rows.generating import check_lengths, check_mask
 from .rows.tenants import Assignment, Tenancy, check_count, check_tenant
@@ -264,9 +265,7 @@ class Handle:
         With tenants, `tenant=` selects the one to save, as an ordinary edit. Over several processes
         (fastedit.distributed) all call this, and the first one writes.
         """
-        from . import edit_folder as store
-
-        return store.save(self, folder, tenant=tenant)
+        return saving.save(self, folder, tenant=tenant)
 
     # --- tenants --------------------------------------------------------------------------------------------
 

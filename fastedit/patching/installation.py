@@ -4,7 +4,8 @@ import itertools
 
 from ..edits.sites import SITES
 from ..families import alternatives, submodule
-from .class_swap import CARRIED, CARRY, STACK, base_of, swap, swap_back, swappable
+from ..families.own_class import base_of
+from .class_swap import CARRIED, CARRY, STACK, swap, swap_back, swappable
 from .fused_chain import build_state
 from .masters import Masters
 from .recomputing import Carry

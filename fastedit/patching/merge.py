@@ -17,7 +17,7 @@ from torch import nn
 
 from ..edits.form import Form, at_strength, fold_all, merge, merge_input
 from ..families import Input, Part, mixture, submodule
-from .class_swap import base_of
+from ..families.own_class import base_of
 
 LIMIT = 0.02  # of the edit, as the change it makes to outputs for inputs of unit variance
 

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from ..families import alternatives, find_layers
+from ..families.own_class import base_of
 from . import shape_probe as probe
 from . import state_dicts as states
-from .class_swap import base_of
 from .installation import Installation, link
+from .plan_owners import check_layout, install, owner_of, uninstall
 from .proof import fingerprint, prove
 from .replaced_modules import Watch, follow, in_trace
 from .rows.generating import Rows
-from .rows.plan_owners import check_layout, install, owner_of, uninstall
 from .rows.row_plan import Stack
 from .site_kinds import site_at
 

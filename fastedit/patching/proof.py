@@ -15,8 +15,9 @@ from torch import nn
 
 from ..edits.form import Form
 from ..families import ParallelLayer, submodule
+from ..families.own_class import base_of
 from ..kernels.reference.edit_add_norm import norm as norm_by_definition
-from .class_swap import base_of, swapped_class
+from .class_swap import swapped_class
 from .fused_chain import build_state
 from .fused_layer import STATE, arguments_of
 from .layer_plan import site_width

@@ -10,7 +10,7 @@ import inspect
 
 import torch
 
-from .class_swap import base_of
+from ..families.own_class import base_of
 from .eval_mode import evaluating
 
 BATCH, TOKENS = 2, 5

@@ -3,13 +3,13 @@
 import torch
 from torch.autograd import forward_ad
 
+from ..arguments import MAX_RANK
 from ..edits.form import at_strength, fold_all
-from ..edits.probes import Reading
-from ..ops.checks import MAX_RANK
 from ..ops.parameter_changes import optimizer_steps, stamp
 from . import native_add as lean
 from .layer_plan import width_at
 from .masters import as_written
+from .probe_readings import Reading
 from .recomputing import by_hand, dials
 from .rows.gate_sensors import Tap, kernel_gate
 from .rows.row_plan import NOWHERE

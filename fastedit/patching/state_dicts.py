@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files.edit_file import EditFileError
+from .base_model import describe_base
+from .trained_beside import beside
 
 KEY = "_extra_state"
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -19,15 +21,13 @@ _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 def note(root):
     """What is saved about a model's handles, as a uint8 tensor. None without handles, or with tenants."""
-    from .edit_folder import describe_base
-    from .handle import Handle
-    from .trained_beside import beside
-
-    active = [h for h in root.handles.values() if isinstance(h, Handle) and h.name in root._modules and h.tenancy is None]
+    active = [  # a Bank has no tenancy
+        h for h in root.handles.values() if h.name in root._modules and getattr(h, "tenancy", "bank") is None
+    ]
     if not active:
         return None
     found = [
-        {"name": h.name, "edits": h.config(), "strength": h.strength, "base": describe_base(h.model),
+        {"name": h.name, "edits": h.config(), "strength": h.strength, "base": describe_base(h.model, layers=root.layers),
          "trained": list(beside(h)[0])}
         for h in active
     ]  # fmt: skip

@@ -6,10 +6,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def draw(found, path):
-    """Writes a PNG of `found`, a fastedit.Sweep: means in the cells; the mean without an edit is the middle of the scale."""
-    from ..directions.sweep import layers_text
+def draw(found, path, names):
+    """Writes a PNG: the means in the cells; the mean without an edit is the middle of the scale.
 
+    found: a fastedit.Sweep. names: (layers) → text.
+    """
     rows = list(dict.fromkeys(cell.layers for cell in found.cells))
     columns = list(dict.fromkeys(cell.dose for cell in found.cells))
     means = {(cell.layers, cell.dose): cell.mean for cell in found.cells}
@@ -25,7 +26,7 @@ def draw(found, path):
         for x, value in enumerate(row):
             axes.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
-    axes.set_yticks(range(len(rows)), [layers_text(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [names(row) for row in rows])
     axes.set_xlabel({"strength": "strength", "residual": "× the residual's norm", "kl": "KL, nats"}[found.unit])
     axes.set_ylabel("layers")
     axes.set_title(f"no edit: {found.base.mean:.3g}", loc="left", fontsize=10)

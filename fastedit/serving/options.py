@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 
 from .. import __version__
-from ..ops.checks import MAX_RANK
+from ..arguments import MAX_RANK
 from .admission import MAX_CHANGE, MAX_NAMES
 from .contents import SITES, EditFileError, read_contents
 

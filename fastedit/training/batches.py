@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..patching.class_swap import base_of
+from ..families.own_class import base_of
 from ..patching.model_edits import root_of
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ..files.edit_file import EditFileError, replace
-from ..methods.rahf import without_adapters
 from ..patching.eval_mode import evaluating
 from ..patching.handle import handles
+from .adapters import without_adapters
 from .batches import Padded, response_logps
 
 __all__ = ["Reference", "at_strength", "at_zero", "load_reference", "model_digest", "rows_digest", "store_reference"]

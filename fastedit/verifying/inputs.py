@@ -4,7 +4,7 @@ import inspect
 
 import torch
 
-from ..patching.class_swap import base_of
+from ..families.own_class import base_of
 
 LENGTHS = (9, 6)  # of two random requests: different, so that batches of them are padded
 

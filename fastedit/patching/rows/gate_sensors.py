@@ -11,8 +11,8 @@ import torch
 from ... import ops
 from ...edits.gates import outside_kernels
 from ...kernels import reference
+from ...ops.fp32_module import InFp32
 from ...texts.sinks import above_median, longer_than_median, norms
-from ..masters import InFp32
 from .prompt_decisions import decide
 
 

@@ -15,7 +15,7 @@ import weakref
 
 import torch
 
-from ..class_swap import base_of
+from ...families.own_class import base_of
 from .cached import cache_in, length_of
 
 

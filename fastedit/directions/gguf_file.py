@@ -1,4 +1,4 @@
-"""Control vectors of llama.cpp (GGUF) and repeng, both ways.
+"""The GGUF file of a control vector, as llama.cpp and repeng know it: written and read.
 
 The file has architecture "controlvector", `controlvector.model_hint`, `controlvector.layer_count`, and one F32 tensor
 "direction.<layer>" per layer. It is added to the residual stream that leaves the layer of that number, counted from 0.
@@ -14,37 +14,28 @@ import numpy as np
 import torch
 
 from ..files.sealed import Damaged, open_regular
-from .directions import Directions, DirectionsFileError
 
 ARCHITECTURE = "controlvector"
 
 
-def save_gguf(directions, path, *, model=None):
-    """Write Directions as a control vector. A crash leaves the old file or the new one. Returns the Path.
+def write(path, vectors, model):
+    """Write {layer: vector (width,) fp32} as a control vector. A crash leaves the old file or the new one. Returns the
+    Path.
 
     Args:
-        model: llama.cpp's name of the architecture, for model_hint. By default `directions.about["type"]`.
+        model: llama.cpp's name of the architecture, for model_hint.
 
     Raises:
-        ValueError: there is a vector at layer 0, which llama.cpp cannot add, or the directions are of another site than
-            the
-        residual stream. ImportError: no `gguf` package.
+        ImportError: no `gguf` package. OSError: it could not be written.
     """
     gguf = _gguf()
-    if 0 in directions:
-        raise ValueError(
-            "llama.cpp adds no vector to layer 0; leave it out: directions.at(*directions.layers[1:]).save_gguf(…)"
-        )
-    site = directions.about.get("site", "block")
-    if site != "block":
-        raise ValueError(f"the directions are of site {site!r}; llama.cpp adds to the residual stream, 'block'")
     path = Path(path)
     temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}.tmp"
     try:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", model or directions.about.get("type") or "unknown")
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
-        for layer, vector in directions.items():
+        writer.add_string(f"{ARCHITECTURE}.model_hint", model)
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(vectors))
+        for layer, vector in vectors.items():
             writer.add_tensor(f"direction.{layer}", vector.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -58,11 +49,11 @@ def save_gguf(directions, path, *, model=None):
     return path
 
 
-def load_gguf(path):
-    """Directions from a control vector's file.
+def read(path):
+    """({layer: vector (width,) fp32}, about) of a control vector's file.
 
     Raises:
-        DirectionsFileError: the file is no GGUF file, no control vector, or holds a tensor that is none.
+        Damaged: it is not a GGUF file or not a control vector, or it holds a tensor that is no vector.
         ImportError: no `gguf` package.
     """
     gguf = _gguf()
@@ -75,19 +66,19 @@ def load_gguf(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a damaged header makes of the reader
-        raise DirectionsFileError(f"{path} is not a GGUF file: {error!s:.200}") from None
+        raise Damaged(f"{path} is not a GGUF file: {error!s:.200}") from None
     if architecture != ARCHITECTURE:
-        raise DirectionsFileError(f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}")
+        raise Damaged(f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}")
     vectors = {}
     for tensor in reader.tensors:
         number = re.fullmatch(r"direction\.(\d+)", tensor.name)
         if not number or len(number[1]) > 9 or tensor.data.dtype != np.float32 or tensor.data.ndim != 1:
-            raise DirectionsFileError(
+            raise Damaged(
                 f"{path}: tensor {tensor.name!r} is {tensor.data.dtype} {tensor.data.shape}, expected F32 vectors "
                 "direction.<layer>"
             )
         vectors[int(number[1])] = torch.from_numpy(np.array(tensor.data))
-    return _directions(path, vectors, {"site": "block", "type": hint})
+    return vectors, {"site": "block", "type": hint}
 
 
 def _check_head(head):
@@ -95,22 +86,6 @@ def _check_head(head):
     tensors, keys = (int.from_bytes(head[at : at + 8], "little") for at in (8, 16))
     if len(head) == 24 and head[:4] == b"GGUF" and (tensors > 1 << 16 or keys > 1 << 16):
         raise Damaged(f"it announces {tensors:,} tensors and {keys:,} keys")
-
-
-def from_repeng(vector):
-    """Directions of a repeng ControlVector (or anything with `directions` {layer: array} and `model_type`)."""
-    found = getattr(vector, "directions", None)
-    if not isinstance(found, dict):
-        raise TypeError(f"expected a repeng ControlVector with directions {{layer: array}}, found {type(vector).__name__}")
-    vectors = {int(layer): torch.from_numpy(np.array(array, dtype=np.float32)) for layer, array in found.items()}
-    return Directions(vectors, about={"site": "block", "type": getattr(vector, "model_type", None)})
-
-
-def _directions(path, vectors, about):
-    try:
-        return Directions(vectors, about=about)
-    except (ValueError, TypeError) as error:
-        raise DirectionsFileError(f"{path}: {error}") from None
 
 
 def _string(reader, name):

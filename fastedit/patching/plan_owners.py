@@ -5,8 +5,9 @@ import inspect
 
 import torch
 
-from ..class_swap import PLANNED, base_of, swap, swap_back, swappable
-from .row_plan import INPUTS
+from ..families.own_class import base_of
+from .class_swap import PLANNED, swap, swap_back, swappable
+from .rows.row_plan import INPUTS
 
 
 class Planned:
