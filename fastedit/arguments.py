@@ -1,4 +1,4 @@
-"""Checks of arguments that are not arrays, for every face. They import neither torch nor jax."""
+"""Limits of the kernels, and checks of arguments that are not arrays. They import neither torch nor jax."""
 
 import math
 import operator

@@ -16,7 +16,7 @@ class InFp32(nn.Module):
             return super()._apply(move, recurse)
 
     def __setattr__(self, name, value):
-        """Stay where accelerate would offload: its hooks bring weights back for a forward, and masters have none."""
+        """Stay in place where accelerate would offload: its hooks bring weights back for a forward, and masters have none."""
         if name == "_hf_hook":
             value.detach_hook(self)
             self.to(getattr(value, "execution_device", None))

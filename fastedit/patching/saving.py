@@ -1,8 +1,8 @@
-"""Writing edits to disk (docs/design.md, 9). files/edit_file.py writes and reads the files themselves.
+"""Edits written to disk (docs/design.md, 9). files/edit_file.py writes and reads the two files themselves.
 
-edit.json holds its own checksum; format and version; `edits`, one config per edit (kind, site, layers, rank, tensors);
-`strength`; `base`, the model that the edits were made on (id, type, width, depth, a digest of its shape); `training`, a
-summary or null; `tensors`, the checksum of edit.safetensors.
+edit.json holds: its own checksum; format and version; `edits`, one config per edit (kind, site, layers, rank, tensors);
+`strength`; `base`, the model that the edits were made on (base_model.py); `training`, a summary or null; `tensors`, the
+checksum of edit.safetensors.
 """
 
 import json
@@ -21,8 +21,8 @@ from .model_edits import root_of
 def save(handle, folder, *, base_model=None, training=None, tenant=None):
     """Write a handle's edits to a folder. A crash leaves the old edit there or the new one. Returns the Path.
 
-    What was trained beside them, a head or an adapter, is saved too (fastedit/patching/trained_beside.py). A warning
-    says what was trained and is not kept, and whether an edit that should train has never moved.
+    What was trained beside them, a head or an adapter, is saved too (trained_beside.py). A warning says what was trained and
+    is not kept, and whether an edit that should train has never moved.
 
     Args:
         base_model: id of the base, for edit.json. By default the name under which the model was loaded.
