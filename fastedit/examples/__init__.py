@@ -1,6 +1,6 @@
-"""Small texts written for this project: two moods of sentences, prompts that ask for neither, and words that tell them apart.
+"""Small texts written for this project: sentences in two moods, neutral prompts, and words that tell the moods apart.
 
-The command line's examples and the demo use them; the files lie beside this one.
+The command line's examples and the demo use them. The files are beside this one.
 """
 
 import json
