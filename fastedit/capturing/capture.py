@@ -193,10 +193,12 @@ class _Forward:
         forward_until(self.model, places, batch.inputs)
 
     def _number_padded(self, inputs):
-        """Position ids for a ready batch padded on the left, which a model that numbers columns would take for later tokens.
+        """Position ids for a ready batch padded on the left.
+
+        A model that numbers columns would otherwise take its tokens for later ones.
 
         Raises:
-            ValueError: it has none, and whether the model numbers its tokens by itself is not known.
+            ValueError: the batch has none, and it is not known whether the model numbers its tokens by itself.
         """
         mask = inputs.get("attention_mask")
         if mask is None or "position_ids" in inputs or not self.takes("position_ids") or bool(mask[:, 0].all()):

@@ -1,4 +1,4 @@
-"""Which edits lie in the tables now: loaded when a batch first needs them, the longest unused making room."""
+"""Which edits are in the tables: loaded when a batch first needs them; the longest unused one makes room."""
 
 import functools
 from collections import Counter, OrderedDict
@@ -43,7 +43,7 @@ def _read(staging, digest, width, depth):
 class Residency:
     """Slots of the tables, each for one key, held by the rows of the present batch.
 
-    As many slots as a batch can have rows: then one that nobody holds is always there.
+    There are as many slots as a batch can have rows. So one that nobody holds always exists.
     """
 
     def __init__(self, tables, shelf):
