@@ -215,8 +215,8 @@ class Library:
     def salted(self, plan, salt):
         """The cache salt of a request under a plan: blocks computed under one edit are never reused under another.
 
-        Keyed with random bytes of this process: no client can write one, so none reads an edit's blocks or leaves its own
-        there. The client's salt is inside.
+        It is keyed with random bytes of this process. No client can write one, so no client can read an edit's blocks
+        or plant its own. The client's salt is part of it.
         """
         said = json.dumps([plan, salt]).encode()
         return "fastedit:" + hmac.new(self.key, said, hashlib.sha256).hexdigest()

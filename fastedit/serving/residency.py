@@ -18,7 +18,7 @@ class Shelf:
         self.contents = functools.lru_cache(_KEPT_ON_HOST)(lambda digest: _read(staging, digest, width, depth))
 
     def key(self, plan):
-        """(what must lie in a slot for this plan, the strength of its rows, positions)."""
+        """(what must be in a slot for this plan, the strength of its rows, positions)."""
         contents = [self.contents(digest) for digest, _ in plan]
         if len(plan) == 1 and contents[0].linear:
             return ((plan[0][0], 1.0),), plan[0][1], contents[0].positions
