@@ -59,7 +59,7 @@ def _nudge(tokenizer, lexicons, traits):
 
 
 def sample(model, tokenizer, prompt, ids, count, max_new_tokens, temperature, top_p, seed, nudge=None):
-    """`count` texts, a string's prompt included; the same at every call and, number for number, at every strength."""
+    """`count` texts, with the prompt if that is a string. Every call and every strength starts from the same seed."""
     import torch
 
     given = torch.tensor([ids], device=model.device)

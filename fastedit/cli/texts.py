@@ -13,9 +13,9 @@ __all__ = ["as_chat", "layer_numbers", "load_model", "read_texts"]
 
 
 def read_texts(path):
-    """What a file holds, a list: texts, chat conversations (lists of messages), or rows {"prompt", "response"}.
+    """A file's contents as a list: texts, chat conversations (lists of messages), or rows {"prompt", "response"}.
 
-    .txt: a text a line. .json: a list of any of them. .jsonl, .parquet: objects with "text", with "messages" or
+    .txt: one text per line. .json: a list of any of them. .jsonl, .parquet: objects with "text", with "messages" or
     "conversations", or with "prompt" and, if it is known, "response".
     """
     path = Path(path)
@@ -54,7 +54,7 @@ def _text(item, where):
 
 
 def as_chat(texts, system=None):
-    """Strings as user turns, and `system` as the system turn of those and of messages that have none."""
+    """Strings as user turns. `system` becomes the system turn of those and of messages that have none."""
     made = []
     for item in texts:
         if isinstance(item, dict):
