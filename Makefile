@@ -41,12 +41,13 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py fastedit/*/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test test-slow newest renew conformance serving-test serving-test-short fuzz crashes soak sanitize docs lint bench \
+.PHONY: help setup demo test test-slow test-all newest renew conformance serving-test serving-test-short fuzz crashes soak sanitize docs lint bench \
 	peers gpu gpu-more clean distclean
 
 help:
 	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
 	@echo "make test    the tests, on the CPU; PYTEST_ARGS='-k store' for some; make test-slow: those of more than ten seconds"
+	@echo "make test-all   the full grid, slow tests, the engine, sanitizers, docs; an hour or two"
 	@echo "make newest  every test on the newest of everything, in $(NEWEST), and a table of it; make renew: those versions are tested"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
 	@echo "make conformance   every model class of transformers against plain hooks; goes on where it stopped (an hour or so)"
@@ -73,9 +74,14 @@ test: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
 
-# What takes more than ten seconds a test: the chat model, the whole demo, browsers, stub rehearsals, compilers.
+# What takes more than ten seconds per test: the chat model, the whole demo, browsers, stub rehearsals, compilers.
 test-slow: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# The full grid: `make test` takes of crossed parameters a sample that holds each value (tests/conftest.py).
+test-all: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --grid $(PYTEST_ARGS)
+	$(MAKE) serving-test sanitize docs
 
 # Rows are kept in bench/results/conformance.csv; classes that have one are left out.
 conformance: $(STAMPS)/fastedit
