@@ -11,7 +11,7 @@ namespace fastedit {
 
 namespace {
 
-// strength: a number, one element for all rows, or one a row.
+// strength: a number, one element for all rows, or one per row.
 void read_strength(const Call& call, py::handle given, const View& lead, FormViews& v, Form& form) {
   PyObject* object = given.ptr();
   v.coefficient.object = nullptr;
@@ -32,7 +32,7 @@ void read_strength(const Call& call, py::handle given, const View& lead, FormVie
   const bool one = c.numel() == 1 && c.ndim <= 1;
   bool right = c.dtype == F32 && (one || c.ndim == lead.ndim - 1);
   for (int i = 0; right && !one && i < c.ndim; ++i) right = c.shape[i] == lead.shape[i];
-  // already flat: one a row of rows that are not
+  // already flat: one per row of rows that are not
   right = right || (c.dtype == F32 && c.ndim == 1 && c.shape[0] == lead.size(lead.ndim - 1));
   if (!right) refuse("strength is " + c.about() + ", expected float32 " + shape_text(lead.shape, lead.ndim - 1) + " or one number");
   if (!c.contiguous()) refuse("strength is not contiguous");

@@ -159,7 +159,7 @@ def test_tenants_of_a_pack_are_refused(family):
     handle = fe.patch(model, fe.ScaleBias(site="block", layers=[0]), tenants=2)
     with handle.assign([1]):
         model(PACKED, use_cache=False)
-        with pytest.raises(ValueError, match="tenants are one a row, but the rows of this forward are packed, with 3"):
+        with pytest.raises(ValueError, match="tenants are one per row, but the rows of this forward are packed, with 3"):
             model(PACKED, use_cache=False, **SAID["position_ids"])
 
 

@@ -157,7 +157,7 @@ class EnteredNames(Entered):
             return spread(rows, hidden)
         if rows.numel() != hidden.shape[:-1].numel() or rows.shape[0] != hidden.shape[0] != rows.numel():
             raise ValueError(
-                f"assign() was given a name a token for {tuple(rows.shape)} (batch, tokens), but the hidden states have "
+                f"assign() was given one name per token for {tuple(rows.shape)} (batch, tokens), but the hidden states have "
                 f"shape {tuple(hidden.shape)}: packed sequences run in one forward, without a cache of earlier ones; "
                 f"{_STACKS}"
             )
@@ -233,11 +233,11 @@ def flat_names(names):
     """(names in a row, shape): (sequences,), or (batch, tokens) for nested lists."""
     if isinstance(names, (str, torch.Tensor)) or not isinstance(names, (list, tuple)):
         raise TypeError(
-            f"names is {names!r:.60}, expected a list with one name a sequence (None: untouched); for packed sequences a "
+            f"names is {names!r:.60}, expected a list with one name per sequence (None: untouched); for packed sequences a "
             "list of lists, or tokens="
         )
     if not names:
-        raise ValueError("assign() was given no names, expected one a sequence")
+        raise ValueError("assign() was given no names, expected one per sequence")
     nested = [isinstance(name, (list, tuple)) for name in names]
     if not any(nested):
         flat, shape = list(names), (len(names),)
@@ -263,7 +263,7 @@ def dialled(names, strengths):
     if len(strengths) != len(names):
         raise ValueError(
             f"{len(strengths)} strengths for {len(names)} names, expected one number, or one for each name "
-            "(for a Stack that may be a list of numbers, one a part)"
+            "(for a Stack that may be a list of numbers, one per part)"
         )
     found = []
     for name, strength in zip(names, strengths, strict=True):

@@ -17,7 +17,7 @@ DEFAULTS = {
     "lr": 1e-4, "epochs": 100, "batch_size": 512, "rows": None, "seed": 0,
     **{name: value for name, value in SIZES.items() if name not in ("accumulate", "checkpointing")},
 }  # fmt: skip
-GENERATED_TOGETHER = 16  # sequences a forward
+GENERATED_TOGETHER = 16  # sequences per forward
 
 
 def run(

@@ -96,7 +96,7 @@ def _checked(positive, negative, method, at, probe, held_out):
     if probe not in ("logistic", "mass-mean"):
         raise ValueError(f"probe is {probe!r}, expected 'logistic' or 'mass-mean'")
     if at == "all tokens":
-        raise ValueError("at is 'all tokens', expected one row a text: 'last token', 'mean', 'last 4', 'response', …")
+        raise ValueError("at is 'all tokens', expected one row per text: 'last token', 'mean', 'last 4', 'response', …")
     sets = []
     for name, texts in ((POSITIVE, positive), (NEGATIVE, negative)):
         if isinstance(texts, str):

@@ -20,7 +20,7 @@ from ..patching.handle import patch
 from .rahf import BAD, GOOD, Collator, hindsight_loss
 
 MODES = ("scit", "dual")
-PUBLISHED = {  # rows a step, epochs; both: lr 2e-5 after 10 % of warm-up, cosine, up to 768 tokens, AdamW
+PUBLISHED = {  # rows per step, epochs; both: lr 2e-5 after 10 % of warm-up, cosine, up to 768 tokens, AdamW
     "scit": {"batch_size": 64, "epochs": 2}, "dual": {"batch_size": 128, "epochs": 3},
 }  # fmt: skip
 WAYS = ("full", "lora", "red", "red+", "loreft")

@@ -222,7 +222,7 @@ def _of_batch(model, tokenizer, prompts, samples, reward, dtype, options):
     new = output[:, ids.shape[1] :]
     if len(states) != new.shape[1] or any(len(state) != len(new) for state in states):
         raise ValueError(
-            f"{len(states)} forwards gave {new.shape[1]} tokens: trajectories need one token a forward for each sequence "
+            f"{len(states)} forwards gave {new.shape[1]} tokens: trajectories need one token per forward for each sequence "
             "(no beams, assistants, prompt lookup or chunked prefill)"
         )
     lengths = _lengths(model, new, options)

@@ -168,7 +168,7 @@ class Windows:
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape != ids.shape[:2]:
             found = f"batch {index} has an attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}"
-            raise ValueError(f"{found}, expected one number a token")
+            raise ValueError(f"{found}, expected one number per token")
         tokens = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
         if not tokens.any(1).all():
             raise ValueError(f"batch {index} has a sequence without a token in its attention_mask: leave it out")

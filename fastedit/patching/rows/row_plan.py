@@ -220,7 +220,7 @@ class RowPlan:
         """Refuse packed rows for `what`, which takes a row for one sequence."""
         if self.packing is not None and self.packing.several():
             raise ValueError(
-                f"{what} are one a row, but the rows of this forward are packed, with {self.packing.sequences()} sequences "
+                f"{what} are one per row, but the rows of this forward are packed, with {self.packing.sequences()} sequences "
                 f"in {self.shape[0]} rows: give each sequence a row of its own"
             )
 
@@ -347,7 +347,7 @@ class RowPlan:
             if not torch.compiler.is_compiling() and len(lengths) not in (1, packing.sequences()):
                 raise ValueError(
                     f"handle.prompt was given {len(lengths)} lengths, but this forward packs {packing.sequences()} "
-                    "sequences: expected one a sequence, in their order"
+                    "sequences: expected one per sequence, in their order"
                 )
             lengths = lengths.to(device)
             length = lengths[packing.number.clamp(0, len(lengths) - 1)]
@@ -456,5 +456,5 @@ def _for_batch(tensor, batch, name):
     if tensor.shape[0] == batch:
         return tensor
     if batch % tensor.shape[0]:
-        raise ValueError(f"{name} has {tensor.shape[0]} rows, expected {batch}, one a sequence, or a divisor of it")
+        raise ValueError(f"{name} has {tensor.shape[0]} rows, expected {batch}, one per sequence, or a divisor of it")
     return tensor.repeat_interleave(batch // tensor.shape[0], 0)

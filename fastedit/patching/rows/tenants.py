@@ -106,5 +106,5 @@ def _checked(tenants, count):
         raise TypeError(f"assign() was given {tenants!r}, expected a list with one tenant a sequence")
     tenants = tenants.tolist() if hasattr(tenants, "tolist") else list(tenants)
     if not tenants:
-        raise ValueError("assign() was given no tenants, expected one a sequence")
+        raise ValueError("assign() was given no tenants, expected one per sequence")
     return tuple(-1 if tenant in (None, -1) else check_tenant(tenant, count) for tenant in tenants)
