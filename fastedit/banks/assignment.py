@@ -245,8 +245,8 @@ def flat_names(names):
         lengths = {len(row) if is_row else None for row, is_row in zip(names, nested, strict=True)}
         if len(lengths) > 1 or None in lengths or 0 in lengths:
             raise ValueError(
-                "names holds lists of different lengths, or lists beside names: for packed sequences it is one list a "
-                f"sequence, all as long as the batch is; {_STACKS}"
+                "names holds lists of different lengths, or lists beside names: for packed sequences give one list "
+                f"per sequence, each as long as the batch; {_STACKS}"
             )
         flat, shape = [name for row in names for name in row], (len(names), lengths.pop())
     for name in flat:

@@ -30,8 +30,7 @@ class Entry:
     """One name's edit. staged: its host copy, or None. path: its file, or None. slot: where it is resident, or None.
 
     ranks: {place: rank}. gated: the places with a gate. uses: assignments in force that hold it. folding: how many
-        stacks are
-    being made of its host copy. gone: removed or replaced; what is left of it ends with the last use.
+    stacks are being made of its host copy. gone: removed or replaced; what is left of it ends with the last use.
     """
 
     parts = ()
@@ -92,11 +91,11 @@ def forms_of(source, model, layers, positioned):
     if crowded is not None:
         raise ValueError(
             f"{len(stacks[crowded])} edits of one name are at site {crowded[1]!r} of layer {crowded[0]}, one of them behind a "
-            "gate: what a gate decides on is what its edit is given, so there it is alone; patch them"
+            "gate: a gate decides on what its edit is given, so a gated edit must be alone at its place; patch them"
         )
     if len(positions) > 1:
         spelled = ", ".join(sorted(repr("all" if p is None else str(p)) for p in positions))
-        raise ValueError(f"the edits of one name share their positions, found {spelled}: a slot has one coefficient a row")
+        raise ValueError(f"the edits of one name share their positions, found {spelled}: a slot has one coefficient per row")
     found = positions.pop() if positions else None
     if found is not None and not positioned:
         raise ValueError(f"the edit has positions {str(found)!r}: make the bank with positions=True, which looks at tokens")
@@ -105,7 +104,7 @@ def forms_of(source, model, layers, positioned):
 
 def _of_handle(handle):
     if handle.tenancy is not None:
-        raise ValueError("this handle holds several tenants' edits: add one tenant's, handle.tenant(0), say")
+        raise ValueError("this handle holds several tenants' edits: add the edit of one tenant, such as handle.tenant(0)")
     for edit in handle.edits:
         _check_kind(edit)
     with torch.no_grad():
@@ -166,10 +165,10 @@ def _check_kind(edit):
     elif edit.gate is not None and outside_kernels(edit.gate) is not None:
         why = (
             f"{outside_kernels(edit.gate)}; a bank with gates=True holds one dot or cosine gate, decided by token on what the "
-            "edit is given: patch it apart, or decide yourself and dial it by assign(strengths=)"
+            "edit is given: patch it separately, or decide yourself and dial it by assign(strengths=)"
         )
     elif edit.keep_norm:
-        why = "keep_norm rescales each row behind the edit, which no normal form does: patch it apart"
+        why = "keep_norm rescales each row behind the edit, which no normal form does: patch it separately"
     if why is not None:
         raise ValueError(f"a bank cannot hold {edit!r}: {why}")
 

@@ -22,8 +22,7 @@ class Stats(NamedTuple):
     """A bank's counts. entries: names. resident, pinned, in_use: how many of them. on_host, on_disk: copies kept there.
 
     hits, loads: names and stacks that an assignment or prefetch found resident, or had to load. Bytes: of the tables on
-        the
-    device, whether full or not, and of the host copies. stacks: those in slots of their own, beside `resident`.
+    the device, whether full or not, and of the host copies. stacks: those in slots of their own, beside `resident`.
     """
 
     capacity: int
@@ -142,7 +141,7 @@ class Books:
         if old is None:
             self.entry(name)
         if full:
-            raise BankFullError(f"{name!r} is pinned and in use, and no other slot can be had for what is to replace it")
+            raise BankFullError(f"{name!r} is pinned and in use, and there is no other slot for its replacement")
         self._load(entry, must=False)
         self._trim()
 
@@ -378,4 +377,4 @@ def _check_host(host, folder):
     if isinstance(host, bool) or not isinstance(host, int) or host < 0:
         raise ValueError(f"host is {host!r}, expected a number of bytes, or None for no limit")
     if folder is None:
-        raise ValueError("host limits what memory keeps: say folder=, where the rest goes")
+        raise ValueError("host limits what memory keeps: give folder=, where the rest goes")

@@ -80,11 +80,9 @@ def capture(
             labels as "group").
         layers: numbers, as in an edit. None for all.
         site: where in a layer (edits/sites.py): "block", "mlp", "attn", "ffn_in", …
-        at: which tokens are rows. "last token" or "first token" of each sequence, or "all tokens". Or a mean, one row
-            per
-            sequence: "mean" of all its tokens, "last 4" (any number), "response" (of messages, their last turn),
-                "suffix"
-            or "span". Padding is never among them.
+        at: which tokens are rows. "last token" or "first token" of each sequence, or "all tokens". Or a mean, with
+            one row per sequence: "mean" of all its tokens, "last 4" (any number), "response" (of messages, their last turn),
+            "suffix" or "span". Padding is never among them.
         suffix: with at="suffix", a text that is appended to every text. Its tokens are measured.
         spans: with at="span", (start, stop) for each text: of its characters, or of its tokens if it is token ids.
         sinks: tokens whose norm is above this many times the median of their text's norms are left out of means and of
@@ -105,8 +103,7 @@ def capture(
 
     Raises:
         TypeError, ValueError: something that cannot be captured: a site or layer that does not exist, a text too long,
-            a
-        folder that holds another pass.
+        a folder that holds another pass.
     """
     check_at(at), check_sinks(sinks)
     chosen = _choose(model, layers, site)
@@ -217,7 +214,7 @@ class _Forward:
         if key not in self.picks:
             tokens = self._tokens(layer, batch)
             if has_span(self.at) and tokens is not batch.tokens:
-                raise ValueError(f"layer {layer.name} is a decoder's, whose tokens are not the texts': no {self.at!r} there")
+                raise ValueError(f"layer {layer.name} is a decoder's, whose tokens are not the texts' own: no {self.at!r} there")
             self.picks[key] = Pick(tokens, batch.spans, batch, self.at, self.sinks, hidden.device)
         pick = self.picks[key]
         if hidden.shape[:2] != pick.tokens.shape:
@@ -280,7 +277,7 @@ class _State:
             if not sound or isinstance(note.get("position"), bool) or not isinstance(note.get("position"), int):
                 raise Damaged("is not what a capture writes")
         except Damaged as error:
-            raise ValueError(f"{self.path} {error}; remove it, and begin anew") from None
+            raise ValueError(f"{self.path} {error}; remove it, and start again") from None
         if version == 1:
             logger.warning("fastedit: %s is of format version 1, which has no checksum; its next save has one", self.path)
         return note, tensors

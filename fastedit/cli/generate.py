@@ -22,7 +22,7 @@ def run(
         raise typer.BadParameter(f"{prompt_file} holds rows with responses, expected prompts alone")
     prompts = as_chat(prompts, system) if chat or system else prompts
     if strengths and edit is None:
-        raise typer.BadParameter("--strength is of an edit: give --edit, too")
+        raise typer.BadParameter("--strength belongs to an edit: give --edit too")
     if not all(math.isfinite(strength) for strength in strengths or ()):
         raise typer.BadParameter("--strength is not a finite number")
     if (lexicons is None) != (not traits):

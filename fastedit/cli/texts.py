@@ -28,7 +28,7 @@ def read_texts(path):
             found = read_rows(path)
         if not isinstance(found, list) or not found:
             raise ValueError(
-                "it holds no list of texts; one a line, a JSON list, or .jsonl with \"text\", \"messages\" or \"prompt\""
+                "it holds no list of texts; use one per line, a JSON list, or .jsonl with \"text\", \"messages\" or \"prompt\""
             )
         return [_text(item, f"item {number} of {path}") for number, item in enumerate(found, 1)]
     except (OSError, ValueError, TypeError) as error:

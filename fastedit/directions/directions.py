@@ -46,8 +46,7 @@ class Directions(Mapping):
 
     Raises:
         TypeError, ValueError: no layers, layers that are not numbers from 0 on, or vectors that are not finite, not
-            floating
-        or not of one width.
+        floating or not of one width.
     """
 
     def __init__(self, vectors, statistics=None, about=None):
@@ -256,8 +255,7 @@ class Directions(Mapping):
 
         Raises:
             ValueError: there is a vector at layer 0, which llama.cpp cannot add, or the directions are of another site
-                than the
-            residual stream. ImportError: no `gguf` package.
+            than the residual stream. ImportError: no `gguf` package.
         """
         if 0 in self:
             raise ValueError(

@@ -60,8 +60,7 @@ def calibrate(
 
     Raises:
         ValueError: the KL stays below the target up to `largest`, or is not finite on the way there, or jumps past it.
-            The
-        handle then has its old strength.
+        The handle then has its old strength.
         TypeError, ValueError: something that is not an edit, an empty set of prompts, numbers out of range.
     """
     for name, value in (("target_kl", target_kl), ("tolerance", tolerance), ("largest", largest)):

@@ -32,8 +32,7 @@ class Found:
     when: IN_MODULE … AROUND_LAYER. switch: takes it out of force and back. hook: its id, for IN_HOOK.
     forms: its normal forms, applied in order. reason: why it cannot be adopted, or None.
     group: edits of one group are adopted together or not at all. hides_layer: while it is in force, the layer's own
-        module
-    is not in the model's list.
+    module is not in the model's list.
     """
 
     name: str

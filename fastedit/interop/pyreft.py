@@ -128,7 +128,7 @@ def _nodireft(i):
 def _constant(i):
     constant = i.source_representation
     if constant is None:
-        raise Refusal("its source comes with each call; adopted are constant ones (source_representation)")
+        raise Refusal("its source comes with each call; only constant sources are adopted (source_representation)")
     if constant.numel() != constant.shape[-1]:
         raise Refusal(f"its source_representation has shape {tuple(constant.shape)}, expected (width,)")
     return values(constant, -1)
@@ -155,7 +155,7 @@ def _form(intervention):
         if kind.__module__ in _HOMES and kind.__name__ in _KINDS:
             return _KINDS[kind.__name__](intervention)
     raise Refusal(
-        f"its formula is not known; adopted are {', '.join(n.removesuffix('Intervention') for n in _KINDS)}"
+        f"its formula is not known; the known ones are {', '.join(n.removesuffix('Intervention') for n in _KINDS)}"
     )
 
 

@@ -48,8 +48,7 @@ class Collator:
     """Rows {"prompt": text or messages, "response": text} as batches of token ids.
 
     instructions: what comes before the prompt for each stimulus; "" for none. All stimuli of a row end with the same
-        response
-    columns, padded on the left, so that patterns can be subtracted.
+    response columns, padded on the left, so that patterns can be subtracted.
     response: the most response tokens. prompt: the most tokens before it. A longer prompt loses its beginning, not the
     instruction. separator: between instruction and prompt. If the prompt is messages, the instruction is in the system
     turn and the template is applied once (fastedit/texts/chat.py). end: whether texts, too, end with EOS.

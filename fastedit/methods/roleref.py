@@ -47,8 +47,7 @@ def vectors(
 
     Raises:
         TypeError, ValueError: sets that are not pairs or fewer than two, `keep` outside (0, 1], another `measured`, and
-            what
-        `capture` refuses.
+        what `capture` refuses.
     """
     sets = [list(answerable), list(conflicting)]
     if isinstance(answerable, str) or isinstance(conflicting, str):

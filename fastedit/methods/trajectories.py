@@ -138,8 +138,7 @@ def collect(
 
     Raises:
         TypeError, ValueError: no prompts, a reward that is not one finite number per response, decoding other than
-            token by
-        token (beams, assistants), or a model without `final`.
+        token by token (beams, assistants), or a model without `final`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check(model, tokenizer, prompts, reward, samples, part)

@@ -38,9 +38,8 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, l
     norm).
 
     tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one per row. looks: None,
-        or an
-    object with a gate for the kernel (gate_sensors.Sensor). Its gate() is two tensors. Its say(rows) is g, for when no
-    kernel takes the gate.
+    or an object with a gate for the kernel (gate_sensors.Sensor). Its gate() is two tensors. Its say(rows) is g, for
+    when no kernel takes the gate.
     """
     if not is_dynamo_compiling():
         slot = None if type(tensors) is tuple else slot_of(tensors, x)

@@ -78,7 +78,7 @@ def _warn(handle, left):
         )
     if left:
         warnings.warn(
-            f"fastedit: {len(left)} weights of the model were trained along and are not in this edit ({', '.join(left[:3])}, …); "
+            f"fastedit: {len(left)} weights of the model were trained too and are not in this edit ({', '.join(left[:3])}, …); "
             "keep them with model.save_pretrained, or patch with freeze=True",
             stacklevel=4,
         )

@@ -117,7 +117,7 @@ class Library:
     def look(self, name):
         """The Contents that a name means now."""
         if not _SOUND_NAME.fullmatch(name):
-            raise Refused(f"{name!r:.80} is not the name of an edit: letters, digits and _ . @ + - are")
+            raise Refused(f"{name!r:.80} is not a valid name of an edit: use letters, digits and _ . @ + -")
         path = self.folder / name
         try:
             found = (path / JSON).stat()

@@ -98,7 +98,7 @@ def read_contents(folder, width, depth):
     if crowded is not None:
         raise EditFileError(
             f"{folder}: {len(parts[crowded])} edits are at site {crowded[1]!r} of layer {crowded[0]}, one of them behind a "
-            "gate, which looks at what its edit is given: there it must be alone"
+            "gate, which decides on what its edit is given: a gated edit must be alone at its place"
         )
     return Contents(digest_of(header), parts, gates, rates, chosen.pop() if chosen else None, header, tensors)
 

@@ -26,8 +26,7 @@ class Structure:
     """Where a decoder layer's sites are.
 
     attn, mlp: the modules whose outputs are the sites'. adds: {"attn" or "block": the norm that makes the add}: "attn"
-        is the
-    add of the attention within the layer, "block" that of the layer before. Empty: edits run on outputs.
+    is the add of the attention within the layer, "block" that of the layer before. Empty: edits run on outputs.
     on_outputs: sites that do so although their add is fused, because a norm stands between.
     """
 

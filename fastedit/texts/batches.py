@@ -33,10 +33,9 @@ class Windows:
     """The data in windows. Each is a list of Batches, long enough that sorting by length leaves little padding.
 
     data: any iterable of texts, chat messages, rows with a prompt and its response (chat.py), lists of token ids, or
-        ready
-    batches (mappings with input_ids and, optionally, attention_mask). groups: a label for each text, or None; a ready
-    batch carries its labels as "group". names: the labels, in the order of their numbers; read from the data if groups
-    is a list.
+    ready batches (mappings with input_ids and, optionally, attention_mask). groups: a label for each text, or None; a
+    ready batch carries its labels as "group". names: the labels, in the order of their numbers; read from the data if
+    groups is a list.
     at, suffix, spans: as in `fastedit.capture`, for the batches' spans.
     """
 

@@ -147,7 +147,7 @@ def load_reference(handle, rows, path):
         if note.get(what) != now:
             raise EditFileError(
                 f"{path} holds log-probabilities of {'another model' if what == 'model' else 'other rows'} (digest "
-                f"{str(note.get(what))[:12]}, expected {now[:12]}): store them anew with store_reference"
+                f"{str(note.get(what))[:12]}, expected {now[:12]}): store them again with store_reference"
             )
     with safe_open(path, "pt") as file:
         return _with(rows, file.get_tensor("reference"))

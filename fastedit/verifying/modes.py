@@ -22,8 +22,7 @@ class Said:
     """A mode's result for a request: `logits`, to compare with a whole forward of `given` at its tokens `where`.
 
     prompt: how many of them (of the decoder's, behind an encoder) are the prompt. gradient: instead of logits, that of
-        the
-    embeddings.
+    the embeddings.
     """
 
     given: dict

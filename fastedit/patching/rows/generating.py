@@ -100,8 +100,8 @@ class Generation:
             raise Unknown(self.lost)
         if self.seen.get(stack, 0) == self.number:
             raise Unknown(
-                "`generate` did not prepare this forward, so it is somebody else's within it (a logits processor's, such as "
-                "guidance_scale's, or a language detection)"
+                "`generate` did not prepare this forward, so something else runs it inside the call (a logits processor, such "
+                "as guidance_scale's, or a language detection)"
             )
         self.seen[stack] = self.number
         known = int(length) if isinstance(length, torch.Tensor) and not self.done else length
@@ -111,7 +111,7 @@ class Generation:
             offset = self.columns + self.width - self.ids - tokens
         if not self.done and offset == 0 and known != 0:
             if known is None:
-                raise Unknown("it begins on a cache that is filled and does not say how far")
+                raise Unknown("its cache is filled and does not say how far")
             self.columns, offset = self.columns + known, known  # the ids are only what is new
             if self.mask is not None:
                 raise Unknown(

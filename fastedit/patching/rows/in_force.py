@@ -182,8 +182,8 @@ def check_batch(hidden, given, what):
         allowed = _traced_copies if torch.compiler.is_compiling() else _COPIES.get()
         if batch % given or batch // given not in allowed:
             raise ValueError(
-                f"assign() was given {given} {what}, but the batch has {batch} sequences: expected one of the {what} a "
-                "sequence. Beams and samples of `generate` (num_beams, num_return_sequences) share their sequence's; "
+                f"assign() was given {given} {what}, but the batch has {batch} sequences: expected one of the {what} "
+                "per sequence. Beams and samples of `generate` (num_beams, num_return_sequences) share their sequence's; "
                 "other copies of a sequence are sequences of their own"
             )
 

@@ -16,8 +16,7 @@ class Packing:
     """What is known about each token of (batch, tokens).
 
     index: among the real tokens of its sequence. length: how many those are. number: of its sequence in the batch. All
-        are
-    (batch, tokens). real: bool, or None for all.
+    are (batch, tokens). real: bool, or None for all.
     """
 
     def __init__(self, starts, real):
@@ -155,7 +154,7 @@ def _restarts(position_ids, real, looking):
         odd = odd if real is None else odd & real
         if bool(odd.any()):
             raise ValueError(
-                "position_ids neither count on by one nor begin anew at 0, so where each sequence starts is not known: give "
+                "position_ids neither continue by one nor begin again at 0, so where each sequence starts is not known: give "
                 "the model position ids that do, or leave them out"
             )
     return starts

@@ -187,7 +187,7 @@ class RowPlan:
             raise RuntimeError(
                 f"{what} must know where the prompt ends, and {type(whole).__name__}.generate knows, but "
                 f"{type(self.owner).__name__}, which is patched inside of it, is not told: patch the "
-                f"{type(whole).__name__}, or say handle.prompt(lengths) before generate"
+                f"{type(whole).__name__}, or call handle.prompt(lengths) before generate"
             )
         offset, mask = self._offset, self.attention_mask
         if mask is None or self.shape is None or isinstance(offset, torch.Tensor):
@@ -364,7 +364,7 @@ class RowPlan:
             verb = "depends" if positions is None else "depend"
             raise RuntimeError(
                 f"{what} {verb} on where the prompt ends, which this forward in training does not say: give the model labels "
-                "with -100 over the prompt, or say handle.prompt(lengths) before each forward"
+                "with -100 over the prompt, or call handle.prompt(lengths) before each forward"
             )
         return None
 
@@ -375,7 +375,7 @@ class RowPlan:
         if isinstance(offset, torch.Tensor) or offset:
             raise RuntimeError(
                 f"{_named(positions)} depend on where the prompt ends, which a forward on a filled cache does "
-                "not say; use model.generate, or say handle.prompt(lengths) before the forwards behind the prompt"
+                "not say; use model.generate, or call handle.prompt(lengths) before the forwards after the prompt"
             )
 
     def _told(self, tensor, batch, name):
@@ -387,7 +387,7 @@ class RowPlan:
     def _mask(self, columns, batch, device):
         mask = self.mask
         if mask is None:
-            raise RuntimeError("positions='mask': no mask was given; say handle.mask(mask) before the forward")
+            raise RuntimeError("positions='mask': no mask was given; call handle.mask(mask) before the forward")
         if isinstance(mask, Elsewhere):
             raise mask.refuse()
         mask = self._told(mask.to(device, torch.float32), batch, "handle.mask's mask")
@@ -405,7 +405,7 @@ def _before_labels(what, positions, labels, mask):
         if bool((starts > 1).any()):
             raise ValueError(
                 f"{what}: sequence {int((starts > 1).int().argmax())} has several responses in its labels (turns, or a packed "
-                "row), each with a prompt of its own; give one response a row, or {_instead(positions)}"
+                "row), each with a prompt of its own; give one response per row, or {_instead(positions)}"
             )
         asked = positions is None or positions.first or positions.last or positions.prompt
         if asked and bool((length == 0).any()):

@@ -27,7 +27,7 @@ class Tenancy(Owner):
         if found is None:
             raise RuntimeError(
                 f"this handle holds {self.count} tenants: run the model, and the backward of one that is checkpointed by "
-                "hand, inside `with handle.assign([...])`, one tenant a sequence (None = untouched)"
+                "hand, inside `with handle.assign([...])`, one tenant per sequence (None = untouched)"
             )
         return found.slot(hidden)
 
@@ -103,7 +103,7 @@ def check_tenant(tenant, count):
 
 def _checked(tenants, count):
     if isinstance(tenants, (str, int)) or tenants is None:
-        raise TypeError(f"assign() was given {tenants!r}, expected a list with one tenant a sequence")
+        raise TypeError(f"assign() was given {tenants!r}, expected a list with one tenant per sequence")
     tenants = tenants.tolist() if hasattr(tenants, "tolist") else list(tenants)
     if not tenants:
         raise ValueError("assign() was given no tenants, expected one per sequence")
