@@ -43,8 +43,7 @@ class Stats(NamedTuple):
 class Books:
     """Entries by name over `tables`. `host` bytes of copies stay in memory (None: no limit), the rest goes to `folder`.
 
-    entries: name → Entry. resident: id → Entry, of those with a slot. Both are in order of use, least recently used
-        first.
+    entries: name → Entry. resident: id → Entry, of those with a slot. Both have the least recently used first.
     combinations: key → Combination, of stacks that have a slot or are about to.
     """
 

@@ -53,7 +53,7 @@ class Tables(InFp32):
 
     scale and bias (capacity, width). With a rank: read and write (capacity, rank, width) and offset (capacity, rank).
     With
-    gates: gate (capacity, width) and rule (capacity, 3). An empty slot holds the identity, and a gate that is open.
+    gates: gate (capacity, width) and rule (capacity, 3). An empty slot holds the identity, and an open gate.
 
     Args:
         sites: [(layer name, site name, width)].

@@ -59,9 +59,8 @@ def cast(behaviour, condition, *, layers=None, strength=1.0, site="block"):
 class Condition:
     """What `fit` found. `gate()` makes it a condition.
 
-    layer, threshold, when, over: as in `condition`. vector: c (width,). f1: on the held-out prompts. fitted_f1: on the
-        others.
-    held_out: how many. table: {layer: best fitted F1 there}.
+    layer, threshold, when, over: as in `condition`. vector: c (width,).
+    f1: on the held-out prompts. fitted_f1: on the others. held_out: how many. table: {layer: best fitted F1 there}.
     """
 
     vector: torch.Tensor

@@ -4,9 +4,8 @@ Two things can fail: an edit makes hidden states NaN or infinite, or it cannot b
 
 1. Once per step, the worker looks at the rows of edited requests (`Looks`) and writes the result on the step's output.
 2. The scheduler (`around_update`) drops the blocks of a failed request from the prefix cache and ends the request.
-3. The worker makes those blocks finite before any other request gets them (`clean`). A masked place of a block that
-holds
-   NaN is still a NaN in attention, because 0 · NaN is.
+3. The worker makes those blocks finite before any other request gets them (`clean`). If a block holds NaN at a masked
+   place, attention still gives NaN, because 0 · NaN is NaN.
 """
 
 import copy

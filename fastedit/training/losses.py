@@ -3,15 +3,15 @@
 π is the policy, r the reference (the same model at strength 0), w the chosen and l the rejected response. Each
 log-probability is the sum over the response's tokens, and |y| is their number:
 
-    DPO    −log σ(β [(log π(w) − log r(w)) − (log π(l) − log r(l))])                                  (arXiv 2305.18290)
-    BiPO   the same with d β in place of β, π at strength d, d ∈ {−1, 1} at random per step           (arXiv 2406.00045)
-    ORPO   −log π(w)/|w| − λ log σ(log odds(w) − log odds(l)), odds of p = exp(log π/|y|): p / (1 − p) (arXiv
-    2403.07691) RePS   −log σ(Δ⁺) − log σ(Δ⁻)                                                                     (arXiv
-    2505.20809)
+    DPO    −log σ(β [(log π(w) − log r(w)) − (log π(l) − log r(l))])
+    BiPO   the same with d β in place of β, π at strength d, d ∈ {−1, 1} at random per step
+    ORPO   −log π(w)/|w| − λ log σ(log odds(w) − log odds(l)), odds of p = exp(log π/|y|): p / (1 − p)
+    RePS   −log σ(Δ⁺) − log σ(Δ⁻)
            Δ⁺ = b⁺ log π⁺(w)/|w| − log π⁺(l)/|l|,   b⁺ = max(log r(l) − log r(w), 1),   π⁺ at strength 1
            Δ⁻ = b⁻ log π⁻(l)/|l| − log π⁻(w)/|w|,   b⁻ = max(log r(w) − log r(l), 1),   π⁻ at strength −1
 
-RePS of the paper nulls its direction for the negative side. Here that side is strength −1, which every edit has.
+DPO is arXiv 2305.18290, BiPO 2406.00045, ORPO 2403.07691, RePS 2505.20809. RePS of the paper nulls its direction for
+the negative side. Here that side is strength −1, which every edit has.
 """
 
 import torch
