@@ -51,9 +51,9 @@ class Staged:
 class Tables(InFp32):
     """fp32 tables for `capacity` edits at every place.
 
-    scale and bias (capacity, width). With a rank: read and write (capacity, rank, width) and offset (capacity, rank).
-    With
-    gates: gate (capacity, width) and rule (capacity, 3). An empty slot holds the identity, and an open gate.
+    Always: scale and bias (capacity, width). If there is a rank: read and write (capacity, rank, width) and offset
+    (capacity, rank). If there are gates: gate (capacity, width) and rule (capacity, 3). An empty slot holds the identity,
+    and an open gate.
 
     Args:
         sites: [(layer name, site name, width)].
