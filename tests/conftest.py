@@ -4,20 +4,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pathlib
-
 import pytest
 import torch
-
-SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared"
-
-
-@pytest.fixture
-def shared():
-    """The folder of small trained models and texts beside the repository; skips where it is not there."""
-    if not SHARED.is_dir():
-        pytest.skip("needs the folder `shared` beside the repository")
-    return SHARED
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from ..chat import prompt_ids
 from ..edit_file import EditFileError, replace
 from ..edits import Edit
 from ..evaluating import evaluating
@@ -27,6 +28,7 @@ from ..files.sealed import open_tensors, parse_json, read_regular, seal_tensors
 from ..planning import choose
 from ..root import root_of
 from ..site_kinds import watch
+from .replies import left_padded, plain
 
 _FORMAT = "fastedit trajectories 1"
 _PLAN = "collection.json"  # of a folder of shards: what was asked for, and how many shards there are to be
@@ -37,7 +39,7 @@ logger = logging.getLogger("fastedit")
 class Trajectories:
     """n responses. states: (sum of lengths, width), in the model's dtype. lengths: (n,) int64. rewards: (n,) fp32.
 
-    prompts, responses: their texts, [] where unknown.
+    prompts, responses: their texts, a prompt may be a list of messages; [] where unknown.
 
     Raises:
         TypeError, ValueError: shapes that do not belong together, a response without a state, a reward that is not finite.
@@ -124,8 +126,9 @@ def collect(
 
     Args:
         model, tokenizer: a causal language model and its tokenizer, which needs a padding token.
-        prompts: texts.
-        reward: any function (prompts, responses) → one number each; it is called with a batch of texts.
+        prompts: texts, or lists of messages, which go through the tokenizer's chat template.
+        reward: any function (prompts, responses) → one number each; it is called with a batch of texts. Of messages it gets
+            the last one's text, or the messages themselves if it has the attribute `takes_messages`.
         samples: responses a prompt. temperature: 0 for the likeliest token.
         dtype: of the kept states; the model's own by default.
         progress: called as progress(done, total), in responses, after each batch.
@@ -197,8 +200,8 @@ def _plan(folder):
 def _check(model, tokenizer, prompts, reward, samples, part):
     if len(part) != 2 or not 0 <= part[0] < part[1]:
         raise ValueError(f"part is {part!r}, expected (number, of how many), such as (0, 4)")
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("prompts is empty or holds something else than texts")
+    if not prompts or not all(isinstance(prompt, (str, list, tuple)) for prompt in prompts):
+        raise ValueError("prompts is empty or holds something else than texts and lists of messages")
     if not callable(reward):
         raise TypeError(f"reward is {reward!r}, expected a function (prompts, responses) → numbers")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
@@ -212,8 +215,8 @@ def _check(model, tokenizer, prompts, reward, samples, part):
 def _of_batch(model, tokenizer, prompts, samples, reward, dtype, options):
     """(states, lengths, rewards, prompts, responses) of a few prompts."""
     samples = samples if options["do_sample"] else 1
-    given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    ids, mask = (given[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    given = [prompt_ids(tokenizer, prompt, f"prompt {prompt!r:.60}") for prompt in prompts]
+    ids, mask = (tensor.to(model.device) for tensor in left_padded(given, tokenizer.pad_token_id))
     with _states(model) as states:
         output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options)
     new = output[:, ids.shape[1] :]
@@ -228,17 +231,19 @@ def _of_batch(model, tokenizer, prompts, samples, reward, dtype, options):
     states = states[valid].to("cpu", states.dtype if dtype is None else dtype)
     responses = [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(new, lengths.tolist(), strict=True)]
     asked = [prompt for prompt in prompts for _ in range(samples)]
-    return states, lengths, _rewards(reward, asked, responses), asked, responses
+    return states, lengths, torch.tensor(rewards_of(reward, asked, responses), dtype=torch.float32), asked, responses
 
 
-def _rewards(reward, prompts, responses):
-    found = reward(prompts, responses)
+def rewards_of(reward, prompts, responses):
+    """[number] of a reward function, checked; what it is given of messages is in `collect`."""
+    as_they_are = getattr(reward, "takes_messages", False)
+    found = reward(prompts if as_they_are else [plain(prompt) for prompt in prompts], responses)
     found = found.tolist() if isinstance(found, torch.Tensor) else list(found)
     if len(found) != len(responses) or not all(isinstance(r, (int, float)) and math.isfinite(r) for r in found):
         raise ValueError(
             f"reward gave {found!r:.80} for {len(responses)} responses, expected one finite number for each"
         )
-    return torch.tensor(found, dtype=torch.float32)
+    return found
 
 
 def _lengths(model, new, options):
