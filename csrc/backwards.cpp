@@ -1,5 +1,5 @@
 // The backward ops as functions of tensors, in the order of fastedit.kernels.reference: gradients that are wanted, None for
-// the others. A coefficient's gradient is one number a row, also where all rows share it.
+// the others. A coefficient's gradient is one number per row, also where all rows share it.
 #include <cstring>
 
 #include "forms.h"

@@ -149,7 +149,7 @@ WRONG = [
     ("first 2 + first 3", ValueError, "twice"),
     ("all + prompt", ValueError, "all of them"), (3, TypeError, "positions is 3"), ({"tokens": []}, ValueError, "positions is"),
     ({"tokens": [-1]}, ValueError, "whole numbers"), ({"token": [1]}, ValueError, "positions is"),
-    ({"tokens": [1], "also": "all"}, ValueError, "all of them already"),
+    ({"tokens": [1], "also": "all"}, ValueError, "all tokens already"),
 ]  # fmt: skip
 
 

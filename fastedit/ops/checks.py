@@ -132,7 +132,7 @@ def _check_placement(name, parameter, hidden):
 def _check_per_row(name, tensor, hidden, dtype):
     if tensor.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, expected one number a row: {tuple(hidden.shape[:-1])}"
+            f"{name} has shape {tuple(tensor.shape)}, expected one number per row: {tuple(hidden.shape[:-1])}"
             + (", or a single number" if name == "strength" else "")
         )
     if dtype is not None and tensor.dtype != dtype:

@@ -22,8 +22,7 @@ class State:
     adds: {name of the inner module: Add}. norms: {name: Norm, or None if the module must be called}.
     entry: the Norm that a predecessor may have computed already. successor: the State for which this one may do so.
     apart: the dtype in which the sum is not what the successor reads. block: the `block` Site, if the module's own
-        forward
-    may have to leave it to us.
+    forward may have to leave it to us.
     """
 
     def __init__(self, module, adds, norms, entry=None, apart=None):

@@ -10,7 +10,7 @@ NAMES = {"accuracy": "held-out accuracy", "fitted_accuracy": "accuracy on the te
 
 
 def draw(directions, path):
-    """Writes a PNG; of accuracies those that the directions' statistics hold."""
+    """Writes a PNG. Accuracies are drawn if the directions' statistics have them."""
     figure(directions).savefig(path, dpi=130)
 
 

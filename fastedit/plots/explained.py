@@ -2,7 +2,7 @@
 
 
 def draw(explanation, tokenizer=None, axes=None):
-    """matplotlib axes: a line for each edit and row of the batch, a column for each token."""
+    """matplotlib axes: one line per edit and row of the batch, one column per token."""
     import matplotlib.pyplot as plt
     import torch
 

@@ -7,13 +7,13 @@ import matplotlib.pyplot as plt
 
 
 def heat_map(readings, path, *, tokens=None, layers=None, sequence=0, probe=0, title="what the probe reads"):
-    """Draw one sequence's reading of one probe, layers upwards, tokens to the right.
+    """Draw one sequence's reading of one probe: layers upward, tokens to the right.
 
     Args:
         readings: (layers, batch, tokens, probes), one of `handle.readings`.
         path: of the PNG.
-        tokens: their texts, as many as were read; None for numbers. layers: their numbers; None to count from 0.
-        sequence, probe: which of the batch, and of the probes.
+        tokens: their texts, as many as were read. None for numbers. layers: their numbers. None to count from 0.
+        sequence, probe: which one of the batch, and of the probes.
 
     Raises:
         ValueError: readings of another shape, or another number of tokens or layers.
