@@ -18,7 +18,10 @@ void read_strength(const Call& call, py::handle given, const View& lead, FormVie
   if (!object || object == Py_None) return;
   if (PyFloat_Check(object) || PyLong_Check(object)) {
     const double number = PyFloat_AsDouble(object);
-    if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    if (number == -1.0 && PyErr_Occurred()) {
+      PyErr_Clear();
+      refuse("strength is an integer too large for a float, expected a finite number");
+    }
     if (number == 1.0) return;
     v.strength = static_cast<float>(number);
     if (!call.host() || (std::isfinite(number) && !std::isfinite(v.strength))) {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .arguments import as_list, check_whole
 from .batches import Windows
 from .edits import Edit
 from .evaluating import evaluating
@@ -215,7 +216,10 @@ class _Continued(_Meter):
 
 def _batches(model, prompts, tokenizer, batch_size, max_length):
     """[(inputs, tokens)]: prompts of one length to a batch, so that the last column alone makes logits."""
-    prompts = prompts if isinstance(prompts, str) else list(prompts)
+    check_whole("batch_size", batch_size)
+    if max_length is not None:
+        check_whole("max_length", max_length)
+    prompts = as_list("prompts", prompts, "a list of texts, token ids or batches")
     windows = Windows(tokenizer, prompts, batch_size=1, max_length=max_length)
     singles = [batch for window in windows for batch in window]
     if not singles:

@@ -9,7 +9,18 @@ MAX_RANK = 64
 _ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
+def check_tensor(value, name):
+    """A dense torch.Tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name} is {value!r:.60}, a {type(value).__name__}, expected a torch.Tensor; fastedit.arrays takes NumPy's arrays"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} has the layout {value.layout}, expected a dense tensor; use {name}.to_dense()")
+
+
 def check_rows(rows, name):
+    check_tensor(rows, name)
     if rows.dtype not in _ROW_DTYPES:
         raise TypeError(f"{name} has dtype {rows.dtype}, expected float32, bfloat16, float16 or float64")
     if rows.dim() == 0:
@@ -27,6 +38,7 @@ def check_same_rows(x, residual):
 
 
 def _check_parameter(name, parameter, shape, hidden):
+    check_tensor(parameter, name)
     if parameter.shape != shape:
         wanted = f"({', '.join(map(str, shape))})"
         raise ValueError(
@@ -56,11 +68,11 @@ def check_form(hidden, scale, bias, read, offset, write, slot, coefficient, read
     if slot is not None:
         _check_per_row("slot", slot, hidden, torch.int32)
         some = next((p for p in (scale, bias, read) if p is not None), None)
-        if some is None or some.dim() < 2:
+        if some is None or _dim(some) < 2:
             raise ValueError("slot is given, so the parameters need a leading slot dimension, e.g. scale (slots, width)")
         lead = some.shape[:1]
         if lead[0] == 0:
-            raise ValueError("slot is given, but the parameters hold no slots (leading dimension 0)")
+            raise ValueError("slot is given, but the parameters hold no slots (leading dimension 0), expected one or more")
     if scale is not None:
         _check_parameter("scale", scale, (*lead, width), hidden)
     if bias is not None:
@@ -71,6 +83,7 @@ def check_form(hidden, scale, bias, read, offset, write, slot, coefficient, read
         missing = "read" if read is None else "write"
         raise ValueError(f"read, offset and write belong together: {missing} is None (offset alone may be)")
     else:
+        check_tensor(read, "read")
         rank = read.shape[-2] if read.dim() >= 2 else 0
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(
@@ -83,6 +96,7 @@ def check_form(hidden, scale, bias, read, offset, write, slot, coefficient, read
         if offset is not None:
             _check_parameter("offset", offset, (*lead, rank), hidden)
     if coefficient is not None:
+        check_tensor(coefficient, "strength")
         if coefficient.numel() == 1 and coefficient.dim() <= 1:
             _check_placement("strength", coefficient, hidden)
         else:
@@ -100,6 +114,7 @@ def check_gate(hidden, gate, rule, scale, bias, read, slot):
         )
     lead = () if slot is None else next(p.shape[:1] for p in (scale, bias, read) if p is not None)
     _check_parameter("gate", gate, (*lead, hidden.shape[-1]), hidden)
+    check_tensor(rule, "rule")
     if rule.shape != (*lead, 3):
         raise ValueError(
             f"rule has shape {tuple(rule.shape)}, expected {(*lead, 3)}: threshold, sharpness or 0 for a hard gate, 1 for the "
@@ -108,7 +123,12 @@ def check_gate(hidden, gate, rule, scale, bias, read, slot):
     _check_placement("rule", rule, hidden)
 
 
+def _dim(tensor):
+    return tensor.dim() if isinstance(tensor, torch.Tensor) else 0
+
+
 def _check_per_row(name, tensor, hidden, dtype):
+    check_tensor(tensor, name)
     if tensor.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, expected one number a row: {tuple(hidden.shape[:-1])}"
@@ -117,12 +137,14 @@ def _check_per_row(name, tensor, hidden, dtype):
     if dtype is not None and tensor.dtype != dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}; use {name}.int()")
     if tensor.device != hidden.device:
-        raise ValueError(f"{name} is on {tensor.device} and the hidden states on {hidden.device}")
+        raise ValueError(f"{name} is on {tensor.device} and the hidden states on {hidden.device}; move one with .to()")
 
 
 def check_norm(x, weight, norm_bias, kind):
     width = x.shape[-1:]
     for name, parameter in (("weight", weight), ("norm_bias", norm_bias)):
+        if parameter is not None:
+            check_tensor(parameter, name)
         if parameter is not None and parameter.shape != width:
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected ({width[0]},) as the rows' width")
     check_norm_kind(weight, norm_bias, kind)

@@ -6,13 +6,24 @@ result. Where that says no (None), Python finds out why: a gradient is needed (a
 serves (dispatch.py), or an argument is wrong, which the checks name.
 """
 
+import math
+
 import torch
 from torch.compiler import is_dynamo_compiling
 
 from . import torch_library
-from .arguments import NORM_KINDS, check_on, check_projection
+from .arguments import FP32_MAX, NORM_KINDS, as_number, check_on, check_projection
 from .changes import transformed
-from .checks import check_ascent, check_form, check_gate, check_group, check_norm, check_rows, check_same_rows
+from .checks import (
+    check_ascent,
+    check_form,
+    check_gate,
+    check_group,
+    check_norm,
+    check_rows,
+    check_same_rows,
+    check_tensor,
+)
 from .functions import EditAddFunction, EditAddNormFunction, EditFunction, ProjectFunction
 from .implementation import (
     run_edit,
@@ -46,7 +57,9 @@ def _coefficient(strength, hidden):
     """strength as the kernels see it: None (1 for every row) or an fp32 tensor."""
     if strength is None or isinstance(strength, torch.Tensor):
         return strength
-    if isinstance(strength, (int, float)) and strength == 1.0:
+    if not isinstance(strength, float) or FP32_MAX < abs(strength) < math.inf:
+        strength = as_number("strength", strength)
+    if strength == 1.0:
         return None
     return torch.full((1,), float(strength), dtype=torch.float32, device=hidden.device)
 
@@ -91,9 +104,9 @@ def edit(
         done = try_edit(hidden, scale, bias, read, offset, write, slot, strength, return_projection, gate, rule)
         if done is not None:
             return done if return_projection else done[0]
+    check_rows(hidden, "hidden")
     coefficient = _coefficient(strength, hidden)
     form = (scale, bias, read, offset, write, slot, coefficient)
-    check_rows(hidden, "hidden")
     check_form(hidden, *form)
     check_projection(return_projection, read)
     if gate is not None or rule is not None:
@@ -139,6 +152,7 @@ def edit_add(
         if done is not None:
             return done if return_projection else done[0]
     check_on(on)
+    check_rows(x, "x")
     coefficient = _coefficient(strength, x)
     form = (scale, bias, read, offset, write, slot, coefficient)
     _check_add(x, residual, form, return_projection)
@@ -179,7 +193,7 @@ def edit_add_norm(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
     """
-    on_sum, code = on == "sum", NORM_KINDS.get(kind)
+    on_sum, code = on == "sum", NORM_KINDS.get(kind) if isinstance(kind, str) else None
     if not is_dynamo_compiling() and code is not None and (on_sum or on == "x"):
         done = try_edit_add_norm(
             x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, strength, on_sum, code, eps,
@@ -188,6 +202,7 @@ def edit_add_norm(
         if done is not None:
             return done[:3] if return_projection else done[:2]
     check_on(on)
+    check_rows(x, "x")
     coefficient = _coefficient(strength, x)
     form = (scale, bias, read, offset, write, slot, coefficient)
     _check_add(x, residual, form, return_projection)
@@ -227,6 +242,7 @@ def project(hidden, read, offset=None):
         if done is not None:
             return done
     check_rows(hidden, "hidden")
+    check_tensor(read, "read")
     check_form(hidden, None, None, read, offset, None, None, None, read_only=True)
     if _traced(hidden):
         return torch_library.project(hidden, read, offset)
@@ -265,6 +281,8 @@ def moments(hidden, group=None, mask=None, groups=None):
     groups = check_group(hidden, group, mask, groups, traced)
     if mask is not None:
         group = torch.where(mask, 0 if group is None else group, -1).to(torch.int32)
+    elif group is None and groups > 1:
+        group = torch.zeros(hidden.shape[:-1], dtype=torch.int32, device=hidden.device)
     if traced:
         return torch_library.moments(hidden, group, groups)
     return run_moments(hidden, group, groups)
@@ -312,7 +330,6 @@ def _defined(op, streams, form, *more):
 
 
 def _check_add(x, residual, form, return_projection):
-    check_rows(x, "x")
     check_same_rows(x, residual)
     check_form(x, *form)
     check_projection(return_projection, form[2])

@@ -12,6 +12,7 @@ import warnings
 
 import torch
 
+from ..arguments import check_whole
 from ..evaluating import evaluating
 from ..families import find_layers
 from ..patching import patch
@@ -49,6 +50,8 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
     """
     if root_of(model) is not None:
         raise ValueError("the model is patched: remove its handles, verify puts the edits on and takes them off itself")
+    check_whole("new_tokens", new_tokens)
+    check_whole("seed", seed, least=0)
     wanted = _modes.named(modes, model)
     requests = made(model, seed) if inputs is None else as_requests(inputs, model)
     settings = _modes.Settings(new_tokens, backend, seed)
