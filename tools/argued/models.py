@@ -37,7 +37,10 @@ TENSORS = (
 )  # fmt: skip
 COUNTS = (None, 1, 2, 0, -1, 7, 2.0, True)
 FOLDERS = ("edit", "nothing here", ".", "/dev/null", Path("edit"), "edit/edit.json", "\0", "a" * 300)
-DATA = (IDS, [[3]], [], [[]], [["a"]], [[99]], [[-1]], [[1.5]], "text", ["text"], [[3] * 300], {"input_ids": PROMPT}, [{"input_ids": PROMPT}])
+DATA = (
+    IDS, [[3]], [], [[]], [["a"]], [[99]], [[-1]], [[1.5]], "text", ["text"], [[3] * 300], {"input_ids": PROMPT},
+    [{"input_ids": PROMPT}],
+)  # fmt: skip
 EDITS = ("red", "steer", "gated", "low-rank", "several", "probe", "kept norm", "empty", "doubled", "model", "class")
 
 
@@ -205,7 +208,7 @@ def calibrate(world, edits, prompts, target_kl, tolerance, largest, new_tokens, 
 
 
 def sweep(world, doses, layers, unit, site, control, seed):
-    directions = fe.Directions({0: VECTOR, 1: -VECTOR}, {0: {"norm": 1.0, "residual": 2.0}, 1: {"norm": 1.0, "residual": 2.0}}, {})
+    directions = fe.Directions({0: VECTOR, 1: -VECTOR}, {layer: {"norm": 1.0, "residual": 2.0} for layer in (0, 1)}, {})
     made = fe.sweep(
         world.model, directions, lambda llama: said_by(llama)[0, -1, :3], doses=doses, layers=layers, unit=unit, site=site,
         control=control, seed=seed,
@@ -228,7 +231,9 @@ WHERE = {"site": SITES, "layers": LAYERS, "positions": POSITIONS, "strength": NU
 _WHERE = {"site": "mlp", "layers": None, "positions": None, "strength": 1.0, "keep_norm": False}
 AT = ("last token", "first token", "all tokens", "mean", "last 4", "last 0", "response", "suffix", "last", "span")
 TARGETS = {
-    "patch": Target(patch, {"edits": "red", "freeze": False, "fused": True, "tenants": None}, {"edits": EDITS, "tenants": COUNTS}),
+    "patch": Target(
+        patch, {"edits": "red", "freeze": False, "fused": True, "tenants": None}, {"edits": EDITS, "tenants": COUNTS},
+    ),
     "Steer": Target(edit("Steer"), {"vectors": VECTOR, **_WHERE}, {"vectors": TENSORS, **WHERE}),
     "Ablate": Target(edit("Ablate"), {"directions": VECTOR, **_WHERE}, {"directions": TENSORS, **WHERE}),
     "ScaleBias": Target(
@@ -240,7 +245,9 @@ TARGETS = {
         {"read": TENSORS, "offset": (torch.ones(1), torch.ones(2)), "write": TENSORS, **WHERE},
     ),
     "LoReFT": Target(edit("LoReFT"), {"rank": 2, **_WHERE}, {"rank": (1, 16, 17, 64, 65, 0, 2.0), **WHERE}),
-    "Clamp": Target(edit("Clamp"), {"direction": VECTOR, "value": 1.0, **_WHERE}, {"direction": TENSORS, "value": NUMBERS, **WHERE}),
+    "Clamp": Target(
+        edit("Clamp"), {"direction": VECTOR, "value": 1.0, **_WHERE}, {"direction": TENSORS, "value": NUMBERS, **WHERE},
+    ),
     "Gate": Target(
         gate, {"condition": VECTOR, "threshold": 0.1, "kind": "dot", "decide": "token", "sharpness": None, "layer": None},
         {"condition": TENSORS, "threshold": (*NUMBERS, [0.1, 0.2], {0: 0.1, 1: 0.1}), "kind": ("cosine", "cast", "cos"),
@@ -262,7 +269,8 @@ TARGETS = {
          "names": ([None], ["b"], ["a", "a"], [["a"] * 4], "a", [3], [fe.Stack("a", "a")])},
     ),
     "capture": Target(
-        capture, {"data": IDS, "layers": None, "site": "block", "at": "last token", "batch_size": 16, "max_length": None, "sinks": None},
+        capture, {"data": IDS, "layers": None, "site": "block", "at": "last token", "batch_size": 16, "max_length": None,
+                  "sinks": None},
         {"data": DATA, "layers": LAYERS, "site": SITES, "at": AT, "batch_size": COUNTS, "max_length": COUNTS, "sinks": NUMBERS},
     ),
     "contrast": Target(
@@ -272,7 +280,8 @@ TARGETS = {
          "centre": FLAGS, "held_out": NUMBERS, "batch_size": COUNTS},
     ),
     "calibrate": Target(
-        calibrate, {"edits": "steer", "prompts": IDS, "target_kl": 1e-4, "tolerance": 0.1, "largest": 64.0, "new_tokens": None, "batch_size": 16},
+        calibrate, {"edits": "steer", "prompts": IDS, "target_kl": 1e-4, "tolerance": 0.1, "largest": 64.0, "new_tokens": None,
+                    "batch_size": 16},
         {"edits": EDITS, "prompts": DATA, "target_kl": NUMBERS, "tolerance": NUMBERS, "largest": NUMBERS, "new_tokens": COUNTS,
          "batch_size": COUNTS},
     ),
