@@ -51,6 +51,10 @@ int code_of(const dlpack::DataType& d) {
   return d.code == dlpack::kInt && d.bits == 32 ? I32 : OTHER;
 }
 
+[[noreturn]] void refuse_dims(int ndim, const char* name) {
+  refuse(std::string(name) + " has " + std::to_string(ndim) + " dimensions, expected at most " + std::to_string(kMaxDims));
+}
+
 void adopt(View& v, const dlpack::Tensor& t, const char* name) {
   v.data = static_cast<char*>(t.data) + t.byte_offset;
   v.shape = t.shape;
@@ -60,8 +64,8 @@ void adopt(View& v, const dlpack::Tensor& t, const char* name) {
   v.itemsize = t.dtype.bits * t.dtype.lanes / 8;
   v.device = t.device.type == dlpack::kCudaHost ? dlpack::Device{dlpack::kCpu, 0} : t.device;
   v.strides = t.strides;
+  if (t.ndim > kMaxDims) refuse_dims(t.ndim, name);
   if (!t.strides && t.ndim) {
-    if (t.ndim > kMaxDims) refuse(std::string(name) + " has more dimensions than the kernels take");
     int64_t step = 1;
     for (int i = t.ndim - 1; i >= 0; step *= t.shape[i--]) v.own[i] = step;
     v.strides = v.own;
@@ -94,7 +98,7 @@ void view_of_numpy(View& v, PyObject* object, const char* name) {
   const auto* array = py::detail::array_proxy(object);
   const auto* descr = py::detail::array_descriptor_proxy(array->descr);
   v.ndim = array->nd;
-  if (v.ndim > kMaxDims) refuse(std::string(name) + " has more dimensions than the kernels take");
+  if (v.ndim > kMaxDims) refuse_dims(v.ndim, name);
   v.data = array->data;
   const py::dtype dtype = py::reinterpret_borrow<py::dtype>(array->descr);
   v.itemsize = static_cast<int>(dtype.itemsize());

@@ -19,6 +19,9 @@ from .native import (
 )
 
 
+MAX_DIMS = 16  # that the native module takes (csrc/tensors.h)
+
+
 def flat(tensor):
     """(rows, width) with unit inner stride: a view if strides allow, else a copy. None stays None."""
     if tensor is None:
@@ -46,7 +49,7 @@ def _backend(width, *key):
 
 def as_rows(tensor, backend):
     """The tensor as the backend takes it: any contiguous shape where it says so, else (rows, width)."""
-    if tensor is not None and backend.any_shape and tensor.is_contiguous():
+    if tensor is not None and backend.any_shape and tensor.is_contiguous() and tensor.dim() <= MAX_DIMS:
         return tensor
     return flat(tensor)
 
@@ -117,7 +120,7 @@ def run_edit_add(
 
 def _pair(x, residual, backend):
     """x and residual, both in their own shape or both as (rows, width)."""
-    if backend.any_shape and x.is_contiguous() and residual.is_contiguous():
+    if backend.any_shape and x.is_contiguous() and residual.is_contiguous() and x.dim() <= MAX_DIMS:
         return x, residual
     return flat(x), flat(residual)
 

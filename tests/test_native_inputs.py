@@ -131,7 +131,15 @@ def test_empty_sizes_of_every_kind():
 def test_many_dimensions(dims):
     h = H.view(*[1] * (dims - 2), 6, 32)
     assert torch.equal(ops.edit(h, SCALE).view(6, 32), ops.edit(H, SCALE))
-    if dims <= 32:
+    form = [torch.randn(2, 32, requires_grad=True) for _ in range(2)]
+    (d_read, d_write), exact = (
+        torch.autograd.grad(ops.edit(rows, read=form[0], write=form[1]).square().sum(), form) for rows in (h, H)
+    )
+    torch.testing.assert_close((d_read, d_write), exact)
+    if dims > 16:
+        with pytest.raises(ValueError, match=f"has {dims} dimensions, expected at most 16"):
+            arrays.edit(h.numpy(), SCALE.numpy())
+    else:
         np.testing.assert_array_equal(arrays.edit(h.numpy(), SCALE.numpy()).reshape(6, 32), ops.edit(H, SCALE).numpy())
 
 

@@ -38,7 +38,8 @@ class Lane:
 LANES = (
     Lane("numpy", ("numpy==1.26.4",), ("test_arrays", "test_thin_face", "test_native_inputs", "test_neighbours")),
     Lane(
-        "jax", ("jax==0.8.0", "jaxlib==0.8.0"), ("test_jax", "test_jax_errors", "test_jax_transforms", "test_xla_abi"), ("jaxlib",),
+        "jax", ("jax==0.8.0", "jaxlib==0.8.0"), ("test_jax", "test_jax_errors", "test_jax_transforms", "test_xla_abi"),
+        ("jaxlib",),
     ),
     Lane("torch", ("torch==2.11.0",), ("test_thin_face", "test_torch_face", "test_ops", "test_patch", "test_second_derivatives")),
     Lane(
