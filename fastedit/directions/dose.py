@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import as_list, check_whole
 from ..edits.kinds import Edit
 from ..patching.eval_mode import evaluating
 from ..patching.handle import Handle, patch
@@ -219,8 +220,11 @@ class _Continued(_Meter):
 
 
 def _batches(model, prompts, tokenizer, batch_size, max_length):
-    """[(inputs, tokens)]: prompts of one length per batch, so that only the last column makes logits."""
-    prompts = prompts if isinstance(prompts, str) else list(prompts)
+    """[(inputs, tokens)]: prompts of one length to a batch, so that the last column alone makes logits."""
+    check_whole("batch_size", batch_size)
+    if max_length is not None:
+        check_whole("max_length", max_length)
+    prompts = as_list("prompts", prompts, "a list of texts, token ids or batches")
     windows = Windows(tokenizer, prompts, batch_size=1, max_length=max_length)
     singles = [batch for window in windows for batch in window]
     if not singles:

@@ -28,7 +28,7 @@ import copy
 
 import torch
 
-from ..arguments import MAX_RANK, as_layers, as_number
+from ..arguments import MAX_RANK, as_layers, as_number, check_flag
 from .form import Form
 from .gates import check_rule
 from .per_layer import PerLayer
@@ -64,9 +64,7 @@ class Edit:
         if rank > MAX_RANK:
             raise ValueError(f"{type(self).__name__} has rank {rank}, but the kernels take up to {MAX_RANK}")
         self.strength, self.names, self.rank = as_number("strength", strength), tuple(names), rank
-        if not isinstance(keep_norm, bool):
-            raise TypeError(f"keep_norm is {keep_norm!r}, expected True or False")
-        self.neutral, self.keep_norm = False, keep_norm
+        self.neutral, self.keep_norm = False, check_flag("keep_norm", keep_norm)
 
     def when(self, gate):
         """The same edit behind a gate: a fastedit.Gate, or several combined by &, | and ~.
@@ -156,7 +154,7 @@ class ScaleBias(Edit):
         }
         if not self.given:
             raise ValueError("scale and bias are both False: nothing is left of the edit")
-        self.trainable = bool(trainable)
+        self.trainable = check_flag("trainable", trainable)
         super().__init__(self.given, **_layers_of(where, *self.given.values()))
 
     def values(self, spot, width):
@@ -263,7 +261,7 @@ class Rotate(Edit):
             raise ValueError("the plane's two directions are parallel: they span a line, not a plane")
         names = ("plane", "angle") if trainable else ("read", "write")
         super().__init__(names, rank=2, **_layers_of(where, self.planes))
-        self.trainable = bool(trainable)
+        self.trainable = check_flag("trainable", trainable)
 
     @property
     def derive(self):

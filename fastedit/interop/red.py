@@ -7,6 +7,7 @@ Each key begins with the path of the linear map whose output it edits.
 """
 
 import logging
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -38,7 +39,7 @@ def load_red_checkpoint(model, path, *, freeze=False):
         EditFileError: not such a file, or one that does not fit this model. Nothing has changed.
     """
     path = Path(path)
-    path = path / FILE if path.is_dir() else path
+    path = path / FILE if os.path.isdir(path) else path
     found = _grouped(path, _read(path))
     sites = _sites(model)
     edits = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..arguments import check_flag
 from ..edits.config import from_config
 from ..families import find_layers
 from ..files.edit_file import JSON, EditFileError, read, write
@@ -39,6 +40,7 @@ def load(model, folder, *, freeze=False, revision=None, head=True):
     Raises:
         EditFileError: the files are not a whole, sound edit, or do not fit this model. Nothing has changed.
     """
+    check_flag("head", head), check_flag("freeze", freeze)
     folder = fetch(folder, revision)
     if not (folder / JSON).exists() and (saved := states.find(folder)) is not None:
         return _load_state(model, saved, freeze, head)

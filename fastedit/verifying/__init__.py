@@ -13,6 +13,7 @@ import warnings
 
 import torch
 
+from ..arguments import check_whole
 from ..families import find_layers
 from ..patching.edit_folder import load
 from ..patching.eval_mode import evaluating
@@ -50,6 +51,8 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
     """
     if root_of(model) is not None:
         raise ValueError("the model is patched: remove its handles, verify puts the edits on and takes them off itself")
+    check_whole("new_tokens", new_tokens)
+    check_whole("seed", seed, least=0)
     wanted = _modes.named(modes, model)
     requests = made(model, seed) if inputs is None else as_requests(inputs, model)
     settings = _modes.Settings(new_tokens, backend, seed)

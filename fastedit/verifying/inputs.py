@@ -27,7 +27,10 @@ def as_requests(inputs, model):
         if isinstance(request, dict) or hasattr(request, "items"):
             request = dict(request)
         else:
-            ids = torch.as_tensor(request)
+            try:
+                ids = torch.as_tensor(request)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"a request is {request!r:.60}, expected token ids, or a dictionary of arguments") from None
             if ids.dim() != 1 or ids.is_floating_point() or not len(ids):
                 raise ValueError(f"a request has shape {tuple(ids.shape)} and dtype {ids.dtype}, expected token ids (tokens,)")
             request = {"input_ids": ids[None]}
