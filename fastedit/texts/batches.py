@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .arguments import check_whole
+from ..arguments import check_whole
 from .chat import CHATS, encode, encode_row, prompt_ids, read_conversation
 from .picking import has_span
 
