@@ -21,7 +21,7 @@ from .batches import Windows
 from .captured_rows import RowWriter
 from .edit_file import replace
 from .edits import Edit
-from .evaluating import evaluating
+from .evaluating import check_data, evaluating
 from .families import Input
 from .files.sealed import Damaged, open_tensors, parse_json, read_regular, seal_tensors
 from .moments import Moments
@@ -104,7 +104,7 @@ def capture(
         TypeError, ValueError: what cannot be captured: a site or layer that is not there, a text too long, a folder
         that holds another pass.
     """
-    check_at(at), check_sinks(sinks)
+    check_at(at), check_sinks(sinks), check_data(model, "a capture")
     chosen = _choose(model, layers, site)
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     windows = Windows(

@@ -18,6 +18,7 @@ import torch
 from . import __version__, kept, states
 from .edit_config import from_config
 from .edit_file import JSON, EditFileError, read, write
+from .evaluating import check_data
 from .families import find_layers
 from .patching import patch
 from .planning import find, site_width, width_at
@@ -52,6 +53,7 @@ def save(handle, folder, *, base_model=None, training=None, tenant=None):
         raise ValueError(
             f"this handle holds {handle.tenancy.count} tenants, and a saved edit is one tenant's: save(folder, tenant=0), …"
         )
+    check_data(handle._tree, "to save an edit")
     tensors = {name: tensor.detach().cpu() for name, tensor in handle.named_tensors(tenant=tenant).items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

@@ -68,9 +68,10 @@ def checked(model, compiled=False):
         both = [fe.ScaleBias(False, site="block"), fe.ScaleBias(False, site="block", **token)]
         outcome = fe.verify(model, both, modes=_modes(model, compiled), new_tokens=2)
         refused = next((row.note for row in outcome.rows if row.mode == "patch"), "")
+        refused = refused or next((r.note for r in outcome.rows if r.mode == "forward" and r.verdict == "refused"), "")
         if refused:  # what must know which row is which token; an edit of all tokens may still be served
             outcome = fe.verify(model, both[:1], modes=_modes(model, compiled), new_tokens=2)
-    except (ValueError, NotImplementedError) as error:
+    except Exception as error:  # an edit's refusal, or whatever a model's own code may raise
         built = {"verdict": "not built"} if layers else {"verdict": "refused"}
         return built | {"layers": layers, "note": _short(error)}
     said = {row.mode: row for row in outcome.rows}

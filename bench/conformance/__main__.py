@@ -57,10 +57,13 @@ def apart(kind, name, limit, compiled):
     process = os.fork()
     if not process:
         signal.alarm(limit)
-        os.close(reads)
-        with os.fdopen(writes, "w", newline="") as out:
-            csv.DictWriter(out, FIELDS).writerow(measure(kind, name, compiled))
-        os._exit(0)
+        try:
+            os.close(reads)
+            with os.fdopen(writes, "w", newline="") as out:
+                csv.DictWriter(out, FIELDS).writerow(measure(kind, name, compiled))
+            os._exit(0)
+        finally:
+            os._exit(1)
     os.close(writes)
     with os.fdopen(reads, newline="") as back:
         found = list(csv.DictReader(back, FIELDS))

@@ -15,8 +15,6 @@ from ..swapping import base_of
 BATCH, TOKENS = 2, 5
 
 
-
-
 def check(layer, site, width, shapes, by_token, reads):
     """That an edit at a site of a layer acts on what it is meant to act on.
 
@@ -54,7 +52,8 @@ def output_shapes(model, layers):
     """{layer index: [shape of what the layer hands on, one a call]} in a forward of BATCH sequences of TOKENS tokens; None
     where the model could not be run, or not on token ids.
 
-    A shape is None where it is no tensor, nor a tuple that starts with one.
+    A shape is None where it is no tensor, nor a tuple that starts with one; of a tuple with names (Reformer's two streams) it
+    is not known which one is meant.
     """
     names = _names(model)
     if names is None:
@@ -83,7 +82,7 @@ def _run(model, layers, names, device):
     where = device or next(iter(held.values())).device
     ids = torch.ones(BATCH, TOKENS, dtype=torch.long, device=where)
     found = {layer.index: [] for layer in layers}
-    with _bare(model), evaluating(model), torch.random.fork_rng(devices=_devices(held)), torch.no_grad():
+    with bare(model):
         hooks = [layer.module.register_forward_hook(_keeper(found[layer.index])) for layer in layers]
         try:
             given = dict.fromkeys(names, ids)
@@ -106,15 +105,23 @@ def _devices(held):
 
 def _keeper(shapes):
     def keep(module, args, output):
-        output = output[0] if isinstance(output, (tuple, list)) and output else output
+        output = output[0] if type(output) in (tuple, list) and output else output
         shapes.append(tuple(output.shape) if isinstance(output, torch.Tensor) else None)
 
     return keep
 
 
 @contextlib.contextmanager
-def _bare(model):
-    """The model without anyone's hooks; what its modules keep of a forward (recurrent states, say) is as it was afterwards."""
+def bare(model):
+    """The model in eval mode, without gradients and without anyone's hooks; what its modules keep of a forward (recurrent
+    states, say) and the random state are as they were afterwards."""
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    with _hookless(model), evaluating(model), torch.random.fork_rng(devices=_devices(held)), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def _hookless(model):
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
         for module, held in before:
