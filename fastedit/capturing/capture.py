@@ -22,7 +22,7 @@ from ..edits.sites import check_site
 from ..families import Input
 from ..files.edit_file import replace
 from ..files.sealed import Damaged, open_tensors, parse_json, read_regular, seal_tensors
-from ..patching.eval_mode import evaluating
+from ..patching.eval_mode import check_data, evaluating
 from ..patching.layer_plan import choose, device_at, width_at
 from ..patching.model_edits import Root, root_of
 from ..texts.batches import Windows
@@ -105,7 +105,7 @@ def capture(
         TypeError, ValueError: something that cannot be captured: a site or layer that does not exist, a text too long,
         a folder that holds another pass.
     """
-    check_at(at), check_sinks(sinks)
+    check_at(at), check_sinks(sinks), check_data(model, "a capture")
     chosen = _choose(model, layers, site)
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     windows = Windows(

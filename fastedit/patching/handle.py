@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..edits.kinds import Edit
 from ..ops.parameter_changes import advise_rate, optimizer_steps
 from . import saving
+from .eval_mode import check_data
 from .heads import heads
 from .layer_plan import device_at, plan, width_at
 from .merge import MergeError, merge_handle
@@ -101,7 +102,7 @@ class Handle:
         for masters in [*(m for _, _, m in self._each()), *self._sensors()]:
             masters.fused = fused
         mark_first((layer, masters) for _, layer, masters in self._each())
-        model._modules["fastedit"] = root
+        root.put(model)
         root.handles[self.name] = self
         self._tree = self._build_tree()
         root.add_module(self.name, self._tree)
@@ -147,6 +148,7 @@ class Handle:
             KeyError, ValueError, TypeError: names, shapes, dtypes or values that do not fit. Nothing has changed.
         """
         self._changeable()
+        check_data(self._tree, "to take an edit's tensors")
         own = dict(self._named())
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or extra:
@@ -327,18 +329,19 @@ class Handle:
         """Put the edits, at their present strength, into the weights of the linear maps they follow.
 
         While merged the model is an ordinary one: its state dict holds no edits, and `save_pretrained` saves the merged
-        weights. An existing bias is changed. A missing bias is added. If the config has a setting for it (Llama:
-        mlp_bias, attention_bias), the setting is set, and zeros fill the other biases that it implies, so that
-        `from_pretrained` reloads it. T5, Mistral and Qwen2 have no such setting. A warning says so: such a model runs
-        but does not reload its new biases.
+        weights. A vector at `block` is then part of the FFN's output, which edits at `mlp` patched later act on. An existing
+        bias is changed. A missing one is added; where the config has a setting for it (Llama: mlp_bias, attention_bias) that
+        is set, and zeros fill the biases it implies elsewhere, so that `from_pretrained` reloads it. T5, Mistral and Qwen2
+        have no such setting: a warning says so, and such a model runs but does not reload its new biases.
 
         Args:
             fp32: keep a layer in float32 if its own dtype would lose more than 2 % of the edit to rounding
                 (reload such a model with dtype=torch.float32).
 
         Raises:
-            MergeError: `block`, `embed` and `final` edits; quantized, adapted or tied weights; another handle's edits
-                in front; too much rounding. The model is as it was.
+            MergeError: `final` edits; `block` edits but a vector whose layer adds its FFN's output as it is; `embed` edits
+                but where a table's rows enter the first layer as they are; quantised, adapted or tied weights, another
+                handle's edits in front, or too much rounding; the model is as it was.
         """
         self._alive()
         if self.merged:
@@ -375,8 +378,8 @@ class Handle:
             masters.to(device_at(layer, edit.site))
 
     def _modules(self):
-        """The modules whose weights a merge changes. Several sites may share one."""
-        return {layer.at(edit.site) for edit, layer, _ in self._each()}
+        """Those whose weights the merge changed: several sites may share one, and a config's flag reaches other layers."""
+        return {module for module, *_ in self._merged.parameters}
 
     # --- undo -----------------------------------------------------------------------------------------------
 
