@@ -170,5 +170,5 @@ def test_of_the_config_the_embedding_and_the_maps_two_must_agree():
 
 def test_a_tuple_with_names_is_refused_when_patching():
     """Reformer's layers hand on two streams by name: which one an edit means is not known."""
-    with pytest.raises(ValueError, match="expected hidden states 32 wide, but ReformerLayer hands on something else"):
+    with pytest.raises(ValueError, match="expected hidden states 32 wide, but ReformerLayer passes on something else"):
         fe.patch(built("ReformerModelWithLMHead"), fe.Steer(torch.ones(tiny.WIDTH)))

@@ -330,7 +330,7 @@ def test_a_setting_that_reaches_other_layers_keeps_the_order_of_undoing():
     first.merge()
     second.merge()
     merged = tiny.output(model, "llama")
-    with pytest.raises(MergeError, match="unmerge that first"):
+    with pytest.raises(MergeError, match="unmerge that one first"):
         first.unmerge()
     assert torch.equal(tiny.output(model, "llama"), merged)
     second.unmerge()

@@ -78,7 +78,7 @@ def test_a_crash_between_head_and_edit_leaves_the_old_pair(tmp_path, monkeypatch
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastedit.patching.handle.saving.write", crash)
+    monkeypatch.setattr("fastedit.patching.saving.write", crash)
     with pytest.raises(KeyboardInterrupt):
         handle.save(tmp_path / "edit")
     monkeypatch.undo()
