@@ -13,10 +13,28 @@ Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbyte
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_model(name, device="auto", dtype=None, device_map=None, quantize=None):
-    """(model, tokenizer) of a causal language model in eval mode; a mistake in a name or an option is one line."""
+SIZES = {
+    "device": "auto", "dtype": None, "device_map": None, "quantize": None, "accumulate": 1, "checkpointing": False,
+    "resume": False,
+}  # fmt: skip
+
+
+def load_model(name, **options):
+    """(model, tokenizer) of a causal language model in eval mode. options: as for `load`."""
+    model, tokenizer = load("AutoModelForCausalLM", name, pad=False, **options)
+    return model.eval(), tokenizer
+
+
+def load(kind, name, *, device="auto", dtype=None, device_map=None, quantize=None, pad=True):
+    """(model, tokenizer) by an Auto class's name, or by the class that the config names (kind=None; maybe no tokenizer).
+
+    pad: a tokenizer without a padding token pads with its end token.
+
+    Raises:
+        typer.BadParameter: a mistake in a name or an option, in one line.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     from ..interop import smollm2
     from .progress import quiet
@@ -36,18 +54,35 @@ def load_model(name, device="auto", dtype=None, device_map=None, quantize=None):
     try:
         if name == smollm2.NAME and not Path(name).exists():
             name = smollm2.chat_folder()
-        model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        named = kind is not None
+        if not named:
+            architecture = (transformers.AutoConfig.from_pretrained(name).architectures or ["AutoModel"])[0]
+            kind = architecture if hasattr(transformers, architecture) else "AutoModel"
+        model = getattr(transformers, kind).from_pretrained(name, **options)
+        tokenizer = _tokenizer(name, needed=named)
     except (OSError, ValueError, ImportError) as error:
         raise typer.BadParameter(f"{name} could not be loaded: {error}") from None
+    if pad and tokenizer is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return model if "device_map" in options else model.to(place), tokenizer
+
+
+def _tokenizer(name, needed):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        if needed:
+            raise
+        return None  # a model of images
 
 
 def device_of(device):
     """A torch device: "auto" is a GPU if there is one."""
     import torch
 
-    if device == "auto":
+    if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
@@ -71,3 +106,11 @@ def _quantized(bits, dtype):
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = {} if dtype is None else {"bnb_4bit_compute_dtype": dtype}
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **compute)
+
+
+def trainer_options(*, device, accumulate, checkpointing):
+    """TrainingArguments of --device, --accumulate and --checkpointing."""
+    found = {"gradient_accumulation_steps": accumulate, "gradient_checkpointing": checkpointing}
+    if checkpointing:
+        found["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return found | ({"use_cpu": True} if device_of(device).type == "cpu" else {})

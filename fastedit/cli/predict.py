@@ -4,9 +4,9 @@ import json
 
 import typer
 
+from .loading import load
 from .texts import read_texts
 from .train import readable
-from .train_models import load
 
 SENTENCES = ("classification", "pairs", "regression", "reward")
 

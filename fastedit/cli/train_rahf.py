@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 
 from ..texts.data_files import read_rows
-from .train_models import SIZES, load, trainer_options
+from .loading import SIZES, load, trainer_options
 
 DEFAULTS = {
     "mode": "scit", "student": "lora", "rank": 8, "teacher": "full", "teacher_steps": None, "teacher_epochs": None,

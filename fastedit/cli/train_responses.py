@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ..texts.data_files import read_rows
+from .loading import SIZES, load, trainer_options
 from .train import edits_of
-from .train_models import SIZES, load, trainer_options
 
 _OWN = {
     "rank": 4, "layers": None, "positions": None, "site": None, "evaluate": None, "lr": None, "epochs": 3, "batch_size": 8,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .loading import SIZES, load, trainer_options
 from .train import edits_of
-from .train_models import SIZES, load, trainer_options
 from .train_responses import as_chat, split
 
 _OWN = {

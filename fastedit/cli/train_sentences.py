@@ -5,8 +5,8 @@ import random
 from rich.console import Console
 
 from ..texts.data_files import read_rows as read_file
+from .loading import SIZES, load, trainer_options
 from .train import edits_of
-from .train_models import SIZES, load, trainer_options
 
 _OWN = {
     "rank": 4, "layers": None, "positions": None, "site": None, "text": None, "label": "label", "evaluate": None, "lr": 2e-2,
