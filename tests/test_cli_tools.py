@@ -72,8 +72,8 @@ def test_merge_saves_an_ordinary_model(model, tmp_path):
     handle.strength = 0.5
     torch.testing.assert_close(logits(merged), logits(loaded), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, logits(merged), atol=1e-2)
-    at_block = saved(model, fe.Steer({1: torch.ones(32)}), tmp_path / "block")
-    assert "sum of many maps" in program("merge", model, at_block, "--out", tmp_path / "no", code=1)
+    placed = saved(model, fe.Steer({1: torch.ones(32)}, site="mlp", positions="last 1"), tmp_path / "placed")
+    assert "weights act on every token" in program("merge", model, placed, "--out", tmp_path / "no", code=1)
     assert not (tmp_path / "no").exists()
 
 

@@ -78,8 +78,9 @@ def test_pictures_in_files_open_nothing_and_choose_no_backend(tmp_path):
 
 
 def test_show_draws_bars(tmp_path):
-    from fastedit.cli.show import bar
     from test_cli import invoke
+
+    from fastedit.cli.show import bar
 
     assert (bar(1.0, 1.0, 4), bar(0.5, 1.0, 4), bar(0.0, 1.0), bar(1 / 32, 1.0, 4)) == ("████", "██", "", "▏")
     noted = {layer: {"separation": 1.0 + layer} for layer in (0, 1)}

@@ -239,7 +239,7 @@ def run_generate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")],
     prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of them: .txt, .json, .jsonl, .csv.")] = None,
-    edit: Annotated[str | None, typer.Option(help="What `handle.save` or `fastedit contrast` wrote, or a control vector (.gguf).")] = None,
+    edit: Annotated[str | None, typer.Option(help="A saved edit, or a control vector (.gguf).")] = None,
     strength: Annotated[list[float] | None, typer.Option(help="The dial; several times for several.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Texts a prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,

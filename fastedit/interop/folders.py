@@ -1,7 +1,7 @@
 """Adapters that PEFT and pyreft have saved, read from their files alone: neither library is needed.
 
     handle = fastedit.load_adapter(model, "my-ia3")                       # PEFT's (IA)3
-    handle = fastedit.load_adapter(model, "my-reft", positions="last")    # pyreft's LoReFT and its kin
+    handle = fastedit.load_adapter(model, "my-reft", positions="last 1")    # pyreft's LoReFT and its kin
 
 PEFT: adapter_config.json and adapter_model.safetensors. pyreft: config.json, and intkey_*.bin for each intervention, which
 are read as plain tensors and not executed.
@@ -43,7 +43,7 @@ def load_adapter(model, folder, *, positions=None, revision=None, fused=True):
     Args:
         model: the base, without the adapter.
         folder: PEFT's, of an (IA)³ adapter; or pyreft's, of LoReFT, NoReFT, DiReFT or NodiReFT. A folder or a Hub repo id.
-        positions: of pyreft's, which does not save them: as of an edit ("last", "all", "first 3", …). Needed there.
+        positions: of pyreft's, which does not save them: as of an edit ("last 1", "all", "first 3 + last 3", …). Needed there.
         revision: of the Hub repo. fused: as for `fastedit.patch`.
 
     Raises:
@@ -136,7 +136,7 @@ def _pyreft(model, layers, folder, positions):
     if not all(isinstance(part, list) for part in (keys, kinds, members)) or not len(keys) == len(kinds) == len(members):
         raise Refusal("its config.json is none that pyreft or pyvene saves: sorted_keys, intervention_types, representations")
     if positions is None:
-        raise Refusal("pyreft does not save at which tokens it intervened: give positions=, such as \"last\" or \"all\"")
+        raise Refusal("pyreft does not save at which tokens it intervened: give positions=, such as \"last 1\" or \"all\"")
     if config.get("mode", "parallel") != "parallel":
         raise Refusal(f"it intervenes in {config['mode']!r} mode, where one intervention's result feeds the next")
     for key, kind, member in zip(keys, kinds, members, strict=True):
