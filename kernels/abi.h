@@ -79,7 +79,7 @@ struct EditAddNormArgs {
 // Where parameter gradients go; all contiguous, shaped like the parameters.
 struct FormGrad {
   float *scale, *bias, *read, *offset, *write;
-  float* coefficient;  // (rows,), one number a row also where the coefficient is shared
+  float* coefficient;  // (rows,), one number per row also where the coefficient is shared
 };
 
 // Rows sorted by slot, for parameter gradients over slots; all null where slot is null.

@@ -196,5 +196,5 @@ def test_interventions_of_the_users_own_are_named():
 
     places = [{"component": "model.layers[0].output", "intervention": Own(keep_last_dim=True)}]
     model = pyvene.IntervenableModel(places, model=tiny.build("llama"))
-    with pytest.raises(ValueError, match=r"Own at model.layers.0: its formula is not known; adopted are Loreft"):
+    with pytest.raises(ValueError, match=r"Own at model.layers.0: its formula is not known; the known ones are Loreft"):
         fe.adopt(model)

@@ -325,13 +325,13 @@ def test_what_is_no_stack_is_refused():
     for names, strengths, message in (
         ([PAIR], [[1, 2, 3]], "3 strengths for the 2 parts of Stack"), ([PAIR], [0.5, 1], "2 strengths for 1 names"),
         ([PAIR], [[1, float("inf")]], "expected finite"), (["anna", ["ben", "cleo"]], None, r"is fastedit.Stack\("),
-        (PAIR, None, "expected a list with one name a sequence"), ([Stack("low", "low")], None, "has rank 4 at site 'attn'"),
+        (PAIR, None, "expected a list with one name per sequence"), ([Stack("low", "low")], None, "has rank 4 at site 'attn'"),
     ):  # fmt: skip
         if "low" not in bank:
             bank.add("low", low_rank(1, site="attn"))
         with pytest.raises((TypeError, ValueError), match=message):
             bank.assign(names, strengths)
-    with bank.assign([["anna", "ben"]] * 2), pytest.raises(ValueError, match=r"a name a token.*is fastedit.Stack\("):
+    with bank.assign([["anna", "ben"]] * 2), pytest.raises(ValueError, match=r"one name per token.*is fastedit.Stack\("):
         logits(bank.model, ids(2))
     for call in (bank.add, bank.replace):
         with pytest.raises(TypeError, match="expected a string"):

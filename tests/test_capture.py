@@ -284,7 +284,7 @@ def test_rows_of_an_interrupted_pass_are_whole(tmp_path):
         ({"data": [[3] * 65]}, "has 65 tokens, the model takes 64; max_length=64"),
         ({"data": [[3], {"input_ids": torch.ones(1, 2)}]}, "ready batches beside token ids"),
         ({"data": [{"attention_mask": torch.ones(1, 2)}]}, "expected a tensor input_ids"),
-        ({"data": [{"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 4)}]}, "expected one number a token"),
+        ({"data": [{"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 4)}]}, "expected one number per token"),
         ({"data": [{"input_ids": torch.ones(2, 3), "attention_mask": torch.eye(2, 3) * 0}]}, "without a token"),
         ({"data": [{"input_ids": torch.ones(2, 3).long(), "group": [0, 1]}]}, "group_names"),
         ({"groups": ["a"]}, "groups has 1 labels for 4"),

@@ -14,7 +14,7 @@ from word_tokenizer import tokenizer
 
 import fastedit as fe
 from fastedit import cli
-from fastedit.cli.loading import load
+from fastedit.cli.loading import load_model
 
 COMMANDS = ("merge", "convert", "evaluate", "sweep", "bench", "push")
 
@@ -36,7 +36,7 @@ def directions(tmp_path_factory):
 
 
 def saved(model, edits, folder):
-    loaded, _ = load("AutoModelForCausalLM", str(model), device="cpu")
+    loaded, _ = load_model(str(model), device="cpu")
     fe.patch(loaded, edits).save(folder)
     return folder
 
@@ -66,8 +66,8 @@ def test_merge_saves_an_ordinary_model(model, tmp_path):
     assert found["strength"] == 0.5 and found["layers_merged"] == 3
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert not any("fastedit" in name for name in merged.state_dict())
-    loaded, _ = load("AutoModelForCausalLM", str(model), device="cpu")
-    plain = logits(loaded.eval())
+    loaded, _ = load_model(str(model), device="cpu")
+    plain = logits(loaded)
     handle = fe.load(loaded, edit)
     handle.strength = 0.5
     torch.testing.assert_close(logits(merged), logits(loaded), rtol=1e-4, atol=1e-4)
@@ -95,7 +95,7 @@ def test_convert_there_and_back(model, directions, tmp_path):
 
 def test_convert_carries_the_strengths(model, directions, tmp_path):
     pytest.importorskip("gguf", reason="needs gguf")
-    loaded, _ = load("AutoModelForCausalLM", str(model), device="cpu")
+    loaded, _ = load_model(str(model), device="cpu")
     handle = fe.patch(loaded, fe.Steer(fe.Directions.load(directions), strength=2.0))
     handle.strength = 1.5
     handle.save(tmp_path / "edit")
@@ -110,8 +110,8 @@ def test_convert_to_peft_and_back(model, tmp_path):
     invoke("convert", tmp_path / "peft", tmp_path / "back", "--model", model)
     said = []
     for folder in (edit, tmp_path / "back"):
-        loaded, _ = load("AutoModelForCausalLM", str(model), device="cpu")
-        fe.load(loaded.eval(), folder)
+        loaded, _ = load_model(str(model), device="cpu")
+        fe.load(loaded, folder)
         said.append(logits(loaded))
     torch.testing.assert_close(*said, rtol=1e-5, atol=1e-5)
 
@@ -134,8 +134,7 @@ def test_evaluate_of_a_language_model(model, directions, tmp_path):
     (tmp_path / "texts.csv").write_text("sentence\n" + "\n".join(texts) + "\n")
     asked = ("--edit", edit, "--strength", 0, "--strength", 2, "--json", "--device", "cpu")
     rows = json.loads(invoke("evaluate", model, tmp_path / "texts.csv", *asked))
-    loaded, said = load("AutoModelForCausalLM", str(model), device="cpu")
-    loaded.eval()
+    loaded, said = load_model(str(model), device="cpu")
 
     def logps():
         found = [(torch.tensor([said(text)["input_ids"]]), text) for text in texts]

@@ -156,7 +156,7 @@ def test_a_logistic_probe_agrees_with_scikit_learn_on_standardised_features():
     [
         ({"method": "median"}, "method is 'median'"),
         ({"probe": "forest"}, "probe is 'forest'"),
-        ({"at": "all tokens"}, "one row a text"),
+        ({"at": "all tokens"}, "one row per text"),
         ({"positive": []}, "positive is empty"),
         ({"negative": "a text"}, "negative is one text"),
         ({"method": "pca", "negative": [[3]]}, "found 4 positive and 1 negative"),

@@ -50,7 +50,8 @@ def directions(layers=range(24), seed=0):
 def arguments(folder="run"):
     from transformers import TrainingArguments
 
-    return TrainingArguments(folder, max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True, learning_rate=2e-2)
+    more = {"report_to": "none", "use_cpu": True, "learning_rate": 2e-2}
+    return TrainingArguments(folder, max_steps=2, per_device_train_batch_size=2, **more)
 
 
 def assumed(model, said):
@@ -61,7 +62,8 @@ def assumed(model, said):
     more = {name: torch.cat([value, value[:1]]) for name, value in batch.items()}
     told = [{"prompt": good, "response": "yes"} for good in GOOD]
     return {
-        "fe": fe, "fastedit": fe, "torch": torch, "tokenizer": said, "inputs": batch, "batch_of_two": batch, "batch_of_three": more,
+        "fe": fe, "fastedit": fe, "torch": torch, "tokenizer": said, "inputs": batch, "batch_of_two": batch,
+        "batch_of_three": more,
         "positive": GOOD, "negative": BAD, "texts": GOOD + BAD, "labels": ["good"] * 9 + ["bad"] * 9, "prompts": GOOD[:4],
         "directions": directions(), "other": directions(seed=1), "refusal": directions(seed=2), "condition": vectors[0],
         "c": vectors[0], "medical": fe.Gate(vectors[1], threshold=0.1, layer=7, decide="prompt"), "vectors": vectors,

@@ -211,7 +211,7 @@ def test_what_disagrees_is_refused():
     with torch.no_grad():
         with pytest.raises(RuntimeError, match=r"attention_mask has 7 columns, and no cache was found"):
             model(ids, attention_mask=torch.ones(2, 7))
-        with pytest.raises(ValueError, match="neither count on by one nor begin anew at 0"):
+        with pytest.raises(ValueError, match="neither continue by one nor begin again at 0"):
             model(ids, position_ids=torch.arange(3, 7)[None])
         cache = model(ids, use_cache=True).cache
         handle.prompt(4)

@@ -245,5 +245,5 @@ def test_tenants_in_an_array_and_what_is_no_list():
     with handle.assign(np.array([0, 1])), torch.no_grad():
         model(input_ids=tokens(2))
     for wrong in (0, "01", None):
-        with pytest.raises(TypeError, match="one tenant a sequence"):
+        with pytest.raises(TypeError, match="one tenant per sequence"):
             handle.assign(wrong)

@@ -223,7 +223,7 @@ def test_base_weights_that_were_trained_along_are_warned_of(tmp_path):
     model = tiny.build("llama").train()
     handle = fe.patch(model, fe.RED())
     Trainer(model=model, args=arguments(tmp_path / "run", save_strategy="no"), train_dataset=ROWS).train()
-    with pytest.warns(UserWarning, match=r"\d+ weights of the model were trained along and are not in this edit"):
+    with pytest.warns(UserWarning, match=r"\d+ weights of the model were trained too and are not in this edit"):
         handle.save(tmp_path / "edit")
     fe.load(tiny.build("llama"), tmp_path / "edit")
 

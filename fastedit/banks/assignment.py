@@ -1,7 +1,7 @@
-"""Which rows of a forward are whose edit's: a bank's assignments, and the stage that reads its tables.
+"""Which rows of a forward get whose edit: a bank's assignments, and the stage that reads its tables.
 
-An assignment belongs to the context that entered it (patching/rows/in_force.py): forwards of other threads and tasks
-do not see it. Its slots and strengths are spread over the rows once for all layers and steps of a shape.
+An assignment belongs to the context that entered it (patching/rows/in_force.py). Forwards of other threads and tasks do
+not see it. Its slots and strengths are spread over the rows once, for all layers and steps of a shape.
 """
 
 import weakref
@@ -28,7 +28,7 @@ class Assigned(Owner):
         return {name: value for name, value in super().__getstate__().items() if name not in ("spare", "over")}
 
     def slot(self, hidden):
-        """int32, one a row of hidden (…, width)."""
+        """int32, one per row of hidden (…, width)."""
         return self.now().slot(hidden)
 
     def buffers(self, shape, device):
@@ -43,13 +43,14 @@ class Assigned(Owner):
         self.spare.setdefault((shape, device), []).append(pair)
 
     def settle(self, books):
-        """Give back the slots of assignments that a checkpoint held on to; not where garbage is collected, under any lock."""
+        """Free the slots of assignments that a checkpoint still held. Not during garbage collection, which may run
+        under any lock."""
         while self.over:
             books.release(self.over.popleft())
 
 
 class Assignment:
-    """A context: inside it, sequence i of a batch (or token i of a packed one) is edited by names[i]."""
+    """A context in which names[i] edits sequence i of a batch (or token i of a packed one)."""
 
     def __init__(self, bank, names, strengths, shape):
         self.bank, self.names, self.strengths, self.shape = bank, names, strengths, shape
@@ -57,7 +58,7 @@ class Assignment:
 
     @property
     def slots(self):
-        """int32, as the names were given; inside the assignment."""
+        """int32, shaped like the names. Only inside the assignment."""
         return self.entered.slots
 
     def __enter__(self):
@@ -88,7 +89,7 @@ class Assignment:
 
 
 class EnteredNames(Entered):
-    """What an assignment is while it is in force: the rows' slots, strengths and positions on the device."""
+    """An assignment while it is in force: the rows' slots, strengths and positions on the device."""
 
     def __init__(self, assignment, held):
         super().__init__()
@@ -117,7 +118,7 @@ class EnteredNames(Entered):
         return self._spread("slots", self.slots, hidden)
 
     def coefficient(self, hidden, stack):
-        """fp32, one a row of hidden (…, width); None for 1 throughout."""
+        """fp32, one per row of hidden (…, width). None for 1 throughout."""
         compiling = torch.compiler.is_compiling()
         if not compiling and self.plain:
             return None
@@ -131,7 +132,7 @@ class EnteredNames(Entered):
         return plan.measured[key]
 
     def _placed(self, hidden, stack):
-        """1 where a row's own edit acts, 0 elsewhere (or a share, where a mask says one)."""
+        """1 where a row's own edit acts, 0 elsewhere (or a share, where a mask gives one)."""
         which = self._spread("which", self.which, hidden)
         total = torch.zeros(hidden.shape[:-1], device=hidden.device)
         for number, positions in enumerate(self.positions):
@@ -156,7 +157,7 @@ class EnteredNames(Entered):
             return spread(rows, hidden)
         if rows.numel() != hidden.shape[:-1].numel() or rows.shape[0] != hidden.shape[0] != rows.numel():
             raise ValueError(
-                f"assign() was given a name a token for {tuple(rows.shape)} (batch, tokens), but the hidden states have "
+                f"assign() was given one name per token for {tuple(rows.shape)} (batch, tokens), but the hidden states have "
                 f"shape {tuple(hidden.shape)}: packed sequences run in one forward, without a cache of earlier ones; "
                 f"{_STACKS}"
             )
@@ -164,7 +165,7 @@ class EnteredNames(Entered):
 
 
 class Served:
-    """What stands at a site in place of an edit's masters: the tables there."""
+    """Takes the place of an edit's masters at a site: the tables there."""
 
     is_sensor = is_probe = trainable = keep_norm = dialled = False
     positions = gating = None
@@ -184,7 +185,7 @@ class Served:
 
 
 class TableGate:
-    """The gates of a site's tables, as patching/native_add.py asks for an edit's own."""
+    """The gates of a site's tables, as patching/residual_add.py asks for an edit's own gate."""
 
     def __init__(self, tables, place, assigned):
         self.tables, self.place, self.tenancy = tables, place, assigned
@@ -193,7 +194,7 @@ class TableGate:
         return self.tables.gate(*self.place)
 
     def say(self, rows):
-        """g of rows (…, width), (…,) fp32: where a compiler or autograd looks on, who must see the operations."""
+        """g of rows (…, width), (…,) fp32, if a compiler or autograd must see the operations."""
         gate, rule = self.gate()
         flat = rows.reshape(-1, rows.shape[-1]).to(torch.promote_types(rows.dtype, torch.float32))
         said = gated_coefficient(flat, gate, rule, self.tenancy.slot(rows).reshape(-1), None)
@@ -201,7 +202,7 @@ class TableGate:
 
 
 class TableStage(Stage):
-    """A site's tables at work: nothing outside of an assignment."""
+    """A site's tables at work. Does nothing outside of an assignment."""
 
     def __init__(self, masters, stack):
         super().__init__(masters, stack)
@@ -229,14 +230,14 @@ def check_name(name):
 
 
 def flat_names(names):
-    """(names in a row, shape): (sequences,), or (batch, tokens) of nested lists."""
+    """(names in a row, shape): (sequences,), or (batch, tokens) for nested lists."""
     if isinstance(names, (str, torch.Tensor)) or not isinstance(names, (list, tuple)):
         raise TypeError(
-            f"names is {names!r:.60}, expected a list with one name a sequence (None: untouched); for packed sequences a "
+            f"names is {names!r:.60}, expected a list with one name per sequence (None: untouched); for packed sequences a "
             "list of lists, or tokens="
         )
     if not names:
-        raise ValueError("assign() was given no names, expected one a sequence")
+        raise ValueError("assign() was given no names, expected one per sequence")
     nested = [isinstance(name, (list, tuple)) for name in names]
     if not any(nested):
         flat, shape = list(names), (len(names),)
@@ -244,8 +245,8 @@ def flat_names(names):
         lengths = {len(row) if is_row else None for row, is_row in zip(names, nested, strict=True)}
         if len(lengths) > 1 or None in lengths or 0 in lengths:
             raise ValueError(
-                "names holds lists of different lengths, or lists beside names: for packed sequences it is one list a "
-                f"sequence, all as long as the batch is; {_STACKS}"
+                "names holds lists of different lengths, or lists beside names: for packed sequences give one list "
+                f"per sequence, each as long as the batch; {_STACKS}"
             )
         flat, shape = [name for row in names for name in row], (len(names), lengths.pop())
     for name in flat:
@@ -255,14 +256,14 @@ def flat_names(names):
 
 
 def dialled(names, strengths):
-    """(names, a factor for each): a Stack whose parts have strengths is another Stack, at factor 1."""
+    """(names, one factor each). A Stack whose parts have strengths is another Stack, at factor 1."""
     if strengths is None or isinstance(strengths, (int, float)) or getattr(strengths, "shape", None) == ():
         strengths = [1.0 if strengths is None else strengths] * len(names)
     strengths = list(strengths)
     if len(strengths) != len(names):
         raise ValueError(
             f"{len(strengths)} strengths for {len(names)} names, expected one number, or one for each name "
-            "(for a Stack that may be a list of numbers, one a part)"
+            "(for a Stack that may be a list of numbers, one per part)"
         )
     found = []
     for name, strength in zip(names, strengths, strict=True):

@@ -1,11 +1,11 @@
-"""Many edits resident at once, a name each, mixed in one batch at the price of one (DESIGN.md 1, bank).
+"""Many edits resident on one model, each under a name, mixed in one batch at the cost of one (docs/bank.md).
 
     bank = fastedit.Bank(model, capacity=256)
     bank.add("anna", "my-edit");  bank.add("ben", fastedit.Steer(directions))
-    with bank.assign(["anna", None, "ben"]):          # one name a sequence; None = untouched
+    with bank.assign(["anna", None, "ben"]):          # one name per sequence; None = untouched
         model.generate(**batch_of_three)
 
-Tables are allocated once (banks/tables.py); adding an edit writes one row of each, so nothing is allocated, traced,
+Tables are allocated once (banks/tables.py). Adding an edit writes one row of each table. Nothing is allocated, traced,
 compiled or captured again.
 """
 
@@ -20,26 +20,28 @@ __all__ = ["Bank", "BankFullError", "Stats"]
 
 
 class Bank:
-    """Edits of one model by name; see the top of this file. Also a context manager: leaving it closes the bank.
+    """Edits of one model by name; see the top of this file. As a context manager it closes the bank on exit.
 
     Args:
-        model: as for `fastedit.patch`; other handles and banks may be on it.
-        capacity: how many edits are resident on the device at once; more may be added, the least recently used ones
+        model: as for `fastedit.patch`. It may have other handles and banks.
+        capacity: how many edits are resident on the device at once. More may be added; the least recently used ones
             then wait in host memory.
-        sites: the sites that its edits may act at, and layers the layers (as `Edit(layers=)`): there tables are
-            allocated, capacity × (2 + 2 · rank) · width numbers each.
-        rank: of the low-rank part at one site, at most; 0 for RED, steering and other edits by scale and bias.
-        positions: whether edits may have positions other than "all"; then every forward is looked at (patching/rows/row_plan.py).
-        gates: whether an edit may be behind a gate, one a site of a layer: dot or cosine, decided by token on what the
-            edit is given. Then capacity × (width + 3) more numbers at each place, which every forward looks at.
-        host: how many bytes of edits host memory keeps; None for no limit. Beyond it the least recently used ones are
-            written to `folder`, which then is needed.
+        sites, layers: where edits may act (layers as in `Edit(layers=)`). Tables are allocated there, with
+            capacity × (2 + 2 · rank) · width numbers each.
+        rank: the largest rank of the low-rank part at one site. 0 for RED, steering and other edits by scale and bias.
+        positions: whether edits may have positions other than "all". Every forward is then looked at
+            (patching/rows/row_plan.py).
+        gates: whether edits may be behind a gate: one per site of a layer, dot or cosine, decided by token on what the
+            edit is given. This adds capacity × (width + 3) numbers at each place, which every forward reads.
+        host: how many bytes of edits host memory keeps. None for no limit. Beyond it the least recently used ones are
+            written to `folder`, which is then required.
         fused: False keeps to the plain path.
-        unassigned: what becomes of a forward from a thread or task without an assignment while another one has one: it is
-            refused ("refuse"), or runs unedited with a warning ("warn"; a compiled forward is refused all the same).
+        unassigned: what happens to a forward from a thread or task without an assignment while another one has one.
+            "refuse": it is refused. "warn": it runs unedited with a warning (a compiled forward is refused all the
+            same).
 
     Raises:
-        TypeError, ValueError: what cannot be served, before anything on the model has changed.
+        TypeError, ValueError: something that cannot be served, before anything on the model has changed.
     """
 
     freeze = False  # what a Root asks of a Handle
@@ -70,33 +72,34 @@ class Bank:
     # --- the edits ------------------------------------------------------------------------------------------
 
     def add(self, name, edits):
-        """Hold an edit under a name; resident at once where a slot is free or an idle edit can be evicted.
+        """Hold an edit under a name. It is resident at once if a slot is free or an idle edit can be evicted.
 
         Args:
             name: a string, not in use.
             edits: an Edit or a list of them (a stack), a Handle, or what `fastedit.load` takes. Its strengths are
-                folded in, and a copy is made: nothing that happens to it later is seen.
+                folded in, and a copy is made: later changes to it have no effect here.
 
         Raises:
-            TypeError, ValueError, EditFileError: a name in use, or an edit that this bank cannot hold (another site, too
-                high a rank, gates of other kinds or beside another edit, probes, keep_norm, several positions), and why.
+            TypeError, ValueError, EditFileError: a name in use, or an edit that this bank cannot hold (another site,
+                too high a rank, gates of other kinds or beside another edit, probes, keep_norm, several positions),
+                with the reason.
         """
         self._alive()
         self._books.check_new(check_name(name))
         self._books.add(self._entry_of(name, edits))
 
     def replace(self, name, edits):
-        """Hold another edit under a name. Assignments in force keep the one before; those made later have the new one.
+        """Hold another edit under a name. Assignments in force keep the old one; later assignments have the new one.
 
         Raises:
             KeyError: no such name. Others as `add`, and BankFullError for a pinned edit that is in use while no other
-                slot can be had; the edit before is then still there.
+                slot can be had. The old edit is then still there.
         """
         self._entry(name)
         self._books.replace(self._entry_of(name, edits))
 
     def remove(self, name):
-        """Forget a name. An assignment in force keeps the edit until it ends; its slot is not given away before.
+        """Forget a name. An assignment in force keeps the edit until it ends; its slot is not reused before.
 
         Raises:
             KeyError: no such name.
@@ -114,11 +117,12 @@ class Bank:
         self._books.pin(name)
 
     def unpin(self, name):
-        """Let an edit be evicted again."""
+        """Allow an edit to be evicted again."""
         self._entry(name).pinned = False
 
     def prefetch(self, names):
-        """Make edits, and stacks of them, resident before they are assigned; from any thread, while others run the model.
+        """Make edits, and stacks of them, resident before they are assigned. Any thread may call this while others run
+        the model.
 
         Raises:
             KeyError, BankFullError: as `assign`.
@@ -141,7 +145,7 @@ class Bank:
 
     @property
     def resident(self):
-        """Names whose edits are on the device, least recently used first. Stacks in slots are counted by `stats`."""
+        """Names whose edits are on the device, least recently used first. `stats` counts stacks in slots."""
         with self._books.lock:
             return [entry.name for entry in self._books.resident.values() if not entry.gone and not entry.parts]
 
@@ -154,21 +158,22 @@ class Bank:
     # --- who is edited by what ------------------------------------------------------------------------------
 
     def assign(self, names, strengths=None, *, tokens=None):
-        """A context inside which forwards edit sequence i of a batch by names[i]; None: not at all.
+        """A context in which names[i] edits sequence i of a batch. None: not edited.
 
-        It holds for this context (contextvars): for this thread, or asyncio task, for tasks started in it and for
-        asyncio.to_thread, not for a thread started by hand. A layer that `gradient_checkpointing_enable` computes again in
-        the backward has the assignment of its forward, wherever the backward runs.
+        It holds for this context (contextvars): for this thread or asyncio task, for tasks started in it, and for
+        asyncio.to_thread. It does not hold for a thread started by hand. A layer that `gradient_checkpointing_enable`
+        computes again in the backward has the assignment of its forward, wherever the backward runs.
 
         Args:
-            names: one a sequence (in `generate`, beams and samples of a sequence share its name), or for packed sequences a
-                list of names a sequence, one a token. In the place of a name, `Stack("a", "b")`: those edits, in this order.
-            strengths: a number, or one for each name: h + strength · (edited − h). 1 by default. For a Stack a number
+            names: one per sequence (in `generate`, beams and samples of a sequence share its name). For packed
+                sequences a list of names per sequence, one per token. `Stack("a", "b")` in place of a name: those
+                edits, in this order.
+            strengths: one number, or one for each name: h + strength · (edited − h). 1 by default. For a Stack a number
                 dials the whole, a list of numbers its parts.
-            tokens: for packed sequences instead of nested lists: integers (batch, tokens), which of `names` a token is
-                of; −1: untouched.
+            tokens: for packed sequences instead of nested lists: integers (batch, tokens), the index in `names` of each
+                token's edit. −1: untouched.
 
-        Names that are not resident are brought in when the context is entered, in place of the least recently used ones
+        Names that are not resident are loaded when the context is entered. They replace the least recently used ones
         that are neither pinned nor in use.
 
         Raises:
@@ -187,13 +192,13 @@ class Bank:
 
     @property
     def device(self):
-        """Where assignments are kept: that of the first table."""
+        """The device of the assignments: that of the first table."""
         return next(self.tables.buffers()).device
 
     # --- the end --------------------------------------------------------------------------------------------
 
     def close(self):
-        """Give the model back bit for bit, and the memory. Doing it again does nothing.
+        """Give the model back bit for bit, and free the memory. A second call does nothing.
 
         Raises:
             RuntimeError: an assignment is in force.
@@ -256,6 +261,6 @@ class Bank:
 
 
 def banks(model):
-    """The banks on a model, in the order they were made; a copied model has banks of its own."""
+    """The banks on a model, in the order in which they were made. A copied model has banks of its own."""
     root = root_of(model)
     return [] if root is None else [bank for bank in root.handles.values() if isinstance(bank, Bank)]

@@ -1,7 +1,7 @@
-"""What a bank holds under a name: an edit folded to one normal form a place, and where it is kept.
+"""What a bank holds under a name: an edit folded to one normal form per place, and where it is kept.
 
-Whatever is added (an Edit, a stack of them, a Handle, a folder or Hub repo) becomes the same: at each place one form,
-strengths folded in. What no normal form can say is refused here, before anything changes.
+Whatever is added (an Edit, a stack of them, a Handle, a folder or Hub repo) becomes one form at each place, with
+strengths folded in. What has no single normal form is refused here, before anything changes.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from ..patching.rows.gate_sensors import Sensor, kernel_gate
 
 
 class Entry:
-    """One name's edit. staged: its host copy, or None; path: its file, or None; slot: where it is resident, or None.
+    """One name's edit. staged: its host copy, or None. path: its file, or None. slot: where it is resident, or None.
 
-    ranks: {place: rank}; gated: the places with a gate. uses: assignments in force that hold it; folding: stacks being
-    made of its host copy. gone: removed or replaced; what is left of it ends with the last use.
+    ranks: {place: rank}. gated: the places with a gate. uses: assignments in force that hold it. folding: how many
+    stacks are being made of its host copy. gone: removed or replaced; what is left of it ends with the last use.
     """
 
     parts = ()
@@ -43,15 +43,16 @@ class Entry:
 
 
 class Combination(Entry):
-    """Several names' edits at strengths, as one: there while it has a slot, and made anew of its parts' host copies.
+    """Several names' edits at strengths, as one. It exists while it has a slot, and is made again of its parts' host
+    copies.
 
-    key: what it is of. Parts are entries, not names: what one is replaced by is another combination's.
+    key: its parts and strengths. Parts are entries, not names: after a replacement the combination is another one.
     """
 
     staged, nbytes, pinned, folding = None, 0, False, 0
 
     def __init__(self, stack, parts, key, rank):
-        """Raises ValueError where the parts cannot be one; rank: of the tables."""
+        """rank: of the tables. Raises ValueError if the parts cannot be one."""
         check_positions([(repr(part.name), part.positions) for part in parts])
         check_gates([(repr(part.name), part.ranks, part.gated) for part in parts])
         need, place = steepest([part.ranks for part in parts])
@@ -71,7 +72,8 @@ def forms_of(source, model, layers, positioned):
     layers: the model's. positioned: whether the bank's edits may have positions.
 
     Raises:
-        TypeError, ValueError, EditFileError: what cannot be one normal form a place, or does not fit the model.
+        TypeError, ValueError, EditFileError: an edit without one normal form per place, or one that does not fit the
+            model.
     """
     if isinstance(source, Handle):
         parts = _of_handle(source)
@@ -89,11 +91,11 @@ def forms_of(source, model, layers, positioned):
     if crowded is not None:
         raise ValueError(
             f"{len(stacks[crowded])} edits of one name are at site {crowded[1]!r} of layer {crowded[0]}, one of them behind a "
-            "gate: what a gate decides on is what its edit is given, so there it is alone; patch them"
+            "gate: a gate decides on what its edit is given, so a gated edit must be alone at its place; patch them"
         )
     if len(positions) > 1:
         spelled = ", ".join(sorted(repr("all" if p is None else str(p)) for p in positions))
-        raise ValueError(f"the edits of one name share their positions, found {spelled}: a slot has one coefficient a row")
+        raise ValueError(f"the edits of one name share their positions, found {spelled}: a slot has one coefficient per row")
     found = positions.pop() if positions else None
     if found is not None and not positioned:
         raise ValueError(f"the edit has positions {str(found)!r}: make the bank with positions=True, which looks at tokens")
@@ -102,7 +104,7 @@ def forms_of(source, model, layers, positioned):
 
 def _of_handle(handle):
     if handle.tenancy is not None:
-        raise ValueError("this handle holds several tenants' edits: add one tenant's, handle.tenant(0), say")
+        raise ValueError("this handle holds several tenants' edits: add the edit of one tenant, such as handle.tenant(0)")
     for edit in handle.edits:
         _check_kind(edit)
     with torch.no_grad():
@@ -163,19 +165,19 @@ def _check_kind(edit):
     elif edit.gate is not None and outside_kernels(edit.gate) is not None:
         why = (
             f"{outside_kernels(edit.gate)}; a bank with gates=True holds one dot or cosine gate, decided by token on what the "
-            "edit is given: patch it apart, or decide yourself and dial it by assign(strengths=)"
+            "edit is given: patch it separately, or decide yourself and dial it by assign(strengths=)"
         )
     elif edit.keep_norm:
-        why = "keep_norm rescales each row behind the edit, which no normal form does: patch it apart"
+        why = "keep_norm rescales each row behind the edit, which no normal form does: patch it separately"
     if why is not None:
         raise ValueError(f"a bank cannot hold {edit!r}: {why}")
 
 
 def places_of(layers, sites, wanted):
-    """([(layer, site name, width)], {(layer name, site name): device}) of what a bank is to serve.
+    """([(layer name, site name, width)], {(layer name, site name): device}) of what a bank serves.
 
     Raises:
-        ValueError: no such site or layer, or weights that are nowhere yet (meta).
+        ValueError: no such site or layer, or weights without memory yet (meta).
     """
     sites = (sites,) if isinstance(sites, str) else tuple(dict.fromkeys(sites))
     if not sites:
@@ -196,14 +198,14 @@ def places_of(layers, sites, wanted):
 
 
 class Spill:
-    """A folder for the edits that host memory has no room for: the bank's own files, gone with it."""
+    """A folder for the edits that do not fit into host memory. Its files are the bank's own and are deleted with it."""
 
     def __init__(self, folder):
         self.folder, self.digests = Path(folder), {}
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, staged):
-        """The Path of a new file; OSError if it cannot be written, and then there is none."""
+        """The Path of a new file. OSError if it cannot be written; then there is none."""
         payload = to_bytes({name: tensor.contiguous() for name, tensor in staged.named().items()} or {"none": torch.empty(0)})
         path = self.folder / f"bank-{secrets.token_hex(8)}.safetensors"
         try:

@@ -1,7 +1,7 @@
 """The books of a bank: which name has which edit, where each is kept, and who uses it.
 
-Books know tables and no model. Two locks: `lock` for the books, held for moments; `writing` by whoever fills a slot, so
-that a forward whose edits are resident waits for nobody.
+Books know tables and no model. There are two locks. `lock` guards the books and is held for moments. `writing` is held
+by whoever fills a slot. So a forward whose edits are resident waits for nobody.
 """
 
 import threading
@@ -15,14 +15,14 @@ from .entries import Combination, Spill
 
 
 class BankFullError(RuntimeError):
-    """Every slot is pinned or in use by an assignment in force; nothing has changed."""
+    """Every slot is pinned or in use by an assignment in force. Nothing has changed."""
 
 
 class Stats(NamedTuple):
-    """A bank's counts. entries: names; resident, pinned, in_use: of them; on_host, on_disk: copies kept there.
+    """A bank's counts. entries: names. resident, pinned, in_use: how many of them. on_host, on_disk: copies kept there.
 
-    hits, loads: names and stacks that an assignment or prefetch found resident, or had to bring in. Bytes of the tables
-    on the device, whether full or not, and of the host copies. stacks: those in slots of their own, beside `resident`.
+    hits, loads: names and stacks that an assignment or prefetch found resident, or had to load. Bytes: of the tables on
+    the device, whether full or not, and of the host copies. stacks: those in slots of their own, beside `resident`.
     """
 
     capacity: int
@@ -41,9 +41,9 @@ class Stats(NamedTuple):
 
 
 class Books:
-    """Entries by name over `tables`; `host` bytes of copies in memory (None: no limit), beyond that in `folder`.
+    """Entries by name over `tables`. `host` bytes of copies stay in memory (None: no limit), the rest goes to `folder`.
 
-    entries: name → Entry. resident: id → Entry, of those with a slot. Both the least recently used first.
+    entries: name → Entry. resident: id → Entry, of those with a slot. Both have the least recently used first.
     combinations: key → Combination, of stacks that have a slot or are about to.
     """
 
@@ -92,7 +92,7 @@ class Books:
         return entry
 
     def wanted(self, name):
-        """The Entry of a name, or the Combination of a Stack, as they are now: it may be new and without a slot.
+        """The present Entry of a name, or Combination of a Stack. It may be new and without a slot.
 
         Raises:
             KeyError: no such name. ValueError: a stack whose parts cannot be one.
@@ -140,12 +140,12 @@ class Books:
         if old is None:
             self.entry(name)
         if full:
-            raise BankFullError(f"{name!r} is pinned and in use, and no other slot can be had for what is to replace it")
+            raise BankFullError(f"{name!r} is pinned and in use, and there is no other slot for its replacement")
         self._load(entry, must=False)
         self._trim()
 
     def _switch(self, old, new, slot):
-        """One name's entry for another, under both locks."""
+        """Replace one name's entry by another, under both locks."""
         new.pinned, self.entries[new.name] = old.pinned, new
         self.host_bytes += new.nbytes
         self._retire(old)
@@ -187,7 +187,7 @@ class Books:
     # --- in use ---------------------------------------------------------------------------------------------
 
     def acquire(self, names):
-        """{name or Stack: Entry} with every one of them resident, and staying so until `release`."""
+        """{name or Stack: Entry}, each of them resident until `release`."""
         if len(names) > self.tables.capacity:
             raise BankFullError(
                 f"{len(names)} different edits in one batch, and the bank has a capacity of {self.tables.capacity}: cut the "
@@ -242,7 +242,7 @@ class Books:
                     self._retire(entry)
 
     def _retire(self, entry):
-        """An entry that no name leads to any more; its slot and copies end with its last use. Under the lock."""
+        """Retire an entry that no name leads to any more. Its slot and copies end with its last use. Under the lock."""
         entry.gone = True
         for combination in [c for c in self.combinations.values() if c is entry or entry in c.parts]:
             del self.combinations[combination.key]
@@ -270,7 +270,7 @@ class Books:
     # --- slots ----------------------------------------------------------------------------------------------
 
     def _load(self, entry, must=True):
-        """Make an entry resident. Without `must`, where there is no room it stays where it is."""
+        """Make an entry resident. Without `must`, it stays where it is if there is no room."""
         with self.writing:
             with self.lock:
                 staged = entry.staged
@@ -299,7 +299,7 @@ class Books:
                     self._publish(entry, slot)
 
     def _read(self, entry):
-        """The Staged of an entry without a host copy: its file's, or a stack's, folded of its parts."""
+        """The Staged of an entry without a host copy, from its file; or of a stack, folded from its parts."""
         if not entry.parts:
             return self.tables.staged_from(self.spill.read(entry.path))
         parts, gates = [], {}
@@ -311,7 +311,7 @@ class Books:
         return self.tables.stage(stacked(parts, entry.strengths), gates)
 
     def _room(self):
-        """A slot to write to: a free one, or that of the least recently used edit; None where there is none."""
+        """A slot to write to: a free one, or that of the least recently used edit. None if there is none."""
         with self.lock:
             slot = self.tables.take()
             if slot is not None:
@@ -343,12 +343,12 @@ class Books:
             self.read.update((entry.slot, events) for entry in entries if entry.slot is not None)
 
     def _events(self):
-        """What this thread's streams have been given so far, on each GPU that holds tables: other streams may wait."""
+        """Events of this thread's streams so far, on each GPU that holds tables, for other streams to wait on."""
         devices = [device for device in self.tables.devices() if device.type == "cuda"]
         return [torch.cuda.current_stream(device).record_event() for device in devices]
 
     def _trim(self, coming=0):
-        """Beyond `host` bytes, `coming` ones included, the least recently used edits to files."""
+        """Move the least recently used edits beyond `host` bytes, `coming` bytes included, to files."""
         if self.host is None or self.host_bytes + coming <= self.host:
             return
         with self._spilling:
@@ -376,4 +376,4 @@ def _check_host(host, folder):
     if isinstance(host, bool) or not isinstance(host, int) or host < 0:
         raise ValueError(f"host is {host!r}, expected a number of bytes, or None for no limit")
     if folder is None:
-        raise ValueError("host limits what memory keeps: say folder=, where the rest goes")
+        raise ValueError("host limits what memory keeps: give folder=, where the rest goes")

@@ -1,7 +1,7 @@
 """The tables of a bank: for each place in a model, the tensors of every resident edit, allocated once.
 
-A slot is a row of every table. Tables know names and widths and no model, so that whatever runs layers (a Hugging Face
-model, a serving engine's worker) can keep them: the kernels take `Tables.tensors(layer, site)` and a slot for each row.
+A slot is a row of every table. Tables know names and widths and no model. So whatever runs layers (a Hugging Face
+model, a serving engine's worker) can keep them. The kernels take `Tables.tensors(layer, site)` and a slot for each row.
 """
 
 import math
@@ -21,15 +21,16 @@ _OPEN = torch.tensor([-1.0, 0.0, 0.0])  # the rule of an edit without a gate: a 
 
 
 class Group(NamedTuple):
-    """Places of one width on one device, whose tables are slices of one tensor: an edit is one copy a tensor."""
+    """Places of one width on one device. Their tables are slices of one tensor, so an edit is one copy per tensor."""
 
     width: int
     places: tuple  # (layer name, site name)
 
 
 class Staged:
-    """One edit as `Tables.write` takes it: for each Group {name: (places, …) fp32 on the host}; what is missing is the
-    identity's.
+    """One edit as `Tables.write` takes it: for each Group {name: (places, …) fp32 on the host}.
+
+    A missing name stands for the identity.
     """
 
     def __init__(self, parts):
@@ -48,14 +49,16 @@ class Staged:
 
 
 class Tables(InFp32):
-    """fp32 tables for `capacity` edits: scale and bias (capacity, width), and with a rank read and write (capacity,
-    rank, width) and offset (capacity, rank) at every place; with gates gate (capacity, width) and rule (capacity, 3).
-    An empty slot holds the identity, and a gate that is open.
+    """fp32 tables for `capacity` edits at every place.
+
+    Always: scale and bias (capacity, width). If there is a rank: read and write (capacity, rank, width) and offset
+    (capacity, rank). If there are gates: gate (capacity, width) and rule (capacity, 3). An empty slot holds the identity,
+    and an open gate.
 
     Args:
         sites: [(layer name, site name, width)].
         capacity: how many edits are resident at once.
-        rank: of their low-rank parts, at most; 0 for none, and no such tables.
+        rank: the largest rank of their low-rank parts. 0 for none, and no such tables.
         device: one for all, or {(layer name, site name): device}.
         gates: whether an edit may be behind a gate.
 
@@ -103,11 +106,11 @@ class Tables(InFp32):
     # --- what the kernels take ------------------------------------------------------------------------------
 
     def tensors(self, layer, site):
-        """(scale, bias, read, offset, write) of a place, each with a leading slot dimension; they never move."""
+        """(scale, bias, read, offset, write) of a place, each with a leading slot dimension. They never move."""
         return self._views[layer, site][:5]
 
     def gate(self, layer, site):
-        """(gate, rule) of a place, each with a leading slot dimension; None where the tables have no gates."""
+        """(gate, rule) of a place, each with a leading slot dimension. None if the tables have no gates."""
         return self._views[layer, site][5:] if self.gates else None
 
     def _look(self):
@@ -141,16 +144,17 @@ class Tables(InFp32):
         return self.free.pop() if self.free else None
 
     def give(self, slot):
-        """Make a slot free again. Its rows stay as they are until the next write, which leaves none of them."""
+        """Make a slot free again. Its rows stay as they are until the next write, which replaces all of them."""
         self.free.append(slot)
 
     def stage(self, forms, gates=None):
-        """One edit for `write`, from its normal forms {(layer name, site name): Form}, and gates at some of these places:
-        {(layer name, site name): (gate (width,), rule (3,))}, as `ops.edit` takes them.
+        """One edit for `write`, from its normal forms {(layer name, site name): Form} and its gates.
+
+        gates: {(layer name, site name): (gate (width,), rule (3,))}, at some of these places, as `ops.edit` takes them.
 
         Raises:
-            ValueError: a place that is not served, another width, a rank above the tables', a gate where there are no
-                tables of gates, or NaN; nothing is written.
+            ValueError: a place that is not served, another width, a rank above the tables', a gate without tables of
+                gates, or NaN. Nothing is written.
         """
         gates = gates or {}
         for place, form in forms.items():
@@ -202,7 +206,7 @@ class Tables(InFp32):
         return found
 
     def forms(self, staged, ranks):
-        """{(layer name, site name): Form} of what `stage` made, at the places and ranks {place: rank} it had there."""
+        """{(layer name, site name): Form} of what `stage` made, at the places and ranks {place: rank} that it had."""
         found = {}
         for place, rank in ranks.items():
             number, row = self.places[place]
@@ -212,7 +216,7 @@ class Tables(InFp32):
         return found
 
     def staged_from(self, named):
-        """The Staged of what its `named` gave, read back from a file."""
+        """The Staged of what its `named` returned, read back from a file."""
         parts = [{} for _ in self.groups]
         for key, tensor in named.items():
             number, _, name = key.partition(".")
@@ -221,7 +225,7 @@ class Tables(InFp32):
 
     @torch.no_grad()
     def write(self, slot, staged):
-        """Put an edit into a slot: every table's row, in place."""
+        """Put an edit into a slot: a row of every table, in place."""
         for number, part in enumerate(staged.parts):
             for name, table in zip(_TABLES, self._of_group(number), strict=True):
                 if table is None:
@@ -247,7 +251,7 @@ _IDENTITY = Form()
 
 
 def _neutral(name, rows):
-    """What an edit without this tensor has there."""
+    """The value of a tensor that an edit does not have."""
     if name == "rule":
         rows.copy_(_OPEN)
     else:
@@ -255,8 +259,10 @@ def _neutral(name, rows):
 
 
 def _copy(rows, given):
-    """On a CPU place by place: each is too small to wake other threads for, whom a busy machine makes wait (12 ms for
-    262,144 numbers beside 0.2).
+    """Copy on a CPU place by place.
+
+    Each copy is too small to wake other threads, which a busy machine keeps waiting (12 ms for 262,144 numbers, against
+    0.2).
     """
     if rows.is_cpu:
         torch._foreach_copy_(list(rows.unbind()), list(given.unbind()))
@@ -269,7 +275,7 @@ def _is_finite(tensor):
 
 
 def _stacked(group, forms):
-    """{name: (places, …) fp32 on the host} of a group's forms; without the names that no form has."""
+    """{name: (places, …) fp32 on the host} of a group's forms, without the names that no form has."""
     part = {}
     for name, neutral in (("scale", 1.0), ("bias", 0.0)):
         given = [getattr(form, name) for form in forms]
@@ -288,7 +294,7 @@ def _stacked(group, forms):
 
 
 def _stacked_gates(group, gates):
-    """{"gate": (places, width), "rule": (places, 3)} on the host, open where there is none; {} without any."""
+    """{"gate": (places, width), "rule": (places, 3)} on the host, open where there is no gate. {} without any."""
     if not any(place in gates for place in group.places):
         return {}
     blank = torch.zeros(group.width), _OPEN

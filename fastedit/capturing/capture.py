@@ -3,7 +3,7 @@
     captured = fastedit.capture(model, tokenizer, texts, groups=labels, layers=range(8, 16))
     captured[12].mean()          # (groups, width) float64; the groups in the order of captured.names
 
-Forward hooks hand each site's output to `Moments` and keep nothing; behind the deepest layer the forward ends.
+Forward hooks pass each site's output to `Moments` and keep nothing. The forward ends after the deepest layer.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ logger = logging.getLogger("fastedit")
 
 
 class Captured(Mapping):
-    """{layer number: Moments}. names: the groups' labels, in the order of the Moments' rows; sequences: how many.
+    """{layer number: Moments}. names: the groups' labels, in the order of the Moments' rows. sequences: how many.
 
     left_out: {layer number: (attention sinks left out, of how many tokens)} of a mean over tokens.
     """
@@ -74,41 +74,42 @@ def capture(
 ):  # fmt: skip
     """Moments of hidden states per layer and group, in one pass over the data.
 
-    Sequences of like lengths share a batch, padded on the right. The model runs without gradients, in eval mode, as far
-    as the deepest layer asked for; it is left as it was.
+    Sequences of similar lengths share a batch, padded on the right. The model runs without gradients, in eval mode, as
+    far as the deepest layer asked for. It is left as it was.
 
     Args:
-        model: any model that fastedit.patch takes; edits that are on it count.
-        tokenizer: for texts and messages; None for token ids and ready batches.
-        data: texts; chats, each a list of messages (a tokenizer's template is applied once; one that ends with a user turn
-            is read up to where the answer begins); rows {"prompt", "response"}; lists of token ids; or ready batches
-            (mappings with input_ids, attention_mask, and labels as "group"). In any iterable: a list, or a stream.
-        layers: numbers, as of an edit; None for all.
+        model: any model that fastedit.patch takes. Edits on it count.
+        tokenizer: for texts and messages. None for token ids and ready batches.
+        data: any iterable, a list or a stream, of texts; chats, each a list of messages (the tokenizer's template is
+            applied once; a chat that ends with a user turn is read up to where the answer begins); rows
+            {"prompt", "response"}; lists of token ids; or ready batches (mappings with input_ids, attention_mask, and
+            labels as "group").
+        layers: numbers, as in an edit. None for all.
         site: where in a layer (edits/sites.py): "block", "mlp", "attn", "ffn_in", …
-        at: which tokens are rows: "last token" or "first token" of each sequence, "all tokens"; or a mean, one row a
-            sequence: "mean" of all its tokens, "last 4" (any number), "response" (of messages, their last turn),
+        at: which tokens are rows. "last token" or "first token" of each sequence, or "all tokens". Or a mean, with
+            one row per sequence: "mean" of all its tokens, "last 4" (any number), "response" (of messages, their last turn),
             "suffix" or "span". Padding is never among them.
-        suffix: with at="suffix", a text that is put behind every text; its tokens are measured.
-        spans: with at="span", (start, stop) for each text: of its characters, or of its tokens where it is token ids.
-        sinks: tokens whose norm is above so many times the median of their text's are left out of means and of "all
-            tokens", and counted in `left_out`; None takes them all.
-        groups: a label for each text; each group has moments of its own.
-        group_names: the labels that may come, in order; needed where labels come in a stream or in batches.
-        batch_size: sequences a forward. max_length: cut texts to so many tokens; longer than the model takes is an
-            error otherwise.
-        resume: a folder. The sums go there every `save_every` seconds, at a window's end; a pass that was interrupted
-            goes on from there and ends with the bits of one that was not.
+        suffix: with at="suffix", a text that is appended to every text. Its tokens are measured.
+        spans: with at="span", (start, stop) for each text: of its characters, or of its tokens if it is token ids.
+        sinks: tokens whose norm is above this many times the median of their text's norms are left out of means and of
+            "all tokens", and counted in `left_out`. None keeps all tokens.
+        groups: a label for each text. Each group has moments of its own.
+        group_names: the labels that may occur, in order. Needed if labels come in a stream or in batches.
+        batch_size: sequences per forward. max_length: cut texts to this many tokens. Without it, a text longer than the
+            model takes is an error.
+        resume: a folder. The sums are saved there every `save_every` seconds, at the end of a window. An interrupted
+            pass continues from there and ends with the bits of an uninterrupted one.
         rows: a folder for the rows themselves, in memory-mapped shards, for `fastedit.capturing.rows_on_disk.Rows`.
-        processes: an accelerate Accelerator or PartialState; each process takes its share of the batches, and all
+        processes: an accelerate Accelerator or PartialState. Each process takes its share of the batches, and all
             return the merged moments.
-        progress: show a bar; None: on a terminal.
+        progress: show a bar. None: on a terminal.
 
     Returns:
         Captured, {layer number: Moments}.
 
     Raises:
-        TypeError, ValueError: what cannot be captured: a site or layer that is not there, a text too long, a folder
-        that holds another pass.
+        TypeError, ValueError: something that cannot be captured: a site or layer that does not exist, a text too long,
+        a folder that holds another pass.
     """
     check_at(at), check_sinks(sinks)
     chosen = _choose(model, layers, site)
@@ -155,7 +156,7 @@ def capture(
 
 
 def _summed(counts, found):
-    """Of all processes."""
+    """The sums of all processes."""
     import torch.distributed as dist
 
     counts = counts.to(found.count.device)
@@ -195,10 +196,12 @@ class _Forward:
         forward_until(self.model, places, batch.inputs)
 
     def _number_padded(self, inputs):
-        """Position ids for a ready batch padded on the left, which a model that numbers columns would take for later tokens.
+        """Position ids for a ready batch padded on the left.
+
+        A model that numbers columns would otherwise take its tokens for later ones.
 
         Raises:
-            ValueError: it has none, and whether the model numbers its tokens by itself is not known.
+            ValueError: the batch has none, and it is not known whether the model numbers its tokens by itself.
         """
         mask = inputs.get("attention_mask")
         if mask is None or "position_ids" in inputs or not self.takes("position_ids") or bool(mask[:, 0].all()):
@@ -217,7 +220,7 @@ class _Forward:
         if key not in self.picks:
             tokens = self._tokens(layer, batch)
             if has_span(self.at) and tokens is not batch.tokens:
-                raise ValueError(f"layer {layer.name} is a decoder's, whose tokens are not the texts': no {self.at!r} there")
+                raise ValueError(f"layer {layer.name} is a decoder's, whose tokens are not the texts' own: no {self.at!r} there")
             self.picks[key] = Pick(tokens, batch.spans, batch, self.at, self.sinks, hidden.device)
         pick = self.picks[key]
         if hidden.shape[:2] != pick.tokens.shape:
@@ -240,7 +243,7 @@ class _Forward:
 
 
 class _State:
-    """The sums so far and where in the data they end, in one file, replaced in one step."""
+    """The sums so far and where in the data they end, in one file that is replaced in one step."""
 
     def __init__(self, folder, job, every):
         folder = Path(folder)
@@ -272,7 +275,7 @@ class _State:
         return note["position"]
 
     def _read(self):
-        """(note, tensors); ValueError for a file that is not one of sums, or damaged."""
+        """(note, tensors). ValueError for a file that is not one of sums, or is damaged."""
         try:
             note, tensors, version = open_tensors(read_regular(self.path, 64 << 30), ("capture",))
             note = parse_json(note["capture"])
@@ -280,7 +283,7 @@ class _State:
             if not sound or isinstance(note.get("position"), bool) or not isinstance(note.get("position"), int):
                 raise Damaged("is not what a capture writes")
         except Damaged as error:
-            raise ValueError(f"{self.path} {error}; remove it, and begin anew") from None
+            raise ValueError(f"{self.path} {error}; remove it, and start again") from None
         if version == 1:
             logger.warning("fastedit: %s is of format version 1, which has no checksum; its next save has one", self.path)
         return note, tensors

@@ -1,4 +1,4 @@
-"""Count, mean and variance of hidden states that come a batch, or a process, at a time: nothing is stored but sums."""
+"""Count, mean and variance of hidden states that come in batches, or from several processes. Only sums are stored."""
 
 import torch
 
@@ -39,7 +39,7 @@ class Moments:
         return self._count.clone()
 
     def update(self, hidden, group=None, mask=None):
-        """Add the rows of hidden (…, width); group and mask as fastedit.ops.moments takes them. Returns self."""
+        """Add the rows of hidden (…, width). group and mask are as in fastedit.ops.moments. Returns self."""
         if hidden.shape[-1:] != (self.width,):
             raise ValueError(f"hidden has shape {tuple(hidden.shape)}, expected (…, {self.width})")
         found = ops.moments(hidden, group, mask, self.groups)
@@ -55,18 +55,18 @@ class Moments:
         return self
 
     def mean(self):
-        """(groups, width) float64; NaN for a group without rows."""
+        """(groups, width) float64. NaN for a group without rows."""
         return torch.where(self._count[:, None] > 0, self._mean, torch.nan)
 
     def variance(self, correction=1):
-        """M2 / (count − correction), (groups, width) float64; NaN where that divides by nothing."""
+        """M2 / (count − correction), (groups, width) float64. NaN if the divisor is 0 or less."""
         left = (self._count - correction)[:, None]
         return torch.where(left > 0, self._m2 / left, torch.nan)
 
     def all_reduce(self, process_group=None):
-        """Merge the moments of all processes of torch.distributed, the same bits in each. Returns self.
+        """Merge the moments of all processes of torch.distributed, with the same bits in each. Returns self.
 
-        Gathered and merged in the order of ranks: a sum of counts, means and M2 would not be exact.
+        They are gathered and merged in the order of ranks. A sum of counts, means and M2 would not be exact.
         """
         import torch.distributed as dist
 
@@ -86,7 +86,7 @@ class Moments:
         return {"count": self._count.clone(), "mean": self._mean.clone(), "m2": self._m2.clone()}
 
     def load_state_dict(self, state):
-        """Take a state_dict's numbers; ValueError for other names, shapes or dtypes, before any is taken."""
+        """Take a state_dict's numbers. ValueError for other names, shapes or dtypes, before any is taken."""
         if set(state) != set(_NAMES):
             raise ValueError(f"the state has {', '.join(sorted(state))}; expected {', '.join(_NAMES)}")
         for name, mine in zip(_NAMES, (self._count, self._mean, self._m2), strict=True):
@@ -98,7 +98,7 @@ class Moments:
             mine.copy_(state[name])
 
     def _add(self, count, mean, m2):
-        """Chan's formula; a group without rows on one side takes the other's numbers as they are."""
+        """Chan's formula. A group without rows on one side takes the other side's numbers as they are."""
         total = self._count + count
         share = (count.double() / total.clamp_min(1))[:, None]  # integers alone would divide in fp32
         delta = mean - self._mean

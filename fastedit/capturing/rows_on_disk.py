@@ -1,7 +1,7 @@
-"""Captured rows on disk: safetensors shards, written a window of the data at a time and read memory-mapped.
+"""Captured rows on disk: safetensors shards, one per window of the data, read memory-mapped.
 
     folder/rows-<process>-<items>.safetensors   "<layer>" (rows, width) in the model's dtype; "<layer>.group",
-                                                "<layer>.index" (rows,): of which group and which item of the data
+                                                "<layer>.index" (rows,): the row's group, and its item of the data
 """
 
 import json
@@ -18,7 +18,7 @@ logger = logging.getLogger("fastedit")
 
 
 class RowWriter:
-    """Rows of one window, then a shard of them."""
+    """Collects the rows of one window and writes a shard of them."""
 
     def __init__(self, folder, job, *, fresh):
         self.folder, self.job, self.held = Path(folder), job, {}
@@ -36,7 +36,7 @@ class RowWriter:
             self.held.setdefault(name, []).append(tensor.detach().cpu().clone())
 
     def flush(self, position):
-        """Write what is held as the shard that ends at an item of the data; again, after a resume, over the old one."""
+        """Write what is held as the shard that ends at an item of the data. After a resume it replaces the old one."""
         if self.held:
             tensors = {name: torch.cat(parts).contiguous() for name, parts in self.held.items()}
             path = self.folder / f"rows-{self.job['rank']}-{position:012d}.safetensors"
@@ -45,13 +45,13 @@ class RowWriter:
 
 
 class RowsFileError(ValueError):
-    """Rows on disk are not what they should be: says what was expected, what was found and what to do."""
+    """Rows on disk are not what they should be. The message says what was expected, what was found and what to do."""
 
 
 class Rows:
-    """The rows of a folder that `fastedit.capture(rows=)` wrote, a layer at a time, in the order of the data.
+    """The rows of a folder that `fastedit.capture(rows=)` wrote, one layer at a time, in the order of the data.
 
-    Every shard is checked whole, once: its checksum, and that it is of the same pass as the others.
+    Every shard is checked once, as a whole: its checksum, and that it belongs to the same pass as the others.
 
     Raises:
         RowsFileError: there are none, or one is damaged or of another pass.
@@ -96,7 +96,7 @@ class Rows:
 
 
 def _job(shard):
-    """(the note of a shard, its format version); the shard is checked whole."""
+    """(the note of a shard, its format version), after a check of the whole shard."""
     try:
         note, version = check_mapped(shard, ("job",))
         job = parse_json(note["job"])

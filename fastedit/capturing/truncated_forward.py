@@ -1,4 +1,4 @@
-"""A forward that stops behind the deepest place whose hidden states are wanted: no later layer, no LM head."""
+"""A forward that stops after the deepest place whose hidden states are wanted: no later layer, no LM head."""
 
 from ..families import find_layers
 from ..patching.site_kinds import watch
@@ -33,13 +33,13 @@ def forward_until(model, places, inputs):
 
 
 def residual_stream(model, after, inputs, last=None, layers=None):
-    """The residual stream after so many blocks, [(batch, tokens, width)], in the order of `after`; differentiable.
+    """The residual stream after some blocks, [(batch, tokens, width)], in the order of `after`. Differentiable.
 
     Args:
         model: an nn.Module with one stack of layers, called as model(**inputs).
-        after: numbers of blocks, from 1 on. Edits and adapters on those blocks count.
+        after: after how many blocks, numbers from 1 on. Edits and adapters on those blocks count.
         last: keep only that many columns at the end.
-        layers: find_layers(model), from one who calls often.
+        layers: find_layers(model), if the caller calls this often.
 
     Raises:
         ValueError: a number of blocks that the model does not have.

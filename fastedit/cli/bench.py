@@ -3,7 +3,7 @@
 import copy
 import statistics
 
-from .loading import load
+from .loading import load_model
 
 BLOCKS = 5
 
@@ -19,8 +19,7 @@ def run(model, edit, tokens, batch, rounds, **loading):
 
     from ..verifying.timing import interleave, ratio
 
-    base, _ = load(None, model, pad=False, **loading)
-    base.eval()
+    base, _ = load_model(model, kind=None, **loading)
     twin = copy.deepcopy(base, {id(p): p for p in [*base.parameters(), *base.buffers()]})  # on the same weights
     if edit is None:
         fastedit.patch(twin, fastedit.RED())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from .loading import load
+from .loading import load_model
 
 TARGETS = ("edit", "gguf", "peft", "directions")
 
@@ -90,7 +90,7 @@ def _handle(kind, folder, model, positions):
     name = model or _base(kind, folder)
     if name is None:
         raise typer.BadParameter(f"{folder} does not name its base model: give --model")
-    base, _ = load(None, name, pad=False, device="cpu")
+    base, _ = load_model(name, kind=None, device="cpu")
     if kind == "edit":
         return fastedit.load(base, folder, head=False)
     if kind in ("peft", "pyreft"):

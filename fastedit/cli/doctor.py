@@ -1,6 +1,6 @@
 """`fastedit doctor`: what is installed, what is missing, how to get it.
 
-An install without compilers is pure Python and fine; one that had a compiler and built no kernels hides a
+An install without compilers is pure Python and fine. An install that had a compiler but built no kernels hides a
 compile error, so that is exit code 1.
 """
 
@@ -30,7 +30,7 @@ REBUILD = "pip install --no-build-isolation -v . shows the build; then"
 
 
 def run(console=None):
-    """Prints the report; 0, or 1 where a compiler is here and its kernels are not."""
+    """Prints the report. Returns 0, or 1 if a compiler is here and its kernels are not."""
     console = console or Console()
     native, missing = _native()
     cxx, cuda = cxx_compiler(), cuda_compiler()
@@ -77,7 +77,7 @@ def threads(native):
 
 
 def _refused(architectures):
-    """Why the CUDA kernels that are built cannot run on the GPU that is here, if so."""
+    """Why the built CUDA kernels cannot run on the GPU that is here, if so."""
     if not architectures:
         return None
     from ..ops import cuda_device
@@ -86,7 +86,7 @@ def _refused(architectures):
 
 
 def problems(native, architectures, cxx, cuda, environment):
-    """What must not be so: kernels missing where their compiler is here and nobody asked for none."""
+    """What should not be so: kernels missing although their compiler is here and nobody asked for none."""
     if cxx and not native and environment.get("FASTEDIT_NATIVE") != "OFF":
         return [f"{cxx} is here, but the native module is not: the build failed. {REBUILD} reinstall"]
     wanted = (
@@ -101,7 +101,7 @@ def problems(native, architectures, cxx, cuda, environment):
 
 
 def hints(native, architectures, cxx, cuda):
-    """What may be so, and how to have more."""
+    """What may be so, and how to get more."""
     found = []
     if not cxx and not native:
         found.append(

@@ -4,7 +4,7 @@ import math
 
 import typer
 
-from .loading import load
+from .loading import load_model
 from .texts import read_texts
 
 HEADS = ("classification", "pairs", "regression")
@@ -15,8 +15,8 @@ def merged(model, edit, out, strength, fp32, **loading):
     """Merge an edit into a model and save it. Returns what was done, JSON-able."""
     import fastedit
 
-    base, tokenizer = load(None, model, pad=False, **loading)
-    handle = fastedit.load(base.eval(), edit, head=False)
+    base, tokenizer = load_model(model, kind=None, **loading)
+    handle = fastedit.load(base, edit, head=False)
     if strength is not None:
         handle.strength = strength
     handle.merge(fp32=fp32)
@@ -61,7 +61,7 @@ def _with_head(model, data, folder, note, strengths, columns, loading):
     if names and (unknown := sorted(set(labels) - set(names))):
         raise typer.BadParameter(f"{data} has the label {unknown[0]!r}, and {folder} was trained on {', '.join(names)}")
     wanted = [names.index(label) for label in labels] if names else [float(label) for label in labels]
-    encoder, tokenizer = load("AutoModel", model, **loading)
+    encoder, tokenizer = load_model(model, kind="AutoModel", **loading)
     whole = with_head(encoder, len(names) or 1, note.get("pooling", "mean"))
     handle, found = fastedit.load(whole, folder), []
     for strength in _dials(handle, strengths):
@@ -78,9 +78,9 @@ def _language(model, data, folder, strengths, loading):
     texts = read_texts(data)
     if not all(isinstance(text, str) for text in texts):
         raise typer.BadParameter(f"{data} holds chats or rows with responses; perplexity is of texts, column text")
-    base, tokenizer = load("AutoModelForCausalLM", model, **loading)
+    base, tokenizer = load_model(model, **loading)
     tokenizer.padding_side = "right"
-    handle, found = fastedit.load(base.eval(), folder), []
+    handle, found = fastedit.load(base, folder), []
     for strength in _dials(handle, strengths):
         total = {"with": 0.0, "without": 0.0, "kl": 0.0, "tokens": 0}
         for at in range(0, len(texts), BATCH):

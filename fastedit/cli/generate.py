@@ -23,7 +23,7 @@ def run(
         raise typer.BadParameter(f"{prompt_file} holds rows with responses, expected prompts alone")
     prompts = as_chat(prompts, system) if chat or system else prompts
     if strengths and edit is None:
-        raise typer.BadParameter("--strength is of an edit: give --edit, too")
+        raise typer.BadParameter("--strength belongs to an edit: give --edit too")
     if not all(math.isfinite(strength) for strength in strengths or ()):
         raise typer.BadParameter("--strength is not a finite number")
     if (lexicons is None) != (not traits):
@@ -112,7 +112,7 @@ def _nudge(tokenizer, lexicons, traits):
 
 
 def sample(model, tokenizer, ids, count, max_new_tokens, temperature, top_p, seed, nudge=None):
-    """`count` continuations without the prompt; the same at every call and, number for number, at every strength."""
+    """`count` continuations without the prompt. Every call and every strength starts from the same seed."""
     import torch
 
     given = torch.tensor([ids], device=model.device)

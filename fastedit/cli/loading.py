@@ -1,4 +1,6 @@
-"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantisation."""
+"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantisation; and how a
+Trainer is told of them.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,27 +13,17 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; b
 DeviceMap = Annotated[str | None, typer.Option(help="auto: over several GPUs, by accelerate.")]
 Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")]
 DTYPES = ("float32", "bfloat16", "float16")
-
-
 SIZES = {
     "device": "auto", "dtype": None, "device_map": None, "quantize": None, "accumulate": 1, "checkpointing": False,
     "resume": False,
 }  # fmt: skip
 
 
-def load_model(name, **options):
-    """(model, tokenizer) of a causal language model in eval mode. options: as for `load`."""
-    model, tokenizer = load("AutoModelForCausalLM", name, pad=False, **options)
-    return model.eval(), tokenizer
+def load_model(name, device="auto", dtype=None, device_map=None, quantize=None, kind="AutoModelForCausalLM"):
+    """(model in eval mode, tokenizer) by an Auto class's name; a mistake in a name or an option is one line.
 
-
-def load(kind, name, *, device="auto", dtype=None, device_map=None, quantize=None, pad=True):
-    """(model, tokenizer) by an Auto class's name, or by the class that the config names (kind=None; maybe no tokenizer).
-
-    pad: a tokenizer without a padding token pads with its end token.
-
-    Raises:
-        typer.BadParameter: a mistake in a name or an option, in one line.
+    kind: None for the class that the config names, of which the tokenizer may be None.
+    A tokenizer without a padding token pads with its EOS.
     """
     import torch
     import transformers
@@ -52,17 +44,14 @@ def load(kind, name, *, device="auto", dtype=None, device_map=None, quantize=Non
         options["quantization_config"] = _quantized(quantize, options.get("dtype"))
         options.setdefault("device_map", {"": place})
     try:
-        if name == smollm2.NAME and not Path(name).exists():
-            name = smollm2.chat_folder()
-        named = kind is not None
-        if not named:
-            architecture = (transformers.AutoConfig.from_pretrained(name).architectures or ["AutoModel"])[0]
-            kind = architecture if hasattr(transformers, architecture) else "AutoModel"
-        model = getattr(transformers, kind).from_pretrained(name, **options)
-        tokenizer = _tokenizer(name, needed=named)
+        found = smollm2.chat_folder() if name == smollm2.NAME and not Path(name).exists() else name
+        tokenizer = _tokenizer(found, needed=kind is not None)
+        if kind is None:
+            kind = (transformers.AutoConfig.from_pretrained(found).architectures or ["AutoModel"])[0]
+        model = getattr(transformers, kind, transformers.AutoModel).from_pretrained(found, **options).eval()
     except (OSError, ValueError, ImportError) as error:
         raise typer.BadParameter(f"{name} could not be loaded: {error}") from None
-    if pad and tokenizer is not None and tokenizer.pad_token is None:
+    if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model if "device_map" in options else model.to(place), tokenizer
 

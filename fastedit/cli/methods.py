@@ -26,7 +26,7 @@ def roleref(
     strength: Annotated[float, typer.Option(help="Of the edit; the paper tries -0.3 to 0.3.")] = -0.1,
     layers: Layers = None,
     refusals: Annotated[
-        Path | None, typer.Option(help="Phrases, one a line, by which a reply refuses: rates on a quarter held out.")
+        Path | None, typer.Option(help="Phrases, one per line, that mark a refusal: rates on a held-out quarter.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     batch_size: Batch = 8,
@@ -186,7 +186,7 @@ def ubpl(
 
     sets = [read_texts(path) for path in (texts, background)]
     if not all(isinstance(text, str) for some in sets for text in some):
-        raise typer.BadParameter("a lexicon is built of texts, one a line; found chat messages")
+        raise typer.BadParameter("a lexicon is built of texts, one per line; found chat messages")
     try:
         words = build(*sets, count=count, least=least, z=z)
         lexicons = read_lexicons(out) if out.exists() else {}

@@ -1,6 +1,6 @@
 """`fastedit show`: an edit's files, read and checked, without its model.
 
-What a file says is printed as text: control characters, which a terminal would obey, are written out.
+A file's contents are printed as text. Control characters, which a terminal would obey, are written out.
 """
 
 import unicodedata
@@ -47,7 +47,7 @@ def run(folder, reseal=False):
 
 
 def plain(text):
-    """The text with what steers a terminal, or the direction of reading, written out as \\x1b is."""
+    """The text with characters that control a terminal, or the direction of reading, written out as \x1b is."""
     return "".join(c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in str(text))
 
 

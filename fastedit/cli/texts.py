@@ -13,10 +13,10 @@ __all__ = ["as_chat", "layer_numbers", "load_model", "read_texts"]
 
 
 def read_texts(path):
-    """What a file holds, a list: texts, chat conversations (lists of messages), or rows {"prompt", "response"}.
+    """A file's contents as a list: texts, chat conversations (lists of messages), or rows {"prompt", "response"}.
 
-    .txt: a text a line. .json: a list of any of them. .jsonl, .parquet, .csv, .tsv: rows with "text" or "sentence", with
-    "messages" or "conversations", or with "prompt" and, if it is known, "response".
+    .txt: one text per line. .json: a list of any of them. .jsonl, .parquet, .csv, .tsv: rows with "text" or "sentence",
+    with "messages" or "conversations", or with "prompt" and, if it is known, "response".
     """
     path = Path(path)
     try:
@@ -28,7 +28,7 @@ def read_texts(path):
             found = read_rows(path)
         if not isinstance(found, list) or not found:
             raise ValueError(
-                "it holds no list of texts; one a line, a JSON list, or .jsonl with \"text\", \"messages\" or \"prompt\""
+                "it holds no list of texts; use one per line, a JSON list, or .jsonl with \"text\", \"messages\" or \"prompt\""
             )
         return [_text(item, f"item {number} of {path}") for number, item in enumerate(found, 1)]
     except (OSError, ValueError, TypeError) as error:
@@ -55,7 +55,7 @@ def _text(item, where):
 
 
 def as_chat(texts, system=None):
-    """Strings as user turns, and `system` as the system turn of those and of messages that have none."""
+    """Strings as user turns. `system` becomes the system turn of those and of messages that have none."""
     made = []
     for item in texts:
         if isinstance(item, dict):

@@ -39,7 +39,7 @@ def merge(
 def convert(
     source: Annotated[str, typer.Argument(help="A saved edit, directions, a .gguf, or a folder of PEFT or pyreft.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; for llama.cpp a file that ends in .gguf.")],
-    to: Annotated[str | None, typer.Option(help="edit, gguf, peft or directions; by default edit, or gguf by OUT's end.")] = None,
+    to: Annotated[str | None, typer.Option(help="edit, gguf, peft or directions; by default by OUT's end.")] = None,
     model: Annotated[str | None, typer.Option(help="The base; by default the one that SOURCE names.")] = None,
     positions: Annotated[str | None, typer.Option(help='pyreft: where it acted, such as "last 1"; its folders do not say.')] = None,
     as_json: Json = False,

@@ -19,38 +19,40 @@ def contrast(
     probe="logistic", centre=False, held_out=0.25, seed=0, batch_size=16, max_length=None, resume=None, progress=None,
     suffix=None, spans=None, sinks=SINKS,
 ):  # fmt: skip
-    """Directions that lead from the negative texts to the positive ones, one for each layer.
+    """Directions that lead from the negative texts to the positive ones, one per layer.
 
     method "mean": v = mean(h | positive) − mean(h | negative) (CAA, arXiv 2312.06681; ActAdd, arXiv 2308.10248), in one
     pass that stores nothing.
 
     method "pca": the first principal component, at length 1, of the differences of pairs (RepE, arXiv 2310.01405),
-    positive[k] with negative[k]; its sign is that of the contrast of means. centre=False takes the component about zero,
-    which is that of differences with their signs at random, as the paper has them; centre=True first takes the mean
-    difference away, as repeng's code does, and finds what varies beside it.
+    positive[k] with negative[k]. Its sign is that of the contrast of means. centre=False takes the component about
+    zero, which is that of differences with random signs, as in the paper. centre=True first subtracts the mean
+    difference, as repeng's code does, and finds what varies beside it.
 
-    method "probe": a linear probe, h·v + offset > 0 for positive, fitted to all texts but a share held out. probe
-    "logistic": logistic regression on standardised features, v at length 1; "mass-mean": v = the difference of means and
-    the offset half-way between (arXiv 2310.06824).
+    method "probe": a linear probe, h·v + offset > 0 for positive, fitted to all texts except a held-out share. probe
+    "logistic": logistic regression on standardized features, v at length 1. probe "mass-mean": v = the difference of
+    means, and the offset half-way between (arXiv 2310.06824).
 
     Args:
-        model, tokenizer, layers, site, at, batch_size, max_length, resume, progress, suffix, sinks: as of
-            `fastedit.capture`; `at` is one row a text, so not "all tokens". The folder `resume` also keeps the rows that
-            PCA and probes need, which else are in a temporary one.
+        model, tokenizer, layers, site, at, batch_size, max_length, resume, progress, suffix, sinks: as in
+            `fastedit.capture`. `at` is one row per text, so not "all tokens". The folder `resume` also keeps the rows
+            that PCA and probes need. Otherwise they are in a temporary folder.
         positive, negative: lists of texts (or of lists of token ids).
         spans: with at="span", (start, stop) for each text, the positive ones first.
-        held_out: the share of texts (of pairs, where there are as many of both) a probe is judged on. seed: which.
+        held_out: the share of texts (of pairs, if there are as many of both) on which a probe is judged. seed: which
+            ones.
 
     Returns:
         Directions with statistics for each layer: "positive", "negative" (how many texts); "norm" of the difference of
-        means; "residual", the root mean square of the measured rows' norms; "separation", the difference's norm over the root
-        of the mean within-class variance summed over features; where `at` is a mean, "sinks", how many tokens were left out
-        of it, and "tokens", of how many; for "pca" "explained", the component's share of the sum of squares; for "probe"
-        "accuracy" on the texts held out, "fitted_accuracy" on the others, "held_out" (how many), "offset".
+        means; "residual", the root mean square of the measured rows' norms; "separation", the difference's norm over
+        the root of the mean within-class variance summed over features; if `at` is a mean, "sinks", how many tokens
+        were left out of it, and "tokens", of how many; for "pca" "explained", the component's share of the sum of
+        squares; for "probe" "accuracy" on the held-out texts, "fitted_accuracy" on the others, "held_out" (how many),
+        "offset".
 
     Raises:
-        TypeError, ValueError: a method, probe or share that is not there, sets that are empty or not paired, and all
-        that `capture` refuses. ImportError: "logistic" without scikit-learn.
+        TypeError, ValueError: a method, probe or share that does not exist, sets that are empty or not paired, and
+        everything that `capture` refuses. ImportError: "logistic" without scikit-learn.
     """
     positive, negative = _checked(positive, negative, method, at, probe, held_out)
     data = [*positive, *negative]
@@ -94,7 +96,7 @@ def _checked(positive, negative, method, at, probe, held_out):
     if probe not in ("logistic", "mass-mean"):
         raise ValueError(f"probe is {probe!r}, expected 'logistic' or 'mass-mean'")
     if at == "all tokens":
-        raise ValueError("at is 'all tokens', expected one row a text: 'last token', 'mean', 'last 4', 'response', …")
+        raise ValueError("at is 'all tokens', expected one row per text: 'last token', 'mean', 'last 4', 'response', …")
     sets = []
     for name, texts in ((POSITIVE, positive), (NEGATIVE, negative)):
         if isinstance(texts, str):
@@ -151,7 +153,7 @@ def _probe(positive, negative, difference, probe, held_out, seed):
 
 
 def _split(positive, negative, held_out, seed):
-    """((fitted, held out) of the positive texts, the same of the negative); pairs stay together."""
+    """((fitted, held out) of the positive texts, the same of the negative ones). Pairs stay together."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(positive, generator=generator)]
     orders.append(orders[0] if negative == positive else torch.randperm(negative, generator=generator))

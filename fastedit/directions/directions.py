@@ -1,4 +1,4 @@
-"""Directions: a vector for each layer, with arithmetic, files, and what is known of how well they tell classes apart.
+"""Directions: one vector per layer, with arithmetic, files, and statistics of how well they separate classes.
 
     directions = fastedit.contrast(model, tokenizer, positive, negative)
     fastedit.patch(model, fastedit.Steer(directions, layers=range(8, 16), strength=2.0))
@@ -30,7 +30,8 @@ logger = logging.getLogger("fastedit")
 
 
 class DirectionsFileError(ValueError):
-    """Directions on disk are not what they should be: says what was expected, what was found and what to do."""
+    """Directions on disk are not what they should be. The message says what was expected, what was found and what to
+    do."""
 
 
 class Directions(Mapping):
@@ -44,8 +45,8 @@ class Directions(Mapping):
         about: what they are and of which model, JSON-able.
 
     Raises:
-        TypeError, ValueError: no layers, layers that are not numbers from 0 on, or vectors that are not finite, floating
-        and of one width.
+        TypeError, ValueError: no layers, layers that are not numbers from 0 on, or vectors that are not finite, not
+        floating or not of one width.
     """
 
     def __init__(self, vectors, statistics=None, about=None):
@@ -115,14 +116,14 @@ class Directions(Mapping):
         return self * (1 / factor)
 
     def normalised(self):
-        """Every vector at length 1; ValueError for one that is zero."""
+        """Every vector at length 1. ValueError for one that is zero."""
         for layer, vector in self.items():
             if not vector.any():
                 raise ValueError(f"the vector of layer {layer} is zero: it has no direction; leave the layer out")
         return self._map(lambda vector: (vector.double() / vector.double().norm()).float())
 
     def project_out(self, *others):
-        """What is left of each vector beside the span of the others' at its layer, in float64.
+        """The part of each vector orthogonal to the span of the others' vectors at its layer, in float64.
 
         Raises:
             ValueError: another lacks a layer, or has another width.
@@ -141,25 +142,25 @@ class Directions(Mapping):
         return self._derived(left)
 
     def at(self, *layers):
-        """These layers alone, with their statistics; KeyError for one that is not there."""
+        """These layers alone, with their statistics. KeyError for one that is not there."""
         kept = {layer: self[layer] for layer in layers}
         return Directions(kept, {k: v for k, v in self.statistics.items() if k in kept}, self.about)
 
     def best(self, by="accuracy"):
-        """The layer where a statistic is largest; KeyError where no layer has it."""
+        """The layer where a statistic is largest. KeyError if no layer has it."""
         known = {layer: found[by] for layer, found in self.statistics.items() if found.get(by) is not None}
         if not known:
             raise KeyError(f"no layer has the statistic {by!r}")
         return max(known, key=known.get)
 
     def window(self, count):
-        """(layer, …): `count` neighbouring layers to steer at, the earliest of those that tell the classes apart best.
+        """(layer, …): `count` neighboring layers to steer at, the earliest of those that separate the classes best.
 
-        Best is the mean held-out accuracy where probes give one, within one text held out; else the mean separation, within
-        5 %. Late layers often tell as well and steer less: what they add, few layers work on.
+        Best is the mean held-out accuracy if probes give one, within one text held out. Else it is the mean separation,
+        within 5 %. Late layers often separate as well and steer less, because few layers work on what they add.
 
         Raises:
-            ValueError: fewer layers than `count`. KeyError: neither statistic is known of every layer.
+            ValueError: fewer layers than `count`. KeyError: neither statistic is known for every layer.
         """
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(self):
             raise ValueError(f"count is {count!r}, expected a number of layers from 1 to {len(self)}")
@@ -174,10 +175,10 @@ class Directions(Mapping):
         return self.layers[at : at + count]
 
     def relative(self, share):
-        """Vectors as long as `share` × the residual's norm at their layer, as "residual" in the statistics says it.
+        """Vectors as long as `share` × the residual's norm at their layer, given by the statistic "residual".
 
         Raises:
-            ValueError: no finite share; a layer without that statistic; a vector that is zero.
+            ValueError: a share that is not finite, a layer without that statistic, a vector that is zero.
         """
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
             raise ValueError(f"share is {share!r}, expected a finite number")
@@ -214,7 +215,8 @@ class Directions(Mapping):
     # --- files ----------------------------------------------------------------------------------------------
 
     def save(self, folder):
-        """Write directions.safetensors; a crash leaves the old ones or the new, and of two writers the last wins whole.
+        """Write directions.safetensors. A crash leaves the old file or the new one. Of two writers the last wins,
+        whole.
 
         Returns the folder's Path.
 
@@ -239,7 +241,7 @@ class Directions(Mapping):
 
     @classmethod
     def load(cls, folder):
-        """What `save` wrote, checked; DirectionsFileError says what is wrong with it."""
+        """What `save` wrote, checked. DirectionsFileError says what is wrong with it."""
         path = Path(folder) / FILE
         try:
             if not path.exists():
@@ -256,14 +258,14 @@ class Directions(Mapping):
             raise DirectionsFileError(f"{path} {error}; save it again") from None
 
     def save_gguf(self, path, *, model=None):
-        """Write a control vector for llama.cpp; a crash leaves the old file or the new. Returns the Path.
+        """Write a control vector for llama.cpp. A crash leaves the old file or the new one. Returns the Path.
 
         Args:
-            model: llama.cpp's name of the architecture, for model_hint; by default `about["type"]`.
+            model: llama.cpp's name of the architecture, for the file's model_hint. By default `about["type"]`.
 
         Raises:
-            ValueError: there is a vector at layer 0, which llama.cpp cannot add, or directions of another site than the
-            residual stream. ImportError: no `gguf` package.
+            ValueError: there is a vector at layer 0, which llama.cpp cannot add, or the directions are of another site
+            than the residual stream. ImportError: no `gguf` package.
         """
         if 0 in self:
             raise ValueError(
@@ -276,10 +278,10 @@ class Directions(Mapping):
 
     @classmethod
     def load_gguf(cls, path):
-        """Read a control vector of llama.cpp or repeng.
+        """Directions from a control vector's file, of llama.cpp or repeng.
 
         Raises:
-            DirectionsFileError: it is no GGUF file, no control vector, or holds a tensor that is none.
+            DirectionsFileError: it is not a GGUF file or not a control vector, or it holds a tensor that is no vector.
             ImportError: no `gguf` package.
         """
         try:
@@ -304,7 +306,7 @@ def _said(statistics, about):
 
 
 def is_saved(folder):
-    """Whether a folder holds what `Directions.save` wrote, of any version."""
+    """Whether a folder holds what `Directions.save` wrote, in any version."""
     return any((Path(folder) / name).exists() for name in (FILE, _OLD_JSON))
 
 

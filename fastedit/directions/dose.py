@@ -1,4 +1,4 @@
-"""Dose: the strength at which an edit moves the distribution of the next tokens by a stated amount."""
+"""Dose: the strength at which an edit changes the distribution of the next tokens by a stated amount."""
 
 import functools
 import inspect
@@ -19,9 +19,10 @@ LARGEST = 1024.0
 
 @dataclass(frozen=True)
 class Dose:
-    """strength: for `handle.strength`. kl: the mean KL reached, in nats. prompts: over how many. forwards: of them all.
+    """strength: for `handle.strength`. kl: the mean KL reached, in nats. prompts: over how many. forwards: how many
+    ran.
 
-    tokens: over how many distributions: one a prompt, or one for each token of a continuation.
+    tokens: over how many distributions: one per prompt, or one for each token of a continuation.
     """
 
     strength: float
@@ -35,29 +36,32 @@ def calibrate(
     model, edit, prompts, *, target_kl, tokenizer=None, tolerance=0.01, largest=LARGEST, batch_size=16, max_length=None,
     new_tokens=None, seed=0,
 ):  # fmt: skip
-    """The strength at which the mean KL(p without the edit ‖ p with it) of the token behind each prompt is `target_kl`.
+    """The strength at which the mean KL(p without the edit ‖ p with it) of the token after each prompt is `target_kl`.
 
-    With `new_tokens` the mean is over the tokens of a continuation, too: the model without the edit samples one behind each
-    prompt (temperature 1), and both read it. Times its length, that is an unbiased estimate of the KL between the two
-    distributions of whole continuations. The next token alone may hardly feel an edit that turns everything after it.
+    With `new_tokens` the mean also covers the tokens of a continuation. The model without the edit samples one after
+    each prompt (temperature 1), and both models read it. Times its length, that is an unbiased estimate of the KL
+    between the two distributions of whole continuations. An edit that turns a whole continuation may hardly change its
+    first token.
 
-    Found by doubling and bisection on `handle.strength`, so nothing is traced or captured again. Where the KL is not
-    monotone in the strength, what is found is one strength of several; it starts from small ones.
+    The search doubles and bisects `handle.strength`, so nothing is traced or captured again. If the KL is not monotone
+    in the strength, it finds one of several strengths. It starts from small ones.
 
     Args:
-        edit: a Handle on the model, left at the strength found; or an Edit, or a list of them, patched for the while.
+        edit: a Handle on the model, which is left at the strength found. Or an Edit, or a list of them, patched
+            meanwhile.
         prompts: texts or chat messages (with tokenizer=), lists of token ids, or ready batches.
-        target_kl: nats. tolerance: how far off, as a share of it, the KL may be.
-        largest: the strength beyond which it is not looked for.
-        new_tokens: how long a continuation is, at most; None for the token behind the prompt alone. seed: of the sampling.
+        target_kl: nats. tolerance: how far off the KL may be, as a share of the target.
+        largest: the strength at which the search ends.
+        new_tokens: the largest length of a continuation. None for the token after the prompt alone. seed: of the
+            sampling.
 
     Returns:
         Dose. Its strength is a factor on the edits' own strengths.
 
     Raises:
-        ValueError: the KL stays below the target up to `largest`, or is not finite on the way there, or jumps past it;
-        the handle has its old strength then.
-        TypeError, ValueError: what is no edit, an empty set of prompts, numbers out of range.
+        ValueError: the KL stays below the target up to `largest`, or is not finite on the way there, or jumps past it.
+        The handle then has its old strength.
+        TypeError, ValueError: something that is not an edit, an empty set of prompts, numbers out of range.
     """
     for name, value in (("target_kl", target_kl), ("tolerance", tolerance), ("largest", largest)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
@@ -143,7 +147,7 @@ class _Meter:
 
     @torch.no_grad()
     def _distribution(self, inputs, tokens):
-        """(prompts, vocabulary) float64 log-probabilities of the token behind each prompt."""
+        """(prompts, vocabulary) float64 log-probabilities of the token after each prompt."""
         keep = self.last if bool(tokens[:, -1].all()) else {k: v for k, v in self.last.items() if k == "use_cache"}
         with evaluating(self.handle.model) as model:
             logits = model(**inputs, **keep).logits
@@ -162,7 +166,8 @@ class _Continued(_Meter):
         super().__init__(handle, batches)
 
     def _prepared(self, batches):
-        """[(inputs with the continuation, (sequences, columns) bool: behind which tokens a distribution is compared)]"""
+        """[(inputs with the continuation, (sequences, columns) bool: the tokens after which distributions are
+        compared)]"""
         self.lengths, made = {}, []
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -196,7 +201,7 @@ class _Continued(_Meter):
 
     @torch.no_grad()
     def _distribution(self, inputs, picked):
-        """(tokens picked, vocabulary) log-probabilities in fp32: those of a whole vocabulary take room."""
+        """(tokens picked, vocabulary) log-probabilities, in fp32 because a whole vocabulary takes room."""
         rows, kept = self.handle._root.rows, self.handle._root.rows.lengths
         self.handle.prompt(self.lengths[id(inputs)])
         first = int(picked.any(0).int().argmax())
@@ -214,7 +219,7 @@ class _Continued(_Meter):
 
 
 def _batches(model, prompts, tokenizer, batch_size, max_length):
-    """[(inputs, tokens)]: prompts of one length to a batch, so that the last column alone makes logits."""
+    """[(inputs, tokens)]: prompts of one length per batch, so that only the last column makes logits."""
     prompts = prompts if isinstance(prompts, str) else list(prompts)
     windows = Windows(tokenizer, prompts, batch_size=1, max_length=max_length)
     singles = [batch for window in windows for batch in window]

@@ -1,8 +1,8 @@
 """The GGUF file of a control vector, as llama.cpp and repeng know it: written and read.
 
-The file: architecture "controlvector", `controlvector.model_hint`, `controlvector.layer_count`, and one F32 tensor
-"direction.<layer>" a layer, added to the residual stream that leaves the layer of that number, counted from 0. llama.cpp
-refuses layer 0. repeng numbers layers in the same way.
+The file has architecture "controlvector", `controlvector.model_hint`, `controlvector.layer_count`, and one F32 tensor
+"direction.<layer>" per layer. It is added to the residual stream that leaves the layer of that number, counted from 0.
+llama.cpp refuses layer 0. repeng numbers layers in the same way.
 """
 
 import os
@@ -19,7 +19,8 @@ ARCHITECTURE = "controlvector"
 
 
 def write(path, vectors, model):
-    """Write {layer: vector (width,) fp32} as a control vector; a crash leaves the old file or the new. Returns the Path.
+    """Write {layer: vector (width,) fp32} as a control vector. A crash leaves the old file or the new one. Returns the
+    Path.
 
     Args:
         model: llama.cpp's name of the architecture, for model_hint.
@@ -52,7 +53,7 @@ def read(path):
     """({layer: vector (width,) fp32}, about) of a control vector's file.
 
     Raises:
-        Damaged: it is no GGUF file, no control vector, or holds a tensor that is none.
+        Damaged: it is not a GGUF file or not a control vector, or it holds a tensor that is no vector.
         ImportError: no `gguf` package.
     """
     gguf = _gguf()
@@ -81,7 +82,7 @@ def read(path):
 
 
 def _check_head(head):
-    """The reader takes the counts that a header announces, and reads that many: a control vector has few of either."""
+    """Check the counts in a header, because the reader reads as many as it announces. A control vector has few."""
     tensors, keys = (int.from_bytes(head[at : at + 8], "little") for at in (8, 16))
     if len(head) == 24 and head[:4] == b"GGUF" and (tensors > 1 << 16 or keys > 1 << 16):
         raise Damaged(f"it announces {tensors:,} tensors and {keys:,} keys")

@@ -24,9 +24,10 @@ UNITS = ("strength", "residual", "kl")
 
 @dataclass(frozen=True)
 class Cell:
-    """layers: those steered. dose: as asked. strength: of the edit. mean, low, high: of `count` values, the 95 % interval.
+    """layers: those steered. dose: as asked. strength: of the edit. mean, low, high: of `count` values, the 95 %
+    interval.
 
-    control: the same of a random direction, {"mean", "low", "high"}, or None.
+    control: the same for a random direction, {"mean", "low", "high"}, or None.
     """
 
     layers: tuple
@@ -43,25 +44,26 @@ def sweep(
     model, directions, measure, *, doses, layers=None, unit="strength", site="block", control=False, seed=0, resume=None,
     progress=None, **calibration,
 ):  # fmt: skip
-    """Steer at each of some sets of layers with each of some doses, and let `measure` judge.
+    """Steer at several sets of layers with several doses, and let `measure` judge each.
 
     Args:
-        directions: Directions, as of `fastedit.contrast`.
-        measure: measure(model) → numbers, one a prompt or sample: a tensor or a list. Zeros and ones are taken as a share.
-        doses: numbers; the grid also has one cell without an edit.
-        layers: a list of layer numbers, each alone, or of ranges or tuples, each together; None for every layer alone.
-        unit: of the doses. "strength": of the edit, as it is. "residual": times the residual's norm (`Directions.relative`).
-            "kl": the mean KL that `fastedit.calibrate` reaches, which takes what else is given (prompts=, tokenizer=,
-            new_tokens=, …).
+        directions: Directions, as from `fastedit.contrast`.
+        measure: measure(model) → numbers, one per prompt or sample: a tensor or a list. Zeros and ones are taken as a
+            share.
+        doses: numbers. The grid also has one cell without an edit.
+        layers: a list of layer numbers, each alone, or of ranges or tuples, each together. None for every layer alone.
+        unit: of the doses. "strength": of the edit, as it is. "residual": times the residual's norm
+            (`Directions.relative`). "kl": the mean KL that `fastedit.calibrate` reaches. Its other arguments are passed
+            on (prompts=, tokenizer=, new_tokens=, …).
         control: also measure a random direction of the same length at each layer, with the same dose in the same unit.
-        seed: of the control. resume: a folder; cells that are in it are not measured again.
-        progress: a bar; None: on a terminal.
+        seed: of the control. resume: a folder. Cells that are in it are not measured again.
+        progress: a bar. None: on a terminal.
 
     Returns:
         Sweep.
 
     Raises:
-        TypeError, ValueError: no doses, a unit or layer that is not there, a measure that gives no finite numbers, a
+        TypeError, ValueError: no doses, a unit or layer that does not exist, a measure that gives no finite numbers, a
         folder that holds another grid, and what `calibrate` refuses.
     """
     grid, doses = _checked(directions, layers, doses, unit, calibration)
@@ -110,7 +112,7 @@ def _judged(model, directions, dose, unit, site, measure, calibration):
 
 
 def _summary(values):
-    """(mean, low, high, count): Wilson's interval of zeros and ones, else the normal one."""
+    """(mean, low, high, count): Wilson's interval for zeros and ones, else the normal one."""
     values = torch.as_tensor(values).detach().double().flatten().cpu()
     if not len(values) or not values.isfinite().all():
         raise ValueError(f"measure gave {len(values)} numbers, expected one or more, all finite")
@@ -124,7 +126,7 @@ def _summary(values):
 
 
 class Sweep:
-    """What `sweep` found. base: the Cell without an edit; cells: the others, layers first, then doses."""
+    """What `sweep` found. base: the Cell without an edit. cells: the others, by layers, then by doses."""
 
     def __init__(self, directions, site, unit, base, cells):
         self.directions, self.site, self.unit, self.base, self.cells = directions, site, unit, base, cells
@@ -134,14 +136,14 @@ class Sweep:
         return (max if largest else min)(self.cells, key=lambda cell: cell.mean)
 
     def edit(self, cell):
-        """The Steer of a cell, at the strength that it was measured at."""
+        """The Steer of a cell, at the strength at which it was measured."""
         own = self.directions.at(*cell.layers)
         if self.unit == "residual":
             return Steer(own.relative(cell.dose), site=self.site)
         return Steer(own, site=self.site, strength=cell.strength)
 
     def plot(self, axes=None):
-        """Draw the means, a row for each set of layers and a column for each dose. Returns matplotlib axes."""
+        """Draw the means, one row per set of layers and one column per dose. Returns matplotlib axes."""
         from ..plots.sweep import draw
 
         return draw(self, layers_text, axes)
@@ -166,7 +168,7 @@ class Sweep:
 
 
 def layers_text(layers):
-    """"8–11" of neighbours, "none" of none."""
+    """"8–11" for neighbors, "none" for none."""
     if not layers:
         return "none"
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):

@@ -209,7 +209,7 @@ def _thresholds(threshold):
     if isinstance(threshold, Iterable) and not one:
         found = [_threshold(value) for value in threshold]
         if not found:
-            raise ValueError("threshold is empty, expected a number, one a layer, or a mapping from layer numbers")
+            raise ValueError("threshold is empty, expected a number, one per layer, or a mapping from layer numbers")
         return torch.stack(found)
     return _threshold(threshold)
 
@@ -218,7 +218,7 @@ def _threshold(value):
     value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     if not _is_number(value):
         raise ValueError(
-            f"threshold is {value!r}, expected a finite number, one a layer, or a mapping from layer numbers"
+            f"threshold is {value!r}, expected a finite number, one per layer, or a mapping from layer numbers"
         )
     return torch.tensor([float(value)])
 

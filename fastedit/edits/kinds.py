@@ -248,8 +248,7 @@ class Rotate(Edit):
 
     plane: values (2, width). V is its Gram–Schmidt basis. The rotation goes from the first row toward the second.
     angle: radians.
-    trainable: whether plane and angle train. The plane's basis then stays orthonormal, as LoReFT's does
-        (patching/orthonormal_basis.py).
+    trainable: whether plane and angle train. The plane's basis then stays orthonormal (patching/orthonormal_basis.py).
     """
 
     options = ("angle",)

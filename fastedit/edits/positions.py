@@ -82,7 +82,7 @@ def positions(spec):
         found[name] = int(counted[2]) if counted else True
     if "all" in found or found.keys() >= {"prompt", "generated"}:
         if len(found) > 2 or ("all" in found and len(found) > 1):
-            raise ValueError(f"positions is {spec!r}: that is all of them; leave out what is in it anyway")
+            raise ValueError(f"positions is {spec!r}, which is all tokens; leave out the redundant part")
         return None
     return Positions(**found)
 
@@ -96,7 +96,7 @@ def _of_mapping(spec):
         raise ValueError(f"positions has the token ids {list(tokens)!r}, expected whole numbers from 0 on")
     rest = positions(spec["also"]) if spec.get("also") else Positions()
     if rest is None:
-        raise ValueError(f"positions is {spec!r}: 'also' is all of them already")
+        raise ValueError(f"positions is {spec!r}: 'also' is all tokens already")
     return Positions(rest.first, rest.last, rest.prompt, rest.generated, rest.mask, tuple(sorted(set(tokens))))
 
 

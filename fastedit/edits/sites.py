@@ -15,7 +15,7 @@ SITES = {
 """In the order in which a forward pass comes to them; sites of one module are edited in this order."""
 
 MODEL_SITES = ("embed", "final")
-"""Of the model and not of a layer: `embed` once a stack, `final` once a model. They are kept with the first
+"""Of the model and not of a layer: `embed` once per stack, `final` once per model. They are kept with the first
 layer and the last, under whose names their tensors are saved."""
 
 

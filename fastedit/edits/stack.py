@@ -62,7 +62,7 @@ def finite(strength):
         TypeError, ValueError: not a number, NaN or infinite.
     """
     if isinstance(strength, (list, tuple, str)):
-        raise TypeError(f"a strength is {strength!r:.60}, expected a number; a list of them is for a Stack, one a part")
+        raise TypeError(f"a strength is {strength!r:.60}, expected a number; a list of them is for a Stack, one per part")
     number = float(strength)
     if not math.isfinite(number):
         raise ValueError(f"a strength is {strength!r}, expected finite numbers")

@@ -165,8 +165,7 @@ class Layer:
     """One layer of a model, as found. name: "layers.3", "decoder.0". index: over all stacks.
 
     first: whether it is the first of its stack, whose input is `embed`. final: the module whose output is `final`, for
-        the
-    last layer of the last stack; None for others. width: of the residual stream, by the model's config.
+    the last layer of the last stack; None for others. width: of the residual stream, by the model's config.
     """
 
     name: str

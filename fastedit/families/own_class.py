@@ -1,4 +1,4 @@
-"""A module's own class, under the subclass that a patched module is given (patching/class_swap.py)."""
+"""A module's own class, below the subclass that a patched module is given (patching/class_swap.py)."""
 
 BASE = "_fastedit_base"
 

@@ -54,8 +54,7 @@ class ResidualLayer:
     """Steps one after another, in the layer's own forward.
 
     flat: whether the last step works on (rows, width). more: whether the first attention's other outputs are returned
-        after
-    the sum. apart: a dtype in which the layer treats the sum further; its own forward then serves.
+    after the sum. apart: a dtype in which the layer treats the sum further; its own forward then serves.
     """
 
     steps: tuple

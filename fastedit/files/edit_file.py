@@ -1,12 +1,11 @@
-"""The files of one edit: written so that a crash leaves the old or the new, read so that nothing is trusted.
+"""The files of one edit: a crash leaves the old edit or the new one, and a reader trusts nothing.
 
     folder/edit.safetensors   every tensor, fp32
     folder/edit.json          what it is, its base, the sha256 of the tensors it belongs to, and its own
 
-Replacing edit.json is the commit. `write` puts the tensors under edit-<sha256>.safetensors first, replaces
-edit.json, then renames the tensors to edit.safetensors; a writer killed before the last step leaves them
-under the first name, where `read` also looks. Each step is synced before the next, and writers of one folder
-take turns (flock).
+Replacing edit.json is the commit. `write` first puts the tensors under edit-<sha256>.safetensors, then replaces
+edit.json, then renames the tensors to edit.safetensors. A writer killed before the last step leaves them under the
+first name, where `read` also looks. Each step is synced before the next. Writers of one folder take turns (flock).
 """
 
 import contextlib
@@ -44,15 +43,15 @@ logger = logging.getLogger("fastedit")
 
 
 class EditFileError(ValueError):
-    """An edit on disk is not what it should be: says what was expected, what was found and what to do."""
+    """An edit on disk is not what it should be. The message says what was expected, what was found and what to do."""
 
 
 def write(folder, header, tensors):
     """Save `tensors` (name -> fp32 tensor) and the JSON-able `header` as the folder's edit.
 
-    header: of the keys fastedit, edits, strength, base, training; of what `read` gave, the rest is made anew.
+    header: with the keys fastedit, edits, strength, base, training. Other keys that `read` returns are made again.
 
-    OSError if it cannot be written (full disk, no permission): whatever edit was there is still there.
+    OSError if it cannot be written (full disk, no permission). The edit that was there is then still there.
     """
     folder = Path(folder)
     unknown = sorted(set(header) - _KEYS - {"format", "version", "tensors"})
@@ -82,9 +81,9 @@ def _saving(folder):
 
 
 def reseal(folder):
-    """Give an edit.json that was changed by hand its checksum again; the tensors must be those it names.
+    """Give an edit.json that was changed by hand its checksum again. The tensors must be those it names.
 
-    Returns the parsed document. Raises EditFileError where it is no edit otherwise, OSError as `write`.
+    Returns the parsed document. Raises EditFileError if it is not an edit otherwise, OSError as `write`.
     """
     folder = Path(folder)
     text = _read_json(folder)
@@ -138,7 +137,7 @@ def _make_folder(folder):
 def replace(path, content, like=None):
     """Put `content` at `path` in one step that survives a crash: temporary file, fsync, rename, fsync.
 
-    With the permissions of what is there already, or of the file `like`: a private file stays private.
+    The file has the permissions of the old one, or of the file `like`: a private file stays private.
     """
     temporary = path.parent / f".edit-{secrets.token_hex(8)}.tmp"
     mode = _mode(path if like is None else like)
@@ -182,7 +181,7 @@ def _sync(folder):
 
 @contextlib.contextmanager
 def turn(folder):
-    """One writer at a time; the lock goes with the process, also when that is killed."""
+    """One writer at a time. The lock ends with the process, also when that is killed."""
     if fcntl is None:
         yield
         return
@@ -207,9 +206,10 @@ def _promised(folder):
 
 
 def read(folder, limit=None):
-    """(the parsed edit.json, name -> fp32 tensor), both checked; EditFileError with the reason otherwise.
+    """(the parsed edit.json, name -> fp32 tensor), both checked. EditFileError with the reason otherwise.
 
-    limit: a function from the parsed edit.json to how many bytes its tensors may have at most; looked at before they are read.
+    limit: a function from the parsed edit.json to the most bytes that its tensors may have, checked before they are
+        read.
     """
     folder = Path(folder)
     while True:
@@ -246,7 +246,7 @@ def _read_json(folder):
 
 
 def _parse(folder, text):
-    """The document, of a version that this fastedit knows."""
+    """The document, in a version that this fastedit knows."""
     path = folder / JSON
     try:
         header = parse_json(text)

@@ -1,4 +1,5 @@
-"""Control vectors of repeng and llama.cpp as Directions, and back; the file itself is read in directions/gguf_file.py."""
+"""Control vectors of repeng and llama.cpp as Directions, and back. directions/gguf_file.py reads and writes the
+file."""
 
 import numpy as np
 import torch

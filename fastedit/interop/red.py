@@ -3,7 +3,7 @@
     model.layers.0.mlp.down_proj.delta_vector.activation_scaling   (1, width)
     model.layers.0.mlp.down_proj.delta_vector.activation_bias      (1, width)
 
-under the path of the linear map whose output they edit.
+Each key begins with the path of the linear map whose output it edits.
 """
 
 import logging
@@ -28,7 +28,7 @@ _PARTS = {"activation_scaling": ("scale", 1.0), "activation_bias": ("bias", 0.0)
 
 
 def load_red_checkpoint(model, path, *, freeze=False):
-    """Patch a model with a RED checkpoint of its authors' code; returns the Handle.
+    """Patch a model with a RED checkpoint of its authors' code. Returns the Handle.
 
     Args:
         path: delta_vector.pth, or the folder that holds it. Read with weights_only=True: no code in it runs.
@@ -94,7 +94,7 @@ _OF_UNPICKLING = (ValueError, TypeError, LookupError, AttributeError, Arithmetic
 
 
 def _check_zip(file):
-    """torch checks neither an archive's checksums nor what it grows to: that its parts are as they were written, and whole."""
+    """Check that an archive's parts are whole and as they were written. torch checks neither checksums nor sizes."""
     try:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
@@ -157,7 +157,7 @@ def _sites(model):
 
 
 def _place(path, module, sites):
-    """A file's module path on this model: the same, or with a wrapper's prefix more or less."""
+    """A file's module path on this model: the same, or with a wrapper's prefix added or removed."""
     for name, place in sites.items():
         if name == module or name.endswith("." + module) or module.endswith("." + name):
             return place

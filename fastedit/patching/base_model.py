@@ -1,4 +1,4 @@
-"""What edit.json says of the model that an edit was made on, and whether another model is one like it."""
+"""What edit.json says about the model that an edit was made on, and whether another model matches it."""
 
 import hashlib
 import json
@@ -18,9 +18,9 @@ _SHAPE = (
 
 
 def describe_base(model, base_model=None, layers=None):
-    """What edit.json says of a model: id, type, width, depth and a digest of its shape; no weights.
+    """What edit.json says about a model: id, type, width, depth and a digest of its shape. No weights.
 
-    layers: the model's, where they are known (families.Layer).
+    layers: the model's, if they are known (families.Layer).
     """
     layers = find_layers(model) if layers is None else layers
     config = getattr(model, "config", None)

@@ -1,4 +1,4 @@
-"""Edits read from disk and put on a model: `load`; they are written in saving.py."""
+"""Edits read from disk and put on a model: `load`. saving.py writes them."""
 
 import math
 import re

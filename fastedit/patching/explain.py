@@ -21,8 +21,7 @@ class Told:
     """One edit at one layer: the factor on it at each token (batch, tokens), 0 where nothing was edited.
 
     number: of the edit in its handle. strength: the part that all its tokens share. gated: the gate's part (batch,
-        tokens),
-    or None without a gate. gate: the gate in words, or None.
+    tokens), or None without a gate. gate: the gate in words, or None.
     """
 
     number: int

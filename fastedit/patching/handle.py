@@ -67,7 +67,7 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
     for edit in edits:
         if tenancy is not None and (edit.gate is not None or edit.is_probe or edit.stage is not None):
             what = "an edit behind a gate" if edit.gate is not None else f"a {type(edit).__name__}"
-            raise ValueError(f"tenants have tensors of their own, and {what} has none: patch it apart, without tenants=")
+            raise ValueError(f"tenants have tensors of their own, and {what} has none: patch it separately, without tenants=")
     root = root_of(model) or Root(model)
     with torch.inference_mode(False):
         members = [plan(edit, root.layers, tenancy) for edit in edits]
@@ -232,9 +232,8 @@ class Handle:
         """Say how long the prompts are, for forwards on a filled cache. Positions such as "generated" depend on it.
 
         lengths: in real tokens: an int for every sequence, or whole numbers (sequences,). For packed rows one per
-            sequence,
-        in order. None takes it back. Holds for all handles of the model, in this thread and asyncio task. `generate`
-        knows its own prompts and needs no call of this.
+        sequence, in order. None takes it back. Holds for all handles of the model, in this thread and asyncio task.
+        `generate` knows its own prompts and needs no call of this.
         """
         self._alive()
         self._root.rows.lengths = check_lengths(lengths)
@@ -243,8 +242,7 @@ class Handle:
         """Say where edits with positions="mask" act, in all later forwards and calls of `generate`.
 
         mask: (sequences, columns), bool, or fp32 as a factor on the edit. Columns beyond it are not edited. None takes
-            it back.
-        Holds for all handles of the model, in this thread and asyncio task.
+        it back. Holds for all handles of the model, in this thread and asyncio task.
         """
         self._alive()
         mask = check_mask(mask)
@@ -391,10 +389,10 @@ class Handle:
             raise MergeError("this handle is not merged")
         present = set(self.model.modules())
         if any(module not in present for module, *_ in self._merged.parameters):
-            raise MergeError("a module that the edits were merged into was replaced since: what replaced it keeps them")
+            raise MergeError("a module that the edits were merged into was replaced since: its replacement keeps them")
         later = self._root.merged[self._root.merged.index(self) + 1 :]
         if any(self._modules() & other._modules() for other in later):
-            raise MergeError("another handle was merged behind this one; unmerge that first")
+            raise MergeError("another handle was merged after this one; unmerge that one first")
         self._restore()
         self._root.add_module(self.name, self._tree)
         self._activate(in_front=True)

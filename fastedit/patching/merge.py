@@ -84,7 +84,7 @@ def merge_handle(handle, fp32):
     if handle.tenancy is not None:
         raise MergeError(
             f"this handle holds {handle.tenancy.count} tenants, and weights can hold one edit: patch a model with "
-            "handle.tenant(0), say, and merge that"
+            "one tenant's edit, such as handle.tenant(0), and merge that"
         )
     stacks = {}
     for edit, layer, masters in handle._each():
@@ -116,7 +116,7 @@ def _check(handle, layer, site, masters):
     if any(m.keep_norm for m in masters):
         raise MergeError(f"{where}: keep_norm divides by the norm of each row, which no weights do; leave it to run")
     if any(m.is_probe for m in masters):
-        raise MergeError(f"{where}: a probe reads and changes nothing, so there is nothing to merge; patch it apart")
+        raise MergeError(f"{where}: a probe reads and changes nothing, so there is nothing to merge; patch it separately")
     first = handle._root.stack(layer, site)[: len(masters)]
     if any(a is not b for a, b in zip(first, masters, strict=True)):
         raise MergeError(

@@ -1,4 +1,5 @@
-"""Row plans put on a model: the owners of its stacks of layers, and its modules that generate, swapped for ones that know."""
+"""Row plans on a model: the owners of its stacks of layers, and its modules that generate, are swapped for classes that
+plan."""
 
 import inspect
 
@@ -10,16 +11,19 @@ from .rows.row_plan import INPUTS
 
 
 class Planned:
-    """What a module swapped for PLANNED reads: its stack, and the Root to look at, if it owns layers with edits; the model's
-    Rows if it generates."""
+    """What a module swapped for PLANNED reads.
+
+    Its stack, and the Root to look at, if it owns layers with edits. The model's Rows, if it generates.
+    """
 
     def __init__(self, stack=None, rows=None, root=None):
         self.stack, self.rows, self.root = stack, rows, root
 
 
 def check_layout(layer, site):
-    """Refuse a site whose hidden states are known not to be (batch, tokens, width), for edits that must know whose row is
-    whose. A layer that knows says so by `layout(site)`: "batch first", or in words what it is.
+    """Refuse a site whose hidden states are known not to be (batch, tokens, width), for edits that must know the rows.
+
+    A layer that knows its layout gives it by `layout(site)`: "batch first", or in words what it is.
 
     Raises:
         ValueError: another layout.
@@ -35,8 +39,10 @@ def check_layout(layer, site):
 
 
 def install(model, stacks, rows, owners, root):
-    """Swap the owners of layers with edits, and modules that generate where a plan or an assignment needs to know of it;
-    the [module] to give to `uninstall`."""
+    """Swap the owners of layers with edits, and modules that generate if a plan or an assignment must know of it.
+
+    Returns the [module] to give to `uninstall`.
+    """
     generating = [m for m in model.modules() if hasattr(type(m), "prepare_inputs_for_generation")]
     rows.answers = bool(generating) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     states = {id(m): (m, Planned(rows=rows)) for m in generating if stacks or root.owned}
@@ -65,8 +71,10 @@ def uninstall(modules):
 
 
 def owner_of(model, layer):
-    """The innermost module around a layer whose forward is given the tokens; else the one that holds the layers; None for a
-    layer that is not in the model any more."""
+    """The innermost module around a layer whose forward is given the tokens, else the one that holds the layers.
+
+    None for a layer that is no longer in the model.
+    """
     path = next((path for path, module in model.named_modules() if module is layer), None)
     if path is None:
         return None

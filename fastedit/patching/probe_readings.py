@@ -9,7 +9,7 @@ from ..kernels import reference
 
 
 class Reading:
-    """A stage that reads and passes the hidden states on."""
+    """A stage that reads the hidden states and passes them on unchanged."""
 
     on_x, on_sum, positions, looks = True, False, None, None
 
@@ -70,9 +70,10 @@ class Readings(list):
 
 
 def readings(members):
-    """Of a handle's edits, [[(layer, Masters)]], what the probes read: Readings [(layers, batch, tokens, probes)].
+    """What the probes among a handle's edits, [[(layer, Masters)]], read: Readings [(layers, batch, tokens, probes)].
 
-    That is what this thread's last forward read, and where it ran none what the one other thread's did.
+    The readings are those of this thread's last forward. If this thread ran none, those of the one other thread that
+    did.
     """
     found, layers = [], []
     for chosen in members:

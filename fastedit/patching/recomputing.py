@@ -66,7 +66,7 @@ class Recomputed:
         if self.carry.changed:
             raise RuntimeError(
                 f"layer {self.carry.name} was patched, or an edit removed from it, between a forward and its backward: a "
-                "checkpointed layer is computed again in the backward, with the edits of the forward; backward first"
+                "checkpointed layer is computed again in the backward, with the edits of the forward; run the backward first"
             )
         return self.context.copy().run(self._run, args, kwargs)
 
@@ -107,7 +107,7 @@ class Runs:
         self.settled, self.last = True, _NEVER
         if self.all != [value]:
             raise RuntimeError(
-                f"a checkpoint made by hand computes a forward again, and the forwards before had other {what}: which of "
-                "them this one had is not known. Use model.gradient_checkpointing_enable(), which carries them; or call "
+                f"a checkpoint made by hand computes a forward again, but earlier forwards had different {what}, and it "
+                "is not known which of them this one had. Use model.gradient_checkpointing_enable(), which carries them; or call "
                 "backward before they change. Forwards that need no gradient do not count in torch.inference_mode()"
             )

@@ -87,7 +87,7 @@ def follow(root, model):
             continue
         now = fresh.get(layer.name)
         if now is None:
-            raise RuntimeError(f"layer {layer.name} has edits and is not in the model any more: {_WHAT_TO_DO}")
+            raise RuntimeError(f"layer {layer.name} has edits but is no longer in the model: {_WHAT_TO_DO}")
         changed.append((layer, now))
         for (name, site), there in root.sites.items():
             if name == layer.name:

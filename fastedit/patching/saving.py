@@ -78,14 +78,14 @@ def _warn(handle, left):
         )
     if left:
         warnings.warn(
-            f"fastedit: {len(left)} weights of the model were trained along and are not in this edit ({', '.join(left[:3])}, …); "
+            f"fastedit: {len(left)} weights of the model were trained too and are not in this edit ({', '.join(left[:3])}, …); "
             "keep them with model.save_pretrained, or patch with freeze=True",
             stacklevel=4,
         )
 
 
 def _writes(handle):
-    """Whether this process writes: of several that hold parts of the edits, only the first."""
+    """Whether this process writes. Of several that hold parts of the edits, only the first does."""
     own = dict(handle._named())
     if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in own.values()):
         return True

@@ -41,12 +41,12 @@ def check(layer, site, width, shapes, by_token, reads):
         if site == "block" and (shape is None or shape[-1] != width):
             found = "something else" if shape is None else f"hidden states of shape {shape}"
             raise ValueError(
-                f"site 'block' of layer {layer.name}: expected hidden states {width} wide, but {kind} hands on {found}; "
+                f"site 'block' of layer {layer.name}: expected hidden states {width} wide, but {kind} passes on {found}; "
                 "edit 'attn' or 'mlp' there instead"
             )
         if by_token and shape is not None and shape[:-1] != (BATCH, TOKENS):
             raise ValueError(
-                f"layer {layer.name}: {kind} hands on hidden states of shape {shape} for {BATCH} sequences of {TOKENS} tokens, "
+                f"layer {layer.name}: {kind} passes on hidden states of shape {shape} for {BATCH} sequences of {TOKENS} tokens, "
                 f"expected ({BATCH}, {TOKENS}, {width}): which row is which token is not known, so positions, gates, probes, "
                 "tenants and banks are refused here. An edit of all tokens acts on every row"
             )

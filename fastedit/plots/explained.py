@@ -1,13 +1,12 @@
 """The picture of an Explanation: which tokens were edited, and how strongly."""
 
-
 import torch
 
 from . import style
 
 
 def draw(explanation, tokenizer=None, axes=None):
-    """matplotlib axes: a line for each edit and row of the batch, a column for each token."""
+    """matplotlib axes: one line per edit and row of the batch, one column per token."""
     groups = {}
     for one in explanation.told:
         for row, factor in enumerate(one.factor.flatten(1) if one.factor.dim() > 2 else one.factor):

@@ -1,4 +1,4 @@
-"""Tokens colored by a number each, as HTML, and a layer × token heat map."""
+"""Tokens colored by one number each, as HTML, and a layer × token heat map."""
 
 import html as escape
 
@@ -8,7 +8,8 @@ WARM, COOL = (191, 111, 58), (31, 122, 140)
 
 
 def html(tokens, values):
-    """One line of HTML: each token on a ground of its value, warm above 0 and cool below, strongest at the largest."""
+    """One line of HTML. Each token's background shows its value: warm above 0, cool below, strongest for the
+    largest."""
     largest = max((abs(float(value)) for value in values), default=0.0) or 1.0
     spans = []
     for token, value in zip(tokens, values, strict=True):

@@ -1,4 +1,5 @@
-"""From texts to padded batches of like lengths, a window of the data at a time: memory does not grow with the data."""
+"""From texts to padded batches of similar lengths, a window of the data at a time. Memory does not grow with the
+data."""
 
 import hashlib
 import itertools
@@ -16,9 +17,9 @@ WINDOW = 32  # batches whose examples are sorted by length together
 
 @dataclass
 class Batch:
-    """inputs: tensors for the model. tokens (sequences, columns) bool: which are real. group, index: one a sequence.
+    """inputs: tensors for the model. tokens (sequences, columns) bool: which are real. group, index: one per sequence.
 
-    spans: (sequences, 2), which of its tokens, [start, stop), where `at` wants those; else None.
+    spans: (sequences, 2), which of its tokens, [start, stop), if `at` needs those; else None.
     """
 
     inputs: dict
@@ -29,12 +30,13 @@ class Batch:
 
 
 class Windows:
-    """The data in windows: each a list of Batches, long enough that sorting by length leaves little padding.
+    """The data in windows. Each is a list of Batches, long enough that sorting by length leaves little padding.
 
-    data: texts, chat messages, rows with a prompt and its response (chat.py), lists of token ids, or ready batches
-    (mappings with input_ids and, optional, attention_mask), in any iterable. groups: a label for each text, or None; a
-    ready batch carries its labels as "group". names: the labels, in the order of their numbers; found in the data if
-    groups is a list. at, suffix, spans: as of `fastedit.capture`, for the batches' spans.
+    data: any iterable of texts, chat messages, rows with a prompt and its response (chat.py), lists of token ids, or
+    ready batches (mappings with input_ids and, optionally, attention_mask). groups: a label for each text, or None; a
+    ready batch carries its labels as "group". names: the labels, in the order of their numbers; read from the data if
+    groups is a list.
+    at, suffix, spans: as in `fastedit.capture`, for the batches' spans.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Windows:
         self.digest, self.position = hashlib.sha256(), 0
 
     def skip(self, count):
-        """Leave out the first `count` items, which an earlier pass has seen; returns how many there were."""
+        """Skip the first `count` items, which an earlier pass has seen. Returns how many there were."""
         before = self.position
         for _ in itertools.islice(self._items(), count):
             pass
@@ -67,7 +69,7 @@ class Windows:
             yield self._batches(window)
 
     def _items(self):
-        """(index, item, group number); each is counted and goes into the digest as it is read."""
+        """(index, item, group number). Each is counted and enters the digest as it is read."""
         if not hasattr(self, "_stream"):
             groups = itertools.repeat(None) if self.groups is None else iter(self.groups)
             self._stream = zip(iter(self.data), groups, strict=self.groups is not None)
@@ -165,7 +167,7 @@ class Windows:
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape != ids.shape[:2]:
             found = f"batch {index} has an attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}"
-            raise ValueError(f"{found}, expected one number a token")
+            raise ValueError(f"{found}, expected one number per token")
         tokens = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
         if not tokens.any(1).all():
             raise ValueError(f"batch {index} has a sequence without a token in its attention_mask: leave it out")
@@ -181,7 +183,7 @@ class Windows:
 
 
 def _named(data, groups, names):
-    """(groups, names): one name, None, where nothing is grouped."""
+    """(groups, names): one name, None, if nothing is grouped."""
     if groups is not None and hasattr(groups, "__len__") and hasattr(data, "__len__") and len(groups) != len(data):
         raise ValueError(f"groups has {len(groups)} labels for {len(data)} texts, expected one each")
     if names is None:
@@ -205,7 +207,8 @@ def kind_of(item, index):
 
 
 def text_ids(tokenizer, text):
-    """Token ids of a text with the tokenizer's own special tokens; one that begins with the BOS token gets no second."""
+    """Token ids of a text with the tokenizer's special tokens. A text that begins with the BOS token gets no second
+    one."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     return ids[1:] if _doubled(tokenizer, text, ids) else ids
 
@@ -216,7 +219,7 @@ def _doubled(tokenizer, text, ids):
 
 
 def _of_characters(tokenizer, text, start, stop, where):
-    """(ids, (start, stop) in tokens) of what covers text[start:stop]."""
+    """(ids, (start, stop) in tokens) of the tokens that cover text[start:stop]."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} does not say which characters a token covers: give token ids and spans")
     made = tokenizer(text, verbose=False, return_offsets_mapping=True)
@@ -254,7 +257,7 @@ def _checked_spans(data, at, suffix, spans):
 
 
 def _content(item, index):
-    """The bytes by which an item is known again."""
+    """The bytes by which an item is recognized."""
     if isinstance(item, str):
         return item.encode() + b"\0"
     if kind_of(item, index) in ("messages", "rows"):

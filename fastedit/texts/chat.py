@@ -1,11 +1,11 @@
-"""Rows of text or chat messages as token ids, the template applied once.
+"""Rows of text or chat messages as token ids. The chat template is applied once.
 
 Strings are taken as they are: the tokenizer adds its special tokens, and a string that begins with the BOS token gets
 no second one. Messages go through the tokenizer's chat template, which writes every special token itself.
 
-A row is {"messages": [...]}, {"conversations": [...]} (from/value pairs, too), {"prompt", "response"} (or
-"completion"), or for preferences {"prompt", "chosen", "rejected"}; prompt and answers are strings or message lists.
-Chosen and rejected may also be whole conversations with no prompt beside them.
+A row is {"messages": [...]}, {"conversations": [...]} (also from/value pairs), {"prompt", "response"} (or
+"completion"), or for preferences {"prompt", "chosen", "rejected"}. Prompts and answers are strings or message lists.
+Chosen and rejected may also be whole conversations without a prompt.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,9 @@ CHATS = ("messages", "conversations", "conversation")
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids: token ids, the prompt's first. prompt: how many of them are the prompt's; ids[prompt:] is the response, which
-    ends with the token that ends a turn.
+    """ids: token ids, the prompt's first. prompt: how many of them are the prompt's.
+
+    ids[prompt:] is the response, which ends with the token that ends a turn.
     """
 
     ids: list
@@ -38,7 +39,8 @@ class Encoded:
         return [-100] * self.prompt + self.ids[self.prompt :]
 
     def cut(self, prompt=None, response=None):
-        """At most so many tokens of the prompt (its beginning goes) and of the response (its end goes, with its EOS)."""
+        """At most so many tokens of the prompt (it loses its beginning) and of the response (it loses its end, with its
+        EOS)."""
         first = 0 if prompt is None else max(0, self.prompt - prompt)
         last = len(self.ids) if response is None else self.prompt + response
         return Encoded(self.ids[first:last], self.prompt - first)
@@ -48,9 +50,9 @@ class Encoded:
 
 
 def read_conversation(value, where="the row", *, answered=False):
-    """[{"role", "content"}] of a message list, checked: one system turn at most, then user and assistant in turns.
+    """[{"role", "content"}] of a message list, checked: at most one system turn, then user and assistant in turns.
 
-    where: what to call it in an error, such as "row 3, column 'messages'". answered: it must end with the assistant.
+    where: its name in an error, such as "row 3, column 'messages'". answered: whether it must end with the assistant.
 
     Raises:
         ValueError: no messages, a role out of order or unknown, an empty content, no assistant turn.
@@ -93,10 +95,10 @@ def as_messages(prompt, where="the prompt"):
 
 
 def with_system(tokenizer, prompt, instruction, *, separator="\n\n"):
-    """The prompt with an instruction in its system turn, before what stands there; `instruction` "" changes nothing.
+    """The prompt with an instruction in its system turn, before what is there. `instruction` "" changes nothing.
 
-    Messages of a template that knows no system turn (Gemma's) get it at the beginning of the first user turn. A string
-    gets it in front.
+    If a template has no system turn (Gemma's), the first user turn begins with the instruction. A string begins with
+    it.
     """
     if not instruction:
         return prompt
@@ -117,12 +119,12 @@ def with_system(tokenizer, prompt, instruction, *, separator="\n\n"):
 
 
 def split_turns(messages):
-    """One conversation for each assistant turn, up to and with it: training learns the last turn of each."""
+    """One conversation for each assistant turn, up to and including it. Training learns the last turn of each."""
     return [messages[: n + 1] for n, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def render(tokenizer, messages, *, prompt):
-    """The template's text; `prompt`: with the opening of the assistant's turn at its end.
+    """The template's text. prompt: end with the opening of the assistant's turn.
 
     Raises:
         ValueError: the tokenizer has no template, or the template refuses the messages.
@@ -146,7 +148,7 @@ def render(tokenizer, messages, *, prompt):
 def prompt_ids(tokenizer, prompt, where="the prompt"):
     """Token ids of a prompt to answer: a string as it is, messages through the template, ready for the answer.
 
-    One BOS at most, and no EOS at the end, whatever the tokenizer adds.
+    At most one BOS, and no EOS at the end, whatever the tokenizer adds.
     """
     if not isinstance(prompt, str):
         messages = read_conversation(prompt, where)
@@ -163,13 +165,13 @@ def prompt_ids(tokenizer, prompt, where="the prompt"):
 
 
 def encode(tokenizer, prompt, response, where="the row"):
-    """Encoded: the prompt's ids, and behind them the response with the token that ends it.
+    """Encoded: the prompt's ids, then the response with the token that ends it.
 
     Args:
         prompt: a string, taken as it is, or messages. response: a string, or one assistant message (in a list or not).
 
     Raises:
-        ValueError: an empty response, messages without a template or out of order; `where` names the row.
+        ValueError: an empty response, messages without a template or out of order. `where` names the row.
     """
     text = _response_text(response, where)
     before = prompt_ids(tokenizer, prompt, where)
@@ -199,8 +201,8 @@ def encode_row(tokenizer, row, number=None, columns=None):
     """Encoded of a row to learn: a conversation that ends with the assistant, or a prompt and its response.
 
     Args:
-        row: a dict as at the top of this file; of a conversation the last turn is the response.
-        number: of the row, for errors. columns: (prompt, response), names of the columns instead of the usual ones.
+        row: a dict as at the top of this file. The last turn of a conversation is the response.
+        number: of the row, for errors. columns: (prompt, response), names of the columns in place of the usual ones.
     """
     where = "the row" if number is None else f"row {number}"
     if not isinstance(row, dict):
@@ -214,8 +216,9 @@ def encode_row(tokenizer, row, number=None, columns=None):
 
 
 def encode_preference(tokenizer, row, number=None):
-    """(chosen, rejected), each Encoded, of a row {"prompt", "chosen", "rejected"}; without a prompt the two are whole
-    conversations, which must agree up to their last turns.
+    """(chosen, rejected), each Encoded, of a row {"prompt", "chosen", "rejected"}.
+
+    Without a prompt the two are whole conversations, which must agree up to their last turns.
     """
     where = "the row" if number is None else f"row {number}"
     if not isinstance(row, dict):
@@ -254,9 +257,9 @@ def _plain(tokenizer, text):
 
 
 def _behind(tokenizer, prompt, before, text, special=True):
-    """Ids of `text` behind a prompt's ids `before`: those of the two together, if the prompt's are not changed by it.
+    """Ids of `text` after a prompt's ids `before`: those of the two together, if that does not change the prompt's.
 
-    Else, where a token would span the border, those of the text alone: the model answers behind the prompt's own tokens.
+    If a token would span the border, they are those of the text alone. The model answers after the prompt's own tokens.
     """
     whole = prompt_ids(tokenizer, prompt + text) if special else _plain(tokenizer, prompt + text)
     if whole[: len(before)] == before and len(whole) > len(before):
@@ -265,7 +268,7 @@ def _behind(tokenizer, prompt, before, text, special=True):
 
 
 def _ended(tokenizer, ids, prompt, ended):
-    """With an EOS, where nothing else ends the response."""
+    """With an EOS, if nothing else ends the response."""
     eos = tokenizer.eos_token_id
     if not ended and eos is None:
         raise ValueError(f"{type(tokenizer).__name__} has no EOS token, so where a response ends cannot be learned")

@@ -11,7 +11,7 @@ def read_rows(path):
     """[dict] of a .jsonl, .json (a list), .parquet (with pyarrow), .tsv or .csv (with a header).
 
     Raises:
-        OSError, ValueError: it cannot be read, holds no rows, or a row is no object; the error names the row.
+        OSError, ValueError: it cannot be read, holds no rows, or a row is not an object. The error names the row.
     """
     path = Path(path)
     if path.suffix not in _READERS:

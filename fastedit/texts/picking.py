@@ -11,27 +11,28 @@ AT = (*FIXED, "last K", "response", "suffix", "span")
 
 
 def check_at(at):
-    """`at` as it is, or ValueError. "last 4" is the mean of a text's last four tokens."""
+    """`at`, or ValueError. "last 4" is the mean of a text's last four tokens."""
     if at not in AT[:4] and at not in AT[5:] and last_of(at) is None:
         raise ValueError(f"at is {at!r}, expected one of {', '.join(map(repr, AT))} (K a number from 1 on)")
     return at
 
 
 def last_of(at):
-    """4 of "last 4"; None of anything else."""
+    """4 of "last 4". None of anything else."""
     found = re.fullmatch(r"last ([1-9][0-9]*)", at) if isinstance(at, str) else None
     return None if found is None else int(found[1])
 
 
 def has_span(at):
-    """Whether a text's tokens are given one by one, as a span that the data must say."""
+    """Whether a text's tokens are given one by one, as a span in the data."""
     return at in ("response", "suffix", "span")
 
 
 class Pick:
     """The rows that are captured of a batch's hidden states (sequences, columns, width), for one stack and device.
 
-    tokens (sequences, columns) bool: which are real. spans: (sequences, 2) numbers of real tokens, [start, stop), or None.
+    tokens (sequences, columns) bool: which are real. spans: (sequences, 2) numbers of real tokens, [start, stop), or
+    None.
     """
 
     def __init__(self, tokens, spans, batch, at, sinks, device):
@@ -51,7 +52,10 @@ class Pick:
         self.column = self.picked.int().argmax(1) if at in ("last token", "first token") else None
 
     def rows(self, hidden):
-        """(rows, group of each, tokens left out (): int64, of how many): rows (sequences, width), of "all tokens" hidden."""
+        """(rows, group of each, tokens left out (): int64, of how many).
+
+        rows: (sequences, width), or for "all tokens" those of hidden.
+        """
         if self.column is not None:
             rows = hidden[torch.arange(len(hidden), device=hidden.device), self.column]
             return rows, self.group, None

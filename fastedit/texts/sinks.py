@@ -1,7 +1,7 @@
-"""Attention sinks: a few tokens, the first as a rule, whose hidden states are a hundred times as long as the others'.
+"""Attention sinks: a few tokens, usually the first, whose hidden states are a hundred times as long as the others'.
 
-In a mean over tokens they are all that is left, so a mean takes no token whose norm is above SINKS × the median norm of its
-text's tokens. In SmolLM2-135M-Instruct norms are 23,600 there and 200 elsewhere.
+A mean over tokens that includes a sink shows little else. So a mean takes no token whose norm is above SINKS × the
+median norm of its text's tokens. In SmolLM2-135M-Instruct norms are 23,600 there and 200 elsewhere.
 """
 
 import torch
@@ -16,19 +16,19 @@ def check_sinks(sinks):
 
 
 def above_median(hidden, tokens, factor=SINKS):
-    """(…, columns) bool: tokens of hidden (…, columns, width) whose norm is above `factor` × their sequence's median.
+    """(…, columns) bool: tokens of hidden (…, columns, width) with a norm above `factor` × their sequence's median.
 
-    tokens (…, columns) bool: which are real. The lower median, so that some token is always left.
+    tokens (…, columns) bool: which are real. The median is the lower one, so some token is always left.
     """
     return longer_than_median(norms(hidden), tokens, factor)
 
 
 def norms(hidden):
-    """(…, columns), in fp32 at least."""
+    """(…, columns), at least in fp32."""
     return torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
 def longer_than_median(norm, tokens, factor=SINKS):
-    """The same of norms (…, columns)."""
+    """The same for norms (…, columns)."""
     median = norm.masked_fill(~tokens, torch.nan).nanmedian(-1, keepdim=True).values
     return tokens & (norm > factor * median)

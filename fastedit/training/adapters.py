@@ -1,4 +1,4 @@
-"""PEFT's adapters beside an edit: taken out of force, and back as they were."""
+"""PEFT's adapters beside an edit: switched off, and restored as they were."""
 
 import contextlib
 import sys
@@ -6,10 +6,10 @@ import sys
 
 @contextlib.contextmanager
 def without_adapters(model):
-    """PEFT's adapters off, and each in the state that it was, trained or not.
+    """PEFT's adapters off. Afterwards each is in its former state, trained or not.
 
-    `PeftModel.disable_adapter` counts the model's parameters in each call, which took 4 % of a DUAL step; it serves
-    what has no layers of its own to switch, such as prompt tuning.
+    `PeftModel.disable_adapter` counts the model's parameters in each call, which took 4 % of a DUAL step. It serves
+    adapters that have no layers of their own to switch, such as prompt tuning.
     """
     layers = _adapter_layers(model)
     if not layers:

@@ -20,20 +20,20 @@ DECOUPLED = ("AdamW",)  # torch's optimizers whose weight decay is none of the g
 class EditCallback(TrainerCallback):
     """For the `callbacks` of a transformers Trainer or a TRL trainer, with PEFT or without.
 
-    At each checkpoint it writes the edit, head and adapter there (`fastedit.load` reads them); when training is resumed or
-    the best checkpoint is loaded, it brings them back. A trainer that freezes what it is given, as TRL's do with a
-    peft_config, leaves the edit trainable.
+    At each checkpoint it writes edit, head and adapter there (`fastedit.load` reads them). When training is resumed or
+    the best checkpoint is loaded, it brings them back. If a trainer freezes what it is given, as TRL's do with a
+    peft_config, the edit stays trainable.
 
     Args:
         handle: from `fastedit.patch`, on the model that is trained or on the one inside it.
-        decay: where weight decay pulls the edit: None: nowhere, though other parameters decay; "identity": scales to 1 and
-            biases to 0. Never to 0 as a plain Trainer would.
-        resume: the folder to bring the edit back from when training is resumed; by default the checkpoint of the step that
-            the Trainer goes on from, in its output_dir.
+        decay: where weight decay pulls the edit. None: nowhere, though other parameters decay. "identity": scales to 1
+            and biases to 0. Never to 0 as a plain Trainer would.
+        resume: the folder from which to restore the edit when training is resumed. By default the checkpoint of the
+            step from which the Trainer continues, in its output_dir.
 
     Raises:
-        ValueError: when training begins: base weights train along that no checkpoint of an edit holds, or weight decay with
-            an optimizer whose decay is not known. EditFileError: resumed, and there is no edit to go on from.
+        ValueError: when training begins: base weights train that no checkpoint of an edit holds, or there is weight
+            decay with an optimizer whose decay is not known. EditFileError: resumed, and there is no edit to restore.
     """
 
     def __init__(self, handle, *, decay=None, resume=None):

@@ -4,8 +4,8 @@
     Trainer(model=model, args=args, train_dataset=data).train()          # works as it is
     EditTrainer(handle=handle, args=args, train_dataset=data).train()    # and keeps checkpoints small
 
-A plain Trainer saves the whole model, edits included. EditTrainer saves what trains, and never lets weight
-decay pull a scale towards 0.
+A plain Trainer saves the whole model, edits included. EditTrainer saves what trains. It never lets weight decay pull a
+scale toward 0.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ class EditTrainer(Trainer):
     Args:
         handle: from `fastedit.patch(..., freeze=True)`.
         checkpoints: "edit": a checkpoint is the edit (loads with `fastedit.load`) and whatever else trains
-            (head.safetensors); "model": the whole model as Trainer saves it. `load_best_model_at_end` and
+            (head.safetensors). "model": the whole model as Trainer saves it. `load_best_model_at_end` and
             `resume_from_checkpoint` work with both.
-        others: as for Trainer; `model` is the handle's if not given.
+        others: as for Trainer. `model` is the handle's if not given.
 
     Raises:
         ValueError: checkpoints="edit" under FSDP or DeepSpeed, which shard what it would save.
@@ -79,7 +79,8 @@ class EditTrainer(Trainer):
 
 @contextlib.contextmanager
 def _edits_as_adapters(handle):
-    """The Trainer refuses a quantised base without adapters; edits are adapters, if the base itself does not train."""
+    """The Trainer refuses a quantized base without adapters. Edits count as adapters if the base itself does not
+    train."""
     model, edits = handle.model, {id(p) for p in handle._root.parameters()}
     extra = edits | {id(p) for p in kept.beside(handle)[0].values()}
     alone = all(id(p) in extra for p in model.parameters() if p.requires_grad)
@@ -94,8 +95,10 @@ def _edits_as_adapters(handle):
 
 
 def save_trained(model, handle, folder, *, base_model=None, training=None):
-    """`store.save` with a summary of the training: the edit, and every other parameter that trains
-    (fastedit/patching/trained_beside.py)."""
+    """`store.save` with a summary of the training: the edit, and every other parameter that trains.
+
+    See fastedit/patching/trained_beside.py.
+    """
     return store.save(handle, folder, base_model=base_model, training=training)
 
 
@@ -103,7 +106,7 @@ def load_trained(model, handle, folder):
     """Copy back, in place, what `save_trained` wrote for this model and this handle's edits.
 
     Raises:
-        EditFileError: the files are damaged, or of other edits or another head; nothing has changed.
+        EditFileError: the files are damaged, or of other edits or another head. Nothing has changed.
     """
     header, tensors = store.read(folder)
     own = kept.beside(handle)[0]
@@ -120,7 +123,7 @@ def load_head(model, folder):
     """Copy head.safetensors of a folder into the model's parameters of the same names, in place.
 
     Raises:
-        EditFileError: it is damaged, or does not belong to the folder's edit, or not to this model.
+        EditFileError: it is damaged, or does not belong to the folder's edit or to this model.
     """
     header, _ = store.read(folder)
     head = kept.read_head(folder, header)
@@ -161,8 +164,8 @@ class SentenceClassifier(nn.Module):
 def fit(model, handle, rows, tokenizer, *, lr, epochs, batch_size, seed, callbacks=(), **arguments):
     """Train what is trainable on (text, label) rows, without checkpoints.
 
-    AdamW without weight decay, linear schedule after 6 % of warm-up (RED, arXiv 2402.15179), batches of like
-    length. handle: None to train without an edit. arguments: further TrainingArguments.
+    AdamW without weight decay, linear schedule after 6 % of warm-up (RED, arXiv 2402.15179), batches of similar length.
+    handle: None to train without an edit. arguments: further TrainingArguments.
     """
     defaults = {
         "learning_rate": lr, "num_train_epochs": epochs, "per_device_train_batch_size": batch_size,
@@ -186,7 +189,7 @@ def fit(model, handle, rows, tokenizer, *, lr, epochs, batch_size, seed, callbac
 
 
 def tokenized(rows, tokenizer, max_length=128):
-    """(text, label) rows as the dicts that Trainer batches; a text may be a pair of texts."""
+    """(text, label) rows as the dicts that Trainer batches. A text may be a pair of texts."""
     texts = _tokens([text for text, _ in rows], tokenizer, max_length)
     return [
         {**{name: values[n] for name, values in texts.items()}, "labels": label} for n, (_, label) in enumerate(rows)
@@ -194,7 +197,7 @@ def tokenized(rows, tokenizer, max_length=128):
 
 
 def _tokens(texts, tokenizer, max_length, **options):
-    """The tokenizer's fields; token_type_ids for pairs alone."""
+    """The tokenizer's fields. token_type_ids for pairs alone."""
     pairs = bool(texts) and not isinstance(texts[0], str)
     given = tuple(map(list, zip(*texts, strict=True))) if pairs else (texts,)
     found = tokenizer(*given, truncation=True, max_length=max_length, **options)
@@ -204,7 +207,8 @@ def _tokens(texts, tokenizer, max_length, **options):
 
 @torch.inference_mode()
 def predict(model, texts, tokenizer, batch_size=64, max_length=128):
-    """Logits (texts, labels) in the texts' order, computed in batches of like length, in eval mode; texts or pairs of texts."""
+    """Logits (texts, labels) in the texts' order, in batches of similar length, in eval mode. Texts or pairs of
+    texts."""
     order = sorted(range(len(texts)), key=lambda i: len("".join(texts[i])))
     device, found = next(model.parameters()).device, [None] * len(texts)
     for start in range(0, len(order), batch_size):
@@ -218,5 +222,5 @@ def predict(model, texts, tokenizer, batch_size=64, max_length=128):
 
 
 def accuracy(logits, labels):
-    """Share of rows whose largest logit is their label's."""
+    """Share of rows whose largest logit is at their label."""
     return (logits.argmax(-1) == torch.as_tensor(labels)).double().mean().item()

@@ -46,11 +46,12 @@ class ResponseTrainer(EditTrainer):
 
 
 class PreferenceTrainer(ResponseTrainer):
-    """An EditTrainer for pairs; the reference is the same model at strength 0, run before the policy and without gradients.
+    """An EditTrainer for pairs. The reference is the same model at strength 0, run before the policy and without
+    gradients.
 
     Args:
         loss: "dpo", "bipo", "orpo" or "reps" (fastedit/training/losses.py).
-        beta: of DPO and BiPO; orpo_weight: λ of ORPO.
+        beta: of DPO and BiPO. orpo_weight: λ of ORPO.
         others: as for EditTrainer. Rows that hold "reference" (`store_reference`) need no reference forward.
     """
 
@@ -63,7 +64,7 @@ class PreferenceTrainer(ResponseTrainer):
         self.sign, self.draw = 1, torch.Generator().manual_seed(self.args.seed)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward at each strength that the loss needs; backward needs the strength of its forward."""
+        """Forward and backward at each strength that the loss needs. A backward needs the strength of its forward."""
         signs = {"bipo": [2 * int(torch.randint(2, (), generator=self.draw)) - 1], "reps": [1, -1]}.get(self.loss, [1])
         inputs, total = self._referred(model, self._prepare_inputs(inputs)), 0.0
         for sign in signs:
@@ -107,13 +108,15 @@ class PreferenceTrainer(ResponseTrainer):
 
 def sft(handle, tokenizer, rows, *, evaluate=None, lr=2e-3, epochs=3, batch_size=8, prompt=None, response=None, columns=None,
         seed=0, callbacks=(), output_dir=None, resume=None, **arguments):  # fmt: skip
-    """Train a handle on the responses of rows (fastedit/texts/chat.py); returns the Trainer.
+    """Train a handle on the responses of rows (fastedit/texts/chat.py). Returns the Trainer.
 
     Args:
-        evaluate: held-out rows; with them `Trainer.evaluate()` gives "eval_loss", the mean −log p of a response token.
-        prompt, response: at most so many tokens of each; a longer prompt loses its beginning, a longer response its end.
+        evaluate: held-out rows. With them `Trainer.evaluate()` returns "eval_loss", the mean −log p of a response
+            token.
+        prompt, response: the most tokens of each. A longer prompt loses its beginning, a longer response its end.
         columns: (prompt, response) columns' names, if they are not the usual ones.
-        output_dir: where checkpoints go, one an epoch; None for none. resume: a checkpoint to go on from, or True for the last.
+        output_dir: folder of checkpoints, one per epoch. None for none. resume: a checkpoint to continue from, or True
+            for the last.
         arguments: further TrainingArguments, such as gradient_accumulation_steps, gradient_checkpointing, bf16.
 
     Raises:
@@ -129,12 +132,12 @@ def sft(handle, tokenizer, rows, *, evaluate=None, lr=2e-3, epochs=3, batch_size
 def prefer(handle, tokenizer, pairs, *, loss="dpo", beta=0.1, orpo_weight=0.1, evaluate=None, lr=2e-3, epochs=3, batch_size=8,
            prompt=None, response=None, stored=None, seed=0, callbacks=(), output_dir=None, resume=None, progress=None,
            **arguments):  # fmt: skip
-    """Train a handle on preferences; returns the Trainer.
+    """Train a handle on preferences. Returns the Trainer.
 
     Args:
-        stored: a file for the reference's log-probabilities of `pairs`: made first if it is not there, tied to model and rows
-            by digests. By default the reference runs in each step.
-        others: as of `sft`; the losses are in fastedit/training/losses.py.
+        stored: a file for the reference's log-probabilities of `pairs`. It is made first if it is not there, and tied
+            to model and rows by digests. By default the reference runs in each step.
+        others: as in `sft`. The losses are in fastedit/training/losses.py.
     """
     if loss in losses.WITH_REFERENCE and any(edit.stage is not None for edit in handle.edits):
         raise ValueError("a Control has no gradient: train a value net with fastedit.methods.recontrol")
@@ -165,7 +168,7 @@ def encode_pairs(tokenizer, pairs, prompt=None, response=None):
 
 
 def pad_of(tokenizer):
-    """The id to pad with; what it is does not matter, the mask hides it."""
+    """The id to pad with. Its value does not matter: the mask hides it."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 

@@ -31,8 +31,8 @@ class RewardModel(nn.Module):
     """forward(input_ids, attention_mask (rows, tokens), padded on the left) → {"rewards": (rows,) fp32}.
 
     Args:
-        model: a causal language model; a head `score` is added to it, and taken off by `remove`. Patch the edit onto `model`
-            behind this, with freeze=True, or load one: `fastedit.load(model, folder)`.
+        model: a causal language model. A head `score` is added to it, and `remove` takes it off. Patch the edit onto
+            `model` after this, with freeze=True, or load one: `fastedit.load(model, folder)`.
     """
 
     def __init__(self, model):
@@ -59,10 +59,10 @@ class RewardModel(nn.Module):
         return {"rewards": self.model.score(found[0].float())[:, 0]}
 
     def scorer(self, tokenizer, batch_size=8):
-        """A function (prompts, responses) → [float], as RE-Control's `reward=` and a report take.
+        """A function (prompts, responses) → [float], as RE-Control's `reward=` and a report take; prompts as in training.
 
-        The handles patched when this is called act while it scores at the strength that they have now, any others not; outside
-        of it these stand at strength 0, so the model answers as it would without them.
+        While it scores, the handles that were on the model at this call act at their present strength, and no others.
+        Outside of it they are at strength 0, so the model answers as it would without them.
         """
         mine = [(handle, handle.strength) for handle in handles(self.model)]
         for handle, _ in mine:
@@ -78,6 +78,7 @@ class RewardModel(nn.Module):
                 for handle, strength in before:
                     handle.strength = strength
 
+        score.takes_messages = True
         return score
 
     @torch.no_grad()
@@ -97,7 +98,7 @@ class RewardModel(nn.Module):
 
 
 def _ids(tokenizer, prompt, response):
-    """Prompt and response as in training; a response that is empty is its end alone, a prompt that is empty nothing."""
+    """Prompt and response as in training. An empty response is its end token alone; an empty prompt adds nothing."""
     if not prompt:
         return [*prompt_ids(tokenizer, response), tokenizer.eos_token_id]
     if not response.strip():
@@ -108,8 +109,9 @@ def _ids(tokenizer, prompt, response):
 class RewardTrainer(ResponseTrainer):
     """An EditTrainer for a RewardModel on pairs, with MetaRM's ascent step if it is given `shifted` rows.
 
-    MetaRM (arXiv 2405.00438): before each step θ' = θ + η ∇J, J the mean over pairs of shifted responses of σ(|r_i − r_j|); the
-    preference loss at θ' moves θ. The form of J is from a secondary source, the paper's figure and text.
+    MetaRM (arXiv 2405.00438): before each step θ' = θ + η ∇J, where J is the mean over pairs of shifted responses of
+    σ(|r_i − r_j|). The preference loss at θ' moves θ. The form of J is from a secondary source, the paper's figure and
+    text.
     """
 
     def __init__(self, *, reward, shifted=(), ascent=0.0, **given):
@@ -153,15 +155,16 @@ def spread_of(rewards):
 
 def fit_reward(reward, handle, tokenizer, pairs, *, evaluate=None, shifted=(), ascent=0.0, lr=2e-3, epochs=2, batch_size=8,
                prompt=None, response=None, seed=0, callbacks=(), output_dir=None, resume=None, **arguments):  # fmt: skip
-    """Train a RewardModel and the handle on its model; returns the Trainer.
+    """Train a RewardModel and the handle on its model. Returns the Trainer.
 
     Args:
-        shifted: rows {"prompt", "response"} of another distribution, without labels, two or more; ascent: MetaRM's η, 0 for none.
-        others: as of `training.sft`.
+        shifted: rows {"prompt", "response"} of another distribution, without labels, two or more. ascent: MetaRM's η, 0
+            for none.
+        others: as in `training.sft`.
 
     Raises:
-        ValueError: a bad row, by number; a handle that is not on the reward's model; shifted rows without ascent or the other
-            way round.
+        ValueError: a bad row, by number; a handle that is not on the reward's model; shifted rows without ascent, or
+            ascent without shifted rows.
     """
     if handle.model is not reward.model:
         raise ValueError("the handle is not on the reward's model: fastedit.patch(reward.model, …, freeze=True)")

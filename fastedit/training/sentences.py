@@ -49,15 +49,15 @@ def with_head(encoder, outputs, head="mean"):
 def classify(
     encoder, tokenizer, rows, edits, *, labels=None, head="mean", lr=2e-2, epochs=2, batch_size=32, seed=0, **options
 ):
-    """Fit edits and a new head to (text, label number) rows; returns (model, handle).
+    """Fit edits and a new head to (text, label number) rows. Returns (model, handle).
 
     Args:
-        encoder: a model with `last_hidden_state`, such as AutoModel gives; it is patched in place.
-        labels: how many; by default the largest label + 1. head: "mean" or "token", the RED paper's.
+        encoder: a model with `last_hidden_state`, such as AutoModel gives. It is patched in place.
+        labels: how many. By default the largest label + 1. head: "mean" or "token", the RED paper's.
         options: further TrainingArguments, and callbacks.
 
     Raises:
-        ValueError: no rows, or a label that is no number from 0 on; nothing has been patched.
+        ValueError: no rows, or a label that is not a number from 0 on. Nothing has been patched.
     """
     _check(rows)
     for number, (_, label) in enumerate(rows, 1):
@@ -79,7 +79,8 @@ def pairs(encoder, tokenizer, rows, edits, **options):
 
 
 def regress(encoder, tokenizer, rows, edits, *, head="mean", lr=2e-2, epochs=2, batch_size=32, seed=0, **options):
-    """Fit edits and a head of one output to (text or pair, number) rows by mean squared error; returns (model, handle)."""
+    """Fit edits and a head of one output to (text or pair, number) rows by mean squared error. Returns (model,
+    handle)."""
     _check(rows)
     try:
         rows = [(text, float(value)) for text, value in rows]
@@ -111,7 +112,7 @@ def _is_number(value):
 
 
 def correlations(found, expected):
-    """{"pearson", "spearman"} of two lists of numbers; NaN where one is constant."""
+    """{"pearson", "spearman"} of two lists of numbers. NaN if one of them is constant."""
     a, b = (torch.as_tensor(v, dtype=torch.float64).flatten() for v in (found, expected))
     return {"pearson": _pearson(a, b), "spearman": _pearson(_ranks(a), _ranks(b))}
 
@@ -122,7 +123,7 @@ def _pearson(a, b):
 
 
 def _ranks(values):
-    """Ranks from 0, those of ties averaged."""
+    """Ranks from 0. Ties get the average of their ranks."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
     return (last.double() - (counts + 1) / 2)[inverse]

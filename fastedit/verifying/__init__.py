@@ -2,8 +2,9 @@
 
     print(fastedit.verify(model, fastedit.Steer(direction)))
 
-The reference (reference.py) is plain hooks on whole sequences, one request at a time, without a cache. Each mode (modes.py)
-runs the model as people run it. A difference that the model without edits has in that mode, too, is not the edits'.
+The reference (reference.py) is plain hooks on whole sequences, one request at a time, without a cache. Each mode
+(modes.py) runs the model as people run it. If the model without edits differs in a mode too, that difference is not the
+edits'. Imports `patching` and below. Read `reference.py` first, then `modes.py`.
 """
 
 import contextlib
@@ -31,18 +32,18 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
     """Run a model with edits in several modes and compare each with the slow reference.
 
     Args:
-        model: an nn.Module that `fastedit.patch` takes, not patched. It is given back bit for bit.
-        edits: an Edit, a list of them, or a folder that `handle.save` wrote. Where an edit changes nothing yet (a fresh RED)
-            small random numbers stand in.
-        inputs: requests: token ids (a list of 1-D tensors or lists), or a list of dictionaries of arguments for the model,
-            each a batch of one. None: two random ones by the model's config.
-        modes: names among `fastedit.verifying.modes.MODES`; None for all that the model has.
+        model: an nn.Module that `fastedit.patch` takes, not patched. It comes back bit for bit.
+        edits: an Edit, a list of them, or a folder that `handle.save` wrote. Small random numbers replace an edit that
+            changes nothing yet (a fresh RED).
+        inputs: requests: token ids (a list of 1-D tensors or lists), or a list of dictionaries of arguments for the
+            model, each a batch of one. None: two random ones by the model's config.
+        modes: names among `fastedit.verifying.modes.MODES`. None for all that the model has.
         new_tokens: how many tokens are generated.
         backend: of torch.compile.
         seed: of what is random here.
 
     Returns:
-        An Outcome: print it; `ok` is False where something is wrong.
+        An Outcome: print it. `ok` is False if something is wrong.
 
     Raises:
         ValueError, TypeError: inputs or modes that make no sense; a patched model; edits that change nothing at all.
@@ -79,7 +80,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 @contextlib.contextmanager
 def _as_it_was(model):
-    """Afterwards no module has an attribute or a hook that it did not have: switching checkpointing on leaves some."""
+    """Afterwards no module has a new attribute or hook. Switching checkpointing on leaves some."""
     held = [(module, dict(module.__dict__), {name: set(getattr(module, name)) for name in _HOOKS}) for module in model.modules()]
     try:
         yield
@@ -94,7 +95,7 @@ def _as_it_was(model):
 
 
 def _stir(handle, seed):
-    """Random numbers where an edit changes nothing yet, so that what is compared is an edit."""
+    """Random numbers where an edit changes nothing yet, so that the comparison is of an edit."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for edit, _, masters in handle._each():
@@ -108,7 +109,7 @@ def _stir(handle, seed):
 
 
 def _layers_row(model, handle):
-    """That edits of every layer are at as many layers as the config names."""
+    """Check that edits of every layer are at as many layers as the config names."""
     every = [len(chosen) for edit, chosen in zip(handle.edits, handle._members, strict=True)
              if edit.layers is None and edit.site not in ("embed", "final")]  # fmt: skip
     found = find_layers(model)

@@ -1,4 +1,4 @@
-"""What `verify` found: a row a mode."""
+"""What `verify` found: one row per mode."""
 
 from dataclasses import asdict, dataclass
 
@@ -10,9 +10,11 @@ _COLORS = {"right": "green", "wrong": "red", "refused": "yellow", "left out": "d
 
 @dataclass
 class Row:
-    """verdict: "right"; "wrong"; "refused", by an error that says why; "left out", since the model itself differs or cannot.
+    """verdict: "right"; "wrong"; "refused", by an error that says why; "left out", because the model itself differs or
+    cannot.
 
-    difference, allowed, effect: the largest in the logits (or gradients): from the reference, as still right, of the edits.
+    The largest in the logits (or gradients): difference, from the reference; allowed, still right; effect, of the
+    edits.
     """
 
     mode: str
@@ -24,7 +26,7 @@ class Row:
 
 
 class Outcome:
-    """rows: a Row a mode. ok: nothing is wrong. Printed as a table."""
+    """rows: one Row per mode. ok: nothing is wrong. Printed as a table."""
 
     def __init__(self, model, rows):
         self.name, self.rows = type(model).__name__, rows

@@ -1,6 +1,6 @@
-"""How many tokens a forward finds in its cache: read off the cache object, whatever the argument that holds it is called.
+"""How many tokens a forward finds in its cache, read off the cache object under any argument's name.
 
-A cache that cannot be read must never pass for an empty one: then nobody knows which tokens a forward is given.
+A cache that cannot be read must never pass for an empty one: nobody would know which tokens the forward is given.
 """
 
 import torch
@@ -11,10 +11,10 @@ _STATES = ("state", "states", "mems")
 
 
 def cache_in(given):
-    """(cache, name) among a forward's arguments {name: value}; (None, None) for none.
+    """(cache, name) among a forward's arguments {name: value}. (None, None) for none.
 
-    A cache is what can say its length (an encoder-decoder cache says that of its self-attention). Beside those, what is
-    named or typed as a cache counts as one that cannot be read.
+    A cache is an object that gives its length (an encoder-decoder cache gives that of its self-attention). An argument
+    that is named or typed as a cache, but gives none, counts as a cache that cannot be read.
     """
     unread = None, None
     for name, value in given.items():
@@ -32,7 +32,7 @@ def cache_in(given):
 
 
 def length_of(cache):
-    """How many tokens are in a cache: an int, a tensor of a static cache, or None where it does not say."""
+    """How many tokens are in a cache: an int, a tensor for a static cache, or None if it does not say."""
     if cache is None:
         return 0
     if not callable(getattr(cache, "get_seq_length", None)):

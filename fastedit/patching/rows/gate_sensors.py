@@ -1,9 +1,9 @@
-"""Gates at work: sensors measure hidden states, a Gating makes an edit's coefficient of what they say.
+"""Gates at work: sensors measure hidden states, and a Gating makes an edit's coefficient of the results.
 
-One plain gate by token at the edit's own site makes none: the edit's kernel takes the gate itself (`kernel_gate`).
+One plain gate by token at the edit's own site has no Gating: the edit's kernel takes the gate itself (`kernel_gate`).
 
-A sensor at the edit's own site measures what the edit is given. One at another layer is a stage of that layer's site,
-before the edits there (patching/site.py), and leaves what it measured in the forward's RowPlan for the edits behind it.
+A sensor at the edit's own site measures what the edit is given. A sensor at another layer is a stage of that layer's
+site, before the edits there (patching/site.py). It leaves its result in the forward's RowPlan for the edits after it.
 """
 
 import torch
@@ -19,7 +19,7 @@ from .prompt_decisions import decide
 class Sensor(InFp32):
     """One gate at one place: its condition (width,) and threshold (1,), fp32 masters.
 
-    key: names what it measured. layer, site: where, if not at the edit's own site; then it is shared by all layers.
+    key: names the result. layer, site: the place, if not the edit's own site. All layers then share the sensor.
     """
 
     is_sensor, is_probe, trainable, needs_plan, positions, rank, gating = True, False, False, True, None, 0, None
@@ -45,8 +45,8 @@ class Sensor(InFp32):
     def gate(self):
         """(condition (width,), rule (3,)) as the kernels take them, at addresses that stay.
 
-        The threshold is made a view of the rule, so that what is loaded into one is in the other, for a captured graph
-        too; anew where something has put another tensor in its place (`.to`, `to_empty`).
+        The threshold becomes a view of the rule, so that a value loaded into one is also in the other, for a captured
+        graph too. It is made again if another tensor has taken its place (`.to`, `to_empty`).
         """
         held = self._buffers
         if held["threshold"] is not self._ruled:
@@ -57,8 +57,10 @@ class Sensor(InFp32):
         return held["condition"], self._rule
 
     def measure(self, hidden, plan):
-        """g for hidden states (…, width): (…,), or (sequences, 1) where it is decided on the prompt; of packed rows
-        (batch, tokens)."""
+        """g for hidden states (…, width): (…,), or (sequences, 1) if it is decided on the prompt.
+
+        For packed rows it is then (batch, tokens).
+        """
         if self.decide == "token":
             return self.say(hidden)
         plan.fit(hidden.shape, "a gate on the prompt")
@@ -68,7 +70,7 @@ class Sensor(InFp32):
         return decide(plan, self, lambda: self._of_prompt(hidden, plan))[:, None]
 
     def say(self, rows):
-        """g of rows (…, width), (…,); a hard one has no gradient."""
+        """g of rows (…, width), (…,). A hard gate has no gradient."""
         if self.sharpness is None:
             with torch.no_grad():
                 return (self.score(rows) > self.threshold).float()
@@ -126,20 +128,20 @@ class Sensor(InFp32):
 
 
 def _project(rows, condition):
-    """rows · condition, in one pass over the rows; plain PyTorch for a compiler to see."""
+    """rows · condition, in one pass over the rows. Plain PyTorch for a compiler to see."""
     if torch.compiler.is_compiling():
         return reference.project(rows.reshape(-1, rows.shape[-1]), condition[None], None).view(rows.shape[:-1])
     return ops.project(rows, condition[None])[..., 0]
 
 
 def _length(rows):
-    """‖row‖ in fp32 (fp64 for fp64 rows), 1 for a row of zeros, which is at right angles to everything."""
+    """‖row‖ in fp32 (fp64 for fp64 rows). 1 for a row of zeros, which is orthogonal to everything."""
     length = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
     return torch.where(length > 0, length, torch.ones_like(length))
 
 
 class Gating:
-    """One edit's rule at one site. sensors: one a leaf of the rule, in its order."""
+    """One edit's rule at one site. sensors: one per leaf of the rule, in its order."""
 
     def __init__(self, rule, key, sensors):
         self.rule, self.key, self.sensors = rule, key, sensors
@@ -193,7 +195,7 @@ class Gating:
 def kernel_gate(masters):
     """The Sensor that the kernel of an edit's masters takes in place of a coefficient, or None.
 
-    It is the one gate of its edit, at the edit's own site, by dot or cosine, by token.
+    It is the edit's only gate, at the edit's own site, by dot or cosine, by token.
     """
     gating = masters.gating
     return None if gating is None or outside_kernels(gating.rule) is not None else gating.sensors[0]

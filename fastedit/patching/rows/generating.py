@@ -1,10 +1,11 @@
 """What the forwards of a model belong to: the call of `generate` that runs them, and what its handles were told.
 
-`generate` prepares each of its forwards by `prepare_inputs_for_generation`, which is given the whole sequence so far. Which
-of its columns a forward holds follows from that, with a cache or without one, and is compared with what the cache says.
+`generate` prepares each of its forwards by `prepare_inputs_for_generation`, which is given the whole sequence so far.
+This tells which of its columns a forward holds, with a cache or without one. The result is compared with what the cache
+says.
 
-Calls belong to the thread that makes them: other threads' forwards, and their calls of `generate`, are their own. What a
-handle was told belongs to the thread and the asyncio task that said it.
+Calls belong to the thread that makes them. Other threads have their own forwards and their own calls of `generate`.
+What a handle was told belongs to the thread and the asyncio task that said it.
 """
 
 import asyncio
@@ -19,10 +20,11 @@ from .cached import cache_in, length_of
 
 
 class Generation:
-    """One call of `generate`: the prompt's columns and its mask (sequences, columns), None for all real.
+    """One call of `generate`: the prompt's columns and its mask (sequences, columns), None if all are real.
 
-    columns: None behind an encoder before the first forward. decided: what gates said of the prompt: {gate: (sequences,)}.
-    behind: whether all of the prompt has run. lost: why it cannot be told which columns a forward holds.
+    columns: None behind an encoder before the first forward. decided: the gates' decisions on the prompt,
+    {gate: (sequences,)}. behind: whether all of the prompt has run. lost: why it is not known which columns a forward
+    holds.
     """
 
     def __init__(self, module, args, kwargs):
@@ -61,7 +63,7 @@ class Generation:
         return columns, 0 if ids is None else ids.shape[1], mask
 
     def prepare(self, input_ids, given):
-        """`generate` is about to run a forward behind all of `input_ids` so far, or on a piece of the prompt."""
+        """`generate` is about to run a forward on all of `input_ids` so far, or on a piece of the prompt."""
         width = input_ids.shape[1]
         if not self.number:
             self._begin(width, given)
@@ -89,17 +91,17 @@ class Generation:
             self.columns = self.ids = width
 
     def locate(self, stack, tokens, length):
-        """How many columns are in front of a forward of `tokens` columns, on a cache of `length` (None: it does not say).
+        """How many columns come before a forward of `tokens` columns, on a cache of `length` (None: it does not say).
 
         Raises:
-            Unknown: the sources do not say, or disagree.
+            Unknown: the sources do not say, or contradict each other.
         """
         if self.lost is not None:
             raise Unknown(self.lost)
         if self.seen.get(stack, 0) == self.number:
             raise Unknown(
-                "`generate` did not prepare this forward, so it is somebody else's within it (a logits processor's, such as "
-                "guidance_scale's, or a language detection)"
+                "`generate` did not prepare this forward, so something else runs it inside the call (a logits processor, such "
+                "as guidance_scale's, or a language detection)"
             )
         self.seen[stack] = self.number
         known = int(length) if isinstance(length, torch.Tensor) and not self.done else length
@@ -109,7 +111,7 @@ class Generation:
             offset = self.columns + self.width - self.ids - tokens
         if not self.done and offset == 0 and known != 0:
             if known is None:
-                raise Unknown("it begins on a cache that is filled and does not say how far")
+                raise Unknown("its cache is filled and does not say how far")
             self.columns, offset = self.columns + known, known  # the ids are only what is new
             if self.mask is not None:
                 raise Unknown(
@@ -131,7 +133,7 @@ class Unknown(Exception):
 
 
 def _mask_of_padding(module, ids, kwargs):
-    """As `generate` infers it: the padding token is padding, unless it also ends sequences."""
+    """The mask as `generate` infers it: the padding token is padding, unless it also ends sequences."""
     config = kwargs.get("generation_config") or module.generation_config
     pad, eos = (kwargs.get(f"{name}_token_id", getattr(config, f"{name}_token_id", None)) for name in ("pad", "eos"))
     if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else (eos,)):
@@ -154,12 +156,12 @@ class Told:
         self.task = None if task is None else weakref.ref(task)
 
     def stands(self):
-        """Whether its thread is there."""
+        """Whether its thread still exists."""
         thread = self.thread()
         return thread is not None and thread.is_alive()
 
     def loose(self):
-        """Whether no task that is still running has it for itself."""
+        """Whether no task that is still running owns it."""
         task = None if self.task is None else self.task()
         return task is None or task.done()
 
@@ -172,9 +174,9 @@ def _task():
 
 
 class Rows:
-    """What a model's stacks share: the calls of `generate` under way, and what handles were told.
+    """What a model's stacks share: the present calls of `generate`, and what handles were told.
 
-    lengths: of the prompts, in real tokens; mask: by column. Both are those of the caller, which may be Elsewhere.
+    lengths: of the prompts, in real tokens. mask: by column. Both belong to the caller, which may be Elsewhere.
     """
 
     def __init__(self):
@@ -269,8 +271,10 @@ class Rows:
     # --- generate ---------------------------------------------------------------------------------------------------------
 
     def generate(self, own, module, args, kwargs):
-        """own, the module's. Within one of the same module (an assistant that is the model itself) the prompt is the outer
-        one's."""
+        """The module's own `generate`, as `own`, noted as a call.
+
+        Inside a call of the same module (an assistant that is the model itself) the prompt is the outer call's.
+        """
         calls = self.running.setdefault(threading.get_ident(), [])
         if calls and calls[-1].module is module:
             return own(module, *args, **kwargs)
@@ -287,7 +291,7 @@ class Rows:
             self._trace()
 
     def prepare(self, own, module, args, kwargs):
-        """own, the module's prepare_inputs_for_generation."""
+        """The module's own prepare_inputs_for_generation, as `own`, which is noted."""
         calls = self.running.get(threading.get_ident())
         if calls:
             ids = args[0] if args else kwargs.get("input_ids")
@@ -296,7 +300,7 @@ class Rows:
         return own(module, *args, **kwargs)
 
     def batches(self, own, module, args, kwargs):
-        """own, an entry to continuous batching: refused in the caller's thread."""
+        """The module's own entry to continuous batching, as `own`: refused in the caller's thread."""
         raise RuntimeError(
             f"{type(module).__name__}.{own.__name__} runs pieces of many requests in one forward, and an edit, gate, probe or "
             "tenant on this model must know the prompt of each, which it does not say: use model.generate, or vLLM "
@@ -305,7 +309,7 @@ class Rows:
 
 
 def _thread():
-    """Whose labels: under torch.compile, which knows no threads, everyone's."""
+    """Whose labels. Under torch.compile, which knows no threads, everyone's."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
@@ -325,7 +329,7 @@ _CALLS = {"lengths": "handle.prompt(lengths)", "mask": "handle.mask(mask)"}
 
 
 class Elsewhere:
-    """What only another thread or task has said."""
+    """Something that only another thread or task has said."""
 
     def __init__(self, name):
         self.name = name
@@ -343,7 +347,7 @@ class Elsewhere:
 
 
 def around(owner):
-    """The module whose `generate` is under way around this call and which holds `owner`; None for none."""
+    """The module whose `generate` runs around this call and which holds `owner`. None for none."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "generate":

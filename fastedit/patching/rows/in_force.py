@@ -1,9 +1,9 @@
-"""What is assigned where: each assignment of a bank, or of a handle's tenants, belongs to the context that entered it.
+"""What is assigned where: each assignment of a bank, or of tenants, belongs to the context that entered it.
 
-Contexts are those of contextvars: an asyncio task and asyncio.to_thread start with a copy of the one that they were started
-in; a plain thread starts with an empty one. A forward from a context without an assignment, while there is one in another,
-is a request whose owner was lost on the way, and is refused. Recomputations of a checkpoint run in their own forward's
-context (patching/recomputing.py).
+Contexts are those of contextvars. An asyncio task and asyncio.to_thread start with a copy of the context that started
+them. A plain thread starts with an empty one. A forward from a context without an assignment, while another context has
+one, is a request whose owner was lost. It is refused. A checkpoint's recomputations run in their own forward's context
+(patching/recomputing.py).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Entered:
 
 
 class Owner:
-    """A bank or a tenancy, as what has assignments. unassigned: "refuse" or "warn"."""
+    """A bank or a tenancy, which has assignments. unassigned: "refuse" or "warn"."""
 
     what = "assignment"
 
@@ -38,7 +38,7 @@ class Owner:
         self.__setstate__({})
 
     def __getstate__(self):
-        """A copy's assignments are its own, and it has none."""
+        """A copy has assignments of its own, and starts without any."""
         own = ("entered", "traced", "runs", "number")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
@@ -89,7 +89,7 @@ class Owner:
         self._trace()
 
     def pop(self, entered):
-        """From any context; a context that it is still written down in sees that it has ended."""
+        """Leave an assignment, from any context. A context that still holds it sees that it has ended."""
         entered.ended = True
         self.entered.remove(entered)
         held = IN_FORCE.get()
@@ -103,20 +103,20 @@ class Owner:
         self._trace()
 
     def _trace(self):
-        """Nested assignments of one context are one to torch.compile: the last. Of several contexts none is."""
+        """torch.compile sees nested assignments of one context as the last one. Of several contexts it sees none."""
         inner = {entered.outer for entered in self.entered}
         found = [entered for entered in self.entered if entered not in inner]
         self.traced = None if not found else found[0] if len(found) == 1 else _Several(self)
 
     def guarded(self, slot):
-        """The slots, in a compiled graph, once it has run from the context that they were assigned in."""
+        """The slots, in a compiled graph, once it has run from the context in which they were assigned."""
         if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return slot
         return torch.ops.fastedit.assigned(slot, self.number)
 
 
 class _Several:
-    """What a compiled forward finds where several contexts have assignments in force."""
+    """What a compiled forward finds if several contexts have assignments in force."""
 
     plain = idle = False
 
@@ -172,24 +172,25 @@ def copies(module, args, kwargs):
 
 
 def check_batch(hidden, given, what):
-    """That a batch has as many sequences as were `given` an owner, or in `generate` beams and samples of them.
+    """Check that a batch has as many sequences as were `given` an owner, or in `generate` beams and samples of them.
 
     Raises:
-        ValueError: another number of sequences, where no call of `generate` says that a sequence is several rows.
+        ValueError: another number of sequences, without a call of `generate` that makes several rows of a sequence.
     """
     batch = hidden.shape[0]
     if batch != given:
         allowed = _traced_copies if torch.compiler.is_compiling() else _COPIES.get()
         if batch % given or batch // given not in allowed:
             raise ValueError(
-                f"assign() was given {given} {what}, but the batch has {batch} sequences: expected one of the {what} a "
-                "sequence. Beams and samples of `generate` (num_beams, num_return_sequences) share their sequence's; "
+                f"assign() was given {given} {what}, but the batch has {batch} sequences: expected one of the {what} "
+                "per sequence. Beams and samples of `generate` (num_beams, num_return_sequences) share their sequence's; "
                 "other copies of a sequence are sequences of their own"
             )
 
 
 def spread(each, hidden):
-    """One value a row of hidden (batch, …, width), from one a sequence: beams and samples share their sequence's."""
+    """One value per row of hidden (batch, …, width), from one per sequence. Beams and samples share their
+    sequence's."""
     batch = hidden.shape[0]
     each = each.to(hidden.device).repeat_interleave(batch // each.shape[0], output_size=batch)
     return each.view(-1, *[1] * (hidden.dim() - 2)).expand(hidden.shape[:-1]).contiguous()

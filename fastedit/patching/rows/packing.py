@@ -1,8 +1,8 @@
-"""Packed rows: several sequences behind one another in a row, as padding-free training lays them out.
+"""Packed rows: several sequences one after another in a row, as padding-free training lays them out.
 
-Where each sequence starts is read from what says it: restarting position ids, cumulative lengths (cu_seq_lens_q,
-cu_seqlens), sequence numbers (seq_idx), or a mask that numbers its sequences. All of it in operations on tensors, so that a
-compiler can see it and nothing waits for a GPU; the checks that look at values are left out under a compiler.
+The start of each sequence is read from restarting position ids, cumulative lengths (cu_seq_lens_q, cu_seqlens),
+sequence numbers (seq_idx), or a mask that numbers its sequences. All of it is operations on tensors, so a compiler can
+see it and nothing waits for a GPU. Checks that look at values are left out under a compiler.
 """
 
 import itertools
@@ -13,8 +13,10 @@ _NUMBERED = ("seq_idx", "sequence_ids", "segment_ids", "document_ids")
 
 
 class Packing:
-    """What is known of each token of (batch, tokens): index among the real tokens of its sequence, how many those are
-    (length), and the number of its sequence in the batch; all (batch, tokens). real: bool, or None for all.
+    """What is known about each token of (batch, tokens).
+
+    index: among the real tokens of its sequence. length: how many those are. number: of its sequence in the batch. All
+    are (batch, tokens). real: bool, or None for all.
     """
 
     def __init__(self, starts, real):
@@ -29,16 +31,17 @@ class Packing:
         self.index = (count.flatten().cumsum(0) - 1 - before[slot]).view(batch, tokens)
 
     def sequences(self):
-        """How many there are; looks at the values."""
+        """How many there are. Looks at the values."""
         return int(self.number.max()) + 1
 
     def several(self):
-        """Whether a row holds more than one; looks at the values."""
+        """Whether a row holds more than one. Looks at the values."""
         last = self.number[:, -1]  # minus the row's before: how many begin in it, padding in front or not
         return bool((last.diff(prepend=last.new_full((1,), -1)) > 1).any())
 
     def last(self, within):
-        """(batch, tokens): of each token, where in its row the last token of its sequence is that `within` holds for."""
+        """(batch, tokens): for each token, the place in its row of the last token of its sequence for which `within`
+        holds."""
         tokens = within.shape[1]
         column = torch.arange(tokens, device=within.device).expand_as(within)
         best = torch.zeros(within.numel(), dtype=torch.long, device=within.device)
@@ -48,19 +51,19 @@ class Packing:
 
 
 def about_packing(given):
-    """Those of a forward's arguments {name: value} that `packing_of` looks at."""
+    """The arguments that `packing_of` looks at, among a forward's {name: value}."""
     names = [n for n in given if n == "position_ids" or n.startswith("cu_seq") or n in _NUMBERED]
     return {name: given[name] for name in names}
 
 
 def packing_of(given, mask, shape, device, looking):
-    """The Packing of a forward that begins its sequences, or None where each row is one sequence.
+    """The Packing of a forward that begins its sequences, or None if each row is one sequence.
 
     given: those of the forward's arguments. mask: (batch, tokens) of 0 and 1, or of the sequences' numbers; or None.
     looking: whether values may be looked at.
 
     Raises:
-        ValueError: what says where sequences start is no start, or two of them differ.
+        ValueError: a source of starts begins with no start, or two sources differ.
     """
     batch, tokens = shape
     real = None if mask is None else (mask != 0).expand(batch, tokens)
@@ -91,7 +94,7 @@ def packing_of(given, mask, shape, device, looking):
 
 
 def _numbers(mask, looking):
-    """Whether a mask may number sequences. A GPU is not waited for: one sequence a row is a packing, too."""
+    """Whether a mask may number sequences. This does not wait for a GPU: one sequence per row is a packing, too."""
     return looking and (mask.device.type != "cpu" or bool((mask > 1).any()))
 
 
@@ -129,7 +132,7 @@ def _falls(ends):
 
 
 def _positions(given, shape, device):
-    """position_ids (batch, tokens), or None; of several rows of them a text's own are the first of four."""
+    """position_ids (batch, tokens), or None. If there are several rows of them, a text's own are the first of four."""
     found = given.get("position_ids")
     if not isinstance(found, torch.Tensor) or found.is_floating_point():
         return None
@@ -141,7 +144,7 @@ def _positions(given, shape, device):
 
 
 def _restarts(position_ids, real, looking):
-    """Where positions begin anew."""
+    """Where positions begin again."""
     before = _before(position_ids, real)
     starts = (position_ids <= before) | (before < 0)
     if real is not None:
@@ -151,7 +154,7 @@ def _restarts(position_ids, real, looking):
         odd = odd if real is None else odd & real
         if bool(odd.any()):
             raise ValueError(
-                "position_ids neither count on by one nor begin anew at 0, so where each sequence starts is not known: give "
+                "position_ids neither continue by one nor begin again at 0, so where each sequence starts is not known: give "
                 "the model position ids that do, or leave them out"
             )
     return starts
@@ -164,7 +167,7 @@ def _changes(numbers, real):
 
 
 def _before(values, real):
-    """The value of the real token before each one in its row; -1 for none."""
+    """The value of the real token before each one in its row. −1 for none."""
     ahead = torch.full_like(values[:, :1], -1)
     if real is None:
         return torch.cat([ahead, values[:, :-1]], 1)
@@ -175,6 +178,6 @@ def _before(values, real):
 
 
 def _of_real(starts, real):
-    """A start on padding is one of the next real token."""
+    """Starts on padding, moved to the next real token."""
     counted = starts.long().cumsum(1)
     return _changes(counted, real)

@@ -1,8 +1,8 @@
 """What gates measured in one forward, and what they decided on a prompt for the forwards after it.
 
-A decision is one number a sequence. It belongs to the call of `generate` it was taken in; outside of one, to the cache
-that the forward filled. `torch.compile` cannot tell caches apart: there the last decision holds, one cache at a time.
-Decisions lie in tensors that do not move, so that a captured graph reads those of the next prompt too.
+A decision is one number per sequence. It belongs to the call of `generate` in which it was made. Outside of one, it
+belongs to the cache that the forward filled. `torch.compile` cannot tell caches apart: there the last decision holds,
+one cache at a time. Decisions are in tensors that do not move, so that a captured graph reads the next prompt's too.
 """
 
 import weakref
@@ -11,7 +11,7 @@ import torch
 
 
 class Decisions:
-    """Of one stack of layers, by cache, for forwards by hand: {cache: {key of the sensor: (sequences,)}}."""
+    """Decisions of one stack of layers by cache, for forwards by hand: {cache: {key of the sensor: (sequences,)}}."""
 
     def __init__(self):
         self.by_cache = weakref.WeakKeyDictionary()
@@ -20,7 +20,7 @@ class Decisions:
         return Decisions, ()
 
     def remember(self, plan, output):
-        """After a forward by hand: what it decided belongs to the cache that it filled."""
+        """After a forward by hand: its decision belongs to the cache that it filled."""
         cache = plan.cache if plan.cache is not None else _cache_of(output)
         if cache is not None and (plan.packing is None or not plan.packing.several()):
             held = self.by_cache.setdefault(cache, {})
@@ -29,9 +29,9 @@ class Decisions:
 
 
 def _keep(sensor, value, generation=None):
-    """The sensor's last decision; while tracing by assignment alone, since to look would guard on what was there.
+    """Keep the sensor's last decision. While tracing, by assignment alone: a look would guard on what was there.
 
-    A call of `generate` has a tensor of its own while another thread's call still reads the one kept.
+    A call of `generate` has a tensor of its own while another thread's call still reads the kept one.
     """
     if torch.compiler.is_compiling():
         sensor.kept = value.detach()
@@ -59,7 +59,7 @@ def _cache_of(output):
 
 
 def decide(plan, sensor, fresh):
-    """(sequences,): what a sensor's gate said of the prompt; fresh() computes it from this forward.
+    """(sequences,): the decision of a sensor's gate on the prompt. fresh() computes it from this forward.
 
     Raises:
         RuntimeError: this forward neither holds the end of the prompt nor follows one that did.
@@ -81,7 +81,7 @@ def decide(plan, sensor, fresh):
 
 
 def _held(plan, sensor):
-    """What was decided for the cache of this forward, or None."""
+    """The decision for the cache of this forward, or None."""
     if torch.compiler.is_compiling():
         return sensor.kept
     return plan.decisions.by_cache.get(plan.cache, {}).get(sensor.key)
@@ -111,7 +111,7 @@ def _in_generate(plan, sensor, fresh):
 
 
 def _on_static_cache(plan, sensor, fresh):
-    """Whose length is a tensor: the choice between a new prompt's decision and the one kept is made on the device."""
+    """For a cache whose length is a tensor: the device chooses between a new decision and the kept one."""
     value, held = fresh(), _held(plan, sensor)
     if held is not None:
         value = torch.where(plan.offset == 0, value, held)

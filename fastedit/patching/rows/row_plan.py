@@ -1,15 +1,18 @@
-"""Which rows of a forward an edit acts on: one RowPlan a forward, shared by all layers of a stack.
+"""Which rows of a forward an edit acts on: one RowPlan per forward, shared by all layers of a stack.
 
-The module that owns a stack of layers (LlamaModel, BertModel, a T5Stack) is given the mask, the ids and the cache; its
-class is swapped (patching/class_swap.py) for one that first makes a plan of them. From a plan the layers' edits take their
-coefficients (edits/positions.py): fp32, one a row, made at first use and kept for the layers after.
+The module that owns a stack of layers (LlamaModel, BertModel, a T5Stack) is given the mask, the ids and the cache. Its
+class is swapped (patching/class_swap.py) for one that first makes a plan of them. The layers' edits take their
+coefficients from the plan (edits/positions.py): fp32, one per row, made at first use and kept for later layers.
 
-What is prompt: in `generate` what it was given, however the forwards cut it (patching/rows/generating.py); in a
-forward on an empty cache
-everything, of packed rows everything of each sequence (patching/rows/packing.py); else what `handle.prompt` says. A
-causal model that is
-given `labels` takes the prompt to be what stands before the first that is not −100; training without labels or lengths is
-refused where it matters. What is not known, or what its sources do not agree on, is refused where an edit depends on it.
+What is the prompt?
+
+- In `generate`: what it was given, however the forwards cut it (patching/rows/generating.py).
+- In a forward on an empty cache: everything. In packed rows, everything of each sequence (patching/rows/packing.py).
+- Else: what `handle.prompt` says.
+- With `labels`, in a causal model: the tokens before the first label that is not −100. Training without labels or
+  lengths is refused if it matters.
+
+If the sources do not say it, or contradict each other, an edit that depends on it is refused.
 """
 
 import threading
@@ -43,7 +46,7 @@ class Stack:
         return self.__dict__ | {"plans": {}, "traced": None}
 
     def put(self, plan):
-        """Set the plan in force; returns the one before."""
+        """Set the plan in force. Returns the one before."""
         if torch.compiler.is_compiling():
             before, self.traced = self.traced, plan
         else:
@@ -61,7 +64,7 @@ class Stack:
             self.put(before)
 
     def forward(self, function, given, *args, **kwargs):
-        """The owner's forward, under a plan of what it was given {name: value}."""
+        """The owner's forward, under a plan of its arguments {name: value}."""
         plan = RowPlan(self, given)
         output = self.during(function, plan, *args, **kwargs)
         if plan.decided and not torch.compiler.is_compiling():
@@ -80,11 +83,11 @@ class Stack:
         return self.traced if torch.compiler.is_compiling() else self.plans.get(threading.get_ident())
 
     def coefficient(self, positions, shape, device):
-        """(…,) fp32 for hidden states of `shape` (…, width); None for 1 throughout, NOWHERE for 0."""
+        """(…,) fp32 for hidden states of `shape` (…, width). None for 1 throughout, NOWHERE for 0."""
         return self.known_plan(positions).coefficient(positions, shape, device)
 
     def known_plan(self, what):
-        """The plan in force; `what`, Positions or words, needs it."""
+        """The plan in force, which `what` (Positions or words) needs."""
         plan = self.traced if torch.compiler.is_compiling() else self.plans.get(threading.get_ident())
         if plan is None:
             raise RuntimeError(
@@ -126,7 +129,7 @@ class RowPlan:
     # --- where it is ------------------------------------------------------------------------------------------------------
 
     def _locate(self, stack):
-        """How many columns are in front: an int, or a tensor of a static cache; None where `unsure` says why not."""
+        """How many columns come before: an int, or a tensor for a static cache. None if `unsure` says why not."""
         length, generation = length_of(self.cache), self.generation
         if isinstance(generation, Elsewhere):
             raise generation.refuse()
@@ -148,7 +151,7 @@ class RowPlan:
 
     @property
     def offset(self):
-        """How many columns are in front.
+        """How many columns come before.
 
         Raises:
             RuntimeError: that is not known.
@@ -169,7 +172,8 @@ class RowPlan:
         )
 
     def by_hand(self, what):
-        """Refuse what a forward outside of `generate` may not be taken for; `what` depends on where its sequences begin."""
+        """Refuse what a forward outside of `generate` may not be taken for. `what` depends on where its sequences
+        begin."""
         if self._checked:
             return
         what = _named(what)
@@ -183,7 +187,7 @@ class RowPlan:
             raise RuntimeError(
                 f"{what} must know where the prompt ends, and {type(whole).__name__}.generate knows, but "
                 f"{type(self.owner).__name__}, which is patched inside of it, is not told: patch the "
-                f"{type(whole).__name__}, or say handle.prompt(lengths) before generate"
+                f"{type(whole).__name__}, or call handle.prompt(lengths) before generate"
             )
         offset, mask = self._offset, self.attention_mask
         if mask is None or self.shape is None or isinstance(offset, torch.Tensor):
@@ -216,12 +220,13 @@ class RowPlan:
         """Refuse packed rows for `what`, which takes a row for one sequence."""
         if self.packing is not None and self.packing.several():
             raise ValueError(
-                f"{what} are one a row, but the rows of this forward are packed, with {self.packing.sequences()} sequences "
+                f"{what} are one per row, but the rows of this forward are packed, with {self.packing.sequences()} sequences "
                 f"in {self.shape[0]} rows: give each sequence a row of its own"
             )
 
     def fit(self, shape, what):
-        """Refuse hidden states of `shape` (…, width) whose rows are not this forward's (batch, tokens), in that order."""
+        """Refuse hidden states of `shape` (…, width) whose rows are not this forward's (batch, tokens), in that
+        order."""
         if self.shape is None or shape[:-1] == self.shape or shape[:-1] == (self.shape[0] * self.shape[1],):
             return
         raise ValueError(
@@ -232,8 +237,10 @@ class RowPlan:
     # --- what is meant ----------------------------------------------------------------------------------------------------
 
     def of_prompt(self, batch, tokens, device):
-        """(batch, tokens) bool: the prompt's tokens in this forward, padding left out; outside of `generate` the cache is
-        taken to be empty."""
+        """(batch, tokens) bool: the prompt's tokens in this forward, without padding.
+
+        Outside of `generate` the cache is taken to be empty.
+        """
         columns = torch.arange(tokens, device=device) + (0 if self.generation is None else self.offset)
         index, real, length = self._in_prompt(None, columns, batch, tokens, device)
         here = index < length
@@ -284,7 +291,7 @@ class RowPlan:
         return here
 
     def _quick(self, positions):
-        """None or NOWHERE where that needs no look at the tokens, else False."""
+        """None or NOWHERE if that needs no look at the tokens, else False."""
         if positions.of_prompt and self.generation is None:
             self.by_hand(positions)
         if positions.tokens or positions.mask:
@@ -306,7 +313,7 @@ class RowPlan:
     def _in_prompt(self, positions, columns, batch, tokens, device):
         """(index among the real tokens, real or None for all, the prompt's real tokens), each for (batch, tokens).
 
-        positions: what for; None for a gate on the prompt.
+        positions: what this is for. None for a gate on the prompt.
         """
         if self.generation is not None:
             return _by_column(self.generation.mask, columns, self.generation.columns, batch)
@@ -333,14 +340,14 @@ class RowPlan:
         return index, real, length
 
     def _in_pack(self, lengths, device):
-        """`_in_prompt` of packed rows: each sequence is a prompt, or begins with one of the length that was said."""
+        """`_in_prompt` of packed rows: each sequence is a prompt, or begins with one of the length that was given."""
         packing = self.packing
         length = packing.length if lengths is None else lengths
         if isinstance(lengths, torch.Tensor):
             if not torch.compiler.is_compiling() and len(lengths) not in (1, packing.sequences()):
                 raise ValueError(
                     f"handle.prompt was given {len(lengths)} lengths, but this forward packs {packing.sequences()} "
-                    "sequences: expected one a sequence, in their order"
+                    "sequences: expected one per sequence, in their order"
                 )
             lengths = lengths.to(device)
             length = lengths[packing.number.clamp(0, len(lengths) - 1)]
@@ -348,7 +355,7 @@ class RowPlan:
         return tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in found)
 
     def _by_labels(self, positions, device):
-        """(sequences,) lengths of the prompts by the labels; None where nothing says them and nothing need to."""
+        """(sequences,): lengths of the prompts by the labels. None if nothing says them and nothing needs to."""
         what = _named(positions or "a gate on the prompt")
         if self.labels is not None:
             self.whole_rows("labels that say where prompts end")
@@ -357,7 +364,7 @@ class RowPlan:
             verb = "depends" if positions is None else "depend"
             raise RuntimeError(
                 f"{what} {verb} on where the prompt ends, which this forward in training does not say: give the model labels "
-                "with -100 over the prompt, or say handle.prompt(lengths) before each forward"
+                "with -100 over the prompt, or call handle.prompt(lengths) before each forward"
             )
         return None
 
@@ -368,11 +375,11 @@ class RowPlan:
         if isinstance(offset, torch.Tensor) or offset:
             raise RuntimeError(
                 f"{_named(positions)} depend on where the prompt ends, which a forward on a filled cache does "
-                "not say; use model.generate, or say handle.prompt(lengths) before the forwards behind the prompt"
+                "not say; use model.generate, or call handle.prompt(lengths) before the forwards after the prompt"
             )
 
     def _told(self, tensor, batch, name):
-        """What a handle was told, a row a sequence; one of before must not pass for this batch's."""
+        """What a handle was told, one row per sequence. A value from before must not pass for this batch's."""
         if self.generation is None and len(tensor) not in (1, batch):
             raise ValueError(f"{name} has {len(tensor)} rows, but this forward has {batch} sequences")
         return _for_batch(tensor, batch, name)
@@ -380,7 +387,7 @@ class RowPlan:
     def _mask(self, columns, batch, device):
         mask = self.mask
         if mask is None:
-            raise RuntimeError("positions='mask': no mask was given; say handle.mask(mask) before the forward")
+            raise RuntimeError("positions='mask': no mask was given; call handle.mask(mask) before the forward")
         if isinstance(mask, Elsewhere):
             raise mask.refuse()
         mask = self._told(mask.to(device, torch.float32), batch, "handle.mask's mask")
@@ -389,7 +396,7 @@ class RowPlan:
 
 
 def _before_labels(what, positions, labels, mask):
-    """(sequences,) how many real tokens stand before the first label that is not −100."""
+    """(sequences,): how many real tokens come before the first label that is not −100."""
     answers = labels != -100
     before = answers.cumsum(1) == 0
     length = (before if mask is None else before & (mask.to(labels.device) != 0)).sum(1)
@@ -398,7 +405,7 @@ def _before_labels(what, positions, labels, mask):
         if bool((starts > 1).any()):
             raise ValueError(
                 f"{what}: sequence {int((starts > 1).int().argmax())} has several responses in its labels (turns, or a packed "
-                "row), each with a prompt of its own; give one response a row, or {_instead(positions)}"
+                "row), each with a prompt of its own; give one response per row, or {_instead(positions)}"
             )
         asked = positions is None or positions.first or positions.last or positions.prompt
         if asked and bool((length == 0).any()):
@@ -418,8 +425,10 @@ def _named(what):
 
 
 def _by_column(mask, columns, width, batch):
-    """(index among the real tokens, real or None for all, how many the mask has) of columns, by a mask (sequences, columns)
-    and real tokens behind it; without one `width` real tokens.
+    """(index among the real tokens, real or None for all, how many the mask has) of columns.
+
+    The mask (sequences, columns) says which are real; columns after it are. Without a mask there are `width` real
+    tokens.
     """
     if mask is None:
         return columns[None], None, width
@@ -443,9 +452,9 @@ def _is_one_of(ids, tokens):
 
 
 def _for_batch(tensor, batch, name):
-    """One row a sequence: beams and several samples of a sequence share its row."""
+    """One row per sequence: beams and several samples of a sequence share its row."""
     if tensor.shape[0] == batch:
         return tensor
     if batch % tensor.shape[0]:
-        raise ValueError(f"{name} has {tensor.shape[0]} rows, expected {batch}, one a sequence, or a divisor of it")
+        raise ValueError(f"{name} has {tensor.shape[0]} rows, expected {batch}, one per sequence, or a divisor of it")
     return tensor.repeat_interleave(batch // tensor.shape[0], 0)

@@ -1,7 +1,7 @@
 """Many tenants trained in one batch: masters with a leading tenant dimension, and which sequence is whose.
 
     handle = fastedit.patch(model, fastedit.RED(), tenants=8)
-    with handle.assign([0, 3, 1, None]):          # one a sequence
+    with handle.assign([0, 3, 1, None]):          # one per sequence
         model(**batch).loss.backward()
 
 The kernels take the tenant of each row as its slot, forward and backward, so a step costs what one tenant's does.
@@ -13,7 +13,7 @@ from .in_force import Entered, Owner, check_batch, spread
 
 
 class Tenancy(Owner):
-    """How many tenants a handle has, and the assignments in force; one object for all of its masters."""
+    """How many tenants a handle has, and the assignments in force. All of its masters share one Tenancy."""
 
     what = "assignment of tenants"
 
@@ -22,18 +22,18 @@ class Tenancy(Owner):
         self.count = count
 
     def slot(self, hidden):
-        """int32, one a row of hidden (batch, …, width): shared by the layers of a forward."""
+        """int32, one per row of hidden (batch, …, width), shared by the layers of a forward."""
         found = self.now()
         if found is None:
             raise RuntimeError(
                 f"this handle holds {self.count} tenants: run the model, and the backward of one that is checkpointed by "
-                "hand, inside `with handle.assign([...])`, one tenant a sequence (None = untouched)"
+                "hand, inside `with handle.assign([...])`, one tenant per sequence (None = untouched)"
             )
         return found.slot(hidden)
 
 
 class EnteredTenants(Entered):
-    """rows: int32, one a sequence. slots: what was spread of it over the rows of a forward."""
+    """rows: int32, one per sequence. slots: what was spread of it over the rows of a forward."""
 
     def __init__(self, tenants):
         super().__init__()
@@ -54,7 +54,7 @@ class EnteredTenants(Entered):
 
 
 class Assignment:
-    """A context: inside it, sequence i of a batch belongs to tenants[i]."""
+    """A context in which sequence i of a batch belongs to tenants[i]."""
 
     def __init__(self, tenancy, tenants):
         self.tenancy, self.tenants, self._entered = tenancy, _checked(tenants, tenancy.count), []
@@ -72,7 +72,7 @@ class Assignment:
 class Slotted(tuple):
     """(scale, bias, read, offset, write) with a leading tenant dimension, and the Owner that has the rows' slots.
 
-    first: of all that a forward comes to; there a compiled graph looks whose forward it is.
+    first: whether a forward reaches it before all others. There a compiled graph checks whose forward it is.
     """
 
     def __new__(cls, tensors, tenancy, first=False):
@@ -82,7 +82,7 @@ class Slotted(tuple):
 
 
 def slot_of(tensors, hidden):
-    """The rows' slots for hidden (…, width), or None where the parameters are one edit's."""
+    """The rows' slots for hidden (…, width), or None if the parameters are one edit's."""
     if type(tensors) is not Slotted:
         return None
     slot = tensors.tenancy.slot(hidden)
@@ -103,8 +103,8 @@ def check_tenant(tenant, count):
 
 def _checked(tenants, count):
     if isinstance(tenants, (str, int)) or tenants is None:
-        raise TypeError(f"assign() was given {tenants!r}, expected a list with one tenant a sequence")
+        raise TypeError(f"assign() was given {tenants!r}, expected a list with one tenant per sequence")
     tenants = tenants.tolist() if hasattr(tenants, "tolist") else list(tenants)
     if not tenants:
-        raise ValueError("assign() was given no tenants, expected one a sequence")
+        raise ValueError("assign() was given no tenants, expected one per sequence")
     return tuple(-1 if tenant in (None, -1) else check_tenant(tenant, count) for tenant in tenants)
