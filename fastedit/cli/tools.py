@@ -41,7 +41,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write; for llama.cpp a file that ends in .gguf.")],
     to: Annotated[str | None, typer.Option(help="edit, gguf, peft or directions; by default by OUT's end.")] = None,
     model: Annotated[str | None, typer.Option(help="The base; by default the one that SOURCE names.")] = None,
-    positions: Annotated[str | None, typer.Option(help='pyreft: where it acted, such as "last 1"; its folders do not say.')] = None,
+    positions: Annotated[str | None, typer.Option(help='pyreft: where it acted, such as "last 1".')] = None,
     as_json: Json = False,
 ):
     """Turn edits of one library into those of another: PEFT's (IA)³, pyreft's, repeng's and llama.cpp's vectors, and ours.

@@ -46,7 +46,7 @@ def _pictures(tensors):
         if tensor.dim() != 1 + low_rank:
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}: of tenants, draw one, handle.named_tensors(tenant=0)")
         row = tensor.detach().float().cpu()
-        found.setdefault((number, site, name), {})[layer] = row.norm(dim=-1) if low_rank else row - (name == "scale")
+        found.setdefault((number, site, name), {})[layer] = row.norm(dim=-1) if low_rank else row - float(name == "scale")
     if not found:
         raise ValueError("these edits hold no scale, bias, read or write to draw")
     return found
