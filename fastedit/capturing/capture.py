@@ -54,6 +54,12 @@ class Captured(Mapping):
     def __len__(self):
         return len(self.moments)
 
+    def plot(self, axes=None):
+        """Draw the norm of each group's mean and the spread around it, by layer. Returns [matplotlib axes]."""
+        from ..plots.moments import draw
+
+        return draw(self, axes)
+
     def __repr__(self):
         groups = "" if self.names == (None,) else f", groups {', '.join(map(str, self.names))}"
         left = max(self.left_out.values(), default=(0, 0))

@@ -202,6 +202,16 @@ class Directions(Mapping):
         if other.width != self.width:
             raise ValueError(f"directions of width {self.width} and of width {other.width} do not go together")
 
+    def plot(self, axes=None):
+        """Draw accuracy, where probes give one, and separation by layer. Returns [matplotlib axes].
+
+        Raises:
+            ValueError: directions without statistics.
+        """
+        from ..plots.directions import draw
+
+        return draw(self, axes)
+
     # --- files ----------------------------------------------------------------------------------------------
 
     def save(self, folder):

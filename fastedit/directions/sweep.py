@@ -143,11 +143,21 @@ class Sweep:
             return Steer(own.relative(cell.dose), site=self.site)
         return Steer(own, site=self.site, strength=cell.strength)
 
-    def heat_map(self, path):
-        """Draw the means as PNG, one row per set of layers and one column per dose."""
+    def plot(self, axes=None):
+        """Draw the means, one row per set of layers and one column per dose. Returns matplotlib axes."""
         from ..plots.sweep import draw
 
-        draw(self, path, layers_text)
+        return draw(self, layers_text, axes)
+
+    def heat_map(self, path):
+        """`plot` into a file: PNG, SVG or PDF by the name's end."""
+        from ..plots.sweep import write
+
+        write(self, layers_text, path)
+
+    def json(self):
+        """JSON-able: the unit, the cell without an edit and the others."""
+        return {"unit": self.unit, "base": asdict(self.base), "cells": [asdict(cell) for cell in self.cells]}
 
     def __str__(self):
         lines = [f"{'layers':>10} {self.unit:>9} {'mean':>9}   95 % interval          random direction"]

@@ -123,17 +123,15 @@ def _layers(model):
     return find_layers(model) if root is None else root.layers
 
 
-def fetch(folder, revision=None):
-    """The local folder of an edit: itself, or a Hub repo's snapshot."""
+def fetch(folder, revision=None, patterns=("edit*.safetensors", "head*.safetensors", JSON)):
+    """The local folder of an edit: itself, or a Hub repo's snapshot of the files of these patterns."""
     path = Path(folder)
     if path.exists() or not _REPO.fullmatch(str(folder)):
         return path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(folder), revision=revision, allow_patterns=["edit*.safetensors", "head*.safetensors", JSON])
-        )
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's errors have no common base besides this
         raise EditFileError(
             f"there is no folder {folder}, and as a Hub repo it could not be fetched: "

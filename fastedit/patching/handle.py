@@ -267,6 +267,36 @@ class Handle:
         """
         return saving.save(self, folder, tenant=tenant)
 
+    def push_to_hub(
+        self, repo, *, base_model=None, training=None, private=None, token=None, message="Upload an edit", tenant=None
+    ):
+        """Save the edits to a Hub repo "user/name", with a model card. `fastedit.load(model, "user/name")` reads them.
+
+        Args:
+            base_model, training, tenant: as of `fastedit.store.save`.
+            private, token, message: as of huggingface_hub; a repo that is not there is made.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ValueError: as `save`, or repo is no "user/name". OSError: the hub refused or could not be reached.
+        """
+        from .hub import push_handle
+
+        return push_handle(
+            self, repo, base_model=base_model, training=training, tenant=tenant, private=private, token=token, message=message
+        )
+
+    def plot(self, axes=None):
+        """Draw what the edits hold, a row per layer: scale − 1 and bias by feature, or the norms of low-rank factors.
+
+        Returns matplotlib axes, one per picture.
+        """
+        from ..plots.edits import draw
+
+        return draw(self.named_tensors(), axes)
+
     # --- tenants --------------------------------------------------------------------------------------------
 
     def assign(self, tenants):

@@ -125,7 +125,7 @@ def _check(handle, layer, site, masters):
         )
     at, module = _map_of(handle, layer, site, masters, where)
     base = base_of(module)
-    if at is not None and not _is_linear(base) and not _is_conv1d(module):
+    if at is not None and not is_linear(base) and not is_conv1d(module):
         of = "input" if isinstance(layer.place(site), Input) else "output"
         if site == "mlp" and (layer.family is mixture.FAMILY or hasattr(module, "experts")):
             raise MergeError(
@@ -169,12 +169,12 @@ def _map_of(handle, layer, site, masters, where):
     return site, layer.at(site)
 
 
-def _is_linear(base):
+def is_linear(base):
     falcon = base.__name__ == "FalconLinear" and base.__module__.startswith("transformers.")  # x @ Wᵀ, then + bias
     return issubclass(base, nn.Linear) and (base.forward is nn.Linear.forward or falcon)
 
 
-def _is_conv1d(module):
+def is_conv1d(module):
     """GPT-2's linear map, which stores Wᵀ."""
     return base_of(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
@@ -182,7 +182,7 @@ def _is_conv1d(module):
 def _merge_one(merged, place, fp32):
     """Merge a stack into its linear map, or into the table; whether that gained a bias."""
     layer, site, masters, module = place.layer, place.site, place.masters, place.module
-    transposed = _is_conv1d(module)
+    transposed = is_conv1d(module)
     weight, bias = module.weight, module._parameters.get("bias")
     with torch.inference_mode(False), torch.no_grad():
         form = fold_all([at_strength(_wide(m.form()), m.strength) for m in masters])
