@@ -1,4 +1,5 @@
-// The native module: kernels/abi.h as functions of tensors. No arithmetic here, and no framework's headers.
+// The native module: kernels/abi.h as functions of tensors. No arithmetic here, and no framework's headers. What every call
+// needs is pybind11's, but for its way of calling: a function of twenty arguments took 0.46 us to enter, of three 0.11.
 #include <cstring>
 
 #include "cpu/isa.h"
@@ -53,8 +54,14 @@ int64_t workspace(const std::string& op, const py::bytes& fields) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "fastedit's native kernels over tensors; call them through fastedit.ops or fastedit.arrays.";
-  bind_forwards(m);
-  bind_backwards(m);
+  static PyMethodDef ready_functions[] = {
+      {"holds", holds, METH_O, nullptr},
+      {"bound", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&bound)), METH_FASTCALL, nullptr},
+      {nullptr, nullptr, 0, nullptr},
+  };
+  for (PyMethodDef* functions : {forward_functions, backward_functions, ready_functions}) {
+    if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();
+  }
   m.def("use_torch", [](const py::module_& torch) { use_torch(torch); });
   m.def("serve", serve);
   m.def("raw", raw);

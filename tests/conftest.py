@@ -5,20 +5,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hashlib
-import pathlib
 
 import pytest
 import torch
-
-SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared"
-
-
-@pytest.fixture
-def shared():
-    """The folder of small trained models and texts beside the repository; skips where it is not there."""
-    if not SHARED.is_dir():
-        pytest.skip("needs the folder `shared` beside the repository")
-    return SHARED
 
 
 @pytest.fixture(scope="session")

@@ -194,7 +194,7 @@ def test_handles_merge_in_the_order_of_their_edits():
     torch.testing.assert_close(tiny.output(model, "llama"), edited, rtol=1e-4, atol=1e-5)
     second.merge()
     torch.testing.assert_close(tiny.output(model, "llama"), edited, rtol=1e-4, atol=1e-5)
-    with pytest.raises(MergeError, match="unmerge that first"):
+    with pytest.raises(MergeError, match="unmerge that one first"):
         first.unmerge()
     second.unmerge()
     first.unmerge()

@@ -185,7 +185,7 @@ class Served:
 
 
 class TableGate:
-    """The gates of a site's tables, as patching/native_add.py asks for an edit's own gate."""
+    """The gates of a site's tables, as patching/residual_add.py asks for an edit's own gate."""
 
     def __init__(self, tables, place, assigned):
         self.tables, self.place, self.tenancy = tables, place, assigned

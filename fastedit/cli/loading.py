@@ -1,4 +1,6 @@
-"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantisation."""
+"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantisation; and how a
+Trainer is told of them.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +13,19 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; b
 DeviceMap = Annotated[str | None, typer.Option(help="auto: over several GPUs, by accelerate.")]
 Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")]
 DTYPES = ("float32", "bfloat16", "float16")
+SIZES = {
+    "device": "auto", "dtype": None, "device_map": None, "quantize": None, "accumulate": 1, "checkpointing": False,
+    "resume": False,
+}  # fmt: skip
 
 
-def load_model(name, device="auto", dtype=None, device_map=None, quantize=None):
-    """(model, tokenizer) of a causal language model in eval mode; a mistake in a name or an option is one line."""
+def load_model(name, device="auto", dtype=None, device_map=None, quantize=None, kind="AutoModelForCausalLM"):
+    """(model in eval mode, tokenizer) by an Auto class's name; a mistake in a name or an option is one line.
+
+    A tokenizer without a padding token pads with its EOS.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     from ..interop import smollm2
     from .progress import quiet
@@ -34,12 +43,13 @@ def load_model(name, device="auto", dtype=None, device_map=None, quantize=None):
         options["quantization_config"] = _quantized(quantize, options.get("dtype"))
         options.setdefault("device_map", {"": place})
     try:
-        if name == smollm2.NAME and not Path(name).exists():
-            name = smollm2.chat_folder()
-        model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        found = smollm2.chat_folder() if name == smollm2.NAME and not Path(name).exists() else name
+        tokenizer = transformers.AutoTokenizer.from_pretrained(found)
+        model = getattr(transformers, kind).from_pretrained(found, **options).eval()
     except (OSError, ValueError, ImportError) as error:
         raise typer.BadParameter(f"{name} could not be loaded: {error}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return model if "device_map" in options else model.to(place), tokenizer
 
 
@@ -47,7 +57,7 @@ def device_of(device):
     """A torch device: "auto" is a GPU if there is one."""
     import torch
 
-    if device == "auto":
+    if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
@@ -71,3 +81,11 @@ def _quantized(bits, dtype):
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = {} if dtype is None else {"bnb_4bit_compute_dtype": dtype}
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **compute)
+
+
+def trainer_options(*, device, accumulate, checkpointing):
+    """TrainingArguments of --device, --accumulate and --checkpointing."""
+    found = {"gradient_accumulation_steps": accumulate, "gradient_checkpointing": checkpointing}
+    if checkpointing:
+        found["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return found | ({"use_cpu": True} if device_of(device).type == "cpu" else {})

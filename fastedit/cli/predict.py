@@ -4,9 +4,9 @@ import json
 
 import typer
 
+from .loading import load_model
 from .texts import read_texts
 from .train import readable
-from .train_models import load
 
 SENTENCES = ("classification", "pairs", "regression", "reward")
 
@@ -34,7 +34,7 @@ def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out):
     if base is None:
         raise typer.BadParameter(f"{folder} does not name its base model: give --model")
     kind = "AutoModel" if task in SENTENCES[:3] else "AutoModelForCausalLM"
-    loaded, tokenizer = load(kind, base, device=device, dtype=dtype, device_map=None, quantize=None)
+    loaded, tokenizer = load_model(base, device, dtype, kind=kind)
     with readable():
         rows = (_labels if task in SENTENCES else _replies)(
             loaded, tokenizer, folder, note, texts, other, max_new_tokens

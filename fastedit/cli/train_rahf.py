@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 
 from ..texts.data_files import read_rows
-from .train_models import SIZES, load, trainer_options
+from .loading import SIZES, load_model, trainer_options
 
 DEFAULTS = {
     "mode": "scit", "student": "lora", "rank": 8, "teacher": "full", "teacher_steps": None, "teacher_epochs": None,
@@ -38,9 +38,7 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
         pairs, held = _read(data, evaluate, rows, seed, chat)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    loaded, tokenizer = load(
-        "AutoModelForCausalLM", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize
-    )
+    loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
     from ..methods import rahf
     from ..methods.rahf_student import margins
     from .progress import TrainingBar, bars

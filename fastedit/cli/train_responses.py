@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ..texts.data_files import read_rows
+from .loading import SIZES, load_model, trainer_options
 from .train import edits_of
-from .train_models import SIZES, load, trainer_options
 
 _OWN = {
     "rank": 4, "layers": None, "positions": None, "site": None, "evaluate": None, "lr": None, "epochs": 3, "batch_size": 8,
@@ -29,9 +29,7 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, evalua
     if chat:
         train, held = ([as_chat(row) for row in part] for part in (train, held))
     edits = edits_of(method, rank=rank, seed=seed, layers=layers, positions=positions, site=site)
-    loaded, tokenizer = load(
-        "AutoModelForCausalLM", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize
-    )
+    loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
     from .. import patch, training
     from ..patching import edit_folder as store
     from .progress import TrainingBar, bars

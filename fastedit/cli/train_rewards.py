@@ -4,8 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .loading import SIZES, load_model, trainer_options
 from .train import edits_of
-from .train_models import SIZES, load, trainer_options
 from .train_responses import as_chat, split
 
 _OWN = {
@@ -28,9 +28,7 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, evalua
     if chat:
         train, held, others = ([as_chat(row) for row in part] for part in (train, held, others))
     edits = edits_of(method, rank=rank, seed=seed, layers=layers, positions=positions, site=site)
-    loaded, tokenizer = load(
-        "AutoModelForCausalLM", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize
-    )
+    loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
     from .. import patch, training
     from ..patching import edit_folder as store
     from ..training.rewards import ranked

@@ -5,8 +5,8 @@ import random
 from rich.console import Console
 
 from ..texts.data_files import read_rows as read_file
+from .loading import SIZES, load_model, trainer_options
 from .train import edits_of
-from .train_models import SIZES, load, trainer_options
 
 _OWN = {
     "rank": 4, "layers": None, "positions": None, "site": None, "text": None, "label": "label", "evaluate": None, "lr": 2e-2,
@@ -32,7 +32,7 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, text, 
     import torch  # isort: skip
 
     edits = edits_of(method, rank=rank, seed=seed, layers=layers, positions=positions, site=site)
-    encoder, tokenizer = load("AutoModel", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize)
+    encoder, tokenizer = load_model(model, device, dtype, device_map, quantize, kind="AutoModel")
     torch.manual_seed(seed)
     classifier = with_head(encoder, len(names) or 1, head)
     handle, console = patch(classifier, edits, freeze=True), Console()

@@ -10,8 +10,10 @@ without control. So reward that is bought with repetition or nonsense shows.
 import torch
 
 from ..patching.eval_mode import evaluating
+from ..texts.chat import prompt_ids
 from ..training.batches import Padded, token_logps
-from .trajectories import _states, collect
+from .replies import left_padded
+from .trajectories import _states, collect, rewards_of
 
 
 def report(
@@ -77,8 +79,8 @@ def rerank_tokens(model, tokenizer, prompts, net, *, k=8, weight=1.0, max_new_to
 def _reranked(model, tokenizer, prompts, net, k, weight, max_new_tokens):
     from transformers import DynamicCache
 
-    given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    ids, mask, cache = given["input_ids"], given["attention_mask"], DynamicCache()
+    given = left_padded([prompt_ids(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id)
+    (ids, mask), cache = (tensor.to(model.device) for tensor in given), DynamicCache()
     ends = torch.as_tensor(model.generation_config.eos_token_id or [], device=ids.device).reshape(-1)
     place = (mask.cumsum(1) - 1).clamp_min(0)
     logits = model(ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True).logits[:, -1]
@@ -108,7 +110,7 @@ def _reranked(model, tokenizer, prompts, net, k, weight, max_new_tokens):
 
 
 def _measured(way, model, tokenizer, prompts, responses, reward, batch_size):
-    rewards = [float(r) for part in _parts(len(prompts), batch_size) for r in reward(prompts[part], responses[part])]
+    rewards = [float(r) for part in _parts(len(prompts), batch_size) for r in rewards_of(reward, prompts[part], responses[part])]
     likely = [log_p(model, tokenizer, prompts[part], responses[part]) for part in _parts(len(prompts), batch_size)]
     known = [value for part in likely for value in part if value is not None]
     return {
@@ -130,7 +132,6 @@ def distinct(responses, n=2):
 @torch.no_grad()
 def log_p(model, tokenizer, prompts, responses):
     """The mean log-probability of a token of each response after its prompt. None for an empty response."""
-    from ..texts.chat import prompt_ids
 
     found, rows = [None] * len(prompts), []
     for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):

@@ -20,18 +20,21 @@ def replies(model, tokenizer, prompts, *, max_new_tokens=64, batch_size=8):
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            longest = len(given[batch[-1]])
-            ids = torch.full((len(batch), longest), pad)
-            for row, k in enumerate(batch):
-                ids[row, longest - len(given[k]) :] = torch.tensor(given[k])
-            mask = torch.tensor([[0] * (longest - len(given[k])) + [1] * len(given[k]) for k in batch])
+            ids, mask = left_padded([given[k] for k in batch], pad)
             made = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
                 max_new_tokens=max_new_tokens, pad_token_id=pad,
             )  # fmt: skip
-            for k, reply in zip(batch, made[:, longest:], strict=True):
+            for k, reply in zip(batch, made[:, ids.shape[1] :], strict=True):
                 said[k] = tokenizer.decode(reply, skip_special_tokens=True)
     return said
+
+
+def left_padded(given, pad):
+    """(input_ids, attention_mask), (sequences, columns) int64, of lists of token ids."""
+    columns = max(map(len, given))
+    ids = torch.tensor([[pad] * (columns - len(some)) + list(some) for some in given])
+    return ids, torch.tensor([[0] * (columns - len(some)) + [1] * len(some) for some in given])
 
 
 def plain(prompt):

@@ -27,6 +27,8 @@ from ..patching.eval_mode import evaluating
 from ..patching.layer_plan import choose
 from ..patching.model_edits import root_of
 from ..patching.site_kinds import watch
+from ..texts.chat import prompt_ids
+from .replies import left_padded, plain
 
 _FORMAT = "fastedit trajectories 1"
 _PLAN = "collection.json"  # of a folder of shards: what was asked for, and how many shards there are to be
@@ -37,7 +39,7 @@ logger = logging.getLogger("fastedit")
 class Trajectories:
     """n responses. states: (sum of lengths, width), in the model's dtype. lengths: (n,) int64. rewards: (n,) fp32.
 
-    prompts, responses: their texts, [] if unknown.
+    prompts, responses: their texts; a prompt may be a list of messages. [] if unknown.
 
     Raises:
         TypeError, ValueError: shapes that do not fit together, a response without a state, a reward that is not finite.
@@ -126,8 +128,9 @@ def collect(
 
     Args:
         model, tokenizer: a causal language model and its tokenizer, which needs a padding token.
-        prompts: texts.
-        reward: any function (prompts, responses) → one number each. It is called with a batch of texts.
+        prompts: texts, or lists of messages, which go through the tokenizer's chat template.
+        reward: any function (prompts, responses) → one number each. It is called with a batch of texts. For messages it gets
+            the last one's text, or the messages themselves if it has the attribute `takes_messages`.
         samples: responses per prompt. temperature: 0 for the likeliest token.
         dtype: of the kept states. By default the model's own.
         progress: called as progress(done, total), in responses, after each batch.
@@ -199,8 +202,8 @@ def _plan(folder):
 def _check(model, tokenizer, prompts, reward, samples, part):
     if len(part) != 2 or not 0 <= part[0] < part[1]:
         raise ValueError(f"part is {part!r}, expected (number, of how many), such as (0, 4)")
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("prompts is empty or holds something else than texts")
+    if not prompts or not all(isinstance(prompt, (str, list, tuple)) for prompt in prompts):
+        raise ValueError("prompts is empty or holds something else than texts and lists of messages")
     if not callable(reward):
         raise TypeError(f"reward is {reward!r}, expected a function (prompts, responses) → numbers")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
@@ -214,8 +217,8 @@ def _check(model, tokenizer, prompts, reward, samples, part):
 def _of_batch(model, tokenizer, prompts, samples, reward, dtype, options):
     """(states, lengths, rewards, prompts, responses) of a few prompts."""
     samples = samples if options["do_sample"] else 1
-    given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    ids, mask = (given[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    given = [prompt_ids(tokenizer, prompt, f"prompt {prompt!r:.60}") for prompt in prompts]
+    ids, mask = (tensor.to(model.device) for tensor in left_padded(given, tokenizer.pad_token_id))
     with _states(model) as states:
         output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options)
     new = output[:, ids.shape[1] :]
@@ -230,17 +233,19 @@ def _of_batch(model, tokenizer, prompts, samples, reward, dtype, options):
     states = states[valid].to("cpu", states.dtype if dtype is None else dtype)
     responses = [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(new, lengths.tolist(), strict=True)]
     asked = [prompt for prompt in prompts for _ in range(samples)]
-    return states, lengths, _rewards(reward, asked, responses), asked, responses
+    return states, lengths, torch.tensor(rewards_of(reward, asked, responses), dtype=torch.float32), asked, responses
 
 
-def _rewards(reward, prompts, responses):
-    found = reward(prompts, responses)
+def rewards_of(reward, prompts, responses):
+    """[number] of a reward function, checked; what it is given of messages is in `collect`."""
+    as_they_are = getattr(reward, "takes_messages", False)
+    found = reward(prompts if as_they_are else [plain(prompt) for prompt in prompts], responses)
     found = found.tolist() if isinstance(found, torch.Tensor) else list(found)
     if len(found) != len(responses) or not all(isinstance(r, (int, float)) and math.isfinite(r) for r in found):
         raise ValueError(
             f"reward gave {found!r:.80} for {len(responses)} responses, expected one finite number for each"
         )
-    return torch.tensor(found, dtype=torch.float32)
+    return found
 
 
 def _lengths(model, new, options):

@@ -48,10 +48,10 @@ def edit(
     host, before anything runs.
     """
     done = _native.try_edit(hidden, scale, bias, read, offset, write, slot, strength, return_projection, gate, rule)
-    if done is None:
-        rows, *form = _plain(hidden=hidden, scale=scale, bias=bias, read=read, offset=offset, write=write, slot=slot)
-        k, gate, rule = _plain_strength(strength, rows), *_plain(gate=gate, rule=rule)
-        done = _native.edit(rows, *form, k, return_projection, gate, rule)
+    if done is not None:
+        return done
+    rows, *form = _plain(hidden=hidden, scale=scale, bias=bias, read=read, offset=offset, write=write, slot=slot)
+    done = _native.edit(rows, *form, _plain_strength(strength, rows), return_projection, *_plain(gate=gate, rule=rule))
     return done if return_projection else done[0]
 
 

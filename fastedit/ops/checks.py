@@ -1,29 +1,109 @@
-"""Argument checks of the ops. They read metadata only, are cheap enough for every call, and come before anything
-runs."""
+"""Argument checks of the ops: what a call that no native kernel answered is told, before anything runs.
+
+From metadata alone, but for slots in host memory. The native module has checks of its own, for every call, of the same kind.
+"""
 
 import torch
 
-from ..arguments import MAX_RANK, check_norm_kind, check_steps
+from ..arguments import MAX_RANK, check_norm_kind, check_projection, check_steps
 from .value_net import ValueNet
 
 _ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_SHAPES = {  # of the parameters, behind the slots
+    "scale": ("width",), "bias": ("width",), "read": ("rank", "width"), "offset": ("rank",), "write": ("rank", "width"),
+    "gate": ("width",),
+}  # fmt: skip
 
 
-def check_rows(rows, name):
+def check(op, given):
+    """An op's arguments {name: value}: dtypes, shapes and devices, and that what belongs together is there.
+
+    Raises:
+        TypeError, ValueError: with what was expected and what was found. IndexError: a slot out of range, on the host.
+    """
+    name = "x" if "x" in given else "hidden"
+    rows = given[name]
+    _check_rows(rows, name)
+    if "x" in given:
+        _check_same_rows(rows, given["residual"])
+    if "write" in given or op == "project":
+        _check_form(rows, given, op == "project")
+        check_projection(given.get("want_z"), given["read"])
+    if "kind" in given:
+        _check_norm(rows, given)
+
+
+def _check_rows(rows, name):
     if rows.dtype not in _ROW_DTYPES:
         raise TypeError(f"{name} has dtype {rows.dtype}, expected float32, bfloat16, float16 or float64")
     if rows.dim() == 0:
         raise ValueError(f"{name} is a single number, expected hidden states of shape (…, width)")
 
 
-def check_same_rows(x, residual):
-    check_rows(residual, "residual")
+def _check_same_rows(x, residual):
+    _check_rows(residual, "residual")
     if x.shape != residual.shape:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and residual {tuple(residual.shape)}, expected the same shape"
-        )
+        raise ValueError(f"x has shape {tuple(x.shape)} and residual {tuple(residual.shape)}, expected the same shape")
     if x.device != residual.device:
         raise ValueError(f"x is on {x.device} and residual on {residual.device}, expected the same device")
+
+
+def _check_form(hidden, given, read_only):
+    """The normal form, its strength and gate, against hidden (…, width)."""
+    scale, bias, read, offset, write, slot = (given.get(n) for n in ("scale", "bias", "read", "offset", "write", "slot"))
+    lead = () if slot is None else _slots(hidden, slot, scale, bias, read)
+    sizes = {"width": hidden.shape[-1], "rank": 0}
+    if (read is None and (write is not None or offset is not None)) or (read is not None and write is None and not read_only):
+        missing = "read" if read is None else "write"
+        raise ValueError(f"read, offset and write belong together: {missing} is None (offset alone may be)")
+    if read is not None:
+        sizes["rank"] = read.shape[-2] if read.dim() >= 2 else 0
+        if not 1 <= sizes["rank"] <= MAX_RANK:
+            raise ValueError(
+                f"read has shape {tuple(read.shape)}, expected (rank, width) with rank 1 to {MAX_RANK}"
+                + (" behind the slot dimension" if lead else "")
+            )
+    gate, rule = given.get("gate"), given.get("rule")
+    if (gate is None) != (rule is None):
+        missing, there = ("rule", "gate") if rule is None else ("gate", "rule")
+        raise ValueError(
+            f"{there} is given without {missing}: a gate takes gate (width,) and rule (3,) = (threshold, sharpness or 0 for "
+            "a hard gate, 1 for the cosine else 0)"
+        )
+    for name, dims in _SHAPES.items():
+        if given.get(name) is not None:
+            _check_parameter(name, given[name], (*lead, *(sizes[d] for d in dims)), hidden)
+    if rule is not None:
+        if rule.shape != (*lead, 3):
+            raise ValueError(
+                f"rule has shape {tuple(rule.shape)}, expected {(*lead, 3)}: threshold, sharpness or 0 for a hard gate, 1 for "
+                "the cosine else 0" + (", for each slot" if lead else "")
+            )
+        _check_placement("rule", rule, hidden)
+    strength = given.get("coefficient")
+    if strength is not None:
+        if strength.numel() != 1 or strength.dim() > 1:
+            _check_per_row("strength", strength, hidden, None)
+        _check_placement("strength", strength, hidden)
+
+
+def _slots(hidden, slot, *parameters):
+    """(slots,), once slot is found to be one a row and, where looking stalls nothing, in range."""
+    _check_per_row("slot", slot, hidden, torch.int32)
+    some = next((p for p in parameters if p is not None), None)
+    if some is None or some.dim() < 2:
+        raise ValueError("slot is given, so the parameters need a leading slot dimension, e.g. scale (slots, width)")
+    slots = some.shape[0]
+    if slots == 0:
+        raise ValueError("slot is given, but the parameters hold no slots (leading dimension 0)")
+    if slot.is_cpu and type(slot) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        wrong = ((slot < -1) | (slot >= slots)).reshape(-1).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise IndexError(
+                f"slot of row {row} is {int(slot.reshape(-1)[row])}, expected -1 (untouched) or 0 to {slots - 1}"
+            )
+    return (slots,)
 
 
 def _check_parameter(name, parameter, shape, hidden):
@@ -49,65 +129,6 @@ def _check_placement(name, parameter, hidden):
         )
 
 
-def check_form(hidden, scale, bias, read, offset, write, slot, coefficient, read_only=False):
-    """Check shapes, dtypes and devices of the normal form against hidden (…, width)."""
-    width = hidden.shape[-1]
-    lead = ()
-    if slot is not None:
-        _check_per_row("slot", slot, hidden, torch.int32)
-        some = next((p for p in (scale, bias, read) if p is not None), None)
-        if some is None or some.dim() < 2:
-            raise ValueError("slot is given, so the parameters need a leading slot dimension, e.g. scale (slots, width)")
-        lead = some.shape[:1]
-        if lead[0] == 0:
-            raise ValueError("slot is given, but the parameters hold no slots (leading dimension 0)")
-    if scale is not None:
-        _check_parameter("scale", scale, (*lead, width), hidden)
-    if bias is not None:
-        _check_parameter("bias", bias, (*lead, width), hidden)
-    if read is None and write is None and offset is None:
-        pass
-    elif read is None or (write is None and not read_only):
-        missing = "read" if read is None else "write"
-        raise ValueError(f"read, offset and write belong together: {missing} is None (offset alone may be)")
-    else:
-        rank = read.shape[-2] if read.dim() >= 2 else 0
-        if not 1 <= rank <= MAX_RANK:
-            raise ValueError(
-                f"read has shape {tuple(read.shape)}, expected (rank, width) with rank 1 to {MAX_RANK}"
-                + (" behind the slot dimension" if lead else "")
-            )
-        _check_parameter("read", read, (*lead, rank, width), hidden)
-        if write is not None:
-            _check_parameter("write", write, (*lead, rank, width), hidden)
-        if offset is not None:
-            _check_parameter("offset", offset, (*lead, rank), hidden)
-    if coefficient is not None:
-        if coefficient.numel() == 1 and coefficient.dim() <= 1:
-            _check_placement("strength", coefficient, hidden)
-        else:
-            _check_per_row("strength", coefficient, hidden, None)
-            _check_placement("strength", coefficient, hidden)
-
-
-def check_gate(hidden, gate, rule, scale, bias, read, slot):
-    """Check a gate and its rule against hidden (…, width) and a form that has passed its check."""
-    if gate is None or rule is None:
-        missing, given = ("rule", "gate") if rule is None else ("gate", "rule")
-        raise ValueError(
-            f"{given} is given without {missing}: a gate takes gate (width,) and rule (3,) = (threshold, sharpness or 0 for "
-            "a hard gate, 1 for the cosine else 0)"
-        )
-    lead = () if slot is None else next(p.shape[:1] for p in (scale, bias, read) if p is not None)
-    _check_parameter("gate", gate, (*lead, hidden.shape[-1]), hidden)
-    if rule.shape != (*lead, 3):
-        raise ValueError(
-            f"rule has shape {tuple(rule.shape)}, expected {(*lead, 3)}: threshold, sharpness or 0 for a hard gate, 1 for the "
-            "cosine else 0" + (", for each slot" if lead else "")
-        )
-    _check_placement("rule", rule, hidden)
-
-
 def _check_per_row(name, tensor, hidden, dtype):
     if tensor.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -120,16 +141,22 @@ def _check_per_row(name, tensor, hidden, dtype):
         raise ValueError(f"{name} is on {tensor.device} and the hidden states on {hidden.device}")
 
 
-def check_norm(x, weight, norm_bias, kind):
-    width = x.shape[-1:]
-    for name, parameter in (("weight", weight), ("norm_bias", norm_bias)):
-        if parameter is not None and parameter.shape != width:
-            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected ({width[0]},) as the rows' width")
-    check_norm_kind(weight, norm_bias, kind)
+def _check_norm(x, given):
+    residual = torch.promote_types(x.dtype, given["residual"].dtype)
+    for name in ("weight", "norm_bias"):
+        parameter = given[name]
+        if parameter is None:
+            continue
+        if parameter.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected ({x.shape[-1]},) as the rows' width")
+        if parameter.dtype != residual:
+            raise TypeError(f"the norm's {name} has dtype {parameter.dtype} and the residual {residual}, expected the same dtype")
+    check_norm_kind(given["weight"], given["norm_bias"], given["kind"])
 
 
 def check_group(hidden, group, mask, groups, traced):
-    """The number of groups, after a check that group and mask have one entry per row of hidden."""
+    """The number of groups, once group and mask are found to be one a row of hidden."""
+    _check_rows(hidden, "hidden")
     if mask is not None:
         _check_per_row("mask", mask, hidden, torch.bool)
     if groups is not None and (not isinstance(groups, (int, torch.SymInt)) or groups < 1):
@@ -150,6 +177,7 @@ def check_group(hidden, group, mask, groups, traced):
 
 
 def check_ascent(hidden, value_net, steps, step_size):
+    _check_rows(hidden, "hidden")
     if not isinstance(value_net, ValueNet):
         raise TypeError(
             f"value_net is {type(value_net).__name__}, expected a fastedit.ValueNet; ValueNet.from_sequential takes an "

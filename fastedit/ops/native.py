@@ -1,7 +1,8 @@
 """The native module's backends, `cpu` and `cuda`: its functions of tensors, named as in fastedit.kernels.reference.
 
-`try_*` are for calls that may be declined. They return None, and do nothing, if autograd, a transform, a tracer or
-another backend must see the call, or if a kernel cannot take an argument as it is.
+`try_*` are for calls that only ask, and get what fastedit.ops returns: None where autograd, a transform, a tracer or another
+backend must see the call, or where an argument is not as a kernel takes it. Nothing is done then. `bound` is such a call that
+is held ready, with the facts under which it is right.
 """
 
 import types
@@ -18,7 +19,11 @@ try:
 except ImportError as error:  # a pure-Python install, or a torch without DLPack's exchange interface
     _native, _missing = None, error
 
+BACKWARDS = ("edit_backward", "edit_add_norm_backward", "project_backward")
 MAX_UNITS = 6144  # of a value net on a GPU: 16 bytes each in the 99 KB of a block on sm_86 and later
+
+
+NOTHING = ()  # a fact for `holds`: there is nothing, or nothing that is true
 
 
 def _unserved(*_):
@@ -30,7 +35,21 @@ def _asking(op):
 
 
 try_edit, try_edit_add, try_edit_add_norm, try_project = map(_asking, ("edit", "edit_add", "edit_add_norm", "project"))
-try_edit_backward, try_edit_add_norm_backward = map(_asking, ("edit_backward", "edit_add_norm_backward"))
+ASKED = {op: _asking(op) for op in BACKWARDS} | {
+    "edit": try_edit, "edit_add": try_edit_add, "edit_add_norm": try_edit_add_norm, "project": try_project,
+}  # fmt: skip
+
+
+def _holds(facts):
+    for holder, name, expected in facts:
+        found = (holder if isinstance(holder, dict) else vars(holder)).get(name)
+        if found if expected is NOTHING else found is not expected:
+            return False
+    return True
+
+
+holds = _holds if _native is None else _native.holds  # csrc/tensors.cpp
+bound = _unserved if _native is None else _native.bound
 
 
 def serve(device_type, on):

@@ -13,39 +13,14 @@ result. If that returns None, Python finds out why:
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from ..arguments import NORM_KINDS, check_on, check_projection
+from ..arguments import NORM_KINDS, TAKES, check_norm_kind, check_on, check_projection
 from ..kernels import reference
-from . import registered as torch_library
-from .autograd import EditAddFunction, EditAddNormFunction, EditFunction, ProjectFunction
-from .checks import check_ascent, check_form, check_gate, check_group, check_norm, check_rows, check_same_rows
-from .implementation import run_edit, run_edit_add, run_edit_add_norm, run_moments, run_project, run_value_ascent
+from .autograd import FUNCTIONS
+from .checks import check, check_ascent, check_group
 from .native import try_edit, try_edit_add, try_edit_add_norm, try_project
 from .parameter_changes import transformed
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _traced(tensor):
-    """True if the call must stay visible: torch.compile, export, fake and functional tensors."""
-    return type(tensor) not in _PLAIN or torch.compiler.is_compiling()
-
-
-def _needs_grad(*tensors):
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:  # noqa: SIM110, a generator costs half a microsecond
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
-def _coefficient(strength, hidden):
-    """strength as the kernels see it: None (1 for every row) or an fp32 tensor."""
-    if strength is None or isinstance(strength, torch.Tensor):
-        return strength
-    if isinstance(strength, (int, float)) and strength == 1.0:
-        return None
-    return torch.full((1,), float(strength), dtype=torch.float32, device=hidden.device)
+from .registered import OPERATORS, ascend
+from .running import PLAIN, run
 
 
 def edit(
@@ -87,24 +62,9 @@ def edit(
     if not is_dynamo_compiling():
         done = try_edit(hidden, scale, bias, read, offset, write, slot, strength, return_projection, gate, rule)
         if done is not None:
-            return done if return_projection else done[0]
-    coefficient = _coefficient(strength, hidden)
-    form = (scale, bias, read, offset, write, slot, coefficient)
-    check_rows(hidden, "hidden")
-    check_form(hidden, *form)
-    check_projection(return_projection, read)
-    if gate is not None or rule is not None:
-        check_gate(hidden, gate, rule, scale, bias, read, slot)
-        if _traced(hidden) or _needs_grad(hidden, *form, gate, rule) or transformed():
-            form, gate, rule = (*form[:6], _behind(gate, rule, hidden, slot, coefficient)), None, None
-    if _traced(hidden):
-        out, z = torch_library.edit(hidden, *form)
-    elif transformed():
-        out, z = _defined(reference.edit, (hidden,), form, return_projection)
-    elif _needs_grad(hidden, *form):
-        out, z = EditFunction.apply(hidden, *form)
-    else:
-        out, z = run_edit(hidden, *form, return_projection, gate, rule)
+            return done
+    form = (scale, bias, read, offset, write, slot, _coefficient(strength, hidden))
+    out, z = _seen("edit", (hidden,), form, gate=gate, rule=rule, want_z=return_projection)
     return (out, z) if return_projection else out
 
 
@@ -134,21 +94,10 @@ def edit_add(
             x, residual, scale, bias, read, offset, write, slot, strength, on_sum, return_projection, gate, rule
         )
         if done is not None:
-            return done if return_projection else done[0]
+            return done
     check_on(on)
-    coefficient = _coefficient(strength, x)
-    form = (scale, bias, read, offset, write, slot, coefficient)
-    _check_add(x, residual, form, return_projection)
-    if gate is not None or rule is not None:
-        form, gate, rule = _gate_of_add(x, residual, form, gate, rule, on_sum)
-    if _traced(x):
-        out, z = torch_library.edit_add(x, residual, *form, on_sum)
-    elif transformed():
-        out, z = _defined(reference.edit_add, (x, residual), form, on_sum, return_projection)
-    elif _needs_grad(x, residual, *form):
-        out, z = EditAddFunction.apply(x, residual, *form, on_sum)
-    else:
-        out, z = run_edit_add(x, residual, *form, on_sum, return_projection, gate, rule)
+    form = (scale, bias, read, offset, write, slot, _coefficient(strength, x))
+    out, z = _seen("edit_add", (x, residual), form, on_sum, gate=gate, rule=rule, want_z=return_projection)
     return (out, z) if return_projection else out
 
 
@@ -183,26 +132,14 @@ def edit_add_norm(
             return_projection, return_residual, False, gate, rule,
         )  # fmt: skip
         if done is not None:
-            return done[:3] if return_projection else done[:2]
+            return done
     check_on(on)
-    coefficient = _coefficient(strength, x)
-    form = (scale, bias, read, offset, write, slot, coefficient)
-    _check_add(x, residual, form, return_projection)
-    check_norm(x, weight, norm_bias, kind)
-    norm = (weight, norm_bias)
-    if gate is not None or rule is not None:
-        form, gate, rule = _gate_of_add(x, residual, form, gate, rule, on_sum, norm)
-    if _traced(x):
-        out, normed, z, _, _ = torch_library.edit_add_norm(x, residual, *norm, *form, on_sum, code, eps)
-    elif transformed():
-        form = (*norm, *form)
-        out, normed, z = _defined(reference.edit_add_norm, (x, residual), form, on_sum, code, eps, return_projection)
-    elif _needs_grad(x, residual, *norm, *form):
-        out, normed, z, _, _ = EditAddNormFunction.apply(x, residual, *norm, *form, on_sum, code, eps)
-    else:
-        out, normed, z, _, _ = run_edit_add_norm(
-            x, residual, *norm, *form, on_sum, code, eps, return_projection, return_residual, False, gate, rule
-        )
+    check_norm_kind(weight, norm_bias, kind)
+    form = (scale, bias, read, offset, write, slot, _coefficient(strength, x))
+    out, normed, z, *_ = _seen(
+        "edit_add_norm", (x, residual, weight, norm_bias), form, on_sum, code, eps, gate=gate, rule=rule,
+        want_z=return_projection, want_residual=return_residual,
+    )  # fmt: skip
     return (out, normed, z) if return_projection else (out, normed)
 
 
@@ -223,15 +160,7 @@ def project(hidden, read, offset=None):
         done = try_project(hidden, read, offset)
         if done is not None:
             return done
-    check_rows(hidden, "hidden")
-    check_form(hidden, None, None, read, offset, None, None, None, read_only=True)
-    if _traced(hidden):
-        return torch_library.project(hidden, read, offset)
-    if transformed():
-        return reference.project(hidden.reshape(-1, hidden.shape[-1]), read, offset).view(*hidden.shape[:-1], read.shape[0])
-    if _needs_grad(hidden, read, offset):
-        return ProjectFunction.apply(hidden, read, offset)
-    return run_project(hidden, read, offset)
+    return _seen("project", (hidden, read, offset), ())
 
 
 @torch.no_grad()
@@ -258,14 +187,13 @@ def moments(hidden, group=None, mask=None, groups=None):
         TypeError, ValueError: a wrong dtype, shape or device. IndexError: a group beyond groups, on the CPU. On a GPU
             that check would stall the stream, so such a row is left out.
     """
-    check_rows(hidden, "hidden")
     traced = _traced(hidden)
     groups = check_group(hidden, group, mask, groups, traced)
     if mask is not None:
         group = torch.where(mask, 0 if group is None else group, -1).to(torch.int32)
     if traced:
-        return torch_library.moments(hidden, group, groups)
-    return run_moments(hidden, group, groups)
+        return OPERATORS["moments"](hidden, group, groups)
+    return run("moments", hidden, group, groups)
 
 
 @torch.no_grad()
@@ -288,45 +216,92 @@ def value_ascent(hidden, value_net, steps, step_size):
     Raises:
         TypeError, ValueError: a wrong dtype, width, device or number, before anything runs.
     """
-    check_rows(hidden, "hidden")
     check_ascent(hidden, value_net, steps, step_size)
     traced = _traced(hidden)
     gram = value_net.gram(torch.float64 if hidden.dtype is torch.float64 else torch.float32)
-    arguments = (hidden, *value_net.tensors(), gram)
+    version = value_net.gram_version if traced and not torch.compiler.is_exporting() else -1  # a weight exported has no past
+    arguments = (hidden, *value_net.tensors(), gram, version, steps, float(step_size))
+    return OPERATORS["value_ascent"](*arguments) if traced else ascend(*arguments)
+
+
+# --- calls that no native call has answered ----------------------------------------------------------------------------
+
+
+def _traced(tensor):
+    """True where the call must stay visible: torch.compile, export, fake and functional tensors."""
+    return type(tensor) not in PLAIN or torch.compiler.is_compiling()
+
+
+def _needs_grad(tensors):
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # noqa: SIM110, a generator costs half a microsecond
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            return True
+    return False
+
+
+def _coefficient(strength, hidden):
+    """strength as the kernels see it: None (1 for every row) or an fp32 tensor."""
+    if strength is None or isinstance(strength, torch.Tensor):
+        return strength
+    if isinstance(strength, (int, float)) and strength == 1.0:
+        return None
+    return torch.full((1,), float(strength), dtype=torch.float32, device=hidden.device)
+
+
+def _seen(op, rows, form, *how, gate=None, rule=None, want_z=False, want_residual=True):
+    """An op for whoever has to see it: a tracer, a transform, autograd; else for another backend, or to be refused.
+
+    rows: what stands before the form among its arguments; how: what stands behind.
+    """
+    traced = _traced(rows[0])
+    looked_at = not traced and transformed()
+    learns = not (traced or looked_at) and _needs_grad((*rows, *form, gate, rule))
+    if traced or looked_at or (learns and (gate is not None or rule is not None)):
+        names = TAKES[op]
+        check(op, dict(zip(names, (*rows, *form, *how), strict=False)) | {"gate": gate, "rule": rule, "want_z": want_z})
+        if gate is not None:
+            form = (*form[:6], _behind(gate, rule, _given_to_edit(op, rows, how), form[5], form[6]))
+    arguments = (*rows, *form, *how)
     if traced:
-        version = -1 if torch.compiler.is_exporting() else value_net.gram_version  # an exported weight has no history
-        return torch_library.value_ascent(*arguments, version, steps, float(step_size))
-    return run_value_ascent(*arguments, steps, float(step_size))
+        out = OPERATORS[op](*arguments)
+    elif looked_at:
+        out = _defined(op, arguments)
+    elif learns:
+        if want_z and form[2] is None:
+            check_projection(want_z, None)
+        out = FUNCTIONS[op].apply(*arguments)
+    elif op == "project":
+        out = run(op, *arguments)
+    else:
+        more = (want_residual, False) if op == "edit_add_norm" else ()
+        out = run(op, *arguments, want_z, *more, gate, rule)
+    return out
 
 
-def _defined(op, streams, form, *more):
-    """An op by its definition, for torch.func and forward-mode differentiation: its outputs without the statistics."""
-    rows, lead = (s.reshape(-1, s.shape[-1]) for s in streams), streams[0].shape[:-1]
-    *form, slot, k = form
-    slot = None if slot is None else slot.reshape(-1)
-    k = None if k is None else k.reshape(-1)
-    outputs = op(*rows, *form, slot, k, *more)[:3]
-    return tuple(None if t is None else t.reshape(*lead, t.shape[-1]) for t in outputs)
+def _given_to_edit(op, rows, how):
+    """The hidden states that an edit is given: of the sum, as a kernel has it, in fp32."""
+    if op == "edit" or not how[0]:
+        return rows[0]
+    x, residual = rows[:2]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
+    return residual.to(dtype) + x.to(dtype)
 
 
-def _check_add(x, residual, form, return_projection):
-    check_rows(x, "x")
-    check_same_rows(x, residual)
-    check_form(x, *form)
-    check_projection(return_projection, form[2])
-
-
-def _gate_of_add(x, residual, form, gate, rule, on_sum, norm=()):
-    """(form, gate, rule) of an add: unchanged for a kernel, else with the gate in the form's coefficient."""
-    *parameters, slot, coefficient = form
-    check_gate(x, gate, rule, *parameters[:3], slot)
-    if not _traced(x) and not _needs_grad(x, residual, *norm, *form, gate, rule) and not transformed():
-        return form, gate, rule
-    seen = x
-    if on_sum:
-        dtype = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
-        seen = residual.to(dtype) + x.to(dtype)
-    return (*parameters, slot, _behind(gate, rule, seen, slot, coefficient)), None, None
+def _defined(op, arguments):
+    """An op by its definition, for torch.func and forward-mode differentiation."""
+    given = dict(zip(TAKES[op], arguments, strict=False))
+    lead = arguments[0].shape[:-1]
+    for name, value in given.items():
+        if value is not None and name in ("hidden", "x", "residual"):
+            given[name] = value.reshape(-1, value.shape[-1])
+        elif value is not None and name in ("slot", "coefficient"):
+            given[name] = value.reshape(-1)
+    if op == "project":
+        return reference.project(**given).view(*lead, -1)
+    outputs = getattr(reference, op)(**given, want_z=given["read"] is not None)
+    return tuple(None if t is None or t.dim() < 2 else t.reshape(*lead, t.shape[-1]) for t in outputs)
 
 
 def _behind(gate, rule, hidden, slot, strength):

@@ -1,5 +1,6 @@
 """The fused forwards of layers made of steps (families/steps.py), beside those of fused_layer.py."""
 
+from torch.compiler import is_compiling
 from torch.nn.functional import dropout as functional_dropout
 
 from ..families import ParallelLayer, ResidualLayer, submodule
@@ -85,6 +86,8 @@ def residual_layer(recipe, base):
         state = self.__dict__.get(STATE)
         if state is None or len(args) > len(names):
             return base.forward(self, hidden_states, *args, **kwargs)
+        if is_compiling():
+            return state.traced(base.forward(self, hidden_states, *args, **kwargs))
         if apart is not None and hidden_states.dtype is apart:
             out = base.forward(self, hidden_states, *args, **kwargs)
             return out if state.block is None else state.block.apply(out)
@@ -124,15 +127,12 @@ def _sum(state, step, x, hidden, following, last):
     add, modules = state.adds[step.chain[-1]], state.module._modules
     if step.after is not None:
         norm = state.norms[step.after]
-        if norm is not None and norm.fits(x, hidden):
-            return add.with_norm(x, hidden, norm, want_residual=False)[1], None
-        return modules[step.after](add(x, hidden)), None
+        out, normed = (add(x, hidden), None) if norm is None else add(x, hidden, norm, want_residual=False)
+        return modules[step.after](out) if normed is None else normed, None
     if last:
         return leave(state, add, x, hidden), None
     norm = None if following is None else state.norms[following]
-    if norm is not None and norm.fits(x, hidden):
-        return add.with_norm(x, hidden, norm)
-    return add(x, hidden), None
+    return (add(x, hidden), None) if norm is None else add(x, hidden, norm)
 
 
 def parallel_layer(recipe, base):
@@ -144,6 +144,8 @@ def parallel_layer(recipe, base):
         state = self.__dict__.get(STATE)
         if state is None or len(args) > len(names):
             return base.forward(self, hidden_states, *args, **kwargs)
+        if is_compiling():
+            return state.traced(base.forward(self, hidden_states, *args, **kwargs))
         if args:
             kwargs.update(zip(names, args, strict=False))
         if recipe.only:

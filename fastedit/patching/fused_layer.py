@@ -8,6 +8,7 @@ import inspect
 from threading import get_ident as _ident
 
 import torch
+from torch.compiler import is_compiling
 
 from ..families import PostNorm, PreNormLayer, PreNormSublayer, submodule
 from .residual_add import Add, Norm
@@ -28,20 +29,25 @@ class State:
         self.module, self.adds, self.norms = module, adds, norms
         self.entry, self.apart = entry, apart
         self.successor = self.block = None
+        self.own = ()  # the Sites that are the output of `module` itself
         self.carried = {}  # by thread: (hidden, version, normed) that the predecessor has left
+
+
+    def traced(self, output):
+        """The output of the layer's own forward, which a compiler sees in place of the fused one: sites apply their edits
+        after their modules, and the compiler fuses. What the fused one looks up would cost a guard each."""
+        for site in self.own:
+            output = site.after(self.module, output)
+        return output
 
 
 # --- across layers ------------------------------------------------------------------------------------------
 
 
 def _may_carry(module):
-    """Whether a normed tensor may cross from one module to the next.
-
-    Never under checkpointing, whose recomputation would not find it, and never while tracing.
-    """
-    if torch.compiler.is_compiling() or (
-        module.training and getattr(module, "gradient_checkpointing", False)
-    ):
+    """A normed tensor may cross from one module to the next: never under checkpointing, whose recomputation
+    would not find it."""
+    if module.training and getattr(module, "gradient_checkpointing", False):
         return False
     if (
         torch.is_grad_enabled()
@@ -53,8 +59,8 @@ def _may_carry(module):
 
 
 def entry_norm(state, hidden, norm):
-    """norm(hidden), from the predecessor if it was computed from this very tensor, unchanged."""
-    carried = None if torch.compiler.is_compiling() or not state.carried else state.carried.pop(_ident(), None)
+    """norm(hidden), from the predecessor if this is the tensor it was computed from, unchanged."""
+    carried = state.carried.pop(_ident(), None) if state.carried else None
     if carried is not None:
         source, version, normed = carried
         if source is hidden and hidden._version == version and _may_carry(state.module):
@@ -67,11 +73,11 @@ def leave(state, add, x, residual):
     successor = state.successor
     if successor is None or not (_may_carry(state.module) and _may_carry(successor.module)):
         return add(x, residual)
-    norm = successor.entry
-    if not norm.fits(x, residual) or residual.dtype is state.apart:
+    if residual.dtype is state.apart:
         return add(x, residual)
-    hidden, normed = add.with_norm(x, residual, norm)
-    successor.carried[_ident()] = (hidden, hidden._version, normed)
+    hidden, normed = add(x, residual, successor.entry)
+    if normed is not None:
+        successor.carried[_ident()] = (hidden, hidden._version, normed)
     return hidden
 
 
@@ -93,6 +99,8 @@ def pre_norm_layer(recipe, base):
         state = self.__dict__.get(STATE)
         if state is None or len(args) > len(names):
             return base.forward(self, hidden_states, *args, **kwargs)
+        if is_compiling():
+            return state.traced(base.forward(self, hidden_states, *args, **kwargs))
         if args:
             kwargs.update(zip(names, args, strict=False))
         if cross and kwargs.get(cross[0]) is not None:
@@ -107,10 +115,8 @@ def pre_norm_layer(recipe, base):
             attended = modules[attn_name](normed, **kwargs)
         attended = attended[0]
         add, norm = state.adds[attn_name], state.norms[mlp_norm]
-        if norm is not None and norm.fits(attended, hidden_states):
-            hidden, normed = add.with_norm(attended, hidden_states, norm)
-        else:
-            hidden = add(attended, hidden_states)
+        hidden, normed = (add(attended, hidden_states), None) if norm is None else add(attended, hidden_states, norm)
+        if normed is None:
             normed = modules[mlp_norm](hidden)
         x = modules[mlp_name](normed)
         return leave(state, state.adds[mlp_name], x if isinstance(x, torch.Tensor) else x[0], hidden)
@@ -125,6 +131,8 @@ def pre_norm_sublayer(recipe, base):
         state = self.__dict__.get(STATE)
         if state is None or len(args) > len(names):
             return base.forward(self, hidden_states, *args, **kwargs)
+        if is_compiling():
+            return state.traced(base.forward(self, hidden_states, *args, **kwargs))
         if args:
             kwargs.update(zip(names, args, strict=False))
         for name, inner_name in renamed.items():
@@ -150,15 +158,16 @@ def post_norm(recipe, base):
         state = self.__dict__.get(STATE)
         if state is None:
             return base.forward(self, hidden_states, input_tensor)
+        if is_compiling():
+            return state.traced(base.forward(self, hidden_states, input_tensor))
         modules = self._modules
         x = modules[recipe.inner](hidden_states)
         dropout = modules[recipe.dropout]
         if dropout.training or dropout._forward_hooks:
             x = dropout(x)
         add, norm = state.adds[recipe.inner], state.norms[recipe.norm]
-        if norm is not None and norm.fits(x, input_tensor):
-            return add.with_norm(x, input_tensor, norm, want_residual=False)[1]
-        return modules[recipe.norm](add(x, input_tensor))
+        out, normed = (add(x, input_tensor), None) if norm is None else add(x, input_tensor, norm, want_residual=False)
+        return modules[recipe.norm](out) if normed is None else normed
 
     return forward
 
@@ -190,5 +199,7 @@ def build_state(recipe, owner, sites, norms, ride, add=Add):
 def served_norms(recipe, owner, norms):
     """{name: Norm, or None if the module must be called}"""
     return {
-        name: None if norms[name] is None else Norm(owner._modules[name], *norms[name]) for name in recipe.norms
-    }
+        name: None if norms[name] is None
+        else Norm(owner._modules[name], *norms[name], ((owner._modules, name, owner._modules[name]),))
+        for name in recipe.norms
+    }  # fmt: skip

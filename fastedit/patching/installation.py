@@ -70,6 +70,7 @@ class Installation:
             for name, site in sites.items():
                 if site.ride is None:
                     self.paths[name] = recipe.why_plain(name)
+            self.states[recipe].own = tuple(s for s in sites.values() if s.module is owner and s.ride is not None)
             swap(owner, recipe, self.states[recipe])
             self.swapped.append(owner)
 

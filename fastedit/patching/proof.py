@@ -190,7 +190,7 @@ class _GivenSite:
 
 
 def _add_by_definition(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, looks=None):
-    """fastedit.patching.native_add.add, in plain PyTorch."""
+    """adds.add, in plain PyTorch."""
     form, dtype = Form(*tensors), torch.promote_types(x.dtype, residual.dtype)
     x, residual = x.float(), residual.float()
     out = (form(residual + x) if on_sum else residual + form(x)).to(dtype)

@@ -5,10 +5,12 @@ from torch.autograd import forward_ad
 
 from ..arguments import MAX_RANK
 from ..edits.form import at_strength, fold_all
+from ..ops import parameter_changes as changes
+from ..ops.native import NOTHING, bound, holds, try_edit
 from ..ops.parameter_changes import optimizer_steps, stamp
-from . import native_add as lean
+from . import residual_add as adds
 from .layer_plan import width_at
-from .masters import as_written
+from .masters import DerivedMasters, as_written
 from .probe_readings import Reading
 from .recomputing import by_hand, dials
 from .rows.gate_sensors import Tap, kernel_gate
@@ -123,8 +125,30 @@ class Stage:
         given = self.arguments(hidden)
         if given is None:
             return hidden
-        edited = lean.edit(hidden, *given, self.looks)
+        edited = adds.edit(hidden, *given, self.looks)
         return _with_norm_of(hidden, edited) if self.keep_norm else edited
+
+    def standing(self):
+        """((*tensors, strength, gate, rule), facts) for forwards without gradients, right while the facts hold; None where
+        each forward has something of its own to say.
+        """
+        masters = self.masters
+        if self.positions is not None or self.keep_norm or (self.gating is not None and self.looks is None):
+            return None
+        if any(m.tenancy is not None or m.whole is not None for m in masters):
+            return None
+        tensors, strength = self.form_and_dial()
+        gate = adds.NO_GATE if self.looks is None else self.looks.gate()
+        facts = [(self, "looks", self.looks), (self, "folded", self.folded)]
+        if self.looks is not None:
+            facts += [(self.looks._buffers, name, t) for name, t in self.looks._buffers.items()]
+        for m in masters:
+            facts += [(m, "strength", m.strength), (m, "dialled", m.dialled), (m.runs, "last", m.runs.last)]
+            facts += m.sources()
+            if self.only is None or isinstance(m, DerivedMasters):
+                facts += [(t, None, stamp(t)) for _, _, t in m.sources()]
+                facts.append((changes, "_steps", optimizer_steps()))
+        return (*tensors, strength, *gate), tuple(facts)
 
     def fold(self, grad, then=None):
         """The edits' one form, differentiable. then: use those strengths."""
@@ -166,18 +190,19 @@ class Ride:
 
     def __init__(self, between, dropout=None, apart=None, links=()):
         self.between, self.dropout, self.apart, self.links = between, dropout, apart, links
+        self.facts = (*((module, "_forward_hooks", NOTHING) for module in between),
+                      *((holder._modules, name, module) for holder, name, module in links))  # fmt: skip
+        if dropout is not None:  # facts for forwards to come: more is let through in `now`
+            self.open = self.facts
+            owner = getattr(dropout, "owner", dropout)
+            self.facts += ((owner, "training", NOTHING), (getattr(dropout, "module", dropout), "_forward_hooks", NOTHING))
 
     def now(self, dtype):
-        for module in self.between:
-            if module._forward_hooks:
-                return False
-        for holder, name, module in self.links:
-            if holder._modules[name] is not module:
-                return False
         dropout = self.dropout
-        if dropout is not None and (dropout._forward_hooks or (dropout.training and dropout.p)):
-            return False
-        return dtype is not self.apart
+        if dropout is None:
+            return holds(self.facts) and dtype is not self.apart
+        active = dropout._forward_hooks or (dropout.training and dropout.p)
+        return not active and holds(self.open) and dtype is not self.apart
 
 
 class Site:
@@ -187,13 +212,18 @@ class Site:
     """
 
     reads_input = False
+    whole = True  # what its module returns is all edited
 
     def __init__(self, layer, site):
         self.layer, self.site = layer, site
         self.module = layer.at(site)  # the edits stay on it, even if another library wraps it later
         self.width = width_at(layer, site)
         self.masters, self.stages = [], []
-        self.ride = None
+        self.ride = self.ready = None
+        self.simple = None  # the Masters, where their one stage has nothing to ask: a compiler guards this, not the asking
+
+    def __getstate__(self):
+        return self.__dict__ | {"ready": None}
 
     def set(self, masters, stack=None):
         """Neighbors at the same positions fold while their ranks fit one kernel. Gates of other sites look first."""
@@ -207,15 +237,37 @@ class Site:
                 groups.append([m])
                 rank = m.rank
         self.masters, self.stages = masters, [_stage(group, stack) for group in groups]
+        only = self.stages[0] if len(self.stages) == 1 else None
+        plain = type(only) is Stage and only.only is not None and only.positions is only.gating is None
+        self.simple = only.only if plain and self.whole and not (only.keep_norm or only.tenants) else None
 
     def apply(self, hidden):
         """Every edit, on hidden states (…, width)."""
         for stage in self.stages:
             hidden = stage.apply(hidden)
+        if self.whole and len(self.stages) == 1 and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            self._make_ready(self.stages[0])
         return hidden
+
+    def _make_ready(self, stage):
+        standing = getattr(stage, "standing", None)
+        standing = None if standing is None else standing()
+        if standing is not None:
+            (*tensors, strength, gate, rule), facts = standing
+            facts += ((self, "stages", self.stages), (self, "ride", self.ride))
+            if holds(facts):
+                self.ready = try_edit, (*tensors, None, strength, False, gate, rule), facts, torch.is_inference_mode_enabled()
 
     def after(self, module, output):
         """The site's module has returned `output`: apply the edits here, unless an add carries them."""
+        if torch.compiler.is_compiling():
+            only = self.simple
+            if only is not None and isinstance(output, torch.Tensor):
+                return adds.edit(output, only.tensors(), only.at if torch.is_grad_enabled() else only.dial)
+        elif self.ride is None:
+            done = bound(self.ready, output)
+            if done is not None:
+                return done
         if isinstance(output, torch.Tensor):
             return self._late(output)
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
@@ -226,7 +278,7 @@ class Site:
         )
 
     def _late(self, hidden):
-        if self.ride is not None and self.ride.now(hidden.dtype):
+        if self.ride is not None and not torch.compiler.is_compiling() and self.ride.now(hidden.dtype):
             return hidden
         return self.apply(hidden)
 

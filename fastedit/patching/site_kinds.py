@@ -66,6 +66,8 @@ class InputSite(Site):
 class PartSite(Site):
     """Columns of a fused projection's output: those from start to stop in each of `groups` equal groups of columns."""
 
+    whole = False
+
     def __init__(self, layer, site):
         super().__init__(layer, site)
         module = layer.at(site)

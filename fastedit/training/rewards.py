@@ -64,7 +64,7 @@ class RewardModel(nn.Module):
         return {"rewards": self.model.score(found[0].float())[:, 0]}
 
     def scorer(self, tokenizer: Any, batch_size: int = 8) -> Callable[[Sequence[Any], Sequence[str]], list[float]]:
-        """A function (prompts, responses) → [float], as RE-Control's `reward=` and a report take.
+        """A function (prompts, responses) → [float], as RE-Control's `reward=` and a report take; prompts as in training.
 
         While it scores, the handles that were on the model at this call act at their present strength, and no others.
         Outside of it they are at strength 0, so the model answers as it would without them.
@@ -83,6 +83,7 @@ class RewardModel(nn.Module):
                 for handle, strength in before:
                     handle.strength = strength
 
+        score.takes_messages = True
         return score
 
     @torch.no_grad()
