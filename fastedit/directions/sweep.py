@@ -4,18 +4,24 @@
     print(found); found.heat_map("sweep.png"); fastedit.patch(model, found.edit(found.best()))
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ..arguments import as_list, check_whole
 from ..edits.kinds import Steer
 from ..files.edit_file import replace
+from ..hints import Folder, Site
 from ..patching.handle import patch
 from .directions import Directions
 from .dose import calibrate
@@ -42,9 +48,11 @@ class Cell:
 
 
 def sweep(
-    model, directions, measure, *, doses, layers=None, unit="strength", site="block", control=False, seed=0, resume=None,
-    progress=None, **calibration,
-):  # fmt: skip
+    model: nn.Module, directions: Directions, measure: Callable[[Any], torch.Tensor | Sequence[float]], *,
+    doses: Iterable[float], layers: Iterable[int | Sequence[int]] | None = None,
+    unit: Literal["strength", "residual", "kl"] = "strength", site: Site = "block", control: bool = False, seed: int = 0,
+    resume: Folder | None = None, progress: bool | None = None, **calibration: Any,
+) -> Sweep:  # fmt: skip
     """Steer at several sets of layers with several doses, and let `measure` judge each.
 
     Args:
@@ -129,14 +137,14 @@ def _summary(values):
 class Sweep:
     """What `sweep` found. base: the Cell without an edit. cells: the others, by layers, then by doses."""
 
-    def __init__(self, directions, site, unit, base, cells):
+    def __init__(self, directions: Directions, site: Site, unit: str, base: Cell, cells: list[Cell]) -> None:
         self.directions, self.site, self.unit, self.base, self.cells = directions, site, unit, base, cells
 
-    def best(self, largest=True):
+    def best(self, largest: bool = True) -> Cell:
         """The Cell with the largest mean, or the smallest."""
         return (max if largest else min)(self.cells, key=lambda cell: cell.mean)
 
-    def edit(self, cell):
+    def edit(self, cell: Cell) -> Steer:
         """The Steer of a cell, at the strength at which it was measured."""
         own = self.directions.at(*cell.layers)
         if self.unit == "residual":

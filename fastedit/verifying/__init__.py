@@ -7,15 +7,22 @@ The reference (reference.py) is plain hooks on whole sequences, one request at a
 edits'. Imports `patching` and below. Read `reference.py` first, then `modes.py`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..arguments import check_whole
+from ..edits.kinds import Edit
 from ..families import find_layers
+from ..hints import Folder
 from ..patching.edit_folder import load
 from ..patching.eval_mode import check_data, evaluating
 from ..patching.handle import patch
@@ -30,7 +37,10 @@ _SHARE = 4  # how much larger than the model's own difference the edited one may
 _EFFECT = 20  # and how much larger than what is allowed what the edits do should be
 
 
-def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="inductor", seed=0):
+def verify(
+    model: nn.Module, edits: Edit | Sequence[Edit] | Folder, inputs: Sequence[Any] | None = None, *,
+    modes: Sequence[str] | None = None, new_tokens: int = 4, backend: str = "inductor", seed: int = 0,
+) -> Outcome:  # fmt: skip
     """Run a model with edits in several modes and compare each with the slow reference.
 
     Args:
