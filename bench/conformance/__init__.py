@@ -91,7 +91,7 @@ def checked(model, backend=""):
     said = {row.mode: row for row in outcome.rows}
     differences = [row.difference for row in outcome.rows if row.verdict == "right" and row.difference]
     by = {v: [m for m, row in said.items() if row.verdict == v] for v in ("right", "refused", "left out", "wrong")}
-    whole = said.get("compile" if backend else "forward")
+    whole = said.get(whole)
     verdict = "wrong" if by["wrong"] else "refused" if whole is None or whole.verdict == "refused" else whole.verdict
     verdict = "not built" if verdict == "left out" else verdict
     refused = [f"by token: {refused}"] if refused else []
