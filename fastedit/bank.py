@@ -9,6 +9,7 @@ Tables are allocated once (bank_tables.py); adding an edit writes one row of eac
 compiled or captured again.
 """
 
+from .arguments import check_flag
 from .bank_books import BankFullError, Books, Stats
 from .bank_entries import Entry, forms_of, places_of
 from .bank_rows import Assigned, Assignment, Served, by_token, check_name, dialled, flat_names
@@ -49,6 +50,8 @@ class Bank:
         fused=True, unassigned="refuse",
     ):  # fmt: skip
         Tables.check(capacity, rank)
+        for said, value in (("positions", positions), ("gates", gates), ("fused", fused)):
+            check_flag(said, value)
         if unassigned not in ("refuse", "warn"):
             raise ValueError(f"unassigned is {unassigned!r}, expected 'refuse' or 'warn'")
         root = root_of(model) or Root(model)

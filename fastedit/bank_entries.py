@@ -14,6 +14,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
 from . import store
+from .arguments import as_list
 from .edits import Edit
 from .form import at_strength, fold_all
 from .gates import outside_kernels
@@ -22,7 +23,7 @@ from .masters import masters_of
 from .patching import Handle
 from .per_layer import Spot
 from .planning import choose, device_at, width_at
-from .sites import MODEL_SITES
+from .sites import MODEL_SITES, check_site
 from .stacks import check_gates, check_positions, steepest
 
 
@@ -177,7 +178,8 @@ def places_of(layers, sites, wanted):
     Raises:
         ValueError: no such site or layer, or weights that are nowhere yet (meta).
     """
-    sites = (sites,) if isinstance(sites, str) else tuple(dict.fromkeys(sites))
+    sites = [sites] if isinstance(sites, str) else as_list("sites", sites, "the name of a site, or a list of them")
+    sites = tuple(dict.fromkeys(map(check_site, sites)))
     if not sites:
         raise ValueError("sites is empty: the bank would serve nothing")
     found, devices = [], {}

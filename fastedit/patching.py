@@ -10,6 +10,7 @@ the wrappers see them. Each (layer, site) has one `Site` holding the edits of al
 
 import math
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -145,15 +146,19 @@ class Handle:
             KeyError, ValueError, TypeError: names, shapes, dtypes or values that do not fit; nothing changed.
         """
         self._changeable()
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"tensors is {tensors!r:.60}, expected a mapping from names to tensors")
         own = dict(self._named())
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or extra:
             raise KeyError(
                 f"expected {len(own)} tensors and found {len(tensors)}; "
                 f"missing: {', '.join(missing[:3]) or 'none'}; "
-                f"not of this handle: {', '.join(extra[:3]) or 'none'}"
+                f"not of this handle: {', '.join(map(str, extra[:3])) or 'none'}"
             )
         for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} is {type(tensor).__name__}, expected a float32 tensor")
             if tensor.shape != own[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
             if not tensor.is_floating_point():
