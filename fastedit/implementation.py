@@ -18,7 +18,6 @@ from .native import (
     try_project,
 )
 
-
 MAX_DIMS = 16  # that the native module takes (csrc/tensors.h)
 
 
