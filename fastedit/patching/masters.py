@@ -42,7 +42,7 @@ class Masters(InFp32):
                 self.register_buffer(name, tensor)
         self.register_buffer("dial", torch.full((1,), edit.strength, device=device), persistent=False)
         self.strength, self.first, self.runs = edit.strength, False, Runs()
-        self.dialled = not self.trainable
+        self.dialled = not self.trainable or edit.strength != 1.0
         self._note()
         self.whole = None  # fastedit.distributed.whole, for masters laid out over several processes
 
