@@ -55,7 +55,7 @@ def ascend(hidden, weight, bias, weight2, bias2, head, gram, version, steps, ste
     if version not in (-1, version_of(weight)):
         raise RuntimeError(
             "the value net's first weight has changed since its Gram matrix was made, which a compiled function cannot "
-            "make anew: call value_net.gram() after each change"
+            "make again: call value_net.gram() after each change"
         )
     if steps == 0 or hidden.numel() == 0:
         return hidden.clone(memory_format=torch.contiguous_format)

@@ -18,7 +18,7 @@ def draw(results, tensors, path):
     plt.close(figure)
 
 
-CHAT_COLOURS = {"-dose": "#41658a", "none": "#9aa5b1", "+dose": "#bf6f3a"}
+CHAT_COLORS = {"-dose": "#41658a", "none": "#9aa5b1", "+dose": "#bf6f3a"}
 CHAT_NAMES = {
     "-dose": "minus\nthe dose", "none": "no edit", "+dose": "plus\nthe dose", "random": "random direction,\nsame KL",
     "shuffled": "shuffled labels,\nsame KL",
@@ -31,8 +31,8 @@ def draw_chat(shares, path):
     values = [100 * share for share, _ in shares.values()]
     below = [max(0.0, 100 * (share - low)) for share, (low, _) in shares.values()]
     above = [max(0.0, 100 * (high - share)) for share, (_, high) in shares.values()]
-    colours = [CHAT_COLOURS.get(name, "#d5dade") for name in shares]
-    axes.bar(range(len(shares)), values, color=colours, width=0.65, yerr=(below, above), capsize=4, ecolor="#333333")
+    colors = [CHAT_COLORS.get(name, "#d5dade") for name in shares]
+    axes.bar(range(len(shares)), values, color=colors, width=0.65, yerr=(below, above), capsize=4, ecolor="#333333")
     axes.set_xticks(range(len(shares)), [CHAT_NAMES.get(name, name) for name in shares], fontsize=9)
     axes.set_ylabel("% of replies with more happy\nwords than sad ones")
     axes.set_ylim(0, 105)
