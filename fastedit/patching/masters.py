@@ -128,7 +128,7 @@ class DerivedMasters(Masters):
         self.derive, self.pull_back, self.constrained = edit.derive, edit.pull_back, edit.constrained
         self.direct = True
         self.group, self.seen, self.kept = [self], (), None
-        self.steps, self.settled = None, None  # of optimisers, when last settled; the masters then, of a whole batch
+        self.steps, self.settled = None, None  # of optimizers, when last settled; the masters then, of a whole batch
 
     def settle(self):
         """Retract and derive, if a master has changed since the last time."""
