@@ -59,7 +59,7 @@ help:
 	@echo "make fuzz, crashes, soak   attacked files, killed writers, a day in an hour; hours"
 	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
-	@echo "make lint    ruff, and that the wings of fastedit/ import downwards"
+	@echo "make lint    ruff; that the wings of fastedit/ import downwards; types of the public face by pyright"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
 setup: $(STAMPS)/fastedit
@@ -113,8 +113,10 @@ docs: $(STAMPS)/docs
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet $(TESTED) ruff
 	@test -x $(BIN)/lint-imports || $(BIN)/pip install --quiet $(TESTED) import-linter
+	@test -x $(BIN)/pyright || $(BIN)/pip install --quiet $(TESTED) "pyright[nodejs]"
 	$(BIN)/ruff check .
 	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)

@@ -60,6 +60,7 @@ def sweep(
             share.
         doses: numbers. The grid also has one cell without an edit.
         layers: a list of layer numbers, each alone, or of ranges or tuples, each together. None for every layer alone.
+        site: where in a layer the directions are added; "block" by default.
         unit: of the doses. "strength": of the edit, as it is. "residual": times the residual's norm
             (`Directions.relative`). "kl": the mean KL that `fastedit.calibrate` reaches. Its other arguments are passed
             on (prompts=, tokenizer=, new_tokens=, …).
@@ -151,7 +152,7 @@ class Sweep:
         return Steer(own, site=self.site, strength=cell.strength)
 
     def heat_map(self, path: Folder) -> None:
-        """Draw the means as PNG, one row per set of layers and one column per dose."""
+        """Draw the means as PNG at path, one row per set of layers and one column per dose."""
         from ..plots.sweep import draw
 
         draw(self, path, layers_text)
