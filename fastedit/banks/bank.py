@@ -251,7 +251,7 @@ class Bank:
 
     def _install(self):
         root, model = self._root, self.model
-        model._modules["fastedit"] = root
+        root.put(model)
         root.handles[self.name] = self
         root.add_module(self.name, self.tables)
         try:

@@ -27,7 +27,7 @@ from ..families import Input
 from ..files.edit_file import replace
 from ..files.sealed import Damaged, open_tensors, parse_json, read_regular, seal_tensors
 from ..hints import Folder, Layers, Site, Texts
-from ..patching.eval_mode import evaluating
+from ..patching.eval_mode import check_data, evaluating
 from ..patching.layer_plan import choose, device_at, width_at
 from ..patching.model_edits import Root, root_of
 from ..texts.batches import Windows
@@ -58,6 +58,13 @@ class Captured(Mapping[int, Moments]):
 
     def __len__(self) -> int:
         return len(self.moments)
+
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draw the norm of each group's mean and the spread around it, by layer. Returns [matplotlib axes], new ones for
+        axes=None."""
+        from ..plots.moments import draw
+
+        return draw(self, axes)
 
     def __repr__(self):
         groups = "" if self.names == (None,) else f", groups {', '.join(map(str, self.names))}"
@@ -112,7 +119,7 @@ def capture(
         TypeError, ValueError: something that cannot be captured: a site or layer that does not exist, a text too long,
         a folder that holds another pass.
     """
-    check_at(at), check_sinks(sinks)
+    check_at(at), check_sinks(sinks), check_data(model, "a capture")
     chosen = _choose(model, layers, site)
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     windows = Windows(

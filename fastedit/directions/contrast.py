@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..arguments import as_list
 from ..capturing.capture import capture
 from ..capturing.rows_on_disk import Rows
 from ..hints import Folder, Layers, Site, Texts
@@ -107,9 +108,7 @@ def _checked(positive, negative, method, at, probe, held_out):
         raise ValueError("at is 'all tokens', expected one row per text: 'last token', 'mean', 'last 4', 'response', …")
     sets = []
     for name, texts in ((POSITIVE, positive), (NEGATIVE, negative)):
-        if isinstance(texts, str):
-            raise TypeError(f"{name} is one text, expected a list of them")
-        sets.append(list(texts))
+        sets.append(as_list(name, texts, "a list of texts"))
         if not sets[-1]:
             raise ValueError(f"{name} is empty: a contrast needs texts on both sides")
     if method == "pca" and (len(sets[0]) != len(sets[1]) or len(sets[0]) < 2):
@@ -118,7 +117,7 @@ def _checked(positive, negative, method, at, probe, held_out):
             f"{len(sets[0])} positive and {len(sets[1])} negative texts"
         )
     if method == "probe":
-        if not 0 < held_out < 1:
+        if not isinstance(held_out, (int, float)) or not 0 < held_out < 1:
             raise ValueError(f"held_out is {held_out!r}, expected a share between 0 and 1")
         if min(map(len, sets)) < 4:
             raise ValueError(f"a probe needs 4 texts on each side, found {len(sets[0])} and {len(sets[1])}")

@@ -211,6 +211,16 @@ class Directions(Mapping[int, torch.Tensor]):
         if other.width != self.width:
             raise ValueError(f"directions of width {self.width} and of width {other.width} do not go together")
 
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draw accuracy, where probes give one, and separation by layer. Returns [matplotlib axes], new ones for axes=None.
+
+        Raises:
+            ValueError: directions without statistics.
+        """
+        from ..plots.directions import draw
+
+        return draw(self, axes)
+
     # --- files ----------------------------------------------------------------------------------------------
 
     def save(self, folder: Folder) -> Path:

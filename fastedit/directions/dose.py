@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import as_list, check_whole
 from ..edits.kinds import Edit
 from ..hints import Texts
 from ..patching.eval_mode import evaluating
@@ -227,8 +228,11 @@ class _Continued(_Meter):
 
 
 def _batches(model, prompts, tokenizer, batch_size, max_length):
-    """[(inputs, tokens)]: prompts of one length per batch, so that only the last column makes logits."""
-    prompts = prompts if isinstance(prompts, str) else list(prompts)
+    """[(inputs, tokens)]: prompts of one length to a batch, so that the last column alone makes logits."""
+    check_whole("batch_size", batch_size)
+    if max_length is not None:
+        check_whole("max_length", max_length)
+    prompts = as_list("prompts", prompts, "a list of texts, token ids or batches")
     windows = Windows(tokenizer, prompts, batch_size=1, max_length=max_length)
     singles = [batch for window in windows for batch in window]
     if not singles:

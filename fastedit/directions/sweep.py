@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..arguments import as_list, check_whole
 from ..edits.kinds import Steer
 from ..files.edit_file import replace
 from ..hints import Folder, Site
@@ -75,7 +76,7 @@ def sweep(
         TypeError, ValueError: no doses, a unit or layer that does not exist, a measure that gives no finite numbers, a
         folder that holds another grid, and what `calibrate` refuses.
     """
-    grid, doses = _checked(directions, layers, doses, unit, calibration)
+    grid, doses = _checked(directions, layers, doses, unit, seed, calibration)
     key = {
         "directions": _digest(directions), "site": site, "unit": unit, "control": control, "seed": seed,
         "calibration": {name: repr(value) for name, value in sorted(calibration.items()) if name != "tokenizer"},
@@ -151,11 +152,21 @@ class Sweep:
             return Steer(own.relative(cell.dose), site=self.site)
         return Steer(own, site=self.site, strength=cell.strength)
 
-    def heat_map(self, path: Folder) -> None:
-        """Draw the means as PNG at path, one row per set of layers and one column per dose."""
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the means into matplotlib axes, or new ones: one row per set of layers and one column per dose. Returns the axes."""
         from ..plots.sweep import draw
 
-        draw(self, path, layers_text)
+        return draw(self, layers_text, axes)
+
+    def heat_map(self, path: Folder) -> None:
+        """`plot` into the file at path: PNG, SVG or PDF by the name's end."""
+        from ..plots.sweep import write
+
+        write(self, layers_text, path)
+
+    def json(self) -> dict[str, Any]:
+        """JSON-able: the unit, the cell without an edit and the others."""
+        return {"unit": self.unit, "base": asdict(self.base), "cells": [asdict(cell) for cell in self.cells]}
 
     def __str__(self):
         lines = [f"{'layers':>10} {self.unit:>9} {'mean':>9}   95 % interval          random direction"]
@@ -175,7 +186,7 @@ def layers_text(layers):
     return ",".join(map(str, layers))
 
 
-def _checked(directions, layers, doses, unit, calibration):
+def _checked(directions, layers, doses, unit, seed, calibration):
     if not isinstance(directions, Directions):
         raise TypeError(f"directions is {type(directions).__name__}, expected fastedit.Directions")
     if unit not in UNITS:
@@ -184,11 +195,13 @@ def _checked(directions, layers, doses, unit, calibration):
         raise TypeError(f"{', '.join(calibration)}: of unit='kl' alone, and unit is {unit!r}")
     if unit == "kl" and "prompts" not in calibration:
         raise ValueError("unit='kl' needs prompts=, on which fastedit.calibrate measures")
-    doses = list(doses)
+    check_whole("seed", seed, least=0)
+    doses = as_list("doses", doses, "a list of numbers")
     if not doses or not all(isinstance(d, (int, float)) and not isinstance(d, bool) and math.isfinite(d) for d in doses):
         raise ValueError(f"doses is {doses!r:.60}, expected one finite number or more")
-    grid = directions.layers if layers is None else list(layers)
-    grid = [(chosen,) if isinstance(chosen, int) else tuple(chosen) for chosen in grid]
+    what = "layer numbers, or ranges or tuples of them"
+    grid = directions.layers if layers is None else as_list("layers", layers, f"a list of {what}")
+    grid = [(chosen,) if isinstance(chosen, int) else tuple(as_list("layers", chosen, what)) for chosen in grid]
     missing = sorted({layer for chosen in grid for layer in chosen} - set(directions))
     if missing or not grid or not all(grid):
         found = f"layers {missing} have no direction; there are {directions.layers}" if missing else "an empty set of layers"

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 
-from ..arguments import MAX_RANK, as_layers, as_number
+from ..arguments import MAX_RANK, as_layers, as_number, check_flag
 from ..hints import Layers, Site, Values, WhichTokens
 from .form import Form
 from .gates import Rule, check_rule
@@ -64,9 +64,7 @@ class Edit:
         if rank > MAX_RANK:
             raise ValueError(f"{type(self).__name__} has rank {rank}, but the kernels take up to {MAX_RANK}")
         self.strength, self.names, self.rank = as_number("strength", strength), tuple(names), rank
-        if not isinstance(keep_norm, bool):
-            raise TypeError(f"keep_norm is {keep_norm!r}, expected True or False")
-        self.neutral, self.keep_norm = False, keep_norm
+        self.neutral, self.keep_norm = False, check_flag("keep_norm", keep_norm)
 
     def __init_subclass__(cls) -> None:
         """Complete the docstring with the arguments that all edits take, so that help() of each kind is whole."""
@@ -168,7 +166,7 @@ class ScaleBias(Edit):
         }
         if not self.given:
             raise ValueError("scale and bias are both False: nothing is left of the edit")
-        self.trainable = bool(trainable)
+        self.trainable = check_flag("trainable", trainable)
         super().__init__(
             self.given, site=site, layers=_layers_of(layers, *self.given.values()), positions=positions,
             strength=strength, keep_norm=keep_norm,
@@ -317,7 +315,7 @@ class Rotate(Edit):
             names, 2, site=site, layers=_layers_of(layers, self.planes), positions=positions,
             strength=strength, keep_norm=keep_norm,
         )  # fmt: skip
-        self.trainable = bool(trainable)
+        self.trainable = check_flag("trainable", trainable)
 
     @property
     def derive(self):

@@ -42,8 +42,8 @@ def load_red_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, freez
         EditFileError: not such a file, or one that does not fit this model. Nothing has changed.
     """
     path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    found = _grouped(path, _read(path))
+    path = path / FILE if os.path.isdir(path) else path
+    found = _grouped(path, read_state(path, f"{FILE} as RED's training code saves it"))
     sites = _sites(model)
     edits = {}
     for module, parts in found.items():
@@ -68,16 +68,21 @@ def _edit(site, parts):
     return kind(parts["scale"], parts["bias"], site=site)
 
 
-def _read(path):
+def read_state(path, expected):
+    """The tensors of a file of torch.save, without executing anything in it.
+
+    Raises:
+        EditFileError: it is none; `expected` says what it should be.
+    """
     try:
         with open_regular(path, _LIMIT) as file:
             _check_zip(file)
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise EditFileError(f"there is no {path}; expected {FILE} as RED's training code saves it") from None
+        raise EditFileError(f"there is no {path}; expected {expected}") from None
     except Damaged as error:
-        raise EditFileError(f"{path} {error}; expected {FILE} as RED's training code saves it") from None
+        raise EditFileError(f"{path} {error}; expected {expected}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, *_OF_UNPICKLING) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EditFileError(

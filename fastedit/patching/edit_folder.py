@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..arguments import check_flag
 from ..edits.config import from_config
 from ..families import find_layers
 from ..files.edit_file import JSON, EditFileError, read, write
@@ -45,6 +46,7 @@ def load(
     Raises:
         EditFileError: the files are not a whole, sound edit, or do not fit this model. Nothing has changed.
     """
+    check_flag("head", head), check_flag("freeze", freeze)
     folder = fetch(folder, revision)
     if not (folder / JSON).exists() and (saved := states.find(folder)) is not None:
         return _load_state(model, saved, freeze, head)
@@ -127,17 +129,15 @@ def _layers(model):
     return find_layers(model) if root is None else root.layers
 
 
-def fetch(folder, revision=None):
-    """The local folder of an edit: itself, or a Hub repo's snapshot."""
+def fetch(folder, revision=None, patterns=("edit*.safetensors", "head*.safetensors", JSON)):
+    """The local folder of an edit: itself, or a Hub repo's snapshot of the files of these patterns."""
     path = Path(folder)
     if path.exists() or not _REPO.fullmatch(str(folder)):
         return path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(folder), revision=revision, allow_patterns=["edit*.safetensors", "head*.safetensors", JSON])
-        )
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's errors have no common base besides this
         raise EditFileError(
             f"there is no folder {folder}, and as a Hub repo it could not be fetched: "

@@ -24,11 +24,12 @@ from torch.distributed.fsdp import FSDPModule
 from ..edits.kinds import Edit
 from ..ops.parameter_changes import advise_rate, optimizer_steps
 from . import saving
+from .eval_mode import check_data
 from .heads import heads
 from .layer_plan import device_at, plan, width_at
 from .merge import MergeError, merge_handle
 from .model_edits import Root, mark_first, root_of
-from .probe_readings import readings
+from .probe_readings import Readings, readings
 from .report import report
 from .rows.generating import check_lengths, check_mask
 from .rows.tenants import Assignment, Tenancy, check_count, check_tenant
@@ -113,7 +114,7 @@ class Handle:
         for masters in [*(m for _, _, m in self._each()), *self._sensors()]:
             masters.fused = fused
         mark_first((layer, masters) for _, layer, masters in self._each())
-        model._modules["fastedit"] = root
+        root.put(model)
         root.handles[self.name] = self
         self._tree = self._build_tree()
         root.add_module(self.name, self._tree)
@@ -159,6 +160,7 @@ class Handle:
             KeyError, ValueError, TypeError: names, shapes, dtypes or values that do not fit. Nothing has changed.
         """
         self._changeable()
+        check_data(self._tree, "to take an edit's tensors")
         own = dict(self._named())
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or extra:
@@ -261,7 +263,7 @@ class Handle:
         self._root.rows.mask = mask if mask is None else mask.to(next(self._each())[2].dial.device)
 
     @property
-    def readings(self) -> list[torch.Tensor]:
+    def readings(self) -> Readings:
         """What the probes among the edits read in this thread's last forward: a list of fp32 tensors, one per Probe.
 
         Each is (layers, batch, tokens, probes). Within a call of `generate` the forwards are joined by token, except
@@ -276,6 +278,37 @@ class Handle:
         (fastedit.distributed) all call this, and the first one writes.
         """
         return saving.save(self, folder, tenant=tenant)
+
+    def push_to_hub(
+        self, repo: str, *, base_model: str | None = None, training: dict[str, Any] | None = None, private: bool | None = None,
+        token: str | None = None, message: str = "Upload an edit", tenant: int | None = None,
+    ) -> str:  # fmt: skip
+        """Save the edits to a Hub repo "user/name", with a model card. `fastedit.load(model, "user/name")` reads them.
+
+        Args:
+            base_model, training, tenant: as of `fastedit.store.save`.
+            private, token, message: as of huggingface_hub; a repo that is not there is made.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ValueError: as `save`, or repo is no "user/name". OSError: the hub refused or could not be reached.
+        """
+        from .hub import push_handle
+
+        return push_handle(
+            self, repo, base_model=base_model, training=training, tenant=tenant, private=private, token=token, message=message
+        )
+
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draw what the edits hold, a row per layer: scale − 1 and bias by feature, or the norms of low-rank factors.
+
+        Returns matplotlib axes, one per picture; new ones for axes=None.
+        """
+        from ..plots.edits import draw
+
+        return draw(self.named_tensors(), axes)
 
     # --- tenants --------------------------------------------------------------------------------------------
 
@@ -339,18 +372,19 @@ class Handle:
         """Put the edits, at their present strength, into the weights of the linear maps they follow.
 
         While merged the model is an ordinary one: its state dict holds no edits, and `save_pretrained` saves the merged
-        weights. An existing bias is changed. A missing bias is added. If the config has a setting for it (Llama:
-        mlp_bias, attention_bias), the setting is set, and zeros fill the other biases that it implies, so that
-        `from_pretrained` reloads it. T5, Mistral and Qwen2 have no such setting. A warning says so: such a model runs
-        but does not reload its new biases.
+        weights. A vector at `block` is then part of the FFN's output, which edits at `mlp` patched later act on. An existing
+        bias is changed. A missing one is added; where the config has a setting for it (Llama: mlp_bias, attention_bias) that
+        is set, and zeros fill the biases it implies elsewhere, so that `from_pretrained` reloads it. T5, Mistral and Qwen2
+        have no such setting: a warning says so, and such a model runs but does not reload its new biases.
 
         Args:
             fp32: keep a layer in float32 if its own dtype would lose more than 2 % of the edit to rounding
                 (reload such a model with dtype=torch.float32).
 
         Raises:
-            MergeError: `block`, `embed` and `final` edits; quantized, adapted or tied weights; another handle's edits
-                in front; too much rounding. The model is as it was.
+            MergeError: `final` edits; `block` edits but a vector whose layer adds its FFN's output as it is; `embed` edits
+                but where a table's rows enter the first layer as they are; quantised, adapted or tied weights, another
+                handle's edits in front, or too much rounding; the model is as it was.
         """
         self._alive()
         if self.merged:
@@ -387,8 +421,8 @@ class Handle:
             masters.to(device_at(layer, edit.site))
 
     def _modules(self):
-        """The modules whose weights a merge changes. Several sites may share one."""
-        return {layer.at(edit.site) for edit, layer, _ in self._each()}
+        """Those whose weights the merge changed: several sites may share one, and a config's flag reaches other layers."""
+        return {module for module, *_ in self._merged.parameters}
 
     # --- undo -----------------------------------------------------------------------------------------------
 
