@@ -61,7 +61,7 @@ help:
 	@echo "make sanitize-short   a cut of it, some minutes"
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
 	@echo "make wheels  an sdist and a Linux wheel into dist/, tried in an environment without a compiler"
-	@echo "make lint    ruff, and that the wings of fastedit/ import downwards"
+	@echo "make lint    ruff; that the wings of fastedit/ import downwards; types of the public face by pyright"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
 setup: $(STAMPS)/fastedit
@@ -136,8 +136,10 @@ wheels: $(STAMPS)/fastedit
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet $(TESTED) ruff
 	@test -x $(BIN)/lint-imports || $(BIN)/pip install --quiet $(TESTED) import-linter
+	@test -x $(BIN)/pyright || $(BIN)/pip install --quiet $(TESTED) "pyright[nodejs]"
 	$(BIN)/ruff check .
 	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)

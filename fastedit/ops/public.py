@@ -81,8 +81,8 @@ def edit_add(
 
     Args:
         x, residual: the same shape (…, width); dtypes promote as in PyTorch's add.
-        Others: as `edit`. A gate sees what the edit is given: x, or the sum in fp32. Without parameters this is the
-            plain add.
+        scale, bias, read, offset, write, slot, strength, gate, rule, return_projection: as `edit`. A gate sees what the
+            edit is given: x, or the sum in fp32. Without parameters this is the plain add.
 
     Returns:
         residual' (…, width), rounded once; or (residual', z).
@@ -119,7 +119,7 @@ def edit_add_norm(
         eps: added to the variance.
         return_residual: False if only the norm is read (BERT's post-norm). This saves the store, and returns None in
             its place unless a gradient is needed.
-        Others: as `edit_add`.
+        on, scale, bias, read, offset, write, slot, strength, gate, rule, return_projection: as `edit_add`.
 
     Returns:
         (residual', normed), both (…, width); or (residual', normed, z).
