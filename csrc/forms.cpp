@@ -10,23 +10,15 @@ namespace fastedit {
 
 namespace {
 
-<<<<<<< HEAD
-// One number a row of `lead` (…, width): shaped as they are, or flat.
+// One number per row of `lead` (…, width): shaped as they are, or flat.
 bool one_a_row(const View& v, const View& lead) {
   bool same = v.ndim == lead.ndim - 1;
   for (int i = 0; same && i < v.ndim; ++i) same = v.shape[i] == lead.shape[i];
   return same || (v.ndim == 1 && v.shape[0] == lead.size(lead.ndim - 1));
 }
 
-// strength: a number, one element for all rows, or one a row.
-void read_strength(const Call& call, PyObject* object, const View& lead, FormViews& v, Form& form) {
-=======
 // strength: a number, one element for all rows, or one per row.
-void read_strength(const Call& call, py::handle given, const View& lead, FormViews& v, Form& form) {
-  PyObject* object = given.ptr();
-  v.coefficient.object = nullptr;
-  if (!object || object == Py_None) return;
->>>>>>> main
+void read_strength(const Call& call, PyObject* object, const View& lead, FormViews& v, Form& form) {
   if (PyFloat_Check(object) || PyLong_Check(object)) {
     const double number = PyFloat_AsDouble(object);
     if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
@@ -42,17 +34,9 @@ void read_strength(const Call& call, py::handle given, const View& lead, FormVie
   call.read(c, object, "strength");
   if (!c.given()) return;
   const bool one = c.numel() == 1 && c.ndim <= 1;
-<<<<<<< HEAD
   if (c.dtype != F32 || !(one || one_a_row(c, lead))) {
     refuse("strength is " + c.about() + ", expected float32 " + shape_text(lead.shape, lead.ndim - 1) + " or one number");
   }
-=======
-  bool right = c.dtype == F32 && (one || c.ndim == lead.ndim - 1);
-  for (int i = 0; right && !one && i < c.ndim; ++i) right = c.shape[i] == lead.shape[i];
-  // already flat: one per row of rows that are not
-  right = right || (c.dtype == F32 && c.ndim == 1 && c.shape[0] == lead.size(lead.ndim - 1));
-  if (!right) refuse("strength is " + c.about() + ", expected float32 " + shape_text(lead.shape, lead.ndim - 1) + " or one number");
->>>>>>> main
   if (!c.contiguous()) refuse("strength is not contiguous");
   form.coefficient = c;
   form.coefficient_stride = one ? 0 : 1;
