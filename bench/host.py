@@ -16,9 +16,9 @@ from fastedit.dispatch import load, select
 
 from fastedit import arrays, ops
 from fastedit.patching import residual_add as adds
+from fastedit.verifying.timing import interleave, quantiles, ratio
 
 from .machine import about
-from .timing import interleave, quantiles, ratio
 
 FIELDS = ("call", "stands_for", "us_p20", "us_p50", "us_p80", "ratio", "ratio_95", "machine", "torch", "commit")
 WIDTH = 64

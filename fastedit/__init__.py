@@ -31,6 +31,8 @@ _HOME = {
     "edits.stack": ("Stack",),
     "patching.edit_folder": ("load", "EditFileError"),
     "interop.adopt": ("adopt",),
+    "interop.folders": ("load_adapter",),
+    "interop.peft_folder": ("save_peft",),
     "interop.red": ("load_red_checkpoint",),
     "interop.smollm2": ("chat_model",),
     "directions.sweep": ("Sweep", "sweep"),

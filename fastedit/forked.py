@@ -5,8 +5,6 @@ told otherwise. If this process has native threads by then, its children run our
 each. "spawn" children have all of their threads.
 """
 
-import contextlib
-import ctypes
 import logging
 import os
 import sys
@@ -49,8 +47,7 @@ def _by_data_loader():
 def _one_thread():
     if not _state["threads"]:
         return
-    with contextlib.suppress(AttributeError, OSError):  # built without OpenMP
-        ctypes.CDLL(sys.modules["fastedit._native"].__file__).omp_set_num_threads(1)  # of the OpenMP that it is linked to
+    sys.modules["fastedit._native"].set_num_threads(1)
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)

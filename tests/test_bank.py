@@ -131,7 +131,7 @@ def test_a_tenant_of_a_training_batch_can_be_added():
     handle = fe.patch(source, fe.RED(), tenants=2)
     handle.load_tensors({k: t + torch.randn_like(t) for k, t in handle.named_tensors().items()})
     bank = fe.Bank(model, 2)
-    with pytest.raises(ValueError, match="one tenant's, handle"):
+    with pytest.raises(ValueError, match="the edit of one tenant, such as handle"):
         bank.add("all", handle)
     bank.add("second", handle.tenant(1))
     with bank.assign(["second"] * 4), handle.assign([1] * 4):
@@ -267,7 +267,7 @@ def test_what_a_bank_cannot_hold_is_refused_before_anything_changes(edits, messa
     [
         ({"capacity": 0}, "capacity is 0"), ({"capacity": True}, "capacity is True"), ({"rank": 65}, "rank is 65"),
         ({"sites": ()}, "sites is empty"), ({"sites": "nowhere"}, "no site 'nowhere'"), ({"layers": [9]}, "no layer 9"),
-        ({"host": 10}, "say folder="), ({"host": -1, "folder": "x"}, "host is -1"),
+        ({"host": 10}, "give folder="), ({"host": -1, "folder": "x"}, "host is -1"),
     ],
 )  # fmt: skip
 def test_a_bank_that_makes_no_sense_is_refused_before_the_model_changes(options, message, tmp_path, monkeypatch):

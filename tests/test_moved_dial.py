@@ -159,8 +159,10 @@ def test_a_checkpoint_by_hand_refuses_what_it_cannot_know(reentrant):
     handle.strength = 1.0
     up = by_hand(model, reentrant)
     handle.strength = -1.0
-    with pytest.raises(RuntimeError, match="other strengths"):
+    with pytest.raises(RuntimeError, match="different strengths"):
         up.backward()
+    handle.strength = 0.5  # nor do the layers refuse that the refused backward did not come to
+    by_hand(model, reentrant).backward()
     model, handle = model_with("llama", "red")  # after a refusal, graphs of before it may still be about
     handle.strength = -1.0
     up = by_hand(model, reentrant)

@@ -147,7 +147,7 @@ def test_compiled_decoding_with_a_static_cache_is_one_graph(spec):
 WRONG = [
     ("last", ValueError, "expected None or 'all'"), ("first 0", ValueError, "'first 0'"),
     ("first 2 + first 3", ValueError, "twice"),
-    ("all + prompt", ValueError, "all of them"), (3, TypeError, "positions is 3"), ({"tokens": []}, ValueError, "positions is"),
+    ("all + prompt", ValueError, "all tokens"), (3, TypeError, "positions is 3"), ({"tokens": []}, ValueError, "positions is"),
     ({"tokens": [-1]}, ValueError, "whole numbers"), ({"token": [1]}, ValueError, "positions is"),
     ({"tokens": [1], "also": "all"}, ValueError, "all tokens already"),
 ]  # fmt: skip

@@ -139,7 +139,7 @@ WRONG = [
     ({"cu_seq_lens_q": torch.tensor([0, 5, 11])}, "cumulative lengths from 0 to the batch's 1 × 12"),
     ({"cu_seqlens": torch.tensor([2, 12])}, "cumulative lengths"),
     ({"position_ids": RESTARTING + 1}, "neither continue by one nor begin again at 0"),
-    ({"position_ids": 2 * torch.arange(12)[None]}, "neither count on by one"),
+    ({"position_ids": 2 * torch.arange(12)[None]}, "neither continue by one"),
     ({"seq_idx": torch.zeros(1, 5, dtype=torch.int32)}, "seq_idx has shape"),
 ]
 

@@ -1,18 +1,22 @@
-"""The command line: `fastedit demo | doctor | show | train | predict | contrast | generate | verify | serve`, and methods.py's.
+"""The command line: `fastedit demo | doctor | show | train | predict | contrast | generate | verify | serve`, and those of
+methods.py and tools.py.
 
-A command's imports happen when it runs.
+A command's imports happen when it runs. Exit codes: 0; 1 where the answer is no (verify, doctor) or a step failed; 2 where
+what was given is wrong, and nothing was done; 130 where the user stopped it. An error is one line on stderr.
 """
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import methods
+from . import methods, tools
 from .loading import Device, DeviceMap, Dtype, Out, Quantize
 
 app = typer.Typer(
-    name="fastedit", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
+    name="fastedit", no_args_is_help=True, rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     help="Representation editing inside transformer layers at the cost of the residual add.",
 )  # fmt: skip
@@ -67,7 +71,7 @@ def run_doctor():
 
 @app.command("show")
 def run_show(
-    folder: Annotated[str, typer.Argument(help="What `handle.save` wrote, or a Hub repo id.")],
+    folder: Annotated[str, typer.Argument(help="What `handle.save` or `Directions.save` wrote, or a Hub repo id.")],
     reseal: Annotated[bool, typer.Option("--reseal", help="First give an edit.json changed by hand its checksum again.")] = False,
 ):
     """Print an edit: what it does where, its base, how it was trained, how far it is from doing nothing.
@@ -234,8 +238,8 @@ def run_contrast(
 def run_generate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")],
     prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of prompts: .txt, .json or .jsonl.")] = None,
-    edit: Annotated[str | None, typer.Option(help="What `handle.save` or `fastedit contrast` wrote.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of them: .txt, .json, .jsonl, .csv.")] = None,
+    edit: Annotated[str | None, typer.Option(help="A saved edit, or a control vector (.gguf).")] = None,
     strength: Annotated[list[float] | None, typer.Option(help="The dial; may be given several times.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Texts per prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
@@ -246,22 +250,24 @@ def run_generate(
     system: Annotated[str | None, typer.Option(help="The system turn; implies --chat.")] = None,
     lexicons: Annotated[Path | None, typer.Option(help="Words by trait, as `fastedit ubpl` writes them.")] = None,
     trait: Annotated[list[str] | None, typer.Option(help="Of --lexicons, such as happy=2; may be given several times.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: number, strength, prompt, reply.")] = False,
+    page: Annotated[Path | None, typer.Option("--html", help="Also write a page with the replies side by side.")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
 ):
-    """Generate with an edit on the model, at one strength or several.
+    """Generate with an edit on the model, at one strength or several. Replies are numbered.
 
     **Examples:** `fastedit generate smollm2 --chat --edit happy --strength 1 --prompt "How was your weekend?"`,
-    `fastedit generate ./model --edit happy --strength 2 --prompt "Once upon a time"` and
-    `fastedit generate ./model --edit happy --strength 0 --strength 1 --strength 4 --prompts prompts.txt`
+    `fastedit generate ./model --edit happy.gguf --strength 2 --prompt "Once upon a time"` and
+    `fastedit generate ./model --edit happy --strength 0 --strength 1 --prompts prompts.txt --html replies.html`
     """
     from .generate import run
 
     run(
         model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed, chat, system, lexicons, trait,
-        device=device, dtype=dtype, device_map=device_map, quantize=quantize,
+        as_json, page, device=device, dtype=dtype, device_map=device_map, quantize=quantize,
     )  # fmt: skip
 
 
@@ -335,3 +341,30 @@ def run_playground(
 
 
 app.add_typer(methods.app)  # without a name: its commands are this app's, behind the others
+app.add_typer(tools.app)
+
+
+def main():
+    """The program `fastedit`: the app, with errors as one line. FASTEDIT_TRACEBACK=1 shows where one came from."""
+    # of click's own, or of the copy of click that newer typers hold
+    usage = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+    try:
+        code = app(standalone_mode=False)
+    except usage as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            code = error.exit_code
+        else:
+            code = _complain(error.format_message(), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _complain("stopped", 130)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("FASTEDIT_TRACEBACK"):
+            raise
+        code = _complain(error, 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message, code):
+    print("fastedit: " + " ".join(str(message).split()), file=sys.stderr)
+    return code

@@ -128,8 +128,8 @@ def _shown(name, value):
 
 def _picture(console, directions, out):
     try:
-        from ..plots.directions import draw
+        from ..plots.directions import write
     except ImportError:
         console.print("no picture: it needs matplotlib (pip install matplotlib)", markup=False)
         return
-    draw(directions, out / "directions.png")
+    write(directions, out / "directions.png")

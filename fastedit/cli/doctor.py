@@ -44,6 +44,8 @@ def run(console=None):
         "CPU kernels",
         f"built; using {native.instruction_set()}" if native else f"[yellow]not built[/] ({missing})",
     )
+    if native:
+        table.add_row("threads", threads(native))
     architectures = native.CUDA_ARCHITECTURES if native else ""
     table.add_row(
         "CUDA kernels", f"built for sm {architectures}" if architectures else "[yellow]not built[/]"
@@ -62,6 +64,16 @@ def run(console=None):
     if not wrong:
         console.print("[green]✓[/] every kernel that could be built here is")
     return 1 if wrong else 0
+
+
+def threads(native):
+    """Which OpenMP library the CPU kernels run on."""
+    if native.OPENMP is None:
+        return "the compiler's own OpenMP"
+    if not native.OPENMP:
+        return "[yellow]one[/]: there is no libgomp (torch brings one; Debian: apt install libgomp1)"
+    shared = "torch" in Path(native.OPENMP).parts
+    return f"{'shared with torch' if shared else 'of the system'}: {native.OPENMP}"
 
 
 def _refused(architectures):

@@ -15,12 +15,12 @@ __all__ = ["as_chat", "layer_numbers", "load_model", "read_texts"]
 def read_texts(path):
     """A file's contents as a list: texts, chat conversations (lists of messages), or rows {"prompt", "response"}.
 
-    .txt: one text per line. .json: a list of any of them. .jsonl, .parquet: objects with "text", with "messages" or
-    "conversations", or with "prompt" and, if it is known, "response".
+    .txt: one text per line. .json: a list of any of them. .jsonl, .parquet, .csv, .tsv: rows with "text" or "sentence",
+    with "messages" or "conversations", or with "prompt" and, if it is known, "response".
     """
     path = Path(path)
     try:
-        if path.suffix not in (".json", ".jsonl", ".parquet"):
+        if path.suffix not in (".json", ".jsonl", ".parquet", ".csv", ".tsv"):
             found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         elif path.suffix == ".json":
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -37,8 +37,9 @@ def read_texts(path):
 
 def _text(item, where):
     if isinstance(item, dict):
-        if isinstance(item.get("text"), str):
-            return item["text"]
+        for name in ("text", "sentence"):
+            if isinstance(item.get(name), str):
+                return item[name]
         for name in CHATS:
             if name in item:
                 return read_conversation(item[name], f"{where}, column {name!r}")

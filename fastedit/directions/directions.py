@@ -4,14 +4,17 @@
     fastedit.patch(model, fastedit.Steer(directions, layers=range(8, 16), strength=2.0))
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +22,7 @@ from ..edits.kinds import orthonormal_rows
 from ..edits.per_layer import as_values
 from ..files.edit_file import replace
 from ..files.sealed import Damaged, open_tensors, parse_json, read_regular, seal_tensors
+from ..hints import Array, Folder
 from . import gguf_file
 
 FILE = "directions.safetensors"
@@ -34,7 +38,7 @@ class DirectionsFileError(ValueError):
     do."""
 
 
-class Directions(Mapping):
+class Directions(Mapping[int, torch.Tensor]):
     """{layer number: fp32 vector (width,)}, which `Steer`, `Ablate` and the other edits take as it is.
 
     Arithmetic gives new Directions, without the statistics: a + b, a − b (a layer that one side lacks counts as zero
@@ -49,7 +53,10 @@ class Directions(Mapping):
         floating or not of one width.
     """
 
-    def __init__(self, vectors, statistics=None, about=None):
+    def __init__(
+        self, vectors: Mapping[int, Array], statistics: Mapping[int, Mapping[str, Any]] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(vectors, Mapping) or not vectors:
             raise ValueError(f"vectors is {vectors!r:.60}, expected a mapping from layer number to vector")
         for layer in vectors:
@@ -62,20 +69,20 @@ class Directions(Mapping):
         self.statistics, self.about = dict(statistics or {}), dict(about or {})
 
     @property
-    def width(self):
+    def width(self) -> int:
         return next(iter(self._vectors.values())).shape[0]
 
     @property
-    def layers(self):
+    def layers(self) -> tuple[int, ...]:
         return tuple(self._vectors)
 
-    def __getitem__(self, layer):
+    def __getitem__(self, layer: int) -> torch.Tensor:
         return self._vectors[layer]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self._vectors)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._vectors)
 
     def __eq__(self, other):
@@ -87,7 +94,7 @@ class Directions(Mapping):
 
     # --- arithmetic -----------------------------------------------------------------------------------------
 
-    def __add__(self, other):
+    def __add__(self, other: Directions) -> Directions:
         if not isinstance(other, Directions):
             return NotImplemented
         self._same_width(other)
@@ -95,13 +102,13 @@ class Directions(Mapping):
         layers = {*self, *other}
         return self._derived({layer: self.get(layer, zero) + other.get(layer, zero) for layer in layers})
 
-    def __sub__(self, other):
+    def __sub__(self, other: Directions) -> Directions:
         return self + -other if isinstance(other, Directions) else NotImplemented
 
-    def __neg__(self):
+    def __neg__(self) -> Directions:
         return self._map(torch.neg)
 
-    def __mul__(self, factor):
+    def __mul__(self, factor: float) -> Directions:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
         if not math.isfinite(factor):
@@ -110,19 +117,19 @@ class Directions(Mapping):
 
     __rmul__ = __mul__
 
-    def __truediv__(self, factor):
+    def __truediv__(self, factor: float) -> Directions:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
         return self * (1 / factor)
 
-    def normalised(self):
+    def normalised(self) -> Directions:
         """Every vector at length 1. ValueError for one that is zero."""
         for layer, vector in self.items():
             if not vector.any():
                 raise ValueError(f"the vector of layer {layer} is zero: it has no direction; leave the layer out")
         return self._map(lambda vector: (vector.double() / vector.double().norm()).float())
 
-    def project_out(self, *others):
+    def project_out(self, *others: Directions) -> Directions:
         """The part of each vector orthogonal to the span of the others' vectors at its layer, in float64.
 
         Raises:
@@ -141,19 +148,19 @@ class Directions(Mapping):
             left[layer] = (vector.double() - (vector.double() @ basis.T) @ basis).float()
         return self._derived(left)
 
-    def at(self, *layers):
+    def at(self, *layers: int) -> Directions:
         """These layers alone, with their statistics. KeyError for one that is not there."""
         kept = {layer: self[layer] for layer in layers}
         return Directions(kept, {k: v for k, v in self.statistics.items() if k in kept}, self.about)
 
-    def best(self, by="accuracy"):
+    def best(self, by: str = "accuracy") -> int:
         """The layer where a statistic is largest. KeyError if no layer has it."""
         known = {layer: found[by] for layer, found in self.statistics.items() if found.get(by) is not None}
         if not known:
             raise KeyError(f"no layer has the statistic {by!r}")
         return max(known, key=known.get)
 
-    def window(self, count):
+    def window(self, count: int) -> tuple[int, ...]:
         """(layer, …): `count` neighboring layers to steer at, the earliest of those that separate the classes best.
 
         Best is the mean held-out accuracy if probes give one, within one text held out. Else it is the mean separation,
@@ -174,7 +181,7 @@ class Directions(Mapping):
         at = next(at for at, mean in enumerate(means) if mean >= max(means) - slack - 1e-12)
         return self.layers[at : at + count]
 
-    def relative(self, share):
+    def relative(self, share: float) -> Directions:
         """Vectors as long as `share` × the residual's norm at their layer, given by the statistic "residual".
 
         Raises:
@@ -202,9 +209,19 @@ class Directions(Mapping):
         if other.width != self.width:
             raise ValueError(f"directions of width {self.width} and of width {other.width} do not go together")
 
+    def plot(self, axes=None):
+        """Draw accuracy, where probes give one, and separation by layer. Returns [matplotlib axes].
+
+        Raises:
+            ValueError: directions without statistics.
+        """
+        from ..plots.directions import draw
+
+        return draw(self, axes)
+
     # --- files ----------------------------------------------------------------------------------------------
 
-    def save(self, folder):
+    def save(self, folder: Folder) -> Path:
         """Write directions.safetensors. A crash leaves the old file or the new one. Of two writers the last wins,
         whole.
 
@@ -230,7 +247,7 @@ class Directions(Mapping):
         return folder
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder: Folder) -> Directions:
         """What `save` wrote, checked. DirectionsFileError says what is wrong with it."""
         path = Path(folder) / FILE
         try:
@@ -247,7 +264,7 @@ class Directions(Mapping):
                 raise
             raise DirectionsFileError(f"{path} {error}; save it again") from None
 
-    def save_gguf(self, path, *, model=None):
+    def save_gguf(self, path: Folder, *, model: str | None = None) -> Path:
         """Write a control vector for llama.cpp. A crash leaves the old file or the new one. Returns the Path.
 
         Args:
@@ -267,7 +284,7 @@ class Directions(Mapping):
         return gguf_file.write(path, dict(self), model or self.about.get("type") or "unknown")
 
     @classmethod
-    def load_gguf(cls, path):
+    def load_gguf(cls, path: Folder) -> Directions:
         """Directions from a control vector's file, of llama.cpp or repeng.
 
         Raises:

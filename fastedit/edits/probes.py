@@ -5,6 +5,9 @@
     handle.readings[0]        (layers, batch, tokens, probes)
 """
 
+from __future__ import annotations
+
+from ..hints import Layers, Site, Values
 from .kinds import Edit
 from .per_layer import PerLayer
 
@@ -12,14 +15,18 @@ from .per_layer import PerLayer
 class Probe(Edit):
     """z = h @ vectorsᵀ + offset, fp32. h is read at the probe's place in the stack of edits and stays unchanged.
 
-    vectors: values (width,) or (probes, width), up to 64. offset: values (probes,), or None for 0.
-    site, layers: as for every edit. The layers of one Probe belong to one stack (an encoder's or a decoder's).
+    The layers of one Probe belong to one stack (an encoder's or a decoder's). Without gates, strength and positions.
+
+    Args:
+        vectors: values (width,) or (probes, width), up to 64. offset: values (probes,), or None for 0.
     """
 
     is_probe = True
     allowed_names = ("read", "offset")
 
-    def __init__(self, vectors, offset=None, *, site=None, layers=None):
+    def __init__(
+        self, vectors: Values, offset: Values | None = None, *, site: Site | None = None, layers: Layers = None
+    ) -> None:
         vectors = PerLayer("vectors", vectors, (1, 2)).map(lambda t: t.reshape(-1, t.shape[-1]))
         self.given, ranks = {"read": vectors}, {len(t) for t in vectors.all()}
         if offset is not None:

@@ -5,9 +5,12 @@ in the order in which it ran. Then each neighbor's own edit is taken out of forc
 What cannot be adopted is named with the reason and stays in force.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import warnings
+from typing import Any, Literal
 
 from ..edits.kinds import LowRank, ScaleBias, Steer
 from ..families import find_layers
@@ -26,7 +29,7 @@ _LOOKED_FOR = (
 )
 
 
-def adopt(model, *, positions=None, fused=True):
+def adopt(model: Any, *, positions: Literal["all", "call"] | None = None, fused: bool = True) -> AdoptedHandle:
     """Take over the edits that other libraries have put on a model. Returns an AdoptedHandle.
 
     Served are PEFT's (IA)³, pyvene's and pyreft's interventions, repeng's control vectors, steering-vectors' hooks and
@@ -62,7 +65,7 @@ def adopt(model, *, positions=None, fused=True):
         if not any(one.forms for one in taken):
             left += [(one.name, "nothing is set on it") for one in taken]
             raise ValueError("nothing can be adopted:\n" + _listed(left))
-        edits = _edits(taken)
+        edits = edits_of(taken)
         if left:
             warnings.warn("fastedit: left as they were:\n" + _listed(left), stacklevel=2)
         switches = list(dict.fromkeys(one.switch for one in taken))
@@ -183,11 +186,18 @@ def _check_order(one, taken, found):
         before += one.module._forward_hooks
     if any(other.reason and other.module is one.module and IN_MODULE < other.when < one.when for other in found):
         raise Refusal("an edit that cannot be adopted runs before it")
+    hooks = layer.at(site)._forward_hooks | one.module._forward_hooks
+    before = [hook for hook in before if not _only_records(hooks[hook])]
     if not {other.hook for other in taken if other.when == IN_HOOK}.issuperset(before):
         raise Refusal("a hook that stays on the model runs before it, and would see the edited output")
 
 
-def _edits(taken):
+def _only_records(hook):
+    """Whether it is one that transformers puts on each layer at the first output_hidden_states=True, and leaves there."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+def edits_of(taken):
     """A stack of frozen edits. Edits that are alike, at one depth of the stack, become one edit over layers."""
     depth, alike = {}, {}
     for one in taken:

@@ -19,6 +19,7 @@ from .found import IN_LATE_HOOK, Found, Refusal, bare, classes, try_call, values
 from .switches import ClassSwitch
 
 CALL = "call"
+FOLLOW = "fe.adopt(model, positions='call') follows each call's"
 _SIDES = {"register_forward_hook": "output", "register_forward_pre_hook": "input"}
 
 
@@ -142,7 +143,7 @@ def _subtraction(i):
     return Form(bias=-_constant(i))
 
 
-_KINDS = {
+KINDS = {
     "LoreftIntervention": _loreft, "NoreftIntervention": _noreft, "ConsreftIntervention": _consreft,
     "LobireftIntervention": _lobireft, "DireftIntervention": _direft, "NodireftIntervention": _nodireft,
     "AdditionIntervention": _addition, "SubtractionIntervention": _subtraction,
@@ -152,10 +153,10 @@ _HOMES = ("pyreft.interventions", "pyvene.models.interventions")
 
 def _form(intervention):
     for kind in type(intervention).__mro__:
-        if kind.__module__ in _HOMES and kind.__name__ in _KINDS:
-            return _KINDS[kind.__name__](intervention)
+        if kind.__module__ in _HOMES and kind.__name__ in KINDS:
+            return KINDS[kind.__name__](intervention)
     raise Refusal(
-        f"its formula is not known; the known ones are {', '.join(n.removesuffix('Intervention') for n in _KINDS)}"
+        f"its formula is not known; the known ones are {', '.join(n.removesuffix('Intervention') for n in KINDS)}"
     )
 
 
@@ -194,11 +195,11 @@ def adopted(own, positions):
             intervention_additional_kwargs=intervention_additional_kwargs,
         )  # fmt: skip
         if not intervene_on_prompt:
-            _refuse("intervene_on_prompt=False acts on what is generated alone")
+            _refuse("intervene_on_prompt=False acts on what is generated alone; ask for intervene_on_prompt=True")
         if unit_locations is None and positions == CALL:
             _refuse("generate was given none; positions='all' acts on the prompt and on what is generated")
         if unit_locations is not None and positions != CALL:
-            _refuse("unit_locations with intervene_on_prompt=True acts on the prompt alone")
+            _refuse(f"unit_locations with intervene_on_prompt=True acts on the prompt alone; {FOLLOW}")
         with _acting(self.model, unit_locations, base, positions):
             return None, self.model.generate(**base, **kwargs)
 
@@ -218,7 +219,7 @@ def _acting(model, given, base, positions):
     named = None if given is None else _rows(given, rows, length)
     if positions != CALL:
         if named is not None and not bool(named.all()):
-            _refuse("unit_locations names some positions and not others; adopt with positions='call' to follow each call")
+            _refuse(f"unit_locations names some positions and not others; {FOLLOW}")
         yield
         return
     plan = root_of(model).rows

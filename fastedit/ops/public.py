@@ -10,13 +10,15 @@ result. If that returns None, Python finds out why:
 - an argument is wrong: the checks name it.
 """
 
+import math
+
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from ..arguments import NORM_KINDS, TAKES, check_norm_kind, check_on, check_projection
+from ..arguments import FP32_MAX, NORM_KINDS, TAKES, as_number, check_norm_kind, check_on, check_projection
 from ..kernels import reference
 from .autograd import FUNCTIONS
-from .checks import check, check_ascent, check_group
+from .checks import check, check_ascent, check_group, check_tensor
 from .native import try_edit, try_edit_add, try_edit_add_norm, try_project
 from .parameter_changes import transformed
 from .registered import OPERATORS, ascend
@@ -63,7 +65,7 @@ def edit(
         done = try_edit(hidden, scale, bias, read, offset, write, slot, strength, return_projection, gate, rule)
         if done is not None:
             return done
-    form = (scale, bias, read, offset, write, slot, _coefficient(strength, hidden))
+    form = (scale, bias, read, offset, write, slot, _coefficient(strength, hidden, "hidden"))
     out, z = _seen("edit", (hidden,), form, gate=gate, rule=rule, want_z=return_projection)
     return (out, z) if return_projection else out
 
@@ -96,7 +98,7 @@ def edit_add(
         if done is not None:
             return done
     check_on(on)
-    form = (scale, bias, read, offset, write, slot, _coefficient(strength, x))
+    form = (scale, bias, read, offset, write, slot, _coefficient(strength, x, "x"))
     out, z = _seen("edit_add", (x, residual), form, on_sum, gate=gate, rule=rule, want_z=return_projection)
     return (out, z) if return_projection else out
 
@@ -125,7 +127,7 @@ def edit_add_norm(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
     """
-    on_sum, code = on == "sum", NORM_KINDS.get(kind)
+    on_sum, code = on == "sum", NORM_KINDS.get(kind) if isinstance(kind, str) else None
     if not is_dynamo_compiling() and code is not None and (on_sum or on == "x"):
         done = try_edit_add_norm(
             x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, strength, on_sum, code, eps,
@@ -135,7 +137,7 @@ def edit_add_norm(
             return done
     check_on(on)
     check_norm_kind(weight, norm_bias, kind)
-    form = (scale, bias, read, offset, write, slot, _coefficient(strength, x))
+    form = (scale, bias, read, offset, write, slot, _coefficient(strength, x, "x"))
     out, normed, z, *_ = _seen(
         "edit_add_norm", (x, residual, weight, norm_bias), form, on_sum, code, eps, gate=gate, rule=rule,
         want_z=return_projection, want_residual=return_residual,
@@ -191,6 +193,8 @@ def moments(hidden, group=None, mask=None, groups=None):
     groups = check_group(hidden, group, mask, groups, traced)
     if mask is not None:
         group = torch.where(mask, 0 if group is None else group, -1).to(torch.int32)
+    elif group is None and groups > 1:
+        group = torch.zeros(hidden.shape[:-1], dtype=torch.int32, device=hidden.device)
     if traced:
         return OPERATORS["moments"](hidden, group, groups)
     return run("moments", hidden, group, groups)
@@ -241,12 +245,15 @@ def _needs_grad(tensors):
     return False
 
 
-def _coefficient(strength, hidden):
+def _coefficient(strength, hidden, name):
     """strength as the kernels see it: None (1 for every row) or an fp32 tensor."""
     if strength is None or isinstance(strength, torch.Tensor):
         return strength
-    if isinstance(strength, (int, float)) and strength == 1.0:
+    if not isinstance(strength, float) or FP32_MAX < abs(strength) < math.inf:
+        strength = as_number("strength", strength)
+    if strength == 1.0:
         return None
+    check_tensor(hidden, name)
     return torch.full((1,), float(strength), dtype=torch.float32, device=hidden.device)
 
 

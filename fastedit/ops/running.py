@@ -16,6 +16,7 @@ from .native import ASKED
 _ROWS = {"hidden", "x", "residual", "grad", "grad_residual", "grad_normed", "residual_out", "grad_z", "z"}
 _RESULT_ROWS = {"out", "normed", "z", "d_hidden", "d_x", "d_residual"}
 _ONE_A_ROW = {"slot", "coefficient", "group"}
+MAX_DIMS = 16  # that the native module takes (csrc/tensors.h)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -56,7 +57,8 @@ def _laid(name, value, backend):
         return value.reshape(-1).contiguous()
     if name not in _ROWS:
         return value.contiguous()
-    return value if backend.any_shape and value.is_contiguous() else flat(value)
+    whole = backend.any_shape and value.is_contiguous() and value.dim() <= MAX_DIMS
+    return value if whole else flat(value)
 
 
 def _rows(given):

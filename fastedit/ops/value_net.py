@@ -1,5 +1,10 @@
 """The value of a hidden state: the MLP that RE-Control ascends (arXiv 2406.05954), with one or two hidden layers."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import nn
 
@@ -22,7 +27,7 @@ class ValueNet(nn.Module):
         ValueError: widths below 1, or not one or two hidden layers.
     """
 
-    def __init__(self, width, units=4096, device=None):
+    def __init__(self, width: int, units: int | Sequence[int] = 4096, device: torch.device | str | None = None) -> None:
         super().__init__()
         sizes = (width, *((units,) if isinstance(units, int) else units))
         if len(sizes) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in sizes):
@@ -41,7 +46,7 @@ class ValueNet(nn.Module):
         self.gram_version = -1
 
     @classmethod
-    def from_sequential(cls, module):
+    def from_sequential(cls, module: Iterable[nn.Module]) -> ValueNet:
         """The net of an nn.Sequential of Linear, ReLU, Linear (, ReLU, Linear to 1), as fp32 copies of its weights.
 
         Dropout is left out, as in evaluation. Raises ValueError for any other layer, order or output.
@@ -62,7 +67,7 @@ class ValueNet(nn.Module):
         return net
 
     @classmethod
-    def from_released(cls, path):
+    def from_released(cls, path: str | os.PathLike[str]) -> ValueNet:
         """The net in a file of RE-Control's authors, or in a file like it: fc1, fc2 (, fc3), the last to one value.
 
         path: .safetensors, or a PyTorch file of a state dict. Reading it runs no code of it.
@@ -100,10 +105,10 @@ class ValueNet(nn.Module):
         return net
 
     @property
-    def width(self):
+    def width(self) -> int:
         return self.weight.shape[1]
 
-    def forward(self, hidden):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """V of each row (…, width), (…): fp32, differentiable. fp64 for fp64 rows."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         z = torch.relu(nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), self.bias.to(dtype)))
@@ -117,7 +122,7 @@ class ValueNet(nn.Module):
             t if t is None else t.detach() for t in (self.weight, self.bias, self.weight2, self.bias2, self.head)
         )
 
-    def gram(self, dtype=torch.float32):
+    def gram(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """weight @ weightᵀ (units, units), summed in fp64 and rounded once. Kept until the weight changes.
 
         Under torch.compile the existing one is used, and the compiled function checks it.

@@ -47,23 +47,49 @@ def _project(rows, read, offset):
     return ops.project(rows, read, offset)
 
 
+class Readings(list):
+    """[(layers, batch, tokens, probes)], a tensor for each Probe. layers: the layer numbers of each."""
+
+    def __init__(self, found=(), layers=()):
+        super().__init__(found)
+        self.layers = list(layers)
+
+    def plot(self, number=0, *, tokens=None, sequence=0, probe=0, axes=None):
+        """Draw what Probe `number` read of one sequence, layers upwards and tokens to the right. Returns matplotlib axes.
+
+        tokens: their texts, as many as were read. probe: which of the Probe's vectors.
+
+        Raises:
+            IndexError: nothing was read yet, or there are fewer Probes. ValueError: another number of tokens.
+        """
+        from ..plots.probes import draw
+
+        if not 0 <= number < len(self):
+            raise IndexError(f"number is {number}, and there are readings of {len(self)} Probes: run a forward first")
+        return draw(self[number], tokens=tokens, layers=self.layers[number], sequence=sequence, probe=probe, axes=axes)
+
+
 def readings(members):
-    """What the probes among a handle's edits, [[(layer, Masters)]], read: [(layers, batch, tokens, probes)].
+    """What the probes among a handle's edits, [[(layer, Masters)]], read: Readings [(layers, batch, tokens, probes)].
 
     The readings are those of this thread's last forward. If this thread ran none, those of the one other thread that
     did.
     """
-    found = []
-    for masters in ([m for _, m in chosen] for chosen in members if chosen[0][1].is_probe):
+    found, layers = [], []
+    for chosen in members:
+        if not chosen[0][1].is_probe:
+            continue
+        masters = [m for _, m in chosen]
         reads = [_here(m.reads) for m in masters]
         if not all(reads):
-            return []
+            return Readings()
         of_layers = [torch.cat(read, -2) if len(read) > 1 else read[0] for read in reads]
         if len({z.shape for z in of_layers}) > 1:
             shapes = ", ".join(sorted({str(tuple(z.shape)) for z in of_layers}))
             raise ValueError(f"the layers of a Probe read different tokens ({shapes}); give each stack a Probe of its own")
         found.append(torch.stack([z.to(of_layers[0].device) for z in of_layers]))
-    return found
+        layers.append([layer.index for layer, _ in chosen])
+    return Readings(found, layers)
 
 
 def _here(reads):

@@ -36,7 +36,7 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, l
     """residual + E(x), or where on_sum E(residual + x); with a Norm that fits, (that, its norm).
 
     tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one a row. looks: None, or what
-    has a gate for the kernel: gate() is its two tensors, say(rows) its g for a compiler to see (gating.Sensor).
+    has a gate for the kernel: gate() is its two tensors, say(rows) its g for a compiler to see (rows/gate_sensors.py).
     """
     strength, gate, rule = _looked(looks, strength, x, residual, on_sum)
     given = {"on": "sum" if on_sum else "x", "slot": slot_of(tensors, x), "strength": strength, "gate": gate, "rule": rule}

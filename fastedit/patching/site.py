@@ -270,7 +270,7 @@ class Site:
                 return done
         if isinstance(output, torch.Tensor):
             return self._late(output)
-        if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
+        if type(output) in (tuple, list) and output and isinstance(output[0], torch.Tensor):
             return type(output)((self._late(output[0]), *output[1:]))
         raise TypeError(
             f"site {self.site!r} of layer {self.layer.name}: {type(module).__name__} returned "

@@ -8,18 +8,24 @@ A plain Trainer saves the whole model, edits included. EditTrainer saves what tr
 scale toward 0.
 """
 
+from __future__ import annotations
+
 import contextlib
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from ..files.edit_file import JSON, EditFileError
+from ..hints import Folder
 from ..patching import edit_folder as store
 from ..patching import trained_beside as kept
 from ..patching.eval_mode import evaluating
+from ..patching.handle import Handle
 from ..patching.trained_beside import HEAD
 
 __all__ = [
@@ -41,7 +47,9 @@ class EditTrainer(Trainer):
         ValueError: checkpoints="edit" under FSDP or DeepSpeed, which shard what it would save.
     """
 
-    def __init__(self, *, handle, checkpoints="edit", model=None, **others):
+    def __init__(
+        self, *, handle: Handle, checkpoints: Literal["edit", "model"] = "edit", model: nn.Module | None = None, **others: Any
+    ) -> None:
         if checkpoints not in ("edit", "model"):
             raise ValueError(f"checkpoints is {checkpoints!r}, expected 'edit' or 'model'")
         self.handle, self.checkpoints = handle, checkpoints
@@ -94,7 +102,9 @@ def _edits_as_adapters(handle):
         model._hf_peft_config_loaded = False
 
 
-def save_trained(model, handle, folder, *, base_model=None, training=None):
+def save_trained(
+    model: nn.Module, handle: Handle, folder: Folder, *, base_model: str | None = None, training: dict[str, Any] | None = None
+) -> Path:
     """`store.save` with a summary of the training: the edit, and every other parameter that trains.
 
     See fastedit/patching/trained_beside.py.
@@ -102,7 +112,7 @@ def save_trained(model, handle, folder, *, base_model=None, training=None):
     return store.save(handle, folder, base_model=base_model, training=training)
 
 
-def load_trained(model, handle, folder):
+def load_trained(model: nn.Module, handle: Handle, folder: Folder) -> None:
     """Copy back, in place, what `save_trained` wrote for this model and this handle's edits.
 
     Raises:
@@ -119,7 +129,7 @@ def load_trained(model, handle, folder):
     kept.copy_head(head, own)
 
 
-def load_head(model, folder):
+def load_head(model: nn.Module, folder: Folder) -> None:
     """Copy head.safetensors of a folder into the model's parameters of the same names, in place.
 
     Raises:
@@ -139,12 +149,15 @@ class SentenceClassifier(nn.Module):
     with labels, "loss": their cross-entropy, or for floating labels the mean squared error of the one output.
     """
 
-    def __init__(self, encoder, labels):
+    def __init__(self, encoder: nn.Module, labels: int) -> None:
         super().__init__()
         self.encoder, self.config = encoder, encoder.config
         self.classifier = nn.Linear(encoder.config.hidden_size, labels)
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         pooled = self.pooled(states, attention_mask)
@@ -161,7 +174,10 @@ class SentenceClassifier(nn.Module):
         return (states * mask).sum(1) / mask.sum(1)
 
 
-def fit(model, handle, rows, tokenizer, *, lr, epochs, batch_size, seed, callbacks=(), **arguments):
+def fit(
+    model: nn.Module, handle: Handle | None, rows: Sequence[tuple[Any, float]], tokenizer: Any, *, lr: float, epochs: float,
+    batch_size: int, seed: int, callbacks: Iterable[Any] = (), **arguments: Any,
+) -> None:  # fmt: skip
     """Train what is trainable on (text, label) rows, without checkpoints.
 
     AdamW without weight decay, linear schedule after 6 % of warm-up (RED, arXiv 2402.15179), batches of similar length.
@@ -188,7 +204,7 @@ def fit(model, handle, rows, tokenizer, *, lr, epochs, batch_size, seed, callbac
         trainer.train()
 
 
-def tokenized(rows, tokenizer, max_length=128):
+def tokenized(rows: Sequence[tuple[Any, float]], tokenizer: Any, max_length: int = 128) -> list[dict[str, Any]]:
     """(text, label) rows as the dicts that Trainer batches. A text may be a pair of texts."""
     texts = _tokens([text for text, _ in rows], tokenizer, max_length)
     return [
@@ -206,7 +222,9 @@ def _tokens(texts, tokenizer, max_length, **options):
 
 
 @torch.inference_mode()
-def predict(model, texts, tokenizer, batch_size=64, max_length=128):
+def predict(
+    model: nn.Module, texts: Sequence[Any], tokenizer: Any, batch_size: int = 64, max_length: int = 128
+) -> torch.Tensor:
     """Logits (texts, labels) in the texts' order, in batches of similar length, in eval mode. Texts or pairs of
     texts."""
     order = sorted(range(len(texts)), key=lambda i: len("".join(texts[i])))
@@ -221,6 +239,6 @@ def predict(model, texts, tokenizer, batch_size=64, max_length=128):
     return torch.stack(found)
 
 
-def accuracy(logits, labels):
+def accuracy(logits: torch.Tensor, labels: Sequence[int] | torch.Tensor) -> float:
     """Share of rows whose largest logit is at their label."""
     return (logits.argmax(-1) == torch.as_tensor(labels)).double().mean().item()
