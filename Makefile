@@ -19,8 +19,8 @@ OUT ?= bench/results
 PYTEST_ARGS ?=
 JOBS ?= 2  # test files at a time
 
-# The first python3 that is 3.11 to 3.13 and can make a virtual environment. Override: make test PYTHON=...
-USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# The first python3 that is 3.11 or newer and can make a virtual environment. Override: make test PYTHON=...
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c '$(USABLE)' 2>/dev/null && { echo "$$p"; break; }; done)
 

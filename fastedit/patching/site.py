@@ -148,7 +148,7 @@ class Stage:
             facts += m.sources()
             if self.only is None or isinstance(m, DerivedMasters):
                 facts += [(t, None, stamp(t)) for _, _, t in m.sources()]
-                facts.append((changes, "_steps", optimizer_steps()))
+                facts += [(changes, "_steps", optimizer_steps()), (m, "kept", getattr(m, "kept", None))]
         return (*tensors, strength, *gate), tuple(facts)
 
     def fold(self, grad, then=None):
