@@ -17,6 +17,7 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
+from ..arguments import check_flag
 from ..edits.kinds import Edit
 from ..edits.stack import Stack
 from ..hints import Folder, Layers, Site
@@ -63,6 +64,8 @@ class Bank:
         fused: bool = True, unassigned: Literal["refuse", "warn"] = "refuse",
     ) -> None:  # fmt: skip
         Tables.check(capacity, rank)
+        for said, value in (("positions", positions), ("gates", gates), ("fused", fused)):
+            check_flag(said, value)
         if unassigned not in ("refuse", "warn"):
             raise ValueError(f"unassigned is {unassigned!r}, expected 'refuse' or 'warn'")
         root = root_of(model) or Root(model)

@@ -110,7 +110,7 @@ def _check(mode, student, teacher, teacher_steps, quantize):
         )
     if quantize is not None and teacher == "full" and teacher_steps != 0:
         raise typer.BadParameter(
-            "quantised weights do not train: --teacher lora, or --teacher-steps 0 with a ready teacher"
+            "quantized weights do not train: --teacher lora, or --teacher-steps 0 with a ready teacher"
         )
 
 

@@ -153,7 +153,9 @@ class Sweep:
         return Steer(own, site=self.site, strength=cell.strength)
 
     def plot(self, axes: Any = None) -> Any:
-        """Draw the means, one row per set of layers, one column per dose. Returns matplotlib axes, new ones for axes=None."""
+        """Draw the means into matplotlib axes, or new ones: one row per set of layers and one column per dose.
+        Returns the axes.
+        """
         from ..plots.sweep import draw
 
         return draw(self, layers_text, axes)

@@ -391,7 +391,7 @@ def orthonormal_rows(directions):
         if rest.norm() > 1e-6 * row.norm():
             basis.append(rest / rest.norm())
     if not basis:
-        raise ValueError("the directions are all zero: there is nothing to normalise")
+        raise ValueError("the directions are all zero: there is nothing to normalize")
     return torch.stack(basis).float()
 
 

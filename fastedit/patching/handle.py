@@ -160,6 +160,8 @@ class Handle:
             KeyError, ValueError, TypeError: names, shapes, dtypes or values that do not fit. Nothing has changed.
         """
         self._changeable()
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"tensors is {tensors!r:.60}, expected a mapping from names to tensors")
         check_data(self._tree, "to take an edit's tensors")
         own = dict(self._named())
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -167,9 +169,11 @@ class Handle:
             raise KeyError(
                 f"expected {len(own)} tensors and found {len(tensors)}; "
                 f"missing: {', '.join(missing[:3]) or 'none'}; "
-                f"not of this handle: {', '.join(extra[:3]) or 'none'}"
+                f"not of this handle: {', '.join(map(str, extra[:3])) or 'none'}"
             )
         for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} is {type(tensor).__name__}, expected a float32 tensor")
             if tensor.shape != own[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
             if not tensor.is_floating_point():
