@@ -1,6 +1,7 @@
 """`fastedit merge | convert | evaluate | sweep | bench | push --card`, and what the program says of mistakes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -198,6 +199,13 @@ def test_errors_are_one_line_with_an_exit_code(tmp_path):
     assert "No such command 'frobnicate'" in program("frobnicate", code=2)
     assert "is no saved edit" in program("convert", tmp_path, tmp_path / "a.gguf", code=2)
     assert "has no edit.json" in program("push", tmp_path, "anna/edit", code=1)
+
+
+def test_a_shell_completes_commands():
+    code = "import sys; sys.argv = ['fastedit']; from fastedit.cli import main; main()"
+    asked = {"_FASTEDIT_COMPLETE": "complete_bash", "COMP_WORDS": "fastedit conv", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
+    assert done.stdout.split() == ["convert"], done.stderr
 
 
 def test_what_the_program_makes_of_what_is_raised(monkeypatch, capsys):
