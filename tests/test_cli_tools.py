@@ -1,6 +1,7 @@
 """`fastedit merge | convert | evaluate | sweep | bench | push --card`, and what the program says of mistakes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_each_has_help_with_an_example():
         assert re.search(r"Examples?:", said) and f"fastedit {command}" in said
 
 
-def test_merge_saves_an_ordinary_model(model, tmp_path):
+def test_merge_saves_an_ordinary_model(model, program, tmp_path):
     edit = saved(model, scaled(), tmp_path / "edit")
     found = json.loads(invoke("merge", model, edit, "--out", tmp_path / "merged", "--strength", 0.5, "--json"))
     assert found["strength"] == 0.5 and found["layers_merged"] == 3
@@ -185,19 +186,33 @@ def test_push_shows_its_card(model, tmp_path):
     assert 'fe.load(model, "anna/louder")' in card
 
 
-def program(*arguments, code):
-    """What `fastedit` says as a program of its own: one line on stderr, and an exit code."""
-    line = [sys.executable, "-c", "from fastedit.cli import main; main()", *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr + done.stdout
-    assert done.stderr.startswith("fastedit: ") and done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """What `fastedit` says as a program: one line on stderr, and an exit code."""
+
+    def program(*arguments, code):
+        monkeypatch.setattr(sys, "argv", ["fastedit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        said = capsys.readouterr().err
+        assert stopped.value.code == code and said.startswith("fastedit: ") and said.count("\n") == 1, said
+        return said
+
+    return program
 
 
-def test_errors_are_one_line_with_an_exit_code(tmp_path):
+def test_errors_are_one_line_with_an_exit_code(program, tmp_path):
     assert "No such command 'frobnicate'" in program("frobnicate", code=2)
     assert "is no saved edit" in program("convert", tmp_path, tmp_path / "a.gguf", code=2)
     assert "has no edit.json" in program("push", tmp_path, "anna/edit", code=1)
+
+
+def test_a_shell_completes_commands():
+    code = "import sys; sys.argv = ['fastedit']; from fastedit.cli import main; main()"
+    asked = {"_FASTEDIT_COMPLETE": "complete_bash", "COMP_WORDS": "fastedit conv", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
+    assert done.stdout.split() == ["convert"], done.stderr
 
 
 def test_what_the_program_makes_of_what_is_raised(monkeypatch, capsys):
