@@ -27,6 +27,10 @@ OVERRIDES = {
         "attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
     },
     "xLSTMConfig": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
+    "PerceiverConfig": {
+        "num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 4, "num_self_attention_heads": 4, "qk_channels": 32,
+        "v_channels": 32, "num_cross_attention_heads": 4,
+    },
     "NeoMMEConfig": {"head_dim": 16},
     "EsmConfig": {"vocab_size": 33, "pad_token_id": 1},
     "EsmcConfig": {"num_key_value_heads": 4},
