@@ -2,7 +2,7 @@
 
 import torch
 
-from .arguments import check_norm_kind, check_steps
+from .arguments import check_norm_kind, check_steps, check_target
 from .value_net import ValueNet
 
 MAX_RANK = 64
@@ -149,7 +149,7 @@ def check_group(hidden, group, mask, groups, traced):
     return groups or max(largest + 1, 1)
 
 
-def check_ascent(hidden, value_net, steps, step_size):
+def check_ascent(hidden, value_net, steps, step_size, target=None):
     if not isinstance(value_net, ValueNet):
         raise TypeError(
             f"value_net is {type(value_net).__name__}, expected a fastedit.ValueNet; ValueNet.from_sequential takes an "
@@ -161,4 +161,5 @@ def check_ascent(hidden, value_net, steps, step_size):
         raise ValueError(
             f"hidden is on {hidden.device} and the value net on {value_net.weight.device}; move one with .to()"
         )
+    check_target(value_net, target)
     check_steps(steps, step_size)

@@ -271,7 +271,7 @@ def moments(hidden, group=None, mask=None, groups=None):
 
 
 @torch.no_grad()
-def value_ascent(hidden, value_net, steps, step_size):
+def value_ascent(hidden, value_net, steps, step_size, target=None):
     """Gradient ascent on a value net, from each row on its own: u ← u + a ∇V(h + u), `steps` times; h' = h + u.
 
     RE-Control's control at test time (arXiv 2406.05954), without autograd: the steps stay in the first hidden layer's
@@ -283,6 +283,9 @@ def value_ascent(hidden, value_net, steps, step_size):
         value_net: a fastedit.ValueNet of that width, on the same device. Its Gram matrix is made at the first call, and
             anew when its first weight has changed; under torch.compile that is the caller's: value_net.gram().
         steps, step_size: n and a of the paper.
+        target: a number, or one for each output of the net: then what is ascended is −½ Σ (V − target)², towards these values.
+            A net of several outputs needs it, or `value_net.mixed(weights)`. Targets, and nets of three hidden layers, take a
+            product of the first layer's size a step, and no kernel.
 
     Returns:
         h' in hidden's shape and dtype, contiguous.
@@ -291,7 +294,9 @@ def value_ascent(hidden, value_net, steps, step_size):
         TypeError, ValueError: a wrong dtype, width, device or number, before anything runs.
     """
     check_rows(hidden, "hidden")
-    check_ascent(hidden, value_net, steps, step_size)
+    check_ascent(hidden, value_net, steps, step_size, target)
+    if target is not None or value_net.weight3 is not None:
+        return value_net.ascended(hidden, steps, float(step_size), target)
     traced = _traced(hidden)
     gram = value_net.gram(torch.float64 if hidden.dtype is torch.float64 else torch.float32)
     arguments = (hidden, *value_net.tensors(), gram)
