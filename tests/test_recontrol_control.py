@@ -130,7 +130,7 @@ def test_other_values_in_place_and_a_copy_of_the_model():
     handle.load_tensors({f"0.layers.2.final.{name}": p for name, p in other.named_parameters()})
     assert torch.equal(generate(model), expected) and not torch.equal(before, expected)
     assert torch.equal(generate(twin), before)
-    fe.patching.handles(twin)[0].remove()
+    fe.patching.handle.handles(twin)[0].remove()
     assert torch.equal(generate(twin), plain)
     wide = model.to(torch.bfloat16)
     assert handle.named_tensors()["0.layers.2.final.weight"].dtype is torch.float32
@@ -152,7 +152,7 @@ def test_beams_gradients_and_merging_are_refused():
         model(**prompts())
     handle.strength = 0
     model(**prompts()).logits.sum().backward()
-    with pytest.raises(fe.patching.MergeError, match="final"):
+    with pytest.raises(fe.patching.handle.MergeError, match="final"):
         handle.merge()
 
 

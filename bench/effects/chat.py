@@ -22,11 +22,11 @@ import torch
 
 import fastedit as fe
 from fastedit import examples
-from fastedit.chat import prompt_ids
-from fastedit.evaluating import evaluating
+from fastedit.directions.sweep import random_like
 from fastedit.methods import cast
 from fastedit.methods.replies import left_padded, wilson
-from fastedit.sweeping import random_like
+from fastedit.patching.eval_mode import evaluating
+from fastedit.texts.chat import prompt_ids
 
 from .rows import Rows
 

@@ -1,4 +1,4 @@
-"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantisation; and how a
+"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantization; and how a
 Trainer is told of them.
 """
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
 DeviceMap = Annotated[str | None, typer.Option(help="auto: over several GPUs, by accelerate.")]
@@ -21,6 +22,7 @@ SIZES = {
 def load_model(name, device="auto", dtype=None, device_map=None, quantize=None, kind="AutoModelForCausalLM"):
     """(model in eval mode, tokenizer) by an Auto class's name; a mistake in a name or an option is one line.
 
+    kind: None for the class that the config names, of which the tokenizer may be None.
     A tokenizer without a padding token pads with its EOS.
     """
     import torch
@@ -43,13 +45,26 @@ def load_model(name, device="auto", dtype=None, device_map=None, quantize=None, 
         options.setdefault("device_map", {"": place})
     try:
         found = smollm2.chat_folder() if name == smollm2.NAME and not Path(name).exists() else name
-        tokenizer = transformers.AutoTokenizer.from_pretrained(found)
-        model = getattr(transformers, kind).from_pretrained(found, **options).eval()
+        tokenizer = _tokenizer(found, needed=kind is not None)
+        if kind is None:
+            kind = (transformers.AutoConfig.from_pretrained(found).architectures or ["AutoModel"])[0]
+        model = getattr(transformers, kind, transformers.AutoModel).from_pretrained(found, **options).eval()
     except (OSError, ValueError, ImportError) as error:
         raise typer.BadParameter(f"{name} could not be loaded: {error}") from None
-    if tokenizer.pad_token is None:
+    if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model if "device_map" in options else model.to(place), tokenizer
+
+
+def _tokenizer(name, needed):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        if needed:
+            raise
+        return None  # a model of images
 
 
 def device_of(device):

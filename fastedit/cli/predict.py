@@ -12,7 +12,7 @@ SENTENCES = ("classification", "pairs", "regression", "reward")
 
 
 def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out):
-    from .. import store
+    from ..patching import edit_folder as store
 
     texts = [*(texts or ()), *(read_texts(file) if file else ())]
     if not texts:
@@ -47,7 +47,7 @@ def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out):
 
 def _labels(encoder, tokenizer, folder, note, texts, other, _):
     from .. import load as load_edit
-    from ..recipes import predict
+    from ..training.recipes import predict
     from ..training.rewards import RewardModel
     from ..training.sentences import with_head
 
@@ -74,7 +74,7 @@ def _replies(model, tokenizer, folder, note, texts, _, max_new_tokens):
     import torch
 
     from .. import load as load_edit
-    from ..chat import as_messages, prompt_ids
+    from ..texts.chat import as_messages, prompt_ids
 
     load_edit(model.eval(), folder)
     found = []

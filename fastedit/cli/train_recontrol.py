@@ -17,7 +17,7 @@ DEFAULTS = {
     "target": None, "lr": 1e-4, "epochs": 100, "batch_size": 512, "rows": None, "chat": False, "seed": 0,
     **{name: value for name, value in SIZES.items() if name not in ("accumulate", "checkpointing")},
 }  # fmt: skip
-GENERATED_TOGETHER = 16  # sequences a forward
+GENERATED_TOGETHER = 16  # sequences per forward
 
 
 def run(
@@ -94,7 +94,7 @@ def run(
     console.print(f"saved {out}; try it with: fastedit generate {model} --edit {out} --prompt '…'", markup=False)
 
 
-def find_reward(name):
+def find_reward(name, flag="--reward"):
     """A function (prompts, responses) → numbers: "word:dog" counts a word, "module:function" is the user's own."""
     if not name:
         raise typer.BadParameter(
@@ -102,7 +102,7 @@ def find_reward(name):
         )
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
-        raise typer.BadParameter(f"reward is {name!r}, expected word:WORD or module:function")
+        raise typer.BadParameter(f"{flag} is {name!r}, expected word:WORD or module:function")
     if module == "word":
         return counting(attribute)
     if "" not in sys.path:
@@ -110,9 +110,9 @@ def find_reward(name):
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(f"reward {name!r} could not be imported: {error}") from None
+        raise typer.BadParameter(f"{flag} {name!r} could not be imported: {error}") from None
     if not callable(found):
-        raise typer.BadParameter(f"reward {name!r} is {type(found).__name__}, expected a function")
+        raise typer.BadParameter(f"{flag} {name!r} is {type(found).__name__}, expected a function")
     return found
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..chat_files import read_rows
+from ..texts.data_files import read_rows
 from .loading import SIZES, load_model, trainer_options
 from .train import edits_of
 
@@ -30,7 +30,8 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, evalua
         train, held = ([as_chat(row) for row in part] for part in (train, held))
     edits = edits_of(method, rank=rank, seed=seed, layers=layers, positions=positions, site=site)
     loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
-    from .. import patch, store, training
+    from .. import patch, training
+    from ..patching import edit_folder as store
     from .progress import TrainingBar, bars
 
     console, handle = Console(), patch(loaded, edits, freeze=True)
@@ -134,7 +135,7 @@ def _margin(tokenizer, held, prompt, response, batch_size):
 def _each(model, features, batch_size, collate, work):
     import torch
 
-    from ..evaluating import evaluating
+    from ..patching.eval_mode import evaluating
 
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model):

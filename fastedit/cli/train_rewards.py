@@ -21,7 +21,7 @@ def defaults(task):
 def run(model, data, out, method, task, *, rank, layers, positions, site, evaluate, lr, epochs, batch_size, rows, prompt_tokens,
         response_tokens, chat, shifted, ascent, seed, device, dtype, device_map, quantize, accumulate, checkpointing,
         resume):  # fmt: skip
-    from ..chat_files import read_rows
+    from ..texts.data_files import read_rows
 
     train, held = split(data, evaluate, rows, seed)
     others = [] if shifted is None else read_rows(shifted)
@@ -29,7 +29,8 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, evalua
         train, held, others = ([as_chat(row) for row in part] for part in (train, held, others))
     edits = edits_of(method, rank=rank, seed=seed, layers=layers, positions=positions, site=site)
     loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
-    from .. import patch, store, training
+    from .. import patch, training
+    from ..patching import edit_folder as store
     from ..training.rewards import ranked
     from .progress import TrainingBar, bars
 

@@ -4,7 +4,7 @@ import random
 
 from rich.console import Console
 
-from ..chat_files import read_rows as read_file
+from ..texts.data_files import read_rows as read_file
 from .loading import SIZES, load_model, trainer_options
 from .train import edits_of
 
@@ -25,8 +25,8 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, text, 
     train, test = _split(data, evaluate, columns, rows, seed, pairs=task == "pairs")
     names, train, test = _numbered(data, train, test, task)
     from .. import patch
-    from ..kept import beside
-    from ..recipes import predict, save_trained
+    from ..patching.trained_beside import beside
+    from ..training.recipes import predict, save_trained
     from ..training.sentences import with_head
 
     import torch  # isort: skip
@@ -61,7 +61,7 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, text, 
 
 
 def _fit(console, classifier, handle, train, tokenizer, **given):
-    from ..recipes import fit
+    from ..training.recipes import fit
     from .progress import TrainingBar, bars
 
     with bars(console) as progress:
@@ -69,7 +69,7 @@ def _fit(console, classifier, handle, train, tokenizer, **given):
 
 
 def _measured(logits, wanted, task):
-    from ..recipes import accuracy
+    from ..training.recipes import accuracy
     from ..training.sentences import correlations
 
     return correlations(logits, wanted) if task == "regress" else {"accuracy": accuracy(logits, wanted)}

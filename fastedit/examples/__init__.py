@@ -1,7 +1,7 @@
-"""Small texts written for this project: two moods of sentences, prompts that ask for neither, words that tell them apart, and
-pairs of a helpful and a rude answer.
+"""Small texts written for this project: sentences in two moods, neutral prompts, words that tell the moods
+apart, and pairs of a helpful and a rude answer.
 
-The command line's examples and the demo use them; the files lie beside this one.
+The command line's examples and the demo use them. The files are beside this one.
 """
 
 import json

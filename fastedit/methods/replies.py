@@ -1,18 +1,18 @@
-"""What a model replies, greedily and in batches, and how sure a share of the replies is."""
+"""What a model replies, greedily and in batches, and how certain a share of the replies is."""
 
 import math
 
 import torch
 
-from ..chat import prompt_ids
-from ..evaluating import evaluating
+from ..patching.eval_mode import evaluating
+from ..texts.chat import prompt_ids
 
 
 @torch.no_grad()
 def replies(model, tokenizer, prompts, *, max_new_tokens=64, batch_size=8):
     """The greedy continuation of each prompt, a string or chat messages, without the prompt and without special tokens.
 
-    Prompts of like lengths share a batch, padded on the left; the model answers in eval mode and is left as it was.
+    Prompts of similar lengths share a batch, padded on the left. The model answers in eval mode and is left as it was.
     """
     given = [prompt_ids(tokenizer, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -38,12 +38,12 @@ def left_padded(given, pad):
 
 
 def plain(prompt):
-    """What a judge is shown: a string as it is, of messages the last one's content."""
+    """What a judge sees: a string as it is; of messages the last one's content."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def wilson(hits, of, z=1.96):
-    """The 95 % interval of a share, Wilson's."""
+    """Wilson's 95 % interval of a share."""
     share, square = hits / of, z * z / of
     centre, half = share + square / 2, z * math.sqrt(share * (1 - share) / of + square / (4 * of))
     return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
