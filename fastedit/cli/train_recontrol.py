@@ -13,16 +13,16 @@ from .loading import SIZES, load_model
 from .texts import as_chat, read_texts
 
 DEFAULTS = {
-    "reward": None, "samples": 4, "max_new_tokens": 64, "units": 4096, "lam": 0.0, "step_size": 0.5, "ascent_steps": 30,
-    "lr": 1e-4, "epochs": 100, "batch_size": 512, "rows": None, "chat": False, "seed": 0,
+    "reward": None, "samples": 4, "max_new_tokens": 64, "units": "4096", "lam": 0.0, "step_size": 0.5, "ascent_steps": 30,
+    "target": None, "lr": 1e-4, "epochs": 100, "batch_size": 512, "rows": None, "chat": False, "seed": 0,
     **{name: value for name, value in SIZES.items() if name not in ("accumulate", "checkpointing")},
 }  # fmt: skip
 GENERATED_TOGETHER = 16  # sequences per forward
 
 
 def run(
-    model, data, out, *, reward, samples, max_new_tokens, units, lam, step_size, ascent_steps, lr, epochs, batch_size, rows,
-    chat, seed, device, dtype, device_map, quantize, resume,
+    model, data, out, *, reward, samples, max_new_tokens, units, lam, step_size, ascent_steps, target, lr, epochs, batch_size,
+    rows, chat, seed, device, dtype, device_map, quantize, resume,
 ):  # fmt: skip
     console = Console()
     trained = reward.partition(":")[2] if reward and reward.startswith("edit:") else None
@@ -51,13 +51,13 @@ def run(
                 progress=_bar(progress, "collecting"), folder=states, **ask,
             )  # fmt: skip
             torch.manual_seed(seed)
-            net = fastedit.ValueNet(found.width, units, device=next(loaded.parameters()).device)
-            control = recontrol.Control(net, step_size, ascent_steps)  # what is wrong with a and n, before the training
+            net = fastedit.ValueNet(found.width, _units(units), device=next(loaded.parameters()).device)
+            recontrol.Control(net, step_size, ascent_steps, target=target)  # mistakes are said before the training
             fitted = recontrol.fit(
                 net, found, lam=lam, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed,
                 progress=_bar(progress, "fitting"),
             )  # fmt: skip
-            control = recontrol.Control(net, step_size, ascent_steps)
+            control = recontrol.Control(net, step_size, ascent_steps, target=target)
             with fastedit.patch(loaded, control) as handle:
                 report = recontrol_report.report(
                     handle, tokenizer, held_out, score, net, samples=4, max_new_tokens=max_new_tokens, seed=seed + 1,
@@ -128,6 +128,15 @@ def find_reward(name, flag="--reward"):
     if not callable(found):
         raise typer.BadParameter(f"{flag} {name!r} is {type(found).__name__}, expected a function")
     return found
+
+
+def _units(text):
+    """4096 of "4096", (3072, 3072, 3072) of "3072,3072,3072"."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--units is {text!r}, expected a number, or up to three with commas") from None
+    return found[0] if len(found) == 1 else found
 
 
 def counting(word):
