@@ -1,14 +1,52 @@
-"""Checks of arguments that are no arrays, for every face: they import neither torch nor jax."""
+"""Limits of the kernels, and checks of arguments that are not arrays. They import neither torch nor jax."""
 
 import math
 import operator
 from collections.abc import Iterable
 
+FP32_MAX = 3.4028234663852886e38
+MAX_RANK = 64  # of an edit: what the kernels keep of a row in registers
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
+
+# Every op by the names of its arguments and results: the schema of its operator under torch.compile, and what the faces and
+# backends call it with. A result that is absent is None, and an empty tensor from an operator.
+_FORM = "Tensor? scale, Tensor? bias, Tensor? read, Tensor? offset, Tensor? write, Tensor? slot, Tensor? coefficient"
+_D_FORM = "Tensor d_scale, Tensor d_bias, Tensor d_read, Tensor d_offset, Tensor d_write, Tensor d_coefficient"
+SCHEMAS = {
+    "edit": f"(Tensor hidden, {_FORM}) -> (Tensor out, Tensor z)",
+    "edit_add": f"(Tensor x, Tensor residual, {_FORM}, bool on_sum) -> (Tensor out, Tensor z)",
+    "edit_add_norm": f"(Tensor x, Tensor residual, Tensor? weight, Tensor? norm_bias, {_FORM}, bool on_sum, int kind, "
+    "float eps) -> (Tensor out, Tensor normed, Tensor z, Tensor mean, Tensor rstd)",
+    "project": "(Tensor hidden, Tensor read, Tensor? offset) -> Tensor z",
+    "moments": "(Tensor hidden, Tensor? group, int groups) -> (Tensor count, Tensor mean, Tensor m2)",
+    "value_ascent": "(Tensor hidden, Tensor weight, Tensor bias, Tensor? weight2, Tensor? bias2, Tensor head, Tensor gram, "
+    "int version, int steps, float step_size) -> Tensor out",
+    "edit_backward": f"(Tensor? grad, Tensor? hidden, Tensor? residual, {_FORM}, Tensor? grad_z, Tensor? z, bool[] needs, "
+    f"ScalarType dtype) -> (Tensor d_hidden, {_D_FORM})",
+    "edit_add_norm_backward": "(Tensor? grad_residual, Tensor? grad_normed, Tensor residual_out, Tensor? x, "
+    f"Tensor? residual, Tensor? weight, Tensor? mean, Tensor rstd, {_FORM}, Tensor? grad_z, Tensor? z, bool on_sum, int kind, "
+    "bool[] needs, bool[] needs_norm, ScalarType x_dtype, ScalarType residual_dtype) -> "
+    f"(Tensor d_x, Tensor d_residual, {_D_FORM}, Tensor d_weight, Tensor d_norm_bias)",
+    "project_backward": "(Tensor grad_z, Tensor? hidden, Tensor read, bool[] needs, ScalarType dtype) -> "
+    "(Tensor d_hidden, Tensor d_read, Tensor d_offset)",
+}  # fmt: skip
+_MORE = {  # what an operator does not have: results that are wanted, a gate for the kernel
+    "edit": ("want_z", "gate", "rule"), "edit_add": ("want_z", "gate", "rule"),
+    "edit_add_norm": ("want_z", "want_residual", "want_stats", "gate", "rule"),
+}  # fmt: skip
+
+
+def _names(part):
+    names = (word.strip("()").split()[-1] for word in part.split(", "))
+    return tuple(name for name in names if name != "version")  # of a compiled function's weight: the operator's alone
+
+
+TAKES = {op: _names(schema.split(" -> ")[0]) + _MORE.get(op, ()) for op, schema in SCHEMAS.items()}
+GIVES = {op: _names(schema.split(" -> ")[1]) for op, schema in SCHEMAS.items()}
 
 
 def as_number(name, value):
-    """A finite float: of a number, a NumPy scalar, or an array or tensor without dimensions.
+    """The value as a float that float32 holds. Takes a number, a NumPy scalar, or an array or tensor without dimensions.
 
     Raises:
         ValueError: anything else.
@@ -16,19 +54,39 @@ def as_number(name, value):
     try:
         scalar = not isinstance(value, (bool, str, bytes)) and not getattr(value, "shape", ())
         number = float(value) if scalar and "bool" not in str(getattr(value, "dtype", "")) else math.nan
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name} is {value!r:.60}, expected a finite number")
+    if not abs(number) <= FP32_MAX:
+        raise ValueError(f"{name} is {value!r:.60}, expected a finite number, which float32 holds")
     return number
 
 
-def as_layers(layers):
-    """None, or a tuple of layer numbers and names: of one, of an iterable of them (NumPy's and torch's among them), or of a
-    slice, which may end at an open end and is cut to the model's layers when it is patched.
+def check_whole(name, value, least=1):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r:.60}, expected a whole number from {least} on")
+
+
+def as_list(name, value, what):
+    """What an iterable holds.
 
     Raises:
-        TypeError, ValueError: anything else, or none at all.
+        TypeError: no iterable, or one text.
+    """
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} is one text ({value[:30]!r}), expected {what}")
+    if not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
+        raise TypeError(f"{name} is {value!r:.60}, expected {what}")
+    return list(value)
+
+
+def as_layers(layers):
+    """None, or a tuple of layer numbers and names.
+
+    Takes one number or name, an iterable of them (also NumPy's and torch's), or a slice. A slice may have an open end
+    and is cut to the model's layers when the model is patched.
+
+    Raises:
+        TypeError, ValueError: anything else, or no layer at all.
     """
     if layers is None:
         return None
@@ -54,13 +112,22 @@ def _layer(layer):
         ) from None
 
 
+def check_flag(name, value):
+    """True or False as they are."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r:.60}, expected True or False")
+    return value
+
+
 def check_on(on):
     if on not in ("x", "sum"):
         raise ValueError(f"on is {on!r}, expected 'x' (edit x, then add) or 'sum' (add, then edit)")
 
 
 def check_norm_kind(weight, norm_bias, kind):
-    if kind not in NORM_KINDS:
+    """kind: its name, or the kernels' number for it."""
+    kind = next((name for name, number in NORM_KINDS.items() if number is kind), kind)
+    if not isinstance(kind, str) or kind not in NORM_KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, NORM_KINDS))}")
     if weight is None and kind != "layer":
         raise ValueError(f"kind={kind!r} needs the norm's weight; found weight=None")
@@ -76,6 +143,6 @@ def check_projection(wanted, read):
 def check_steps(steps, step_size):
     """steps below 2^24, where fp32 still counts."""
     if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps < 1 << 24:
-        raise ValueError(f"steps is {steps!r}, expected a number of steps from 0 to {(1 << 24) - 1}")
-    if not isinstance(step_size, (int, float)) or not math.isfinite(step_size):
-        raise ValueError(f"step_size is {step_size!r}, expected a finite number")
+        raise ValueError(f"steps is {steps!r:.60}, expected a number of steps from 0 to {(1 << 24) - 1}")
+    if not isinstance(step_size, (int, float)) or not abs(step_size) <= FP32_MAX:
+        raise ValueError(f"step_size is {step_size!r:.60}, expected a finite number")

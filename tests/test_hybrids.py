@@ -9,7 +9,7 @@ import transformers
 import fastedit as fe
 from bench.conformance import tiny
 from fastedit.families import Family, find_layers
-from fastedit.planning import width_at
+from fastedit.patching.layer_plan import width_at
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -85,7 +85,7 @@ def test_rows_that_are_not_one_a_token_are_refused_by_what_must_tell_tokens(name
         "capture": lambda: fe.capture(model, None, IDS.tolist(), batch_size=2),
     }
     for patch in patches.values():
-        with pytest.raises(ValueError, match=r"hands on hidden states of shape .* for 2 sequences of 5 tokens"):
+        with pytest.raises(ValueError, match=r"passes on hidden states of shape .* for 2 sequences of 5 tokens"):
             patch()
     assert "fastedit" not in model._modules
 
@@ -107,7 +107,7 @@ def test_reading_what_layers_hand_on_leaves_no_trace():
     called = []
     model.register_forward_hook(lambda *given: called.append(given))
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    with pytest.raises(ValueError, match="hands on"):
+    with pytest.raises(ValueError, match="passes on"):
         fe.patch(model, fe.Steer(torch.ones(tiny.WIDTH), positions="last 1"))
     assert torch.equal(torch.get_rng_state(), state) and not called and all(m.training for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -170,5 +170,5 @@ def test_of_the_config_the_embedding_and_the_maps_two_must_agree():
 
 def test_a_tuple_with_names_is_refused_when_patching():
     """Reformer's layers hand on two streams by name: which one an edit means is not known."""
-    with pytest.raises(ValueError, match="expected hidden states 32 wide, but ReformerLayer hands on something else"):
+    with pytest.raises(ValueError, match="expected hidden states 32 wide, but ReformerLayer passes on something else"):
         fe.patch(built("ReformerModelWithLMHead"), fe.Steer(torch.ones(tiny.WIDTH)))

@@ -8,8 +8,8 @@ import torch
 from patch_cases import everything, random_form, scaled_then_low_rank, scrambled
 
 import fastedit as fe
-from fastedit.merging import MergeError
-from fastedit.patching import handles
+from fastedit.patching.handle import handles
+from fastedit.patching.merge import MergeError
 
 
 def mergeable():
@@ -194,7 +194,7 @@ def test_handles_merge_in_the_order_of_their_edits():
     torch.testing.assert_close(tiny.output(model, "llama"), edited, rtol=1e-4, atol=1e-5)
     second.merge()
     torch.testing.assert_close(tiny.output(model, "llama"), edited, rtol=1e-4, atol=1e-5)
-    with pytest.raises(MergeError, match="unmerge that first"):
+    with pytest.raises(MergeError, match="unmerge that one first"):
         first.unmerge()
     second.unmerge()
     first.unmerge()
@@ -330,7 +330,7 @@ def test_a_setting_that_reaches_other_layers_keeps_the_order_of_undoing():
     first.merge()
     second.merge()
     merged = tiny.output(model, "llama")
-    with pytest.raises(MergeError, match="unmerge that first"):
+    with pytest.raises(MergeError, match="unmerge that one first"):
         first.unmerge()
     assert torch.equal(tiny.output(model, "llama"), merged)
     second.unmerge()

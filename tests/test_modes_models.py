@@ -235,7 +235,7 @@ def quantised(how):
 
 @pytest.mark.parametrize("how", ["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8"])
 def test_a_quantised_base_is_edited_trained_and_not_merged(how):
-    from fastedit.merging import MergeError
+    from fastedit.patching.merge import MergeError
 
     model = quantised(how)
     slow = copy.deepcopy(model)

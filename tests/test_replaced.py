@@ -9,8 +9,8 @@ from bank_cases import bank_of, ids, logits, red
 from patch_cases import paths, scrambled
 
 import fastedit as fe
-from fastedit.merging import MergeError
-from fastedit.swapping import base_of
+from fastedit.families.own_class import base_of
+from fastedit.patching.merge import MergeError
 
 FAMILIES = ("llama", "gpt2", "t5")
 V = torch.randn(tiny.WIDTH, generator=torch.Generator().manual_seed(4))
@@ -131,7 +131,7 @@ def test_layers_that_are_gone_are_refused():
     model = tiny.build("llama")
     handle, bank = fe.patch(model, fe.RED(positions="last 2")), bank_of(model)
     del model.model.layers[2:]
-    with pytest.raises(RuntimeError, match=r"layers\.2 has edits and is not in the model any more"):
+    with pytest.raises(RuntimeError, match=r"layers\.2 has edits but is no longer in the model"):
         tiny.output(model, "llama")
     bank.close()
     with pytest.raises(RuntimeError, match=r"layers\.2 has edits"):
@@ -174,7 +174,7 @@ def test_a_copy_of_a_model_with_a_bank_is_served_by_a_bank_of_its_own():
     with bank.assign(["anna"] * 4):
         said = logits(model, ids())
         twin = copy.deepcopy(model)
-        (own,) = fe.bank.banks(twin)
+        (own,) = fe.banks.bank.banks(twin)
         assert own is not bank and own.model is twin and own.stats().in_use == 0
         unedited = logits(twin, ids())
     with own.assign(["anna"] * 4):
@@ -195,7 +195,7 @@ def test_looking_costs_no_call_a_layer():
     calls = []
 
     def trace(frame, event, _):
-        if event == "call" and frame.f_code.co_filename.endswith(("replaced.py", "root.py")):
+        if event == "call" and frame.f_code.co_filename.endswith(("patching/replaced_modules.py", "patching/model_edits.py")):
             calls.append(frame.f_code.co_name)
 
     for layers in (1, 6):

@@ -10,14 +10,14 @@ _SHARE = 3  # without other signs, a list that holds a third of the largest one'
 def stacks_of(model, family_of):
     """[(stack name, path of the list)]: "layers" alone, or "encoder" and "decoder".
 
-    A list inside another one's members is no stack (experts, the blocks of a stage). Members may be of several classes,
-    as in hybrids: it is enough that one is known for a layer.
+    A list inside another list's members is no stack (experts, the blocks of a stage). Members may be of several
+    classes, as in hybrids: it is enough that one is known to be a layer.
 
     Args:
         family_of: a layer's entry in the families' table, or None.
 
     Raises:
-        ValueError: no list of layers was found, or several of which nothing says which is meant.
+        ValueError: no list of layers was found, or several could be meant.
     """
     lists = _outermost(model)
     marked = _marks(model)
@@ -72,7 +72,7 @@ def _around(model, path):
 
 
 def _parts(config, path):
-    """The config, and before it the part of it that describes the side at `path` where there are two."""
+    """The config. If there are two sides, the part of the config that describes the side at `path` comes first."""
     side = next((p for p in reversed(path.split(".")) if p in _SIDES), None)
     if side:
         part = _read(config, side)
@@ -89,7 +89,7 @@ def _read(config, name):
 
 
 def _outermost(model):
-    """{path: list} of the ModuleLists of composed modules with parameters, but for those inside another's members."""
+    """{path: list} of the ModuleLists of composed modules with parameters, without those inside another's members."""
     found, seen = {}, set()
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module) or any(path.startswith(f"{p}.") for p in found):
@@ -105,7 +105,7 @@ def _outermost(model):
 
 
 def _marks(model):
-    """A function that says whether transformers takes a module for a layer: by its class, for checkpointing or sharding."""
+    """A function: whether transformers treats a module as a layer, by its class, when it checkpoints or shards."""
     names = set()
     for module in model.modules():
         names |= set(getattr(module, "_no_split_modules", None) or ())
@@ -117,7 +117,7 @@ def _marks(model):
 
 
 def _largest(lists):
-    """The list with the most parameters, and those that might be meant as well."""
+    """The list with the most parameters, and the lists that might be meant as well."""
     size = {path: sum(p.numel() for p in module.parameters()) for path, module in lists.items()}
     top = max(size.values(), default=0)
     return [path for path, n in size.items() if top and n * _SHARE >= top]

@@ -1,4 +1,4 @@
-"""A layer that no table entry describes: its sites, by structure. Served by the plain path."""
+"""A layer that no table entry describes: its sites, by structure. The plain path serves it."""
 
 import re
 
@@ -10,9 +10,9 @@ _LAST = re.compile(r"(o|out|down|output|c|dense|final)_?(proj|lin|linear|layer)|
 
 
 def family_of_unknown(layer, width=None):
-    """`block`, and `attn`, `mlp` and `ffn_in` where one linear map is unmistakably the last of each part.
+    """`block`, and `attn`, `mlp` and `ffn_in` if exactly one linear map is certain to be the last of each part.
 
-    width: of the residual stream, if the model says. A mixture's `mlp` is the whole block of experts.
+    width: of the residual stream, if the model gives it. A mixture's `mlp` is the whole block of experts.
     """
     sites = {"block": ""}
     width = width or _width(layer)

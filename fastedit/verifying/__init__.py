@@ -2,22 +2,31 @@
 
     print(fastedit.verify(model, fastedit.Steer(direction)))
 
-The reference (reference.py) is plain hooks on whole sequences, one request at a time, without a cache. Each mode (modes.py)
-runs the model as people run it. A difference that the model without edits has in that mode, too, is not the edits'.
+The reference (reference.py) is plain hooks on whole sequences, one request at a time, without a cache. Each mode
+(modes.py) runs the model as people run it. If the model without edits differs in a mode too, that difference is not the
+edits'. Imports `patching` and below. Read `reference.py` first, then `modes.py`.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
-from ..evaluating import check_data, evaluating
+from ..arguments import check_whole
+from ..edits.kinds import Edit
 from ..families import find_layers
-from ..patching import patch
-from ..root import root_of
-from ..store import load
+from ..hints import Folder
+from ..patching.edit_folder import load
+from ..patching.eval_mode import check_data, evaluating
+from ..patching.handle import patch
+from ..patching.model_edits import root_of
 from . import modes as _modes
 from .inputs import as_requests, made
 from .outcome import Outcome, Row
@@ -28,22 +37,25 @@ _SHARE = 4  # how much larger than the model's own difference the edited one may
 _EFFECT = 20  # and how much larger than what is allowed what the edits do should be
 
 
-def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="inductor", seed=0):
+def verify(
+    model: nn.Module, edits: Edit | Sequence[Edit] | Folder, inputs: Sequence[Any] | None = None, *,
+    modes: Sequence[str] | None = None, new_tokens: int = 4, backend: str = "inductor", seed: int = 0,
+) -> Outcome:  # fmt: skip
     """Run a model with edits in several modes and compare each with the slow reference.
 
     Args:
-        model: an nn.Module that `fastedit.patch` takes, not patched. It is given back bit for bit.
-        edits: an Edit, a list of them, or a folder that `handle.save` wrote. Where an edit changes nothing yet (a fresh RED)
-            small random numbers stand in.
-        inputs: requests: token ids (a list of 1-D tensors or lists), or a list of dictionaries of arguments for the model,
-            each a batch of one. None: two random ones by the model's config.
-        modes: names among `fastedit.verifying.modes.MODES`; None for all that the model has.
+        model: an nn.Module that `fastedit.patch` takes, not patched. It comes back bit for bit.
+        edits: an Edit, a list of them, or a folder that `handle.save` wrote. Small random numbers replace an edit that
+            changes nothing yet (a fresh RED).
+        inputs: requests: token ids (a list of 1-D tensors or lists), or a list of dictionaries of arguments for the
+            model, each a batch of one. None: two random ones by the model's config.
+        modes: names among `fastedit.verifying.modes.MODES`. None for all that the model has.
         new_tokens: how many tokens are generated.
         backend: of torch.compile.
         seed: of what is random here.
 
     Returns:
-        An Outcome: print it; `ok` is False where something is wrong.
+        An Outcome: print it. `ok` is False if something is wrong.
 
     Raises:
         ValueError, TypeError: inputs or modes that make no sense; a patched model; a model that runs in no mode; edits that
@@ -52,6 +64,8 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
     if root_of(model) is not None:
         raise ValueError("the model is patched: remove its handles, verify puts the edits on and takes them off itself")
     check_data(model, "to verify")
+    check_whole("new_tokens", new_tokens)
+    check_whole("seed", seed, least=0)
     wanted = _modes.named(modes, model)
     requests = made(model, seed) if inputs is None else as_requests(inputs, model)
     settings = _modes.Settings(new_tokens, backend, seed)
@@ -85,7 +99,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 @contextlib.contextmanager
 def _as_it_was(model):
-    """Afterwards no module has an attribute or a hook that it did not have: switching checkpointing on leaves some."""
+    """Afterwards no module has a new attribute or hook. Switching checkpointing on leaves some."""
     held = [(module, dict(module.__dict__), {name: set(getattr(module, name)) for name in _HOOKS}) for module in model.modules()]
     try:
         yield
@@ -100,7 +114,7 @@ def _as_it_was(model):
 
 
 def _stir(handle, seed):
-    """Random numbers where an edit changes nothing yet, so that what is compared is an edit."""
+    """Random numbers where an edit changes nothing yet, so that the comparison is of an edit."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for edit, _, masters in handle._each():
@@ -114,7 +128,7 @@ def _stir(handle, seed):
 
 
 def _layers_row(model, handle):
-    """That edits of every layer are at as many layers as the config names."""
+    """Check that edits of every layer are at as many layers as the config names."""
     every = [len(chosen) for edit, chosen in zip(handle.edits, handle._members, strict=True)
              if edit.layers is None and edit.site not in ("embed", "final")]  # fmt: skip
     found = find_layers(model)

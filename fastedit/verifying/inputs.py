@@ -4,7 +4,7 @@ import inspect
 
 import torch
 
-from ..swapping import base_of
+from ..families.own_class import base_of
 
 _ANY_SIZE = 64  # of pictures, for a model that takes all sizes
 LENGTHS = (9, 6)  # of two random requests: different, so that batches of them are padded
@@ -28,7 +28,10 @@ def as_requests(inputs, model):
         if isinstance(request, dict) or hasattr(request, "items"):
             request = dict(request)
         else:
-            ids = torch.as_tensor(request)
+            try:
+                ids = torch.as_tensor(request)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"a request is {request!r:.60}, expected token ids, or a dictionary of arguments") from None
             if ids.dim() != 1 or ids.is_floating_point() or not len(ids):
                 raise ValueError(f"a request has shape {tuple(ids.shape)} and dtype {ids.dtype}, expected token ids (tokens,)")
             request = {"input_ids": ids[None]}

@@ -1,4 +1,4 @@
-"""The ways in which a model is run. Each takes (model, requests, settings) and returns what was said as [Said]."""
+"""The ways in which a model is run. Each takes (model, requests, settings) and returns its results as [Said]."""
 
 import threading
 import traceback
@@ -22,10 +22,10 @@ class Settings:
 
 @dataclass
 class Said:
-    """What a mode said for a request: `logits`, which a whole forward of `given` says at `where` of its tokens.
+    """A mode's result for a request: `logits`, to compare with a whole forward of `given` at its tokens `where`.
 
-    prompt: how many of them (of the decoder's, behind an encoder) are the prompt. gradient: instead of logits, that of the
-    embeddings.
+    prompt: how many of them (of the decoder's, behind an encoder) are the prompt. gradient: instead of logits, that of
+    the embeddings.
     """
 
     given: dict
@@ -63,7 +63,7 @@ def _whole(given, logits, where=slice(None)):
 
 
 def forward(model, requests, settings):
-    """One whole forward a request, with the model's own settings of the cache."""
+    """One whole forward per request, with the model's own settings of the cache."""
     with torch.no_grad():
         return [_whole(given, _of(model, given)[0]) for given in requests]
 
@@ -140,7 +140,7 @@ def _generate(model, requests, settings, **options):
 
 
 def compiled(model, requests, settings):
-    """`torch.compile` of the whole model, for the first request: another length would be compiled anew."""
+    """`torch.compile` of the whole model, for the first request. Another length would be compiled again."""
     torch.compiler.reset()
     quick = torch.compile(model, backend=settings.backend)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def _gradient(model, given, seed):
 
 
 def packing(model, requests, settings):
-    """Two requests in one row, told apart by position ids that start anew."""
+    """Two requests in one row, told apart by position ids that begin again."""
     ids = torch.cat([given["input_ids"] for given in requests], 1)
     places = torch.cat([torch.arange(given["input_ids"].shape[1]) for given in requests])[None].to(ids.device)
     with torch.no_grad():
@@ -225,7 +225,7 @@ def packing(model, requests, settings):
 
 
 def threads(model, requests, settings):
-    """A thread a request, all generating at once."""
+    """One thread per request, all generating at once."""
     found, errors, barrier = [None] * len(requests), [], threading.Barrier(len(requests))
 
     def work(number):
@@ -276,7 +276,7 @@ def named(modes, model):
 
 
 def attempt(name, model, requests, settings):
-    """What a mode said, or the exception that it raised."""
+    """A mode's result, or the exception that it raised."""
     try:
         return MODES[name](model, requests, settings)
     except Exception as error:  # whatever a model's own code may raise
