@@ -41,12 +41,12 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py fastedit/*/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs wheels lint bench \
+.PHONY: help setup demo test test-long test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs wheels lint bench \
 	peers gpu gpu-more clean distclean
 
 help:
 	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
-	@echo "make test    the tests, on the CPU; PYTEST_ARGS='-k store' for some; make test-slow: those of more than ten seconds"
+	@echo "make test    the tests, on the CPU; PYTEST_ARGS='-k store' for some; make test-long, test-slow: the longer ones"
 	@echo "make test-all   the full grid, slow tests, the engine, sanitizers, docs; an hour or two"
 	@echo "make newest  every test on the newest of everything, in $(NEWEST), and a table of it; make renew: those versions are tested"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
@@ -61,7 +61,7 @@ help:
 	@echo "make sanitize-short   a cut of it, some minutes"
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
 	@echo "make wheels  an sdist and a Linux wheel into dist/, tried in an environment without a compiler"
-	@echo "make lint    ruff, and that the wings of fastedit/ import downwards"
+	@echo "make lint    ruff; that the wings of fastedit/ import downwards; types of the public face by pyright"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
 setup: $(STAMPS)/fastedit
@@ -73,8 +73,12 @@ demo: $(STAMPS)/fastedit
 TEST_ENV := FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 FASTEDIT_TRITON_36=$(CURDIR)/$(VENV)/triton-3.6
 test: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(BIN)/fastedit doctor
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not long" $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
+
+# What takes some seconds per test: compilers, emulated thread orders, processes that train together.
+test-long: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "long and not slow" $(PYTEST_ARGS)
 
 # What takes more than ten seconds per test: the chat model, the whole demo, browsers, stub rehearsals, compilers.
 test-slow: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
@@ -132,8 +136,10 @@ wheels: $(STAMPS)/fastedit
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet $(TESTED) ruff
 	@test -x $(BIN)/lint-imports || $(BIN)/pip install --quiet $(TESTED) import-linter
+	@test -x $(BIN)/pyright || $(BIN)/pip install --quiet $(TESTED) "pyright[nodejs]"
 	$(BIN)/ruff check .
 	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)

@@ -4,6 +4,7 @@ from . import families as families
 from . import interop as interop
 from . import methods as methods
 from . import ops as ops
+from . import store as store
 from .banks.bank import Bank as Bank
 from .banks.bank import BankFullError as BankFullError
 from .capturing.capture import Captured as Captured

@@ -184,3 +184,32 @@ def test_edits_that_come_or_go_before_the_backward_are_refused(family, change):
     change(model, handle)
     with pytest.raises(RuntimeError, match="between a forward and its backward"):
         loss.backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **more: fe.ScaleBias(1 + 0.3 * V, V, **more), lambda **more: fe.ScaleBias(1 + 0.3 * V, trainable=False, **more),
+        lambda **more: fe.Steer(V, site="mlp", **more), lambda **more: [fe.ScaleBias(None, V, **more), fe.Steer(V, site="mlp")],
+    ],
+)  # fmt: skip
+def test_an_edit_s_own_strength_counts_from_the_start(make, fused):
+    """Trainable or not, before any dial is turned: as one of strength 1 that is dialled there; and so do its gradients."""
+    model, given = tiny.build("llama"), tiny.inputs("llama")
+
+    def said(handle):
+        logits = model(**given).logits
+        grads = [p for p in handle.parameters() if p.requires_grad]
+        return logits, [g * 1.0 for g in torch.autograd.grad(logits.square().sum(), grads, allow_unused=True)] if grads else []
+
+    for strength in (0.0, 0.5, -1.0):
+        with fe.patch(model, make(strength=strength), fused=fused) as handle:
+            found, gradients = said(handle)
+        with fe.patch(model, make(), fused=fused) as handle:
+            full = said(handle)[0]
+            for edit, _, masters in handle._each():
+                masters.set_strength(1.0 if isinstance(edit, fe.Steer) and isinstance(make(), list) else strength)
+            expected, exact = said(handle)
+        assert torch.equal(found, expected) and not torch.allclose(found, full, atol=1e-4)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, exact, strict=True))

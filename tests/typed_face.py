@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 import fastedit
-from fastedit import arrays, recipes, training
+from fastedit import arrays, training
 from fastedit.patching.explain import Explanation
+from fastedit.recipes import predict
 from fastedit.training import EditCallback, Reference
 from fastedit.verifying.outcome import Outcome
 
@@ -47,8 +48,8 @@ def wrong_edits(vectors: torch.Tensor) -> None:
 def handles(model: torch.nn.Module, ids: torch.Tensor) -> None:
     with fastedit.patch(model, fastedit.RED(), freeze=True) as handle:
         assert_type(handle, fastedit.Handle)
-        handle.strength = 2
         assert_type(handle.strength, float)
+        handle.strength = 2
         assert_type(handle.named_tensors(tenant=0), dict[str, torch.Tensor])
         assert_type(handle.readings[0], torch.Tensor)
         assert_type(handle.explain({"input_ids": ids}), Explanation)
@@ -107,7 +108,7 @@ def ops(hidden: torch.Tensor, scale: torch.Tensor, read: torch.Tensor) -> None:
     assert_type((out, normed), tuple[torch.Tensor, torch.Tensor])
     assert_type(fastedit.ops.project(hidden, read), torch.Tensor)
     fastedit.ops.value_ascent(hidden, fastedit.ValueNet(8, units=(16, 4)), 3, 0.5)
-    fastedit.ops.edit_add(hidden, hidden, on="residual")  # pyright: ignore[reportCallIssue, reportArgumentType]
+    fastedit.ops.edit_add(hidden, hidden, on="residual")  # pyright: ignore[reportArgumentType]
     fastedit.ops.edit(hidden, scales=scale)  # pyright: ignore[reportCallIssue]
     fastedit.ops.moments(hidden, groups="two")  # pyright: ignore[reportArgumentType]
 
@@ -125,9 +126,10 @@ def training_of(model: torch.nn.Module, handle: fastedit.Handle, tokenizer: Any)
     training.sft(handle, tokenizer, rows, lr=2e-3, bf16=True).evaluate()
     training.prefer(handle, tokenizer, rows, loss="orpo", stored="reference.safetensors")
     classifier, handle = training.classify(model, tokenizer, [("fine", 1)], fastedit.RED(), **training.GLUE["sst2"])
-    assert_type(recipes.predict(classifier, ["a film"], tokenizer), torch.Tensor)
+    assert_type(predict(classifier, ["a film"], tokenizer), torch.Tensor)
     training.regress(model, tokenizer, [(("a", "b"), 0.5)], fastedit.RED())
-    EditCallback(handle, decay="identity"), Reference(handle)
+    EditCallback(handle, decay="identity", resume="out")
+    assert_type(Reference(handle), Reference)
     training.prefer(handle, tokenizer, rows, loss="ppo")  # pyright: ignore[reportArgumentType]
     EditCallback(model)  # pyright: ignore[reportArgumentType]
     training.classify(model, tokenizer, [("fine", 1)], head="mean")  # pyright: ignore[reportCallIssue]

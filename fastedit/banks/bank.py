@@ -17,6 +17,7 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
+from ..arguments import check_flag
 from ..edits.kinds import Edit
 from ..edits.stack import Stack
 from ..hints import Folder, Layers, Site
@@ -63,6 +64,8 @@ class Bank:
         fused: bool = True, unassigned: Literal["refuse", "warn"] = "refuse",
     ) -> None:  # fmt: skip
         Tables.check(capacity, rank)
+        for said, value in (("positions", positions), ("gates", gates), ("fused", fused)):
+            check_flag(said, value)
         if unassigned not in ("refuse", "warn"):
             raise ValueError(f"unassigned is {unassigned!r}, expected 'refuse' or 'warn'")
         root = root_of(model) or Root(model)
@@ -103,6 +106,9 @@ class Bank:
     def replace(self, name: str, edits: Edit | Sequence[Edit] | Handle | Folder) -> None:
         """Hold another edit under a name. Assignments in force keep the old one; later assignments have the new one.
 
+        Args:
+            name: one that is held. edits: as `add`.
+
         Raises:
             KeyError: no such name. Others as `add`, and BankFullError for a pinned edit that is in use while no other
                 slot can be had. The old edit is then still there.
@@ -129,12 +135,15 @@ class Bank:
         self._books.pin(name)
 
     def unpin(self, name: str) -> None:
-        """Allow an edit to be evicted again."""
+        """Allow the edit of a name to be evicted again. KeyError: no such name."""
         self._entry(name).pinned = False
 
     def prefetch(self, names: Iterable[str | Stack]) -> None:
         """Make edits, and stacks of them, resident before they are assigned. Any thread may call this while others run
         the model.
+
+        Args:
+            names: names, and fastedit.Stack of them.
 
         Raises:
             KeyError, BankFullError: as `assign`.

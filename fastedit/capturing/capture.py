@@ -59,8 +59,9 @@ class Captured(Mapping[int, Moments]):
     def __len__(self) -> int:
         return len(self.moments)
 
-    def plot(self, axes=None):
-        """Draw the norm of each group's mean and the spread around it, by layer. Returns [matplotlib axes]."""
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draw the norm of each group's mean and the spread around it, by layer. Returns [matplotlib axes], new ones for
+        axes=None."""
         from ..plots.moments import draw
 
         return draw(self, axes)

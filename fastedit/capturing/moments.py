@@ -24,6 +24,12 @@ class Moments:
         direction = moments.mean()[1] - moments.mean()[0]
 
     However the rows are cut into batches or processes, mean and variance differ by float64's rounding alone.
+
+    Args:
+        width: of the rows. groups: how many. device: of the sums; the CPU by default.
+
+    Raises:
+        ValueError: width or groups below 1.
     """
 
     def __init__(self, width: int, groups: int = 1, device: torch.device | str | None = None) -> None:
@@ -35,10 +41,12 @@ class Moments:
 
     @property
     def width(self) -> int:
+        """Of the rows."""
         return self._mean.shape[1]
 
     @property
     def groups(self) -> int:
+        """How many groups there are."""
         return len(self._count)
 
     @property
@@ -57,7 +65,7 @@ class Moments:
         return self
 
     def merge(self, other: Moments) -> Moments:
-        """Add another's rows. Returns self."""
+        """Add the rows of other, Moments of the same groups and width. Returns self. ValueError for anything else."""
         if not isinstance(other, Moments) or other._mean.shape != self._mean.shape:
             shape = tuple(other._mean.shape) if isinstance(other, Moments) else type(other).__name__
             raise ValueError(f"cannot merge {shape} into Moments of (groups, width) {tuple(self._mean.shape)}")
@@ -75,6 +83,8 @@ class Moments:
 
     def all_reduce(self, process_group: ProcessGroup | None = None) -> Moments:
         """Merge the moments of all processes of torch.distributed, with the same bits in each. Returns self.
+
+        process_group: None for the default one.
 
         They are gathered and merged in the order of ranks. A sum of counts, means and M2 would not be exact.
         """
@@ -96,7 +106,7 @@ class Moments:
         return {"count": self._count.clone(), "mean": self._mean.clone(), "m2": self._m2.clone()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take a state_dict's numbers. ValueError for other names, shapes or dtypes, before any is taken."""
+        """Take the numbers of state, a state_dict. ValueError for other names, shapes or dtypes, before any is taken."""
         if set(state) != set(_NAMES):
             raise ValueError(f"the state has {', '.join(sorted(state))}; expected {', '.join(_NAMES)}")
         for name, mine in zip(_NAMES, (self._count, self._mean, self._m2), strict=True):

@@ -70,10 +70,12 @@ class Directions(Mapping[int, torch.Tensor]):
 
     @property
     def width(self) -> int:
+        """Of each vector."""
         return next(iter(self._vectors.values())).shape[0]
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The layers' numbers, in ascending order."""
         return tuple(self._vectors)
 
     def __getitem__(self, layer: int) -> torch.Tensor:
@@ -154,7 +156,7 @@ class Directions(Mapping[int, torch.Tensor]):
         return Directions(kept, {k: v for k, v in self.statistics.items() if k in kept}, self.about)
 
     def best(self, by: str = "accuracy") -> int:
-        """The layer where a statistic is largest. KeyError if no layer has it."""
+        """The layer where the statistic `by` is largest. KeyError if no layer has it."""
         known = {layer: found[by] for layer, found in self.statistics.items() if found.get(by) is not None}
         if not known:
             raise KeyError(f"no layer has the statistic {by!r}")
@@ -209,8 +211,8 @@ class Directions(Mapping[int, torch.Tensor]):
         if other.width != self.width:
             raise ValueError(f"directions of width {self.width} and of width {other.width} do not go together")
 
-    def plot(self, axes=None):
-        """Draw accuracy, where probes give one, and separation by layer. Returns [matplotlib axes].
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draw accuracy, where probes give one, and separation by layer. Returns [matplotlib axes], new ones for axes=None.
 
         Raises:
             ValueError: directions without statistics.
@@ -248,7 +250,7 @@ class Directions(Mapping[int, torch.Tensor]):
 
     @classmethod
     def load(cls, folder: Folder) -> Directions:
-        """What `save` wrote, checked. DirectionsFileError says what is wrong with it."""
+        """What `save` wrote to a folder, checked. DirectionsFileError says what is wrong with it."""
         path = Path(folder) / FILE
         try:
             if not path.exists():
@@ -268,7 +270,7 @@ class Directions(Mapping[int, torch.Tensor]):
         """Write a control vector for llama.cpp. A crash leaves the old file or the new one. Returns the Path.
 
         Args:
-            model: llama.cpp's name of the architecture, for the file's model_hint. By default `about["type"]`.
+            path: of the file. model: llama.cpp's name of the architecture, for the file's model_hint. By default `about["type"]`.
 
         Raises:
             ValueError: there is a vector at layer 0, which llama.cpp cannot add, or the directions are of another site
@@ -285,7 +287,7 @@ class Directions(Mapping[int, torch.Tensor]):
 
     @classmethod
     def load_gguf(cls, path: Folder) -> Directions:
-        """Directions from a control vector's file, of llama.cpp or repeng.
+        """Directions from the file at path, a control vector of llama.cpp or repeng.
 
         Raises:
             DirectionsFileError: it is not a GGUF file or not a control vector, or it holds a tensor that is no vector.

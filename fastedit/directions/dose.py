@@ -54,11 +54,13 @@ def calibrate(
     in the strength, it finds one of several strengths. It starts from small ones.
 
     Args:
+        model: a causal language model. tokenizer: for texts and messages.
         edit: a Handle on the model, which is left at the strength found. Or an Edit, or a list of them, patched
             meanwhile.
         prompts: texts or chat messages (with tokenizer=), lists of token ids, or ready batches.
         target_kl: nats. tolerance: how far off the KL may be, as a share of the target.
         largest: the strength at which the search ends.
+        batch_size: prompts of one length per forward. max_length: cut texts to so many tokens.
         new_tokens: the largest length of a continuation. None for the token after the prompt alone. seed: of the
             sampling.
 

@@ -61,6 +61,7 @@ def sweep(
             share.
         doses: numbers. The grid also has one cell without an edit.
         layers: a list of layer numbers, each alone, or of ranges or tuples, each together. None for every layer alone.
+        site: where in a layer the directions are added; "block" by default.
         unit: of the doses. "strength": of the edit, as it is. "residual": times the residual's norm
             (`Directions.relative`). "kl": the mean KL that `fastedit.calibrate` reaches. Its other arguments are passed
             on (prompts=, tokenizer=, new_tokens=, …).
@@ -151,19 +152,21 @@ class Sweep:
             return Steer(own.relative(cell.dose), site=self.site)
         return Steer(own, site=self.site, strength=cell.strength)
 
-    def plot(self, axes=None):
-        """Draw the means, one row per set of layers and one column per dose. Returns matplotlib axes."""
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the means into matplotlib axes, or new ones: one row per set of layers and one column per dose.
+        Returns the axes.
+        """
         from ..plots.sweep import draw
 
         return draw(self, layers_text, axes)
 
-    def heat_map(self, path):
-        """`plot` into a file: PNG, SVG or PDF by the name's end."""
+    def heat_map(self, path: Folder) -> None:
+        """`plot` into the file at path: PNG, SVG or PDF by the name's end."""
         from ..plots.sweep import write
 
         write(self, layers_text, path)
 
-    def json(self):
+    def json(self) -> dict[str, Any]:
         """JSON-able: the unit, the cell without an edit and the others."""
         return {"unit": self.unit, "base": asdict(self.base), "cells": [asdict(cell) for cell in self.cells]}
 

@@ -49,6 +49,7 @@ class Form:
 
     @property
     def rank(self) -> int:
+        """Of the low-rank part, 0 for none."""
         return 0 if self.read is None else self.read.shape[0]
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
@@ -56,6 +57,7 @@ class Form:
         return self.scale, self.bias, self.read, self.offset, self.write
 
     def numel(self) -> int:
+        """How many numbers its tensors hold."""
         return sum(t.numel() for t in self.tensors() if t is not None)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:

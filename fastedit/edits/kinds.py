@@ -39,7 +39,7 @@ class Edit:
     """What all edits share: where they act and how strongly. A subclass gives the tensors of a layer (`values`).
 
     Args:
-        names: of its tensors. rank: of its low-rank part, 0 for none.
+        names: of its tensors. rank: of its low-rank part, 0 to 64.
     """
 
     default_site: ClassVar[Site] = "block"
@@ -139,6 +139,9 @@ class Edit:
         shown |= {"keep_norm": True} if self.keep_norm else {}
         shown |= {} if self.gate is None else {"gate": str(self.gate)}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+
+Edit.__doc__ = completed(Edit.__doc__, Edit.__init__, "its kind's default")
 
 
 class ScaleBias(Edit):
@@ -388,7 +391,7 @@ def orthonormal_rows(directions):
         if rest.norm() > 1e-6 * row.norm():
             basis.append(rest / rest.norm())
     if not basis:
-        raise ValueError("the directions are all zero: there is nothing to normalise")
+        raise ValueError("the directions are all zero: there is nothing to normalize")
     return torch.stack(basis).float()
 
 

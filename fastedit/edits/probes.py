@@ -7,7 +7,10 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from ..hints import Layers, Site, Values
+from .gates import Rule
 from .kinds import Edit
 from .per_layer import PerLayer
 
@@ -40,5 +43,6 @@ class Probe(Edit):
     def values(self, spot, width):
         return {name: value.at(spot) for name, value in self.given.items()}
 
-    def when(self, gate):
+    def when(self, gate: Rule) -> Self:
+        """No gate goes with a Probe: raises TypeError."""
         raise TypeError("a Probe changes nothing, so there is nothing for a gate to decide; gate the edits")

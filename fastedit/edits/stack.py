@@ -37,7 +37,7 @@ class Stack:
         self.names, self.strengths = names, (1.0,) * len(names)
 
     def at(self, strengths: Sequence[float]) -> Stack:
-        """The same stack with a strength for each part.
+        """The same stack with a strength for each part: strengths[i] of names[i].
 
         Raises:
             ValueError: not one finite number per part.

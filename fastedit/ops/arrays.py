@@ -122,6 +122,7 @@ def moments(
 ) -> tuple[Array, Array, Array]:
     """(count (groups,) int64, mean, m2 (groups, width) float64) of each group's rows, as `fastedit.ops.moments`.
 
+    hidden (…, width), fp32, fp16 or bf16.
     group int32, one per row. A number outside 0 to groups − 1 leaves the row out. groups: None for the largest number +
     1.
     """

@@ -81,8 +81,8 @@ def edit_add(
 
     Args:
         x, residual: the same shape (…, width); dtypes promote as in PyTorch's add.
-        Others: as `edit`. A gate sees what the edit is given: x, or the sum in fp32. Without parameters this is the
-            plain add.
+        scale, bias, read, offset, write, slot, strength, gate, rule, return_projection: as `edit`. A gate sees what the
+            edit is given: x, or the sum in fp32. Without parameters this is the plain add.
 
     Returns:
         residual' (…, width), rounded once; or (residual', z).
@@ -119,7 +119,7 @@ def edit_add_norm(
         eps: added to the variance.
         return_residual: False if only the norm is read (BERT's post-norm). This saves the store, and returns None in
             its place unless a gradient is needed.
-        Others: as `edit_add`.
+        on, scale, bias, read, offset, write, slot, strength, gate, rule, return_projection: as `edit_add`.
 
     Returns:
         (residual', normed), both (…, width); or (residual', normed, z).
@@ -232,7 +232,7 @@ def value_ascent(hidden, value_net, steps, step_size):
 
 
 def _traced(tensor):
-    """True where the call must stay visible: torch.compile, export, fake and functional tensors."""
+    """True if the call must stay visible: torch.compile, export, fake and functional tensors."""
     return type(tensor) not in PLAIN or torch.compiler.is_compiling()
 
 
@@ -258,10 +258,7 @@ def _coefficient(strength, hidden, name):
 
 
 def _seen(op, rows, form, *how, gate=None, rule=None, want_z=False, want_residual=True):
-    """An op for whoever has to see it: a tracer, a transform, autograd; else for another backend, or to be refused.
-
-    rows: what stands before the form among its arguments; how: what stands behind.
-    """
+    """An op for whoever must see it: a tracer, a transform, autograd. Else for another backend, or to be refused."""
     traced = _traced(rows[0])
     looked_at = not traced and transformed()
     learns = not (traced or looked_at) and _needs_grad((*rows, *form, gate, rule))
@@ -288,7 +285,7 @@ def _seen(op, rows, form, *how, gate=None, rule=None, want_z=False, want_residua
 
 
 def _given_to_edit(op, rows, how):
-    """The hidden states that an edit is given: of the sum, as a kernel has it, in fp32."""
+    """The hidden states that an edit is given. On the sum they are fp32, as in a kernel."""
     if op == "edit" or not how[0]:
         return rows[0]
     x, residual = rows[:2]

@@ -21,7 +21,7 @@ class ValueNet(nn.Module):
 
     Args:
         width: of the hidden states it reads.
-        units: of the hidden layers, one number or two. Initialized as nn.Linear is.
+        device: of the parameters. units: of the hidden layers, one number or two. Initialized as nn.Linear is.
 
     Raises:
         ValueError: widths below 1, or not one or two hidden layers.
@@ -47,7 +47,7 @@ class ValueNet(nn.Module):
 
     @classmethod
     def from_sequential(cls, module: Iterable[nn.Module]) -> ValueNet:
-        """The net of an nn.Sequential of Linear, ReLU, Linear (, ReLU, Linear to 1), as fp32 copies of its weights.
+        """The net of module, an nn.Sequential of Linear, ReLU, Linear (, ReLU, Linear to 1), as fp32 copies of its weights.
 
         Dropout is left out, as in evaluation. Raises ValueError for any other layer, order or output.
         """
@@ -93,9 +93,15 @@ class ValueNet(nn.Module):
         return cls.from_sequential(nn.Sequential(*layers))
 
     @classmethod
-    def from_tensors(cls, weight, bias, weight2, bias2, head, offset):
-        """The frozen net on these fp32 tensors themselves, without copies. weight2 and bias2 None for one hidden
-        layer."""
+    def from_tensors(
+        cls, weight: torch.Tensor, bias: torch.Tensor, weight2: torch.Tensor | None, bias2: torch.Tensor | None,
+        head: torch.Tensor, offset: torch.Tensor,
+    ) -> ValueNet:  # fmt: skip
+        """The frozen net on these fp32 tensors themselves, without copies.
+
+        weight (units, width), bias (units,); weight2 (units2, units) and bias2 (units2,), None for one hidden layer;
+        head (units2,) or (units,); offset (1,).
+        """
         net = cls.__new__(cls)
         nn.Module.__init__(net)
         net._grams, net.gram_version = {}, -1
@@ -106,6 +112,7 @@ class ValueNet(nn.Module):
 
     @property
     def width(self) -> int:
+        """Of the hidden states that it reads."""
         return self.weight.shape[1]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -116,14 +123,14 @@ class ValueNet(nn.Module):
             z = torch.relu(nn.functional.linear(z, self.weight2.to(dtype), self.bias2.to(dtype)))
         return z @ self.head.to(dtype) + self.offset.to(dtype)
 
-    def tensors(self):
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """(weight, bias, weight2, bias2, head), without gradients."""
         return tuple(
             t if t is None else t.detach() for t in (self.weight, self.bias, self.weight2, self.bias2, self.head)
         )
 
     def gram(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """weight @ weightᵀ (units, units), summed in fp64 and rounded once. Kept until the weight changes.
+        """weight @ weightᵀ (units, units), summed in fp64 and rounded once to dtype. Kept until the weight changes.
 
         Under torch.compile the existing one is used, and the compiled function checks it.
         """

@@ -29,7 +29,7 @@ from .heads import heads
 from .layer_plan import device_at, plan, width_at
 from .merge import MergeError, merge_handle
 from .model_edits import Root, mark_first, root_of
-from .probe_readings import readings
+from .probe_readings import Readings, readings
 from .report import report
 from .rows.generating import check_lengths, check_mask
 from .rows.tenants import Assignment, Tenancy, check_count, check_tenant
@@ -160,6 +160,8 @@ class Handle:
             KeyError, ValueError, TypeError: names, shapes, dtypes or values that do not fit. Nothing has changed.
         """
         self._changeable()
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"tensors is {tensors!r:.60}, expected a mapping from names to tensors")
         check_data(self._tree, "to take an edit's tensors")
         own = dict(self._named())
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -167,9 +169,11 @@ class Handle:
             raise KeyError(
                 f"expected {len(own)} tensors and found {len(tensors)}; "
                 f"missing: {', '.join(missing[:3]) or 'none'}; "
-                f"not of this handle: {', '.join(extra[:3]) or 'none'}"
+                f"not of this handle: {', '.join(map(str, extra[:3])) or 'none'}"
             )
         for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} is {type(tensor).__name__}, expected a float32 tensor")
             if tensor.shape != own[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
             if not tensor.is_floating_point():
@@ -263,7 +267,7 @@ class Handle:
         self._root.rows.mask = mask if mask is None else mask.to(next(self._each())[2].dial.device)
 
     @property
-    def readings(self) -> list[torch.Tensor]:
+    def readings(self) -> Readings:
         """What the probes among the edits read in this thread's last forward: a list of fp32 tensors, one per Probe.
 
         Each is (layers, batch, tokens, probes). Within a call of `generate` the forwards are joined by token, except
@@ -280,8 +284,9 @@ class Handle:
         return saving.save(self, folder, tenant=tenant)
 
     def push_to_hub(
-        self, repo, *, base_model=None, training=None, private=None, token=None, message="Upload an edit", tenant=None
-    ):
+        self, repo: str, *, base_model: str | None = None, training: dict[str, Any] | None = None, private: bool | None = None,
+        token: str | None = None, message: str = "Upload an edit", tenant: int | None = None,
+    ) -> str:  # fmt: skip
         """Save the edits to a Hub repo "user/name", with a model card. `fastedit.load(model, "user/name")` reads them.
 
         Args:
@@ -300,10 +305,10 @@ class Handle:
             self, repo, base_model=base_model, training=training, tenant=tenant, private=private, token=token, message=message
         )
 
-    def plot(self, axes=None):
+    def plot(self, axes: Any = None) -> list[Any]:
         """Draw what the edits hold, a row per layer: scale − 1 and bias by feature, or the norms of low-rank factors.
 
-        Returns matplotlib axes, one per picture.
+        Returns matplotlib axes, one per picture; new ones for axes=None.
         """
         from ..plots.edits import draw
 

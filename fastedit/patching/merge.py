@@ -133,8 +133,8 @@ def _check(handle, layer, site, masters):
                 "summed, so that no one map follows the whole; leave it to run"
             )
         raise MergeError(
-            f"{where} is the {of} of a {base.__name__}, expected a plain nn.Linear or Conv1D: quantised "
-            "weights and adapters are not approximated; dequantise, or merge the adapter into its base first"
+            f"{where} is the {of} of a {base.__name__}, expected a plain nn.Linear or Conv1D: quantized "
+            "weights and adapters are not approximated; dequantize, or merge the adapter into its base first"
         )
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_meta:

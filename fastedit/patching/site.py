@@ -129,8 +129,9 @@ class Stage:
         return _with_norm_of(hidden, edited) if self.keep_norm else edited
 
     def standing(self):
-        """((*tensors, strength, gate, rule), facts) for forwards without gradients, right while the facts hold; None where
-        each forward has something of its own to say.
+        """((*tensors, strength, gate, rule), facts) for forwards without gradients, right while the facts hold.
+
+        None if each forward has something of its own to say.
         """
         masters = self.masters
         if self.positions is not None or self.keep_norm or (self.gating is not None and self.looks is None):

@@ -123,6 +123,11 @@ def store_reference(
     """The reference's log-probabilities of every pair, written to a safetensors file. Returns rows that hold them.
 
     If the file is there for the same weights and rows, it is read. For others it is written again.
+
+    Args:
+        handle: whose model at strength 0 is the reference. rows: encoded pairs (`training.responses.encode_pairs`).
+        path: of the file. pad: the id to pad with. batch_size: pairs per forward.
+        progress: called with (pairs done, of how many).
     """
     digests = {"format": _FORMAT, "model": model_digest(handle.model), "rows": rows_digest(rows)}
     path = Path(path)

@@ -68,6 +68,8 @@ class RewardModel(nn.Module):
 
         While it scores, the handles that were on the model at this call act at their present strength, and no others.
         Outside of it they are at strength 0, so the model answers as it would without them.
+
+        tokenizer: of the model. batch_size: rows per forward.
         """
         mine = [(handle, handle.strength) for handle in handles(self.model)]
         for handle, _ in mine:

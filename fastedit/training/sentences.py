@@ -30,6 +30,9 @@ class TokenHead(SentenceClassifier):
     """The RED paper's head on GLUE: token 0, Dropout .5, Linear (d, d), tanh, Dropout .5, Linear (d, labels).
 
     Called and trained as SentenceClassifier is.
+
+    Args:
+        encoder, labels: as of SentenceClassifier. dropout: the share.
     """
 
     def __init__(self, encoder: nn.Module, labels: int, dropout: float = 0.5) -> None:
@@ -39,7 +42,8 @@ class TokenHead(SentenceClassifier):
             nn.Dropout(dropout), nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, labels)
         )
 
-    def pooled(self, states, attention_mask):
+    def pooled(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Token 0 of states (batch, tokens, width). attention_mask does not matter."""
         return states[:, 0]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import as_list
 from .inputs import takes
 from .reference import output_of, tensor_of
 
@@ -261,11 +262,12 @@ def named(modes, model):
         ValueError: no such mode.
     """
     if modes is not None:
-        modes = [modes] if isinstance(modes, str) else list(modes)
+        modes = [modes] if isinstance(modes, str) else as_list("modes", modes, "names of modes")
         unknown = [mode for mode in modes if mode not in MODES]
         if unknown or not modes:
             known = ", ".join(MODES)
-            raise ValueError(f"there is no mode {unknown[0]!r}; the modes are {known}" if unknown else "modes is empty")
+            wrong = f"there is no mode {unknown[0]!r}; the modes are" if unknown else "modes is empty, expected some of"
+            raise ValueError(f"{wrong} {known}")
         return modes
     text = takes(model, "input_ids")
     generates = text and hasattr(model, "generate") and getattr(model, "can_generate", lambda: True)()

@@ -323,8 +323,8 @@ def judge_edit(call, result):
     )
 
 
-def z_dtype(h):
-    return torch.float64 if h.dtype is torch.float64 else torch.float32
+def z_dtype(*rows):
+    return torch.float64 if any(t.dtype is torch.float64 for t in rows) else torch.float32
 
 
 def judge_edit_add(call, result, norm=False):
@@ -350,13 +350,15 @@ def judge_edit_add(call, result, norm=False):
         return False
     if norm and not normed(result[0], result[1], given, weight, bias, out_dtype):
         return False
-    return not wanted or within(result[-1], z, 100 + z.abs() + size.sum(-1, keepdim=True), z_dtype(x))
+    return not wanted or within(result[-1], z, 100 + z.abs() + size.sum(-1, keepdim=True), z_dtype(x, residual))
 
 
 def norm_of(given, x, dtype):
     kind, width = given.get("kind", "rms"), x.shape[-1]
     need(isinstance(kind, str) and kind in ("rms", "gemma", "layer"), "kind")
-    need(isinstance(given.get("eps", 1e-6), (int, float)), "eps")
+    if not isinstance(given.get("eps", 1e-6), (int, float)):
+        number("eps", given["eps"], finite=False)
+        raise Unsaid("eps")
     if not math.isfinite(number("eps", given.get("eps", 1e-6), finite=False)):
         raise Unsaid("eps")
     found = []
@@ -503,5 +505,6 @@ def says_enough(text):
 WORDS = (
     "expected", "needs", "need a", "belong", "use ", "move", "same", "given without", "takes", "reads", "supported", "makes",
     "the model has", "there is n", "holds", "is empty", "wide", "leave it out", "add ", "are all", "go together", "pass ",
-    "allow ", "measure at", "not reached", "looked for", "this bank does not serve", "out of range in self",
+    "allow ", "measure at", "not reached", "looked for", "this bank does not serve", "out of range in self", "should be",
+    "an empty set", "have no direction", "not a plain state dict",
 )  # fmt: skip

@@ -81,7 +81,8 @@ def edit_add(
 ) -> Result:  # fmt: skip
     """residual + E(x) (on="x") or E(residual + x) (on="sum"), as `fastedit.ops.edit_add`.
 
-    x and residual (…, width) share a dtype, or x is bfloat16 and residual float32 (on="x"). Others as `edit`.
+    x and residual (…, width) share a dtype, or x is bfloat16 and residual float32 (on="x"). scale, bias, read, offset,
+    write, slot, strength, return_projection: as `edit`.
     Returns residual' in residual's dtype, or (residual', z).
     """
     x, residual, form = _add(x, residual, scale, bias, read, offset, write, on, slot, strength, return_projection)
@@ -104,7 +105,8 @@ def edit_add_norm(
 
     weight and norm_bias (width,) in the residual's dtype. kind is "rms", "gemma" or "layer" (then weight may be None,
     and norm_bias may be given). eps is a Python number. return_residual=False returns None in place of residual', and
-    stores it only if a gradient is taken. With return_projection: (residual', normed, z).
+    stores it only if a gradient is taken. With return_projection: (residual', normed, z). x, residual, on, scale, bias,
+    read, offset, write, slot, strength: as `edit_add`.
     """
     check_norm_kind(weight, norm_bias, kind)
     x, residual, form = _add(x, residual, scale, bias, read, offset, write, on, slot, strength, return_projection)
