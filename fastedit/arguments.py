@@ -25,7 +25,7 @@ def as_number(name, value):
 
 
 def check_whole(name, value, least=1):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
         raise ValueError(f"{name} is {value!r:.60}, expected a whole number from {least} on")
 
 

@@ -9,6 +9,7 @@ from .arguments import as_list
 from .captured_rows import Rows
 from .capturing import capture
 from .directions import Directions
+from .picking import check_at
 from .sinks import SINKS
 
 METHODS = ("mean", "pca", "probe")
@@ -90,11 +91,11 @@ def contrast(
 
 
 def _checked(positive, negative, method, at, probe, held_out):
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
     if probe not in ("logistic", "mass-mean"):
         raise ValueError(f"probe is {probe!r}, expected 'logistic' or 'mass-mean'")
-    if at == "all tokens":
+    if check_at(at) == "all tokens":
         raise ValueError("at is 'all tokens', expected one row a text: 'last token', 'mean', 'last 4', 'response', …")
     sets = []
     for name, texts in ((POSITIVE, positive), (NEGATIVE, negative)):

@@ -6,8 +6,7 @@ A combination is folded when it is first in use and has a slot of its own then, 
 place one pass (DESIGN.md 2, fold).
 """
 
-import math
-
+from .arguments import as_number
 from .form import at_strength, fold_all
 
 
@@ -62,10 +61,7 @@ def finite(strength):
     """
     if isinstance(strength, (list, tuple, str)):
         raise TypeError(f"a strength is {strength!r:.60}, expected a number; a list of them is for a Stack, one a part")
-    number = float(strength)
-    if not math.isfinite(number):
-        raise ValueError(f"a strength is {strength!r}, expected finite numbers")
-    return number
+    return as_number("a strength", strength)
 
 
 def stacked(parts, strengths):

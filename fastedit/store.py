@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import warnings
 from pathlib import Path
@@ -125,7 +126,7 @@ def load(model, folder, *, freeze=False, revision=None, head=True):
     """
     check_flag("head", head), check_flag("freeze", freeze)
     folder = fetch(folder, revision)
-    if not (folder / JSON).exists() and (saved := states.find(folder)) is not None:
+    if not os.path.exists(folder / JSON) and (saved := states.find(folder)) is not None:
         return _load_state(model, saved, freeze, head)
     header, edits, tensors, strength = _opened(model, folder)
     handle = patch(model, edits, freeze=freeze)
@@ -226,7 +227,7 @@ def describe_base(model, base_model=None):
 def fetch(folder, revision=None):
     """The local folder of an edit: itself, or a Hub repo's snapshot."""
     path = Path(folder)
-    if path.exists() or not _REPO.fullmatch(str(folder)):
+    if os.path.exists(path) or not _REPO.fullmatch(str(folder)):
         return path
     from huggingface_hub import snapshot_download
 

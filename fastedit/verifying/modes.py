@@ -242,7 +242,8 @@ def named(modes, model):
         unknown = [mode for mode in modes if mode not in MODES]
         if unknown or not modes:
             known = ", ".join(MODES)
-            raise ValueError(f"there is no mode {unknown[0]!r}; the modes are {known}" if unknown else f"modes is empty, expected some of {known}")
+            said = f"there is no mode {unknown[0]!r}; the modes are" if unknown else "modes is empty, expected some of"
+            raise ValueError(f"{said} {known}")
         return modes
     text = takes(model, "input_ids")
     generates = text and hasattr(model, "generate") and getattr(model, "can_generate", lambda: True)()

@@ -274,8 +274,8 @@ TARGETS = {
         {"data": DATA, "layers": LAYERS, "site": SITES, "at": AT, "batch_size": COUNTS, "max_length": COUNTS, "sinks": NUMBERS},
     ),
     "contrast": Target(
-        contrast, {"positive": IDS, "negative": [[9, 1, 4], [8, 6]], "method": "mean", "layers": None, "site": "block", "at": "last token",
-                   "centre": False, "held_out": 0.5, "batch_size": 16},
+        contrast, {"positive": IDS, "negative": [[9, 1, 4], [8, 6]], "method": "mean", "layers": None, "site": "block",
+                   "at": "last token", "centre": False, "held_out": 0.5, "batch_size": 16},
         {"positive": DATA, "negative": DATA, "method": ("pca", "probe", "lda"), "layers": LAYERS, "site": SITES, "at": AT,
          "centre": FLAGS, "held_out": NUMBERS, "batch_size": COUNTS},
     ),
