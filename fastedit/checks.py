@@ -2,7 +2,7 @@
 
 import torch
 
-from .arguments import check_norm_kind, check_steps
+from .arguments import check_norm_kind, check_steps, groups_of
 from .value_net import ValueNet
 
 MAX_RANK = 64
@@ -168,7 +168,7 @@ def check_group(hidden, group, mask, groups, traced):
     largest = int(group.max()) if group.numel() else -1
     if groups is not None and largest >= groups:
         raise IndexError(f"group has the number {largest}, expected −1 (left out) or 0 to {groups - 1}")
-    return groups or max(largest + 1, 1)
+    return groups or groups_of(largest)
 
 
 def check_ascent(hidden, value_net, steps, step_size):
