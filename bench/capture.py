@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastedit as fe
 from bench.machine import about
-from bench.timing import interleave, ratio
-from fastedit.batches import Windows
-from fastedit.capturing import AT
+from fastedit.capturing.capture import AT
+from fastedit.texts.batches import Windows
+from fastedit.verifying.timing import interleave, ratio
 
 RESULTS = Path(__file__).resolve().parent / "results" / "capture.csv"
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastedit import jax as fej
+from fastedit.verifying.timing import interleave, quantiles, ratio
 
 from .kernels.cases import EPS, Case
 from .kernels.study import FIELDS as STUDIED
 from .machine import commit, machine
-from .timing import interleave, quantiles, ratio
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 FIELDS = ["jax" if name == "torch" else name for name in STUDIED]

@@ -16,9 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastedit.methods import rahf
+from fastedit.verifying.timing import interleave, ratio
 
 from .machine import about
-from .timing import interleave, ratio
 
 FIELDS = ("variant", "width", "depth", "batch", "response", "ratio", "interval", "loss apart", "weights", "machine", "torch",
           "commit")  # fmt: skip

@@ -13,9 +13,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import fastedit as fe
 from fastedit.methods import recontrol
+from fastedit.verifying.timing import interleave, ratio
 
 from . import by_rows
-from .timing import interleave, ratio
 from .value_ascent import autograd_loop
 
 FIELDS = (

@@ -22,9 +22,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastedit as fe
+from fastedit.verifying.timing import interleave, quantiles, ratio, time_once
 
 from .machine import about
-from .timing import interleave, quantiles, ratio, time_once
 
 BESIDE = [("edited", "unedited"), ("steered", "unedited"), ("edited", "plain"), ("unedited", "plain"), ("unused", "plain")]
 FIELDS = (

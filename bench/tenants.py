@@ -10,9 +10,9 @@ import argparse
 import torch
 
 import fastedit as fe
+from fastedit.verifying.timing import interleave, ratio
 
 from .models.sizes import SIZES, VOCABULARY, build, sharing
-from .timing import interleave, ratio
 
 EDITS = {"RED": fe.RED, "LoReFT": lambda: fe.LoReFT(4)}
 

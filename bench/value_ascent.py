@@ -16,9 +16,9 @@ from fastedit.kernels.reference.value_ascent import gradient_at
 import fastedit
 from fastedit import ops
 from fastedit.dispatch import select
+from fastedit.verifying.timing import interleave, ratio
 
 from . import by_rows
-from .timing import interleave, ratio
 
 FIELDS = (
     "op", "variant", "backend", "rows", "width", "units", "steps", "step_size", "us_p20", "us_p50", "us_p80", "times_faster",

@@ -1,6 +1,5 @@
 #include "forms.h"
 
-#include <cfloat>
 #include <cmath>
 
 #ifdef FASTEDIT_CUDA
@@ -11,11 +10,15 @@ namespace fastedit {
 
 namespace {
 
-// strength: a number, one element for all rows, or one a row.
-void read_strength(const Call& call, py::handle given, const View& lead, FormViews& v, Form& form) {
-  PyObject* object = given.ptr();
-  v.coefficient.object = nullptr;
-  if (!object || object == Py_None) return;
+// One number a row of `lead` (…, width): shaped as they are, or flat.
+bool one_a_row(const View& v, const View& lead) {
+  bool same = v.ndim == lead.ndim - 1;
+  for (int i = 0; same && i < v.ndim; ++i) same = v.shape[i] == lead.shape[i];
+  return same || (v.ndim == 1 && v.shape[0] == lead.size(lead.ndim - 1));
+}
+
+// strength: a number, one element for all rows, or one per row.
+void read_strength(const Call& call, PyObject* object, const View& lead, FormViews& v, Form& form) {
   if (PyFloat_Check(object) || PyLong_Check(object)) {
     const double number = PyFloat_AsDouble(object);
     if (number == -1.0 && PyErr_Occurred()) {
@@ -30,83 +33,72 @@ void read_strength(const Call& call, py::handle given, const View& lead, FormVie
     form.coefficient = &v.strength;
     return;
   }
-  call.read(v.coefficient, object, "strength");
-  const View& c = v.coefficient;
+  View& c = v.coefficient;
+  call.read(c, object, "strength");
+  if (!c.given()) return;
   const bool one = c.numel() == 1 && c.ndim <= 1;
-  bool right = c.dtype == F32 && (one || c.ndim == lead.ndim - 1);
-  for (int i = 0; right && !one && i < c.ndim; ++i) right = c.shape[i] == lead.shape[i];
-  // already flat: one a row of rows that are not
-  right = right || (c.dtype == F32 && c.ndim == 1 && c.shape[0] == lead.size(lead.ndim - 1));
-  if (!right) refuse("strength is " + c.about() + ", expected float32 " + shape_text(lead.shape, lead.ndim - 1) + " or one number");
+  if (c.dtype != F32 || !(one || one_a_row(c, lead))) {
+    refuse("strength is " + c.about() + ", expected float32 " + shape_text(lead.shape, lead.ndim - 1) + " or one number");
+  }
   if (!c.contiguous()) refuse("strength is not contiguous");
-  form.coefficient = pointer<const float>(c);
+  form.coefficient = c;
   form.coefficient_stride = one ? 0 : 1;
 }
 
 }  // namespace
 
-void read_form(const Call& call, const Given& given, const View& lead, FormViews& v, Form& form) {
+void read_form(const Call& call, const Given& given, int first, int gate, const View& lead, FormViews& v, Form& form) {
   const int64_t width = lead.width();
-  form = Form{};
+  const bool slotted = given.has(first + 5), reads = given.has(first + 2);
   form.slots = 1;
-  read_strength(call, given.coefficient, lead, v, form);
-  const bool slotted = given.slot.ptr() && !given.slot.is_none();
-  v.slot.object = nullptr;
-  if (slotted) {
-    const View* some = nullptr;
-    for (auto [view, object, name] : {std::tuple{&v.scale, given.scale, "scale"}, std::tuple{&v.bias, given.bias, "bias"},
-                                      std::tuple{&v.read, given.read, "read"}}) {
-      if (object.is_none()) continue;
-      call.read(*view, object.ptr(), name);
-      some = view;
-      break;
-    }
-    if (!some || some->ndim < 2 || some->shape[0] == 0) {
-      refuse("slot is given, so the parameters need a leading slot dimension, e.g. (slots, width)");
-    }
-    form.slots = some->shape[0];
-    call.read(v.slot, given.slot.ptr(), "slot");
-    const View& s = v.slot;
-    bool right = s.dtype == I32 && (s.ndim == lead.ndim - 1 || s.ndim == 1) && s.numel() == lead.size(lead.ndim - 1);
-    for (int i = 0; right && s.ndim == lead.ndim - 1 && i < s.ndim; ++i) right = s.shape[i] == lead.shape[i];
-    if (!right) refuse("slot is " + s.about() + ", expected int32 " + shape_text(lead.shape, lead.ndim - 1));
-    if (!s.contiguous()) refuse("slot is not contiguous");
-    form.slot = pointer<const int32_t>(s);
-  }
-  const auto parameter = [&](View& view, py::handle object, const char* name, std::initializer_list<int64_t> tail) {
-    view.object = nullptr;
-    if (!object.ptr() || object.is_none()) return static_cast<float*>(nullptr);
-    int64_t shape[3] = {form.slots};
-    std::copy(tail.begin(), tail.end(), shape + 1);
-    if (slotted) {
-      if (tail.size() == 1) call.parameter(view, object.ptr(), name, {shape[0], shape[1]}, F32);
-      else call.parameter(view, object.ptr(), name, {shape[0], shape[1], shape[2]}, F32);
-    } else {
-      call.parameter(view, object.ptr(), name, tail, F32);
-    }
-    return pointer<float>(view);
-  };
-  form.scale = parameter(v.scale, given.scale, "scale", {width});
-  form.bias = parameter(v.bias, given.bias, "bias", {width});
-  v.read.object = v.offset.object = v.write.object = v.gate.object = v.rule.object = nullptr;
-  const bool reads = !given.read.is_none(), writes = !given.write.is_none();
-  if (reads != writes || (!given.offset.is_none() && !reads)) {
+  read_strength(call, given[first + 6], lead, v, form);
+  if (reads != given.has(first + 4) || (given.has(first + 3) && !reads)) {
     refuse("read, offset and write belong together: read and write are both needed (offset may be None)");
   }
+  if (slotted) {
+    int some = first;
+    while (some < first + 2 && !given.has(some)) ++some;
+    View leading;
+    call.read(leading, given[some], "a parameter");
+    if (!leading.given() || leading.ndim < 2 || leading.shape[0] == 0) {
+      refuse("slot is given, so the parameters need a leading slot dimension, e.g. (slots, width)");
+    }
+    form.slots = leading.shape[0];
+    call.read(v.slot, given[first + 5], "slot");
+    if (v.slot.dtype != I32 || !one_a_row(v.slot, lead)) {
+      refuse("slot is " + v.slot.about() + ", expected int32 " + shape_text(lead.shape, lead.ndim - 1));
+    }
+    if (!v.slot.contiguous()) refuse("slot is not contiguous");
+    form.slot = v.slot;
+  }
   if (reads) {
-    call.read(v.read, given.read.ptr(), "read");
+    call.read(v.read, given[first + 2], "read");
     form.rank = v.read.ndim >= 2 ? v.read.shape[v.read.ndim - 2] : 0;
     if (form.rank < 1 || form.rank > kMaxRank) {
       refuse("read has shape " + shape_text(v.read.shape, v.read.ndim) + ", expected (rank, width) with rank 1 to 64");
     }
-    form.read = parameter(v.read, given.read, "read", {form.rank, width});
-    form.write = parameter(v.write, given.write, "write", {form.rank, width});
-    form.offset = parameter(v.offset, given.offset, "offset", {form.rank});
   }
-  if (!given.gate.ptr() || !given.rule.ptr() || (given.gate.is_none() && given.rule.is_none())) return;
-  if (given.gate.is_none() || given.rule.is_none()) refuse("gate and rule belong together: one is given without the other");
-  form.gate = parameter(v.gate, given.gate, "gate", {width});
-  form.rule = parameter(v.rule, given.rule, "rule", {3});
+  const auto vector = [&](View& view, int at, const char* name, int64_t size) -> const float* {
+    if (slotted) call.parameter(view, given[at], name, {form.slots, size});
+    else call.parameter(view, given[at], name, {size});
+    return view;
+  };
+  const auto matrix = [&](View& view, int at, const char* name) -> const float* {
+    if (slotted) call.parameter(view, given[at], name, {form.slots, form.rank, width});
+    else call.parameter(view, given[at], name, {form.rank, width});
+    return view;
+  };
+  form.scale = vector(v.scale, first, "scale", width);
+  form.bias = vector(v.bias, first + 1, "bias", width);
+  if (reads) {
+    form.read = matrix(v.read, first + 2, "read");
+    form.offset = vector(v.offset, first + 3, "offset", form.rank);
+    form.write = matrix(v.write, first + 4, "write");
+  }
+  if (!gate) return;
+  if (given.has(gate) != given.has(gate + 1)) refuse("gate and rule belong together: one is given without the other");
+  form.gate = vector(v.gate, gate, "gate", width);
+  form.rule = vector(v.rule, gate + 1, "rule", 3);
 }
 
 void HostOrder::sort(const int32_t* slot, int64_t rows, int64_t slots) {
@@ -125,14 +117,13 @@ void HostOrder::sort(const int32_t* slot, int64_t rows, int64_t slots) {
   }
 }
 
-void read_order(const Call& call, py::handle given, int64_t rows, int64_t slots, SlotOrder& order) {
-  if (!given.ptr() || given.is_none()) refuse("on a GPU rows come sorted by slot");
-  const auto parts = given.cast<py::tuple>();
+void read_order(const Call& call, PyObject* given, int64_t rows, int64_t slots, SlotOrder& order) {
+  if (!PyTuple_Check(given) || PyTuple_GET_SIZE(given) != 3) refuse("on a GPU rows come sorted by slot");
   View views[3];
-  call.parameter(views[0], parts[0].ptr(), "order", {rows}, I32);
-  call.parameter(views[1], parts[1].ptr(), "first", {slots + 1}, I32);
-  call.parameter(views[2], parts[2].ptr(), "block_first", {slots + 1}, I32);
-  order = {pointer<const int32_t>(views[0]), pointer<const int32_t>(views[1]), pointer<const int32_t>(views[2])};
+  call.parameter(views[0], PyTuple_GET_ITEM(given, 0), "order", {rows}, I32);
+  call.parameter(views[1], PyTuple_GET_ITEM(given, 1), "first", {slots + 1}, I32);
+  call.parameter(views[2], PyTuple_GET_ITEM(given, 2), "block_first", {slots + 1}, I32);
+  order = {views[0], views[1], views[2]};
 }
 
 void check_error(int error, const char* op) {

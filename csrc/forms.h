@@ -5,23 +5,14 @@
 
 namespace fastedit {
 
-// An edit's parameters as an op is given them; what reads them says in which order.
-struct Given {
-  py::handle scale, bias, read, offset, write, slot, coefficient, gate, rule;
-};
-
 struct FormViews {
   View scale, bias, read, offset, write, slot, coefficient, gate, rule;
   float strength;  // a number in place of a coefficient
 };
 
-// Checks all of it against the leading rows of shape `lead` (…, width) and fills `form`.
-void read_form(const Call& call, const Given& given, const View& lead, FormViews& views, Form& form);
-
-template <class T = void>
-T* pointer(const View& view) {
-  return view.given() ? reinterpret_cast<T*>(view.data) : nullptr;
-}
+// scale, bias, read, offset, write, slot and coefficient from `first` on, gate and rule from `gate` on (0: none), checked
+// against rows of shape `lead` (…, width).
+void read_form(const Call& call, const Given& given, int first, int gate, const View& lead, FormViews& views, Form& form);
 
 // Rows sorted by slot, for gradients over slots; made anew for each call, which on the host costs less than finding it again.
 class HostOrder {
@@ -35,7 +26,9 @@ class HostOrder {
 };
 
 // On a GPU the order comes from outside: (order, first, block_first).
-void read_order(const Call& call, py::handle given, int64_t rows, int64_t slots, SlotOrder& order);
+void read_order(const Call& call, PyObject* given, int64_t rows, int64_t slots, SlotOrder& order);
+
+inline py::object none_or(const py::object& object) { return object ? object : py::none(); }
 
 template <class Args>
 int64_t work(const Args& a) { return a.rows * a.width; }
@@ -57,8 +50,12 @@ class OnDevice {
 // Releasing the GIL costs about as much as a small kernel: done from this many elements on, and for every launch.
 constexpr int64_t kReleaseFrom = 1 << 16;
 
+// A slot out of range is an IndexError, looked for in host memory before anything is written.
 template <class Args, class Kernel>
 void run(const Call& call, const char* op, const Args& a, Kernel kernel) {
+  if (call.host()) {
+    if (const SlotFault fault = slot_fault(a)) throw py::index_error(fault.text);
+  }
   const OnDevice here(call.host(), call.device());
   void* stream = call.stream();
   int error;
@@ -71,12 +68,8 @@ void run(const Call& call, const char* op, const Args& a, Kernel kernel) {
   check_error(error, op);
 }
 
-// The forward of an op: a slot out of range is an IndexError, looked for in host memory before anything is written.
 template <class Args>
 void forward(const Call& call, const char* op, const Args& a, int (*cpu)(const Args&, void*), int (*cuda)(const Args&, void*)) {
-  if (call.host()) {
-    if (const SlotFault fault = slot_fault(a)) throw py::index_error(fault.text);
-  }
   run(call, op, a, call.host() ? cpu : cuda);
 }
 
@@ -84,38 +77,45 @@ void forward(const Call& call, const char* op, const Args& a, int (*cpu)(const A
 template <class Args>
 void backward(const Call& call, const char* op, const Args& a, int (*cpu)(const Args&, void*, void*),
               int (*cuda)(const Args&, void*, void*), int64_t (*workspace)(const Args&)) {
-  if (call.host()) {
-    if (const SlotFault fault = slot_fault(a)) throw py::index_error(fault.text);
-    return run(call, op, a, [cpu](const Args& args, void* stream) { return cpu(args, nullptr, stream); });
-  }
   View space;
   py::object kept;
-  const int64_t bytes = workspace(a);
+  const int64_t bytes = call.host() ? 0 : workspace(a);
   if (bytes) kept = call.make({(bytes + 3) / 4}, F32, space);
-  run(call, op, a, [&](const Args& args, void* stream) { return cuda(args, bytes ? space.data : nullptr, stream); });
+  run(call, op, a, [&](const Args& args, void* stream) { return (call.host() ? cpu : cuda)(args, space, stream); });
 }
 
 #ifdef FASTEDIT_CUDA
-#define FASTEDIT_BOTH(op) cpu::op, cuda::op
-#define FASTEDIT_ALL(op) cpu::op, cuda::op, cuda::op##_workspace
+#define FASTEDIT_BOTH(op) #op, a, cpu::op, cuda::op
+#define FASTEDIT_ALL(op) #op, a, cpu::op, cuda::op, cuda::op##_workspace
 #else
-#define FASTEDIT_BOTH(op) cpu::op, cpu::op
-#define FASTEDIT_ALL(op) cpu::op, cpu::op, cpu::op##_workspace
+#define FASTEDIT_BOTH(op) #op, a, cpu::op, cpu::op
+#define FASTEDIT_ALL(op) #op, a, cpu::op, cpu::op, cpu::op##_workspace
 #endif
 
-// What Python calls. `sure`: a refusal is an exception. Else None, and the caller finds out why.
-template <class Body>
-py::object answered(bool sure, Body body) {
+// How Python calls an op: its function, and what `ask` puts before it (None where autograd, a tracer or another backend must
+// see the call, or where an argument is not as a kernel takes it).
+template <py::object (*op)(Call&, const Given&), bool sure, bool ask>
+PyObject* entry(PyObject*, PyObject* const* at, Py_ssize_t count) {
   try {
-    return body();
+    const Given given{at, count};
+    if (ask && Call::unasked(given)) Py_RETURN_NONE;
+    Call call(sure);
+    return op(call, given).release().ptr();
   } catch (const Refused& refused) {
-    if (!sure) return py::none();
+    if (!sure) Py_RETURN_NONE;
     PyErr_SetString(refused.type, refused.text.c_str());
-    throw py::error_already_set();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
   }
+  return nullptr;
 }
+#define FASTEDIT_FUNCTION(name, op, sure, ask) \
+  {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<op, sure, ask>)), METH_FASTCALL, nullptr}
 
-void bind_forwards(py::module_& module);
-void bind_backwards(py::module_& module);
+extern PyMethodDef forward_functions[], backward_functions[];
 
 }  // namespace fastedit

@@ -1,4 +1,5 @@
-// The forward ops as functions of tensors: edit, edit_add, edit_add_norm, project, moments, value_ascent.
+// The forward ops as functions of tensors, in the order of fastedit.kernels.reference. A caller who is sure gets every result,
+// None for those not wanted; one who asks gets what fastedit.ops returns.
 #include <pybind11/stl.h>
 
 #include "forms.h"
@@ -7,312 +8,221 @@ namespace fastedit {
 
 namespace {
 
-py::object none_or(const py::object& object) { return object ? object : py::none(); }
+template <class... Results>
+py::object results(const Results&... all) {
+  return py::make_tuple(none_or(all)...);
+}
 
-// What `edit_add` and `edit_add_norm` have in common, filled in place.
-struct Added {
-  View x, residual, out, z;
+// The rows that an op reads, where its struct has them.
+void read_rows(Call& call, const Given& given, View& view, int64_t& rows, int64_t& width, int& dtype, const void*& data,
+               int64_t& stride, const char* name = "hidden") {
+  call.lead(view, given[0], name);
+  const Rows at = call.rows(view, name);
+  rows = at.rows, width = at.width, stride = at.stride, dtype = view.dtype, data = view.data;
+}
+template <class Args>
+void read_rows(Call& call, const Given& given, View& view, Args& a) {
+  read_rows(call, given, view, a.rows, a.width, a.dtype, a.hidden, a.hidden_stride);
+}
+
+py::object projection(const Call& call, const View& rows, int64_t rank, bool wanted, float*& z) {
+  if (!wanted) return {};
+  if (!rank) refuse("return_projection=True needs `read`, the directions to project on; found read=None");
+  View view;
+  const py::object made = call.rows_like(rows, rank, F32, view);
+  z = view;
+  return made;
+}
+
+// (hidden, 7 of the form, want_z, gate, rule)
+py::object edit(Call& call, const Given& given) {
+  View rows, out;
   FormViews views;
-  py::object out_object, z_object;
+  EditArgs a{};
+  read_rows(call, given, rows, a);
+  read_form(call, given, 1, 9, rows, views, a.form);
+  const py::object result = call.like(rows, out), z = projection(call, rows, a.form.rank, given.flag(8), a.z);
+  a.out = out;
+  forward(call, FASTEDIT_BOTH(edit));
+  return call.sure || z ? results(result, z) : result;
+}
 
-  void read(Call& call, PyObject* x_object, PyObject* residual_object, const Given& given, bool on_sum, bool want_z,
-            bool want_out, EditAddArgs& a) {
-    call.lead(x, x_object, "x");
-    call.read(residual, residual_object, "residual");
+// What edit_add and edit_add_norm have in common: (x, residual, …, 7 of the form from `first` on, on_sum)
+struct Added {
+  View x, residual, out;
+  FormViews views;
+  py::object result, z;
+
+  void read(Call& call, const Given& given, int first, int gate, bool want_z, bool want_out, EditAddArgs& a) {
+    read_rows(call, given, x, a.rows, a.width, a.x_dtype, a.x, a.x_stride, "x");
+    call.read(residual, given[1], "residual");
     if (!residual.given()) refuse_type("residual is None");
-    const Rows rows = call.rows(x, "x"), added = call.rows(residual, "residual");
-    const bool fp32 = residual.dtype == F32 && !on_sum && !(call.host() && x.dtype == F16);
+    a.residual_stride = call.rows(residual, "residual").stride;
+    a.on_sum = given.flag(first + 7);
+    const bool fp32 = residual.dtype == F32 && !a.on_sum && !(call.host() && x.dtype == F16);
     bool alike = x.ndim == residual.ndim && (x.dtype == residual.dtype || fp32);
     for (int i = 0; alike && i < x.ndim; ++i) alike = x.shape[i] == residual.shape[i];
     if (!alike) refuse("residual is " + residual.about() + ", expected " + x.about() + " as the rows");
-    read_form(call, given, x, views, a.form);
-    a.rows = rows.rows;
-    a.width = rows.width;
-    a.x_dtype = x.dtype;
+    read_form(call, given, first, gate, x, views, a.form);
     a.residual_dtype = residual.dtype;
-    a.x = x.data;
-    a.x_stride = rows.stride;
-    a.residual = residual.data;
-    a.residual_stride = added.stride;
-    a.on_sum = on_sum;
+    a.residual = residual;
     if (want_out) {
-      out_object = call.like(residual, out);
-      a.out = out.data;
+      result = call.like(residual, out);
+      a.out = out;
     }
-    z_object = project_to(call, x, a.form.rank, want_z, z);
-    a.z = z_object ? pointer<float>(z) : nullptr;
-  }
-
-  static py::object project_to(const Call& call, const View& rows, int64_t rank, bool wanted, View& z) {
-    if (!wanted) return {};
-    if (!rank) refuse("return_projection=True needs `read`, the directions to project on; found read=None");
-    int64_t shape[kMaxDims];
-    std::copy(rows.shape, rows.shape + rows.ndim, shape);
-    shape[rows.ndim - 1] = rank;
-    return call.make(shape, rows.ndim, F32, z);
+    z = projection(call, x, a.form.rank, want_z, a.z);
   }
 };
 
-template <bool sure>
-py::object edit(py::handle hidden, py::handle scale, py::handle bias, py::handle read, py::handle offset, py::handle write,
-                py::handle slot, py::handle coefficient, bool want_z, py::handle gate, py::handle rule) {
-  return answered(sure, [&]() -> py::object {
-    Call call(sure);
-    View rows, out, z;
-    FormViews views;
-    EditArgs a{};
-    call.lead(rows, hidden.ptr(), "hidden");
-    const Rows at = call.rows(rows, "hidden");
-    read_form(call, {scale, bias, read, offset, write, slot, coefficient, gate, rule}, rows, views, a.form);
-    a.rows = at.rows;
-    a.width = at.width;
-    a.dtype = rows.dtype;
-    a.hidden = rows.data;
-    a.hidden_stride = at.stride;
-    const py::object result = call.like(rows, out), projected = Added::project_to(call, rows, a.form.rank, want_z, z);
-    a.out = out.data;
-    a.z = projected ? pointer<float>(z) : nullptr;
-    forward(call, "edit", a, FASTEDIT_BOTH(edit));
-    return py::make_tuple(result, none_or(projected));
-  });
+// (x, residual, 7 of the form, on_sum, want_z, gate, rule)
+py::object edit_add(Call& call, const Given& given) {
+  Added added;
+  EditAddArgs a{};
+  added.read(call, given, 2, 11, given.flag(10), true, a);
+  forward(call, FASTEDIT_BOTH(edit_add));
+  return call.sure || added.z ? results(added.result, added.z) : added.result;
 }
 
-template <bool sure>
-py::object edit_add(py::handle x, py::handle residual, py::handle scale, py::handle bias, py::handle read, py::handle offset,
-                    py::handle write, py::handle slot, py::handle coefficient, bool on_sum, bool want_z, py::handle gate,
-                    py::handle rule) {
-  return answered(sure, [&]() -> py::object {
-    Call call(sure);
-    Added added;
-    EditAddArgs a{};
-    added.read(call, x.ptr(), residual.ptr(), {scale, bias, read, offset, write, slot, coefficient, gate, rule}, on_sum,
-               want_z, true, a);
-    forward(call, "edit_add", a, FASTEDIT_BOTH(edit_add));
-    return py::make_tuple(added.out_object, none_or(added.z_object));
-  });
+// (x, residual, weight, norm_bias, 7 of the form, on_sum, kind, eps, want_z, want_residual, want_stats, gate, rule)
+py::object edit_add_norm(Call& call, const Given& given) {
+  Added added;
+  EditAddNormArgs a{};
+  const bool want_stats = given.flag(16, true);
+  added.read(call, given, 4, 17, given.flag(14), given.flag(15, true), a.add);
+  View weight, norm_bias, normed, mean, rstd;
+  call.parameter(weight, given[2], "weight", {a.add.width}, added.residual.dtype);
+  call.parameter(norm_bias, given[3], "norm_bias", {a.add.width}, added.residual.dtype);
+  a.kind = given.has(12) ? static_cast<int>(given.integer(12)) : RMS;
+  a.eps = given.has(13) ? given.number(13) : 1e-6f;
+  if (a.kind < RMS || a.kind > LAYER || (a.kind != LAYER && (!weight.given() || norm_bias.given()))) {
+    refuse("the norm's kind does not fit its weight and bias");
+  }
+  a.weight = weight;
+  a.norm_bias = norm_bias;
+  const py::object result = call.like(added.residual, normed);
+  a.normed = normed;
+  py::object means, rstds;
+  if (want_stats) rstds = call.make({a.add.rows}, F32, rstd);
+  if (want_stats && a.kind == LAYER) means = call.make({a.add.rows}, F32, mean);
+  a.rstd = rstd;
+  a.mean = mean;
+  forward(call, FASTEDIT_BOTH(edit_add_norm));
+  if (call.sure || want_stats) return results(added.result, result, added.z, means, rstds);
+  return added.z ? results(added.result, result, added.z) : results(added.result, result);
 }
 
-template <bool sure>
-py::object edit_add_norm(py::handle x, py::handle residual, py::handle weight, py::handle norm_bias, py::handle scale,
-                         py::handle bias, py::handle read, py::handle offset, py::handle write, py::handle slot,
-                         py::handle coefficient, bool on_sum, int kind, double eps, bool want_z, bool want_residual,
-                         bool want_stats, py::handle gate, py::handle rule) {
-  return answered(sure, [&]() -> py::object {
-    Call call(sure);
-    Added added;
-    EditAddNormArgs a{};
-    added.read(call, x.ptr(), residual.ptr(), {scale, bias, read, offset, write, slot, coefficient, gate, rule}, on_sum,
-               want_z, want_residual, a.add);
-    View weights, biases, normed, mean, rstd;
-    call.parameter(weights, weight.ptr(), "weight", {a.add.width}, added.residual.dtype);
-    call.parameter(biases, norm_bias.ptr(), "norm_bias", {a.add.width}, added.residual.dtype);
-    if (kind < RMS || kind > LAYER || (kind != LAYER && (!weights.given() || biases.given()))) {
-      refuse("the norm's kind does not fit its weight and bias");
-    }
-    a.kind = kind;
-    a.eps = static_cast<float>(eps);
-    a.weight = pointer(weights);
-    a.norm_bias = pointer(biases);
-    const py::object result = call.like(added.residual, normed);
-    a.normed = normed.data;
-    py::object means, rstds;
-    if (want_stats) {
-      rstds = call.make({a.add.rows}, F32, rstd);
-      a.rstd = pointer<float>(rstd);
-      if (kind == LAYER) {
-        means = call.make({a.add.rows}, F32, mean);
-        a.mean = pointer<float>(mean);
-      }
-    }
-    forward(call, "edit_add_norm", a, FASTEDIT_BOTH(edit_add_norm));
-    return py::make_tuple(none_or(added.out_object), result, none_or(added.z_object), none_or(means), none_or(rstds));
-  });
+// (hidden, read, offset)
+py::object project(Call& call, const Given& given) {
+  View rows, read, offset;
+  ProjectArgs a{};
+  read_rows(call, given, rows, a);
+  call.read(read, given[1], "read");
+  a.rank = read.given() && read.ndim == 2 ? read.shape[0] : 0;
+  if (a.rank < 1 || a.rank > kMaxRank) refuse("read has another shape than (rank, width) with rank 1 to 64");
+  call.parameter(read, given[1], "read", {a.rank, a.width});
+  call.parameter(offset, given[2], "offset", {a.rank});
+  a.read = read;
+  a.offset = offset;
+  const py::object result = projection(call, rows, a.rank, true, a.z);
+  forward(call, FASTEDIT_BOTH(project));
+  return result;
 }
 
-template <bool sure>
-py::object project(py::handle hidden, py::handle read, py::handle offset) {
-  return answered(sure, [&]() -> py::object {
-    Call call(sure);
-    View rows, reads, offsets, z;
-    ProjectArgs a{};
-    call.lead(rows, hidden.ptr(), "hidden");
-    const Rows at = call.rows(rows, "hidden");
-    call.read(reads, read.ptr(), "read");
-    a.rank = reads.given() && reads.ndim == 2 ? reads.shape[0] : 0;
-    if (a.rank < 1 || a.rank > kMaxRank) refuse("read has another shape than (rank, width) with rank 1 to 64");
-    call.parameter(reads, read.ptr(), "read", {a.rank, at.width}, F32);
-    call.parameter(offsets, offset.ptr(), "offset", {a.rank}, F32);
-    a.rows = at.rows;
-    a.width = at.width;
-    a.dtype = rows.dtype;
-    a.hidden = rows.data;
-    a.hidden_stride = at.stride;
-    a.read = pointer<const float>(reads);
-    a.offset = pointer<const float>(offsets);
-    const py::object result = Added::project_to(call, rows, a.rank, true, z);
-    a.z = pointer<float>(z);
-    forward(call, "project", a, FASTEDIT_BOTH(project));
-    return result;
-  });
+// (hidden, group, groups, order) → ((groups + 1,) int32 where each group begins, or None without groups; mean and m2,
+// (2, groups, width): high and low parts)
+py::object moments(Call& call, const Given& given) {
+  View rows, group, mean, m2;
+  MomentsArgs a{};
+  HostOrder own;
+  py::object first;
+  read_rows(call, given, rows, a);
+  a.groups = given.integer(2);
+  if (a.groups < 1) refuse("groups is " + std::to_string(a.groups) + ", expected a number of groups from 1 on");
+  call.read(group, given[1], "group");
+  if (!group.given() && a.groups != 1) refuse("groups without group");
+  if (group.given() && (group.dtype != I32 || group.numel() != a.rows || !group.contiguous())) {
+    refuse("group is " + group.about() + ", expected int32 " + shape_text(rows.shape, rows.ndim - 1));
+  }
+  if (group.given() && call.host()) {
+    own.sort(group, a.rows, a.groups);
+    a.group_order = own.order();
+    first = py::cast(own.first());
+  } else if (group.given()) {
+    read_order(call, given[3], a.rows, a.groups, a.group_order);
+  }
+  const py::object means = call.make({2, a.groups, a.width}, F32, mean), m2s = call.make({2, a.groups, a.width}, F32, m2);
+  a.mean = mean;
+  a.m2 = m2;
+  backward(call, FASTEDIT_ALL(moments));
+  return results(first, means, m2s);
 }
 
-// ((groups + 1,) int32 where each group begins, or None without groups; mean and m2, (2, groups, width): high and low parts)
-py::object moments(py::handle hidden, py::handle group, int64_t groups, py::handle order) {
-  return answered(true, [&]() -> py::object {
-    Call call(true);
-    View rows, sorted, mean, m2;
-    MomentsArgs a{};
-    call.lead(rows, hidden.ptr(), "hidden");
-    const Rows at = call.rows(rows, "hidden");
-    a.rows = at.rows;
-    a.width = at.width;
-    a.groups = groups;
-    a.dtype = rows.dtype;
-    a.hidden = rows.data;
-    a.hidden_stride = at.stride;
-    HostOrder own;
-    py::object first = py::none();
-    if (groups < 1) refuse("groups is " + std::to_string(groups) + ", expected a number of groups from 1 on");
-    if (!group.is_none()) {
-      call.read(sorted, group.ptr(), "group");
-      if (sorted.dtype != I32 || sorted.numel() != at.rows || !sorted.contiguous()) {
-        refuse("group is " + sorted.about() + ", expected int32 " + shape_text(rows.shape, rows.ndim - 1));
-      }
-      if (call.host()) {
-        own.sort(pointer<const int32_t>(sorted), at.rows, groups);
-        a.group_order = own.order();
-        first = py::cast(own.first());
-      } else {
-        read_order(call, order, at.rows, groups, a.group_order);
-      }
-    } else if (groups != 1) {
-      refuse("groups without group");
-    }
-    const py::object means = call.make({2, groups, at.width}, F32, mean), m2s = call.make({2, groups, at.width}, F32, m2);
-    a.mean = pointer<float>(mean);
-    a.m2 = pointer<float>(m2);
-    backward(call, "moments", a, FASTEDIT_ALL(moments));
-    return py::make_tuple(first, means, m2s);
-  });
+// (hidden, weight, bias, weight2, bias2, head, gram, steps, step_size)
+py::object value_ascent(Call& call, const Given& given) {
+  View rows, weight, bias, weight2, bias2, head, gram, out;
+  ValueAscentArgs a{};
+  read_rows(call, given, rows, a);
+  if (!call.host()) refuse("value_ascent takes arrays on the host; fastedit.ops.value_ascent serves a GPU");
+  call.read(weight, given[1], "weight");
+  call.read(weight2, given[3], "weight2");
+  if (!weight.given() || weight.ndim != 2) refuse("weight is missing or not (units, width)");
+  if (weight2.given() && weight2.ndim != 2) refuse("weight2 is " + weight2.about() + ", expected (units2, units)");
+  if (weight2.given() != given.has(4)) refuse("weight2 and bias2 belong together: one is given without the other");
+  a.units = weight.shape[0];
+  a.units2 = weight2.given() ? weight2.shape[0] : 0;
+  if (weight2.given() && a.units2 == 0) refuse("weight2 has no units");
+  call.parameter(weight, given[1], "weight", {a.units, a.width});
+  call.parameter(bias, given[2], "bias", {a.units});
+  call.parameter(weight2, given[3], "weight2", {a.units2, a.units});
+  call.parameter(bias2, given[4], "bias2", {a.units2});
+  call.parameter(head, given[5], "head", {weight2.given() ? a.units2 : a.units});
+  call.parameter(gram, given[6], "gram", {a.units, a.units});
+  if (!bias.given() || !head.given() || !gram.given()) refuse("bias, head or gram is None, and the ascent needs them");
+  a.steps = given.integer(7);
+  a.step_size = given.number(8);
+  a.weight = weight, a.bias = bias, a.weight2 = weight2, a.bias2 = bias2, a.head = head, a.gram = gram;
+  const py::object result = call.like(rows, out);
+  a.out = out;
+  forward(call, FASTEDIT_BOTH(value_ascent));
+  return result;
 }
 
-py::object value_ascent(py::handle hidden, py::handle weight, py::handle bias, py::handle weight2, py::handle bias2,
-                        py::handle head, py::handle gram, int64_t steps, double step_size) {
-  return answered(true, [&]() -> py::object {
-    Call call(true);
-    View rows, w, b, w2, b2, h, g, out;
-    ValueAscentArgs a{};
-    call.lead(rows, hidden.ptr(), "hidden");
-    if (!call.host()) refuse("value_ascent takes arrays on the host; fastedit.ops.value_ascent serves a GPU");
-    const Rows at = call.rows(rows, "hidden");
-    call.read(w, weight.ptr(), "weight");
-    call.read(w2, weight2.ptr(), "weight2");
-    if (!w.given() || w.ndim != 2) refuse("weight is missing or not (units, width)");
-    if (w2.given() && w2.ndim != 2) refuse("weight2 is " + w2.about() + ", expected (units2, units)");
-    a.rows = at.rows;
-    a.width = at.width;
-    a.units = w.shape[0];
-    a.units2 = w2.given() ? w2.shape[0] : 0;
-    const int64_t last = w2.given() ? a.units2 : a.units;
-    call.parameter(w, weight.ptr(), "weight", {a.units, a.width}, F32);
-    call.parameter(b, bias.ptr(), "bias", {a.units}, F32);
-    call.parameter(w2, weight2.ptr(), "weight2", {a.units2, a.units}, F32);
-    call.parameter(b2, bias2.ptr(), "bias2", {a.units2}, F32);
-    call.parameter(h, head.ptr(), "head", {last}, F32);
-    call.parameter(g, gram.ptr(), "gram", {a.units, a.units}, F32);
-    for (const auto& [view, name] : {std::pair{&b, "bias"}, std::pair{&h, "head"}, std::pair{&g, "gram"}}) {
-      if (!view->given()) refuse(std::string(name) + " is None, and the ascent needs it");
-    }
-    if (w2.given() != b2.given()) refuse("weight2 and bias2 belong together: one is given without the other");
-    if (w2.given() && a.units2 == 0) refuse("weight2 has no units");
-    a.steps = steps;
-    a.step_size = static_cast<float>(step_size);
-    a.dtype = rows.dtype;
-    a.hidden = rows.data;
-    a.hidden_stride = at.stride;
-    a.weight = pointer<const float>(w);
-    a.bias = pointer<const float>(b);
-    a.weight2 = pointer<const float>(w2);
-    a.bias2 = pointer<const float>(b2);
-    a.head = pointer<const float>(h);
-    a.gram = pointer<const float>(g);
-    const py::object result = call.like(rows, out);
-    a.out = out.data;
-    forward(call, "value_ascent", a, FASTEDIT_BOTH(value_ascent));
-    return result;
-  });
-}
-
-// The other way of abi.h, for a GPU: (rows, units) of Σ_t 1[z_t > 0] ⊙ head from z and slope.
-py::object value_ascent_flips(py::handle z, py::handle slope, py::handle head, py::handle gram, int64_t steps, double step_size) {
-  return answered(true, [&]() -> py::object {
-    Call call(true);
-    View zs, slopes, heads, grams, total;
-    ValueAscentArgs a{};
-    call.lead(zs, z.ptr(), "z");
-    if (zs.ndim != 2) refuse("z is " + zs.about() + ", expected (rows, units)");
-    a.rows = zs.shape[0];
-    a.units = zs.shape[1];
-    call.parameter(zs, z.ptr(), "z", {a.rows, a.units}, F32);
-    call.parameter(slopes, slope.ptr(), "slope", {a.rows, a.units}, F32);
-    call.parameter(heads, head.ptr(), "head", {a.units}, F32);
-    call.parameter(grams, gram.ptr(), "gram", {a.units, a.units}, F32);
-    a.steps = steps;
-    a.step_size = static_cast<float>(step_size);
-    a.head = pointer<const float>(heads);
-    a.gram = pointer<const float>(grams);
-    a.z = pointer<const float>(zs);
-    a.slope = pointer<const float>(slopes);
-    const py::object result = call.like(zs, total);
-    a.total = pointer<float>(total);
-    forward(call, "value_ascent", a, FASTEDIT_BOTH(value_ascent));
-    return result;
-  });
+// The other way of abi.h, for a GPU: (z, slope, head, gram, steps, step_size) → (rows, units) of Σ_t 1[z_t > 0] ⊙ head
+py::object value_ascent_flips(Call& call, const Given& given) {
+  View z, slope, head, gram, total;
+  ValueAscentArgs a{};
+  call.lead(z, given[0], "z");
+  if (z.ndim != 2) refuse("z is " + z.about() + ", expected (rows, units)");
+  a.rows = z.shape[0];
+  a.units = z.shape[1];
+  call.parameter(z, given[0], "z", {a.rows, a.units});
+  call.parameter(slope, given[1], "slope", {a.rows, a.units});
+  call.parameter(head, given[2], "head", {a.units});
+  call.parameter(gram, given[3], "gram", {a.units, a.units});
+  a.steps = given.integer(4);
+  a.step_size = given.number(5);
+  a.head = head, a.gram = gram, a.z = z, a.slope = slope;
+  const py::object result = call.like(z, total);
+  a.total = total;
+  forward(call, FASTEDIT_BOTH(value_ascent));
+  return result;
 }
 
 }  // namespace
 
-// For callers who ask: None where autograd, a tracer or another backend must see the call.
-template <class... Handles>
-bool unasked(Handles... given) {
-  return Call::unasked({(PyFloat_Check(given.ptr()) || PyLong_Check(given.ptr()) ? Py_None : given.ptr())...});
-}
-
-void bind_forwards(py::module_& m) {
-  using h = py::handle;
-  const auto none = py::none();
-  m.def("edit", edit<true>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
-        py::arg("want_z") = false, py::arg("gate") = none, py::arg("rule") = none);
-  m.def("edit_add", edit_add<true>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
-        py::arg(), py::arg("on_sum") = false, py::arg("want_z") = false, py::arg("gate") = none, py::arg("rule") = none);
-  m.def("edit_add_norm", edit_add_norm<true>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
-        py::arg(), py::arg(), py::arg(), py::arg(), py::arg("on_sum") = false, py::arg("kind") = 0, py::arg("eps") = 1e-6,
-        py::arg("want_z") = false, py::arg("want_residual") = true, py::arg("want_stats") = true, py::arg("gate") = none,
-        py::arg("rule") = none);
-  m.def("project", project<true>);
-  m.def("moments", moments, py::arg("hidden"), py::arg("group"), py::arg("groups"), py::arg("order") = none);
-  m.def("value_ascent", value_ascent);
-  m.def("value_ascent_flips", value_ascent_flips);
-
-  m.def("try_edit", [](h x, h s, h b, h r, h o, h w, h slot, h k, bool z, h gate, h rule) -> py::object {
-    if (unasked(x, s, b, r, o, w, k, gate, rule)) return py::none();
-    return edit<false>(x, s, b, r, o, w, slot, k, z, gate, rule);
-  });
-  m.def("try_edit_add", [](h x, h y, h s, h b, h r, h o, h w, h slot, h k, bool on_sum, bool z, h gate, h rule) -> py::object {
-    if (unasked(x, y, s, b, r, o, w, k, gate, rule)) return py::none();
-    return edit_add<false>(x, y, s, b, r, o, w, slot, k, on_sum, z, gate, rule);
-  });
-  m.def("try_edit_add_norm",
-        [](h x, h y, h weight, h norm_bias, h s, h b, h r, h o, h w, h slot, h k, bool on_sum, int kind, double eps, bool z,
-           bool residual, bool stats, h gate, h rule) -> py::object {
-          if (unasked(x, y, weight, norm_bias, s, b, r, o, w, k, gate, rule)) return py::none();
-          return edit_add_norm<false>(x, y, weight, norm_bias, s, b, r, o, w, slot, k, on_sum, kind, eps, z, residual, stats,
-                                      gate, rule);
-        });
-  m.def("try_project", [](h x, h r, h o) -> py::object {
-    if (unasked(x, r, o)) return py::none();
-    return project<false>(x, r, o);
-  });
-}
+PyMethodDef forward_functions[] = {
+    FASTEDIT_FUNCTION("edit", edit, true, false),
+    FASTEDIT_FUNCTION("edit_add", edit_add, true, false),
+    FASTEDIT_FUNCTION("edit_add_norm", edit_add_norm, true, false),
+    FASTEDIT_FUNCTION("project", project, true, false),
+    FASTEDIT_FUNCTION("moments", moments, true, false),
+    FASTEDIT_FUNCTION("value_ascent", value_ascent, true, false),
+    FASTEDIT_FUNCTION("value_ascent_flips", value_ascent_flips, true, false),
+    FASTEDIT_FUNCTION("try_edit", edit, false, true),
+    FASTEDIT_FUNCTION("try_edit_add", edit_add, false, true),
+    FASTEDIT_FUNCTION("try_edit_add_norm", edit_add_norm, false, true),
+    FASTEDIT_FUNCTION("try_project", project, false, true),
+    {nullptr, nullptr, 0, nullptr},
+};
 
 }  // namespace fastedit

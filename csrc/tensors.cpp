@@ -11,11 +11,25 @@ namespace {
 
 char kNothing[64];  // where an empty tensor is: null would mean that it was not given
 
+// A flag that torch keeps, asked for without Python's way of calling where its function is written in C.
+struct Flag {
+  PyObject* function = nullptr;
+  PyCFunction direct = nullptr;
+
+  void keep(const py::object& given) {
+    function = py::object(given).release().ptr();
+    if (PyCFunction_Check(function) && PyCFunction_GET_FLAGS(function) == METH_NOARGS) direct = PyCFunction_GET_FUNCTION(function);
+  }
+  PyObject* ask() const { return direct ? direct(PyCFunction_GET_SELF(function), nullptr) : PyObject_CallNoArgs(function); }
+};
+
 struct Torch {
-  PyTypeObject *tensor = nullptr, *parameter = nullptr;
+  PyTypeObject *tensor = nullptr, *parameter = nullptr, *dtype = nullptr;
   const dlpack::Exchange* exchange = nullptr;
-  PyObject *empty = nullptr, *empty_like = nullptr, *grad_enabled = nullptr, *is_neg = nullptr, *contiguous_format = nullptr,
-           *transforms = nullptr, *forward_ad = nullptr;
+  PyObject *empty = nullptr, *empty_like = nullptr, *contiguous_format = nullptr, *forward_ad = nullptr;
+  Flag grad_enabled, transforms, graph_task, inference;
+  PyMethodDef* is_neg = nullptr;         // of Tensor: asked of each one that is read
+  PyGetSetDef* requires_grad = nullptr;
   PyObject* dtypes[3] = {};
   bool exact(PyObject* object) const { return Py_TYPE(object) == tensor || Py_TYPE(object) == parameter; }
 } torch_;
@@ -29,10 +43,10 @@ const bool poisons_ = [] {
 }();
 
 struct Names {
-  PyObject *requires_grad = PyUnicode_InternFromString("requires_grad"), *level = PyUnicode_InternFromString("_current_level"),
-           *device = PyUnicode_InternFromString("device"),
-           *dlpack = PyUnicode_InternFromString("__dlpack__"), *dtype = PyUnicode_InternFromString("dtype"),
-           *memory_format = Py_BuildValue("(s)", "memory_format"), *where = Py_BuildValue("(ss)", "dtype", "device");
+  PyObject *level = PyUnicode_InternFromString("_current_level"), *version = PyUnicode_InternFromString("_version"),
+           *device = PyUnicode_InternFromString("device"), *dlpack = PyUnicode_InternFromString("__dlpack__"),
+           *dtype = PyUnicode_InternFromString("dtype"), *memory_format = Py_BuildValue("(s)", "memory_format"),
+           *where = Py_BuildValue("(ss)", "dtype", "device");
 };
 const Names& names() {
   static const Names all;
@@ -43,6 +57,8 @@ py::object taken(PyObject* result) {
   if (!result) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
 }
+
+bool yes(PyObject* result) { return taken(result).ptr() == Py_True; }
 
 int code_of(const dlpack::DataType& d) {
   if (d.lanes != 1) return OTHER;
@@ -123,10 +139,9 @@ bool is_numpy(PyObject* object) {
 
 // changes.transformed: tensors may be wrapped, or have tangents that no kernel sees.
 bool transformed() {
-  const py::object active = taken(PyObject_CallNoArgs(torch_.transforms));
-  if (active.ptr() == Py_True) return true;
-  const py::object level = taken(PyObject_GetAttr(torch_.forward_ad, names().level));
-  return PyLong_AsLong(level.ptr()) >= 0;
+  if (yes(torch_.transforms.ask())) return true;
+  PyObject* level = PyDict_GetItem(torch_.forward_ad, names().level);
+  return !level || PyLong_AsLong(level) >= 0;
 }
 
 }  // namespace
@@ -138,10 +153,6 @@ std::string shape_text(const int64_t* shape, int ndim) {
   std::string text = "(";
   for (int i = 0; i < ndim; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + (ndim == 1 ? ",)" : ")");
-}
-
-const char* dtype_text(int dtype) {
-  return dtype == F32 ? "float32" : dtype == BF16 ? "bfloat16" : dtype == F16 ? "float16" : "int32";
 }
 
 std::string View::about() const {
@@ -160,25 +171,22 @@ bool View::contiguous() const {
   return true;
 }
 
-bool Call::unasked(std::initializer_list<PyObject*> all) {
-  PyObject* first = *all.begin();
-  if (!torch_.tensor || !torch_.exact(first)) return !is_numpy(first);
-  if (!served_[0] && !served_[1]) return true;
-  for (PyObject* object : all) {
-    if (object != Py_None && !torch_.exact(object)) return true;
-  }
-  if (transformed()) return true;
-  const py::object enabled = taken(PyObject_CallNoArgs(torch_.grad_enabled));
-  if (enabled.ptr() != Py_True) return false;
-  for (PyObject* object : all) {
-    if (object == Py_None) continue;
-    const py::object wanted = taken(PyObject_GetAttr(object, names().requires_grad));
-    if (wanted.ptr() == Py_True) return true;
+bool Call::unasked(const Given& given) {
+  if (!torch_.tensor || !torch_.exact(given[0])) return !is_numpy(given[0]);
+  if ((!served_[0] && !served_[1]) || transformed()) return true;
+  const bool grad = yes(torch_.grad_enabled.ask());
+  for (Py_ssize_t i = 0; i < given.count; ++i) {
+    PyObject* object = given.at[i];
+    if (torch_.exact(object)) {
+      if (grad && yes(torch_.requires_grad->get(object, torch_.requires_grad->closure))) return true;
+    } else if (object != Py_None && !PyFloat_Check(object) && !PyLong_Check(object)) {
+      return true;
+    }
   }
   return false;
 }
 
-void Call::view_of(View& v, PyObject* object, const char* name) const {
+void Call::view_of(View& v, PyObject* object, const char* name, bool ours) const {
   v.object = object;
   const bool torch = torch_.tensor && (torch_.exact(object) || PyObject_TypeCheck(object, torch_.tensor));
   if (torch) {
@@ -188,8 +196,7 @@ void Call::view_of(View& v, PyObject* object, const char* name) const {
       refuse_type(std::string(name) + " has no memory that a kernel can read");
     }
     adopt(v, t, name);
-    const py::object negative = taken(PyObject_CallOneArg(torch_.is_neg, object));
-    if (negative.ptr() == Py_True) refuse_type(std::string(name) + " has its negative bit set; use resolve_neg()");
+    if (!ours && yes(torch_.is_neg->ml_meth(object, nullptr))) refuse_type(std::string(name) + " has its negative bit set; use resolve_neg()");
   } else if (is_numpy(object)) {
     view_of_numpy(v, object, name);
   } else {
@@ -214,7 +221,7 @@ void Call::view_of(View& v, PyObject* object, const char* name) const {
   }
   if (!v.numel()) {
     v.data = kNothing;
-  } else if (!v.data || (torch && v.data == nullptr)) {
+  } else if (!v.data) {
     refuse_type(std::string(name) + " has no memory");
   }
   if (v.itemsize && reinterpret_cast<uintptr_t>(v.data) % static_cast<uintptr_t>(v.itemsize)) {
@@ -227,9 +234,9 @@ void Call::lead(View& view, PyObject* object, const char* name) {
           : is_numpy(object)                                         ? Face::numpy
                                                                      : Face::other;
   leader_ = object;
-  view_of(view, object, name);
+  view_of(view, object, name, false);
   device_ = view.device;
-  if (!sure_ && face_ == Face::torch && !served_[!host()]) refuse("another backend serves these rows");
+  if (!sure && face_ == Face::torch && !served_[!host()]) refuse("another backend serves these rows");
 #ifndef FASTEDIT_CUDA
   if (!host()) throw Refused{PyExc_RuntimeError, "a GPU array needs the CUDA kernels, which this build lacks; see `fastedit doctor`"};
 #endif
@@ -238,7 +245,7 @@ void Call::lead(View& view, PyObject* object, const char* name) {
 void Call::read(View& view, PyObject* object, const char* name) const {
   view.object = nullptr;
   if (!object || object == Py_None) return;
-  view_of(view, object, name);
+  view_of(view, object, name, false);
   if (view.device.type != device_.type || (!host() && view.device.id != device_.id)) {
     refuse(std::string(name) + " is not on the same device as the rows");
   }
@@ -251,7 +258,9 @@ void Call::parameter(View& v, PyObject* object, const char* name, std::initializ
   bool right = v.dtype == dtype && v.ndim == ndim;
   for (int i = 0; right && i < ndim; ++i) right = v.shape[i] == shape.begin()[i];
   if (!right) {
-    refuse(std::string(name) + " is " + v.about() + ", expected " + dtype_text(dtype) + " " + shape_text(shape.begin(), ndim));
+    static const char* const kinds[] = {"float32", "bfloat16", "float16"};
+    const char* wanted = dtype == I32 ? "int32" : kinds[dtype];
+    refuse(std::string(name) + " is " + v.about() + ", expected " + wanted + " " + shape_text(shape.begin(), ndim));
   }
   if (!v.contiguous()) refuse(std::string(name) + " is not contiguous");
 }
@@ -282,7 +291,7 @@ Rows Call::rows(const View& v, const char* name) const {
 }
 
 void Call::made(const py::object& object, View& out) const {
-  view_of(out, object.ptr(), "the result");
+  view_of(out, object.ptr(), "the result", true);
   const bool away = face_ == Face::torch && !torch_.exact(object.ptr());  // a mode that makes fake tensors is on
   if (away || out.device.type != device_.type || out.device.id != device_.id) refuse_type("the result was not made where the rows are");
   if (poisons_ && host()) std::memset(out.data, 0xFF, static_cast<size_t>(out.numel() * out.itemsize));  // NaN of every dtype of rows
@@ -322,6 +331,14 @@ py::object Call::make(const int64_t* shape, int ndim, int dtype, View& out) cons
   return result;
 }
 
+py::object Call::rows_like(const View& rows, int64_t width, int dtype, View& out) const {
+  if (rows.width() == width && rows.dtype == dtype) return like(rows, out);
+  int64_t shape[kMaxDims];
+  std::copy(rows.shape, rows.shape + rows.ndim, shape);
+  shape[rows.ndim - 1] = width;
+  return make(shape, rows.ndim, dtype, out);
+}
+
 void* Call::stream() const {
   if (host()) return nullptr;
   void* current = nullptr;
@@ -342,20 +359,28 @@ void use_torch(const py::module_& torch) {
   if (!found || found->version.major != 1 || !found->view) {
     throw py::import_error("this torch has no DLPack C exchange interface; fastedit needs torch 2.11 or newer");
   }
-  const auto keep = [&](const char* name) { return torch.attr(name).cast<py::object>().release().ptr(); };
+  const auto kept = [](const py::object& object) { return py::object(object).release().ptr(); };
+  const py::object inner = torch.attr("_C");
   torch_.exchange = found;
-  torch_.empty = keep("empty");
-  torch_.empty_like = keep("empty_like");
-  torch_.grad_enabled = keep("is_grad_enabled");
-  torch_.contiguous_format = keep("contiguous_format");
-  torch_.transforms = torch.attr("_C").attr("_are_functorch_transforms_active").cast<py::object>().release().ptr();
-  torch_.forward_ad = torch.attr("autograd").attr("forward_ad").cast<py::object>().release().ptr();
-  torch_.is_neg = tensor.attr("is_neg").cast<py::object>().release().ptr();
-  torch_.dtypes[F32] = keep("float32");
-  torch_.dtypes[BF16] = keep("bfloat16");
-  torch_.dtypes[F16] = keep("float16");
-  torch_.parameter = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").cast<py::object>().release().ptr());
-  torch_.tensor = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
+  torch_.empty = kept(torch.attr("empty"));
+  torch_.empty_like = kept(torch.attr("empty_like"));
+  torch_.contiguous_format = kept(torch.attr("contiguous_format"));
+  torch_.forward_ad = kept(torch.attr("autograd").attr("forward_ad").attr("__dict__"));
+  torch_.grad_enabled.keep(torch.attr("is_grad_enabled"));
+  torch_.inference.keep(torch.attr("is_inference_mode_enabled"));
+  torch_.transforms.keep(inner.attr("_are_functorch_transforms_active"));
+  torch_.graph_task.keep(inner.attr("_current_graph_task_id"));
+  const py::object is_neg = tensor.attr("is_neg"), wanted = inner.attr("TensorBase").attr("requires_grad");
+  if (Py_TYPE(is_neg.ptr()) != &PyMethodDescr_Type || Py_TYPE(wanted.ptr()) != &PyGetSetDescr_Type) {
+    throw py::import_error("this torch's tensors are not written as fastedit knows them");
+  }
+  torch_.is_neg = reinterpret_cast<PyMethodDescrObject*>(is_neg.ptr())->d_method;
+  torch_.requires_grad = reinterpret_cast<PyGetSetDescrObject*>(wanted.ptr())->d_getset;
+  torch_.dtypes[F32] = kept(torch.attr("float32"));
+  torch_.dtypes[BF16] = kept(torch.attr("bfloat16"));
+  torch_.dtypes[F16] = kept(torch.attr("float16"));
+  torch_.parameter = reinterpret_cast<PyTypeObject*>(kept(torch.attr("nn").attr("Parameter")));
+  torch_.tensor = reinterpret_cast<PyTypeObject*>(kept(tensor));
 }
 
 void serve(const std::string& device, bool on) { served_[device == "cuda"] = on; }
@@ -365,6 +390,56 @@ int dtype_code(PyObject* dtype) {
     if (dtype == torch_.dtypes[code]) return code;
   }
   return OTHER;
+}
+
+// Whether every (holder, name, expected) still holds: what the holder has under that name, an item of a dict or an own
+// attribute of anything else, is that very object; for expected () it is absent, empty or false. Under the name None, a
+// tensor has that stamp (changes.stamp: version, address).
+PyObject* holds(PyObject*, PyObject* facts) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(facts); ++i) {
+    PyObject* const* fact = reinterpret_cast<PyTupleObject*>(PyTuple_GET_ITEM(facts, i))->ob_item;
+    if (fact[1] == Py_None) {
+      dlpack::Tensor t;
+      if (!torch_.exact(fact[0]) || torch_.exchange->view(fact[0], &t)) Py_RETURN_FALSE;
+      const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(fact[0], names().version));
+      const auto address = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
+      if (!version || PyLong_AsLongLong(version.ptr()) != PyLong_AsLongLong(PyTuple_GET_ITEM(fact[2], 0)) ||
+          address != PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(fact[2], 1))) Py_RETURN_FALSE;
+      continue;
+    }
+    const py::object own = py::reinterpret_steal<py::object>(PyDict_Check(fact[0]) ? py::handle(fact[0]).inc_ref().ptr()
+                                                                                   : PyObject_GenericGetDict(fact[0], nullptr));
+    if (!own) return nullptr;
+    PyObject* found = PyDict_GetItemWithError(own.ptr(), fact[1]);
+    if (!found && PyErr_Occurred()) return nullptr;
+    const bool nothing = PyTuple_CheckExact(fact[2]) && PyTuple_GET_SIZE(fact[2]) == 0;
+    if (nothing ? found && PyObject_IsTrue(found) != 0 : (found ? found : Py_None) != fact[2]) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+// bound(ready, *rows): what the function that is held ready returns for these rows; None where nothing is (ready None), a fact
+// does not hold any more, or gradients are enabled or computed. ready: (function, arguments behind the rows, facts, whether
+// it was made in inference mode, whose forwards leave nothing noted).
+PyObject* bound(PyObject*, PyObject* const* at, Py_ssize_t count) {
+  PyObject* ready = at[0];
+  if (ready == Py_None || !torch_.tensor) Py_RETURN_NONE;
+  try {
+    if (yes(torch_.grad_enabled.ask())) Py_RETURN_NONE;
+    if (PyLong_AsLong(taken(torch_.graph_task.ask()).ptr()) != -1) Py_RETURN_NONE;
+    if (PyTuple_GET_ITEM(ready, 3) == Py_True && !yes(torch_.inference.ask())) Py_RETURN_NONE;
+    if (!yes(holds(nullptr, PyTuple_GET_ITEM(ready, 2)))) Py_RETURN_NONE;
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
+  PyObject* arguments[32];
+  PyObject* more = PyTuple_GET_ITEM(ready, 1);
+  const Py_ssize_t rows = count - 1, rest = PyTuple_GET_SIZE(more);
+  if (rows + rest > 32) Py_RETURN_NONE;
+  std::copy(at + 1, at + count, arguments);
+  for (Py_ssize_t i = 0; i < rest; ++i) arguments[rows + i] = PyTuple_GET_ITEM(more, i);
+  return PyObject_Vectorcall(PyTuple_GET_ITEM(ready, 0), arguments, static_cast<size_t>(rows + rest), nullptr);
 }
 
 }  // namespace fastedit

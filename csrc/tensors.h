@@ -24,9 +24,23 @@ struct Refused {
   PyObject* type;
   std::string text;
 };
+[[noreturn]] void refuse(std::string text);
+[[noreturn]] void refuse_type(std::string text);
+
+// What Python has called with: positional arguments, those left out None.
+struct Given {
+  PyObject* const* at;
+  Py_ssize_t count;
+
+  PyObject* operator[](Py_ssize_t i) const { return i < count ? at[i] : Py_None; }
+  bool has(Py_ssize_t i) const { return (*this)[i] != Py_None; }
+  bool flag(Py_ssize_t i, bool missing = false) const { return i < count ? at[i] == Py_True : missing; }
+  int64_t integer(Py_ssize_t i) const { return py::handle((*this)[i]).cast<int64_t>(); }
+  float number(Py_ssize_t i) const { return static_cast<float>(py::handle((*this)[i]).cast<double>()); }
+};
 
 struct View {
-  PyObject* object;  // null: None was given, and nothing else is set
+  PyObject* object = nullptr;  // null: None was given, and nothing else is set
   char* data;
   const int64_t *shape, *strides;  // strides in elements
   int ndim, dtype, itemsize;
@@ -44,10 +58,11 @@ struct View {
   int64_t numel() const { return size(ndim); }
   bool contiguous() const;
   std::string about() const;  // "float32 (3, 8)"
+  template <class T>
+  operator T*() const { return given() ? reinterpret_cast<T*>(data) : nullptr; }  // as the structs of abi.h take it
 };
 
 std::string shape_text(const int64_t* shape, int ndim);
-const char* dtype_text(int dtype);
 
 struct Rows {
   int64_t rows, width, stride;
@@ -58,30 +73,31 @@ enum class Face { torch, numpy, other };
 // One call: the rows that lead it, what the kernels' outputs are made of, and what must live until they have run.
 class Call {
  public:
-  explicit Call(bool sure) : sure_(sure) {}
+  const bool sure;  // a refusal is an exception; else the caller only asks, and is answered with what a user gets
+  explicit Call(bool is_sure) : sure(is_sure) {}
 
   // Whether a caller who only asks is to be sent away at once: a gradient is wanted, torch.func or forward-mode differentiation
-  // or a tracer is at work, or another backend serves this device. `all` are the call's tensors, the leading rows first.
-  static bool unasked(std::initializer_list<PyObject*> all);
+  // or a tracer is at work, or another backend serves this device. The leading rows are the first argument.
+  static bool unasked(const Given& given);
 
-  void lead(View& view, PyObject* object, const char* name);            // the first rows: they say where we are
-  void read(View& view, PyObject* object, const char* name) const;      // anything beside them, or None
-  void parameter(View& view, PyObject* object, const char* name, std::initializer_list<int64_t> shape, int dtype) const;
-  Rows rows(const View& view, const char* name) const;                  // rows evenly spaced, of a dtype that kernels take
+  void lead(View& view, PyObject* object, const char* name);        // the first rows: they say where we are
+  void read(View& view, PyObject* object, const char* name) const;  // anything beside them, or None
+  void parameter(View& view, PyObject* object, const char* name, std::initializer_list<int64_t> shape, int dtype = F32) const;
+  Rows rows(const View& view, const char* name) const;              // rows evenly spaced, of a dtype that kernels take
 
-  py::object like(const View& view, View& out) const;                   // contiguous, of that shape and dtype
+  py::object like(const View& view, View& out) const;               // contiguous, of that shape and dtype
   py::object make(const int64_t* shape, int ndim, int dtype, View& out) const;
   py::object make(std::initializer_list<int64_t> shape, int dtype, View& out) const {
     return make(shape.begin(), static_cast<int>(shape.size()), dtype, out);
   }
+  py::object rows_like(const View& rows, int64_t width, int dtype, View& out) const;  // the rows' shape, but as wide
   void* stream() const;
   bool host() const { return device_.type != dlpack::kCuda; }
   int device() const { return device_.id; }
 
  private:
-  void view_of(View& view, PyObject* object, const char* name) const;
+  void view_of(View& view, PyObject* object, const char* name, bool ours) const;
   void made(const py::object& object, View& out) const;
-  bool sure_;
   Face face_ = Face::torch;
   PyObject* leader_ = nullptr;
   dlpack::Device device_{};
@@ -93,7 +109,8 @@ void use_torch(const py::module_& torch);
 void serve(const std::string& device, bool on);
 bool poisons();  // whether host memory for results is filled with NaN first
 int dtype_code(PyObject* torch_dtype);  // OTHER for None and for what no kernel takes
-[[noreturn]] void refuse_type(std::string text);
-[[noreturn]] void refuse(std::string text);
+
+PyObject* holds(PyObject*, PyObject* facts);
+PyObject* bound(PyObject*, PyObject* const* at, Py_ssize_t count);
 
 }  // namespace fastedit

@@ -1,4 +1,4 @@
-// The kernels as XLA handlers, for jax.ffi (fastedit/jax/native.py registers them).
+// The kernels as XLA handlers, for jax.ffi (fastedit/ops/jax/native.py registers them).
 #pragma once
 #include "xla_abi.h"
 

@@ -1,4 +1,4 @@
-"""Checks of arguments that are no arrays, for every face: they import neither torch nor jax."""
+"""Limits of the kernels, and checks of arguments that are not arrays. They import neither torch nor jax."""
 
 import math
 import operator
@@ -6,11 +6,48 @@ from collections.abc import Iterable
 
 FP32_MAX = 3.4028234663852886e38
 MOST_GROUPS = 1 << 20
+MAX_RANK = 64  # of an edit: what the kernels keep of a row in registers
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
+
+# Every op by the names of its arguments and results: the schema of its operator under torch.compile, and what the faces and
+# backends call it with. A result that is absent is None, and an empty tensor from an operator.
+_FORM = "Tensor? scale, Tensor? bias, Tensor? read, Tensor? offset, Tensor? write, Tensor? slot, Tensor? coefficient"
+_D_FORM = "Tensor d_scale, Tensor d_bias, Tensor d_read, Tensor d_offset, Tensor d_write, Tensor d_coefficient"
+SCHEMAS = {
+    "edit": f"(Tensor hidden, {_FORM}) -> (Tensor out, Tensor z)",
+    "edit_add": f"(Tensor x, Tensor residual, {_FORM}, bool on_sum) -> (Tensor out, Tensor z)",
+    "edit_add_norm": f"(Tensor x, Tensor residual, Tensor? weight, Tensor? norm_bias, {_FORM}, bool on_sum, int kind, "
+    "float eps) -> (Tensor out, Tensor normed, Tensor z, Tensor mean, Tensor rstd)",
+    "project": "(Tensor hidden, Tensor read, Tensor? offset) -> Tensor z",
+    "moments": "(Tensor hidden, Tensor? group, int groups) -> (Tensor count, Tensor mean, Tensor m2)",
+    "value_ascent": "(Tensor hidden, Tensor weight, Tensor bias, Tensor? weight2, Tensor? bias2, Tensor head, Tensor gram, "
+    "int version, int steps, float step_size) -> Tensor out",
+    "edit_backward": f"(Tensor? grad, Tensor? hidden, Tensor? residual, {_FORM}, Tensor? grad_z, Tensor? z, bool[] needs, "
+    f"ScalarType dtype) -> (Tensor d_hidden, {_D_FORM})",
+    "edit_add_norm_backward": "(Tensor? grad_residual, Tensor? grad_normed, Tensor residual_out, Tensor? x, "
+    f"Tensor? residual, Tensor? weight, Tensor? mean, Tensor rstd, {_FORM}, Tensor? grad_z, Tensor? z, bool on_sum, int kind, "
+    "bool[] needs, bool[] needs_norm, ScalarType x_dtype, ScalarType residual_dtype) -> "
+    f"(Tensor d_x, Tensor d_residual, {_D_FORM}, Tensor d_weight, Tensor d_norm_bias)",
+    "project_backward": "(Tensor grad_z, Tensor? hidden, Tensor read, bool[] needs, ScalarType dtype) -> "
+    "(Tensor d_hidden, Tensor d_read, Tensor d_offset)",
+}  # fmt: skip
+_MORE = {  # what an operator does not have: results that are wanted, a gate for the kernel
+    "edit": ("want_z", "gate", "rule"), "edit_add": ("want_z", "gate", "rule"),
+    "edit_add_norm": ("want_z", "want_residual", "want_stats", "gate", "rule"),
+}  # fmt: skip
+
+
+def _names(part):
+    names = (word.strip("()").split()[-1] for word in part.split(", "))
+    return tuple(name for name in names if name != "version")  # of a compiled function's weight: the operator's alone
+
+
+TAKES = {op: _names(schema.split(" -> ")[0]) + _MORE.get(op, ()) for op, schema in SCHEMAS.items()}
+GIVES = {op: _names(schema.split(" -> ")[1]) for op, schema in SCHEMAS.items()}
 
 
 def as_number(name, value):
-    """A float that float32 holds: of a number, a NumPy scalar, or an array or tensor without dimensions.
+    """The value as a float that float32 holds. Takes a number, a NumPy scalar, or an array or tensor without dimensions.
 
     Raises:
         ValueError: anything else.
@@ -51,11 +88,13 @@ def as_list(name, value, what):
 
 
 def as_layers(layers):
-    """None, or a tuple of layer numbers and names: of one, of an iterable of them (NumPy's and torch's among them), or of a
-    slice, which may end at an open end and is cut to the model's layers when it is patched.
+    """None, or a tuple of layer numbers and names.
+
+    Takes one number or name, an iterable of them (also NumPy's and torch's), or a slice. A slice may have an open end
+    and is cut to the model's layers when the model is patched.
 
     Raises:
-        TypeError, ValueError: anything else, or none at all.
+        TypeError, ValueError: anything else, or no layer at all.
     """
     if layers is None:
         return None
@@ -94,6 +133,8 @@ def check_on(on):
 
 
 def check_norm_kind(weight, norm_bias, kind):
+    """kind: its name, or the kernels' number for it."""
+    kind = next((name for name, number in NORM_KINDS.items() if number is kind), kind)
     if not isinstance(kind, str) or kind not in NORM_KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, NORM_KINDS))}")
     if weight is None and kind != "layer":

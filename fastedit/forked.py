@@ -1,11 +1,10 @@
-"""After a fork: OpenMP's threads stay in the parent, and a child that waits for them hangs. So it runs on one.
+"""After a fork, a child runs native code on one thread.
 
-`multiprocessing.Pool` forks on Linux unless told otherwise. Where this process has native threads by then, its children
-run our kernels, and torch's, on one thread each; "spawn" children have all of theirs.
+OpenMP's threads stay in the parent, and a child that waits for them hangs. `multiprocessing.Pool` forks on Linux unless
+told otherwise. If this process has native threads by then, its children run our kernels, and torch's, on one thread
+each. "spawn" children have all of their threads.
 """
 
-import contextlib
-import ctypes
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ _state = {"threads": False, "said": False}
 
 
 def watch():
-    """For this process, once. Nothing happens before there is a fork."""
+    """Watch for forks of this process. Called once; does nothing before there is a fork."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_look, after_in_child=_one_thread)
 
@@ -36,7 +35,7 @@ def _look():
 
 
 def _by_data_loader():
-    """torch's workers are on one thread anyway."""
+    """Whether torch's DataLoader forked: its workers are on one thread anyway."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.utils.data.dataloader":
@@ -48,8 +47,7 @@ def _by_data_loader():
 def _one_thread():
     if not _state["threads"]:
         return
-    with contextlib.suppress(AttributeError, OSError):  # built without OpenMP
-        ctypes.CDLL(sys.modules["fastedit._native"].__file__).omp_set_num_threads(1)  # of the OpenMP that it is linked to
+    sys.modules["fastedit._native"].set_num_threads(1)
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)

@@ -6,7 +6,7 @@
 // A stream of rows is `data` + row stride in elements; elements of a row are adjacent. Outputs are
 // contiguous. Edit parameters, z, statistics and all parameter gradients are fp32. A null pointer
 // means "absent" for inputs (scale 1, bias 0, rank 0, no slots, coefficient 1) and "not wanted" for
-// outputs. Callers have checked shapes, dtypes and devices (fastedit/ops.py, fastedit/arrays.py).
+// outputs. Callers have checked shapes, dtypes and devices (fastedit/ops/public.py, fastedit/ops/arrays.py).
 #pragma once
 #include <cstdint>
 
@@ -16,7 +16,7 @@ enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
 enum NormKind : int { RMS = 0, GEMMA = 1, LAYER = 2 };
 
 constexpr int64_t kMaxRank = 64;
-constexpr int64_t kBlockRows = 256;  // rows in one fp32 partial of a column sum (DESIGN.md 2)
+constexpr int64_t kBlockRows = 256;  // rows in one fp32 partial of a column sum (docs/design.md, 4)
 
 // h' = h + k · ((scale − 1) ⊙ h + bias + z @ write),  z = h @ readᵀ + offset,  k = coefficient · g
 //
@@ -79,7 +79,7 @@ struct EditAddNormArgs {
 // Where parameter gradients go; all contiguous, shaped like the parameters.
 struct FormGrad {
   float *scale, *bias, *read, *offset, *write;
-  float* coefficient;  // (rows,), one number a row also where the coefficient is shared
+  float* coefficient;  // (rows,), one number per row also where the coefficient is shared
 };
 
 // Rows sorted by slot, for parameter gradients over slots; all null where slot is null.

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastedit as fe
-from fastedit.merging import MergeError
+from fastedit.patching.merge import MergeError
 
 STEPS, RESUME_AT, BATCH, LENGTH = 5, 2, 4, 8
 

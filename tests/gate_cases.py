@@ -1,4 +1,4 @@
-"""Gates and the slow model that decides by the words of fastedit/gates.py, a sequence at a time, without a cache."""
+"""Gates and the slow model that decides by the words of fastedit/edits/gates.py, a sequence at a time, without a cache."""
 
 import copy
 

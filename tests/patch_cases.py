@@ -6,8 +6,8 @@ import tiny_models as tiny
 import torch
 
 import fastedit as fe
-from fastedit.form import Form
-from fastedit.patching import handles
+from fastedit.edits.form import Form
+from fastedit.patching.handle import handles
 
 
 def random_form(rank=2, width=tiny.WIDTH, seed=3):

@@ -37,7 +37,7 @@ def compare(call, adopt, exact_call, path="fused"):
 
 def exactly(family, forms, **site):
     """The exact output of the plain model, with {layer: Form} at a site."""
-    from fastedit.form import Form
+    from fastedit.edits.form import Form
 
     wide = [
         (site.get("site", "block"), layer, Form(*(None if t is None else t.double() for t in form.tensors())))

@@ -1,4 +1,4 @@
-"""Which tokens are meant, by the words of fastedit/positions.py, and the slow model that edits them, without a cache."""
+"""Which tokens are meant, by the words of fastedit/edits/positions.py, and the slow model that edits them, without a cache."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from patch_cases import random_form, scaled_then_low_rank
 
 import fastedit as fe
-from fastedit.positions import positions
+from fastedit.edits.positions import positions
 
 PAD = 0
 SPECS = (
@@ -19,7 +19,7 @@ LAYERS = [0, 1]
 
 
 def coefficients(spec, ids, mask, prompt_columns, repeats=1):
-    """By the words of fastedit/positions.py, a token at a time: (sequences, columns)."""
+    """By the words of fastedit/edits/positions.py, a token at a time: (sequences, columns)."""
     where = positions(spec)
     found = torch.zeros(ids.shape)
     for b, row in enumerate(ids.tolist()):

@@ -103,7 +103,7 @@ def generated(model, ids, new=5, **options):
 
 
 def where(positions, columns, total):
-    """(columns,) by the words of fastedit/positions.py for one sequence without padding."""
+    """(columns,) by the words of fastedit/edits/positions.py for one sequence without padding."""
     found = torch.zeros(total)
     for part in positions.split(" + "):
         word, _, number = part.partition(" ")

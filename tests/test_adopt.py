@@ -11,7 +11,7 @@ from patch_cases import scrambled
 from torch import nn
 
 import fastedit as fe
-from fastedit.patching import handles
+from fastedit.patching.handle import handles
 
 TARGETS = {
     "llama": ["down_proj", "o_proj"], "gpt2": ["mlp.c_proj", "attn.c_proj"], "bert": ["output.dense"],
@@ -256,7 +256,7 @@ def test_a_model_without_neighbours_says_what_was_looked_for():
 
 @pytest.mark.parametrize("number", [1, 4])
 def test_a_failure_half_way_leaves_the_model_as_it_was(number, monkeypatch):
-    from fastedit import installation
+    from fastedit.patching import installation
 
     model, calls = with_ia3("llama"), []
     before, said = tiny.state(model), said_by(model, "llama")

@@ -8,6 +8,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from peer_cases import DTYPES, compare, needs, vectors
+from word_tokenizer import tokenizer
 
 import fastedit as fe
 
@@ -42,7 +43,7 @@ def control_output(model):
 
 
 def exact_control(layers, dtype=torch.float32):
-    from fastedit.form import Form
+    from fastedit.edits.form import Form
 
     forms = [("block", n, Form(bias=vectors()[n].to(dtype).double())) for n in layers]
     model = tiny.hook_reference(tiny.exact(tiny.build("llama", dtype)), "llama", forms)
@@ -77,6 +78,29 @@ def test_control_models_generate_the_same_behind_padding():
         assert torch.equal(model.generate(**given, max_new_tokens=6, do_sample=False), story)
     model.reset()
     assert not torch.equal(model.generate(**given, max_new_tokens=6, do_sample=False), story)
+
+
+def test_after_repengs_own_training():
+    """Training asks for hidden states: transformers then leaves hooks on every layer, which only record."""
+    model = controlled([0, 2])
+    said = tokenizer()
+    from repeng import ControlVector, DatasetEntry
+
+    words = ("cat", "dog", "mat", "red")
+    entries = [DatasetEntry(positive=f"the {word} is good", negative=f"the {word} is bad") for word in words]
+    model.reset()
+    trained = ControlVector.train(model, said, entries, hidden_layers=[0, 2], batch_size=2)
+    assert model.model.model.layers[0].block._forward_hooks
+    model.set_control(trained, 3.0)
+    eager, before = control_output(model), tiny.state(model)
+    handle = fe.adopt(model)
+    torch.testing.assert_close(control_output(model), eager, rtol=1e-4, atol=1e-4)
+    assert len(handle.adopted) == 2
+    handle.strength = 0.0
+    assert not torch.allclose(control_output(model), eager, atol=1e-3)
+    handle.remove()
+    tiny.assert_same_state(model, before)
+    assert torch.equal(control_output(model), eager)
 
 
 def test_controls_that_are_not_an_addition_are_named_and_left(tmp_path):

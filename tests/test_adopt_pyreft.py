@@ -180,7 +180,7 @@ def test_pyvene_steering(kind):
     made = [getattr(pyvene, f"{kind}Intervention")(source_representation=v) for v in vectors().values()]
     places = [{"component": f"model.layers[{n}].output", "intervention": one} for n, one in enumerate(made)]
     sign = 1 if kind == "Addition" else -1
-    from fastedit.form import Form
+    from fastedit.edits.form import Form
 
     exact = exactly("llama", {n: Form(bias=sign * v) for n, v in vectors().items()})
     carrier = pyvene.IntervenableModel(places, model=model)
@@ -196,5 +196,5 @@ def test_interventions_of_the_users_own_are_named():
 
     places = [{"component": "model.layers[0].output", "intervention": Own(keep_last_dim=True)}]
     model = pyvene.IntervenableModel(places, model=tiny.build("llama"))
-    with pytest.raises(ValueError, match=r"Own at model.layers.0: its formula is not known; adopted are Loreft"):
+    with pytest.raises(ValueError, match=r"Own at model.layers.0: its formula is not known; the known ones are Loreft"):
         fe.adopt(model)

@@ -9,7 +9,7 @@ from bank_cases import SERVED, bank_of, drawn, ids, logits, low_rank, red, three
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastedit as fe
-from fastedit.form import at_strength, fold_all
+from fastedit.edits.form import at_strength, fold_all
 
 NAMES = ["anna", None, "cleo", "ben", "anna"]
 FAMILIES = ("llama", "gpt2", "bert", "t5")
@@ -131,7 +131,7 @@ def test_a_tenant_of_a_training_batch_can_be_added():
     handle = fe.patch(source, fe.RED(), tenants=2)
     handle.load_tensors({k: t + torch.randn_like(t) for k, t in handle.named_tensors().items()})
     bank = fe.Bank(model, 2)
-    with pytest.raises(ValueError, match="one tenant's, handle"):
+    with pytest.raises(ValueError, match="the edit of one tenant, such as handle"):
         bank.add("all", handle)
     bank.add("second", handle.tenant(1))
     with bank.assign(["second"] * 4), handle.assign([1] * 4):
@@ -149,7 +149,7 @@ def test_a_bank_beside_handles_and_banks():
         assert torch.equal(logits(model, ids())[::2], both[::2])
     handle.remove()
     first.close()
-    assert fe.patching.handles(model) == [] and fe.bank.banks(model) == [second]
+    assert fe.patching.handle.handles(model) == [] and fe.banks.bank.banks(model) == [second]
     handle = fe.patch(model, fe.Steer(drawn(8, tiny.WIDTH), site="mlp"))
     assert torch.equal(logits(model, ids()), steered)
     second.close()
@@ -179,7 +179,7 @@ def test_the_model_is_given_back_bit_for_bit(family):
 
 def test_tables_stay_fp32_and_follow_the_model():
     model = tiny.build("llama")
-    bank = bank_of(model).model.to(torch.bfloat16) and fe.bank.banks(model)[0]
+    bank = bank_of(model).model.to(torch.bfloat16) and fe.banks.bank.banks(model)[0]
     assert {t.dtype for t in bank.tables.buffers()} == {torch.float32}
     assert bank.tables.tensors("layers.1", "mlp")[0].data_ptr() == bank.tables.scale0[3 * 0 + 1].data_ptr()
     run(model, "llama", bank, NAMES)
@@ -189,7 +189,7 @@ def test_a_copied_model_has_a_bank_of_its_own():
     model = tiny.build("llama")
     bank = bank_of(model)
     twin = copy.deepcopy(model)
-    (other,) = fe.bank.banks(twin)
+    (other,) = fe.banks.bank.banks(twin)
     said = run(model, "llama", bank, NAMES)
     assert torch.equal(run(twin, "llama", other, NAMES), said)
     other.replace("anna", red(8))
@@ -267,7 +267,7 @@ def test_what_a_bank_cannot_hold_is_refused_before_anything_changes(edits, messa
     [
         ({"capacity": 0}, "capacity is 0"), ({"capacity": True}, "capacity is True"), ({"rank": 65}, "rank is 65"),
         ({"sites": ()}, "sites is empty"), ({"sites": "nowhere"}, "no site 'nowhere'"), ({"layers": [9]}, "no layer 9"),
-        ({"host": 10}, "say folder="), ({"host": -1, "folder": "x"}, "host is -1"),
+        ({"host": 10}, "give folder="), ({"host": -1, "folder": "x"}, "host is -1"),
     ],
 )  # fmt: skip
 def test_a_bank_that_makes_no_sense_is_refused_before_the_model_changes(options, message, tmp_path, monkeypatch):

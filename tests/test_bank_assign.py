@@ -246,7 +246,7 @@ def test_what_is_assigned_is_checked():
     model = tiny.build("llama")
     bank = bank_of(model)
     for names, more, message in (
-        ([], {}, "given no names"), ("anna", {}, "one name a sequence"), (torch.zeros(2), {}, "one name a sequence"),
+        ([], {}, "given no names"), ("anna", {}, "one name per sequence"), (torch.zeros(2), {}, "one name per sequence"),
         ([1, 2], {}, "name is 1, expected a string"), (["anna", ["ben"]], {}, "lists beside names"),
         ([["anna"], ["ben", None]], {}, "different lengths"), (["anna"], {"strengths": [1, 2]}, "2 strengths for 1 names"),
         (["anna"], {"strengths": float("nan")}, "expected finite"), (["anna"], {"tokens": torch.ones(2, 2)}, "integers"),
@@ -257,6 +257,6 @@ def test_what_is_assigned_is_checked():
             bank.assign(names, **more)
     with bank.assign(["anna"] * 3), pytest.raises(ValueError, match="given 3 names, but the batch has 4"):
         logits(model, ids())
-    with bank.assign([["anna"] * 6]), pytest.raises(ValueError, match=r"a name a token for \(1, 6\)"):
+    with bank.assign([["anna"] * 6]), pytest.raises(ValueError, match=r"one name per token for \(1, 6\)"):
         logits(model, ids(1, 7))
     assert bank.stats().in_use == 0

@@ -8,8 +8,8 @@ import torch
 from bank_cases import bank_of, drawn, ids, logits, low_rank, red
 
 import fastedit as fe
-from fastedit.bank_tables import Tables
-from fastedit.form import Form
+from fastedit.banks.tables import Tables
+from fastedit.edits.form import Form
 
 ONE = red(0)
 

@@ -190,7 +190,7 @@ def test_only_a_bank_with_gates_has_tables_for_them():
 @pytest.mark.parametrize(
     "rule, message",
     [
-        (fe.Gate(drawn(1, tiny.WIDTH), decide="prompt"), r"decided on the prompt .* patch it apart, or decide yourself"),
+        (fe.Gate(drawn(1, tiny.WIDTH), decide="prompt"), r"decided on the prompt .* patch it separately, or decide yourself"),
         (fe.Gate(drawn(1, tiny.WIDTH), layer=0), "measures at layer 0, not what the edit is given"),
         (fe.Gate(drawn(1, tiny.WIDTH), kind="cast"), "of kind 'cast'"),
         (fe.Gate(drawn(1, tiny.WIDTH)) & fe.Gate(drawn(2, tiny.WIDTH)), "several gates are combined"),

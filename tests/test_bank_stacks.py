@@ -10,7 +10,7 @@ from bank_cases import bank_of, drawn, ids, logits, low_rank, red, three
 
 import fastedit as fe
 from fastedit import Stack
-from fastedit.form import at_strength
+from fastedit.edits.form import at_strength
 
 PAIR, TURNED, ALL = Stack("anna", "ben"), Stack("ben", "anna"), Stack("cleo", "anna", "ben")
 NAMES = [PAIR, None, "anna", TURNED, ALL]
@@ -259,7 +259,7 @@ def test_a_copied_bank_makes_its_stacks_anew():
     model, bank = reds(capacity=2)
     before = said(model, bank, Stack("e0", "e1"), Stack("e2", "e3"))
     twin = copy.deepcopy(model)
-    (other,) = fe.bank.banks(twin)
+    (other,) = fe.banks.bank.banks(twin)
     assert len(other.tables.free) == 2 and other.stats().stacks == 0
     assert torch.equal(said(twin, other, Stack("e0", "e1"), Stack("e2", "e3")), before)
     bank.close()
@@ -325,13 +325,13 @@ def test_what_is_no_stack_is_refused():
     for names, strengths, message in (
         ([PAIR], [[1, 2, 3]], "3 strengths for the 2 parts of Stack"), ([PAIR], [0.5, 1], "2 strengths for 1 names"),
         ([PAIR], [[1, float("inf")]], "expected finite"), (["anna", ["ben", "cleo"]], None, r"is fastedit.Stack\("),
-        (PAIR, None, "expected a list with one name a sequence"), ([Stack("low", "low")], None, "has rank 4 at site 'attn'"),
+        (PAIR, None, "expected a list with one name per sequence"), ([Stack("low", "low")], None, "has rank 4 at site 'attn'"),
     ):  # fmt: skip
         if "low" not in bank:
             bank.add("low", low_rank(1, site="attn"))
         with pytest.raises((TypeError, ValueError), match=message):
             bank.assign(names, strengths)
-    with bank.assign([["anna", "ben"]] * 2), pytest.raises(ValueError, match=r"a name a token.*is fastedit.Stack\("):
+    with bank.assign([["anna", "ben"]] * 2), pytest.raises(ValueError, match=r"one name per token.*is fastedit.Stack\("):
         logits(bank.model, ids(2))
     for call in (bank.add, bank.replace):
         with pytest.raises(TypeError, match="expected a string"):

@@ -1,11 +1,13 @@
 """The effects study (bench/effects): its statistics, its CSVs, its controls; figures are the study's own business."""
 
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_chat
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +17,7 @@ import fastedit as fe  # noqa: E402
 from bench import report  # noqa: E402
 from bench.effects import chat, rahf, recontrol, sst2, statistics, steering, stories  # noqa: E402
 from bench.effects.rows import Rows  # noqa: E402
+from fastedit import examples  # noqa: E402
 
 
 def test_the_trend_is_that_of_all_permutations():
@@ -142,6 +145,28 @@ def examples_of(name):
     return (chat.TEXTS / f"{name}.txt").read_text().splitlines()
 
 
+@pytest.fixture
+def data(tmp_path):
+    """A folder as --data names it: tiny random models, stories of the project's sentences, pairs."""
+    folder = tmp_path / "data folder"
+    sentences = examples.lines(examples.HAPPY) + examples.lines(examples.SAD)
+    told = [f"{first} {second} I saw a {bird}." for bird, (first, second) in zip(
+        itertools.cycle(["bird", "tree", "tree"]), itertools.pairwise(sentences), strict=False)]  # fmt: skip
+    for name in stories.TOKENS:
+        tiny_chat.save(folder / "models" / name, 2, told)
+    pairs = [
+        {"conversations": [{"value": pair["prompt"]}], "chosen": {"value": pair["chosen"]}}
+        for pair in [*examples.preferences()] * 4
+    ]
+    for name, rows in {"tinystories/tinystories_1000": told, "preference_pairs/dpo_en_demo": pairs}.items():
+        path = folder / "data" / f"{name}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(rows))
+    stories.load.cache_clear()
+    yield folder
+    stories.load.cache_clear()
+
+
 def test_parts_whose_folder_is_not_there_are_skipped_by_name(tmp_path, monkeypatch, capsys):
     from bench.effects import __main__ as command
 
@@ -151,35 +176,35 @@ def test_parts_whose_folder_is_not_there_are_skipped_by_name(tmp_path, monkeypat
     assert [line.split(":")[0] for line in capsys.readouterr().out.split("\n") if "skipped" in line] == ["sst2", "rahf"]
 
 
-def test_steering_is_measured_once_and_tabled(shared, tmp_path, monkeypatch, capsys):
+def test_steering_is_measured_once_and_tabled(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(stories.TOKENS, "stories260K", 6)
     rows = steering.table_of(tmp_path)
     monkeypatch.setattr(stories, "read", lambda at, real=stories.read: tuple(part[:30] for part in real(at)))
     monkeypatch.setattr(stories, "themes", lambda told: ["bird"])
     monkeypatch.delitem(stories.TOKENS, "babyllama-char105")
-    steering.run(shared, tmp_path, prompts=4, seeds=(0, 1))
+    steering.run(data, tmp_path, prompts=4, seeds=(0, 1))
     written = rows.path.read_text()
     assert len(rows.read()) == 14 and {row["stories"] for row in rows.read()} == {"4"}
     monkeypatch.setattr(steering, "direction_of", None)  # a second run would have to call it
-    steering.run(shared, tmp_path, prompts=4, seeds=(0, 1))
+    steering.run(data, tmp_path, prompts=4, seeds=(0, 1))
     assert rows.path.read_text() == written
     lines = steering.markdown(rows.path).splitlines()
     assert len(lines) == 4 and len({text.count("|") for text in lines}) == 1
     assert "| stories260K | bird | random |" in lines[3]
 
 
-def test_recontrol_is_measured_and_tabled(shared, tmp_path, monkeypatch, capsys):
+def test_recontrol_is_measured_and_tabled(data, tmp_path, monkeypatch, capsys):
     def positive(classifier, tokenizer):
         return lambda prompts, responses: [text.count("e") / max(1, len(text)) for text in responses]
 
     monkeypatch.setitem(recontrol.TOKENS, "stories260K", 4)
-    monkeypatch.setattr(sst2, "classifier", lambda shared: (None, None))
+    monkeypatch.setattr(sst2, "classifier", lambda data: (None, None))
     monkeypatch.setattr(recontrol, "positive", positive)
     monkeypatch.setattr(recontrol, "DOSES", (0.05, 0.2))
     monkeypatch.setattr(stories, "read", lambda at, real=stories.read: tuple(part[:24] for part in real(at)))
     rows = recontrol.table_of(tmp_path)
     for seed in (0, 1):
-        recontrol.measure(shared, rows, "stories260K", seed, 10)
+        recontrol.measure(data, rows, "stories260K", seed, 10)
     found = rows.read()
     assert len(found) == 10 and {row["responses"] for row in found} == {"20"}
     for row in found:
@@ -190,8 +215,8 @@ def test_recontrol_is_measured_and_tabled(shared, tmp_path, monkeypatch, capsys)
     assert len(lines) == 7 and len({text.count("|") for text in lines}) == 1
 
 
-def test_rahf_is_measured_and_tabled(shared, tmp_path, capsys):
-    rahf.run(shared, tmp_path, seeds=(0,), steps=2)
+def test_rahf_is_measured_and_tabled(data, tmp_path, capsys):
+    rahf.run(data, tmp_path, seeds=(0,), steps=2)
     (row,) = Rows(tmp_path / "effects-rahf.csv", rahf.KEYS, rahf.FIELDS).read()
     assert float(row["fitted_after"]) < float(row["fitted_before"])
     assert len(rahf.markdown(tmp_path / "effects-rahf.csv").splitlines()) == 3

@@ -13,7 +13,7 @@ from bench.models.sizes import Size, build, device, sharing
 from bench.models.variants.plain import hook
 from bench.models.works import BATCH, LENGTH, WORKS
 from fastedit import dispatch
-from fastedit.adds import Add, Norm
+from fastedit.patching.residual_add import Add, Norm
 
 TINY = {"llama": Size("llama", 32, 3, 48, 4), "bert": Size("bert", 32, 3, 48, 4)}
 EAGER = [v for v in registry.variants().values() if not v.compiled]

@@ -5,7 +5,7 @@ import torch
 from tiny_models import LAYERS, build
 
 import fastedit as fe
-from fastedit import calibration
+from fastedit.directions import dose as calibration
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6], [30, 31, 32], [50] * 6, [12]]
 

@@ -8,9 +8,10 @@ import torch
 from tiny_models import FAMILIES, VOCABULARY, build, exact, inputs, number_of_layers, site_module
 
 import fastedit as fe
-from fastedit import capturing, picking
-from fastedit.batches import WINDOW
-from fastedit.captured_rows import Rows
+from fastedit.capturing import capture as capturing
+from fastedit.capturing.rows_on_disk import Rows
+from fastedit.texts import picking
+from fastedit.texts.batches import WINDOW
 
 
 def sequences(count=40, longest=12, seed=0):
@@ -283,7 +284,7 @@ def test_rows_of_an_interrupted_pass_are_whole(tmp_path):
         ({"data": [[3] * 65]}, "has 65 tokens, the model takes 64; max_length=64"),
         ({"data": [[3], {"input_ids": torch.ones(1, 2)}]}, "ready batches beside token ids"),
         ({"data": [{"attention_mask": torch.ones(1, 2)}]}, "expected a tensor input_ids"),
-        ({"data": [{"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 4)}]}, "expected one number a token"),
+        ({"data": [{"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 4)}]}, "expected one number per token"),
         ({"data": [{"input_ids": torch.ones(2, 3), "attention_mask": torch.eye(2, 3) * 0}]}, "without a token"),
         ({"data": [{"input_ids": torch.ones(2, 3).long(), "group": [0, 1]}]}, "group_names"),
         ({"groups": ["a"]}, "groups has 1 labels for 4"),

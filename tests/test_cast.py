@@ -13,7 +13,7 @@ from fastedit.methods.cast import cast, condition, fit
 
 
 def slow(model, ids, mask, opened, layers, over="mean"):
-    """Logits with 0.7 · v added at `layers` where opened(similarities); also those, one a sequence."""
+    """Logits with 0.7 · v added at `layers` where opened(similarities); also those, one per sequence."""
     model, found = copy.deepcopy(model), {}
 
     def measure(module, args, output):

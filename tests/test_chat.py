@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fastedit import chat
-from fastedit.chat_files import read_rows
+from fastedit.texts import chat
+from fastedit.texts.data_files import read_rows
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"

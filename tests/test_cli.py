@@ -192,7 +192,7 @@ def test_quotes_and_tabs_in_texts_are_kept(tmp_path):
 def test_doctor_says_what_runs_here():
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert torch.__version__ in result.output and fe.__version__ in result.output
-    from fastedit import native
+    from fastedit.ops import native
 
     built = native._native
     assert ("using " + built.instruction_set() if built else "not built") in result.output
@@ -234,7 +234,7 @@ def test_doctor_exit_code_and_hints(monkeypatch):
 
 def test_show_prints_no_terminal_escapes(trained, tmp_path):
     """A title of the window, a colour, a reversed reading order: written out, not obeyed."""
-    from fastedit import edit_file
+    from fastedit.files import edit_file
 
     folder, _ = trained
     header, tensors = edit_file.read(folder)

@@ -1,5 +1,6 @@
 """`fastedit contrast` and `fastedit generate`, of texts and of chat messages."""
 
+import html
 import json
 import subprocess
 import sys
@@ -70,7 +71,13 @@ def test_from_two_files_to_steered_text(model, lines, tmp_path):
     steered = invoke(*ask, "--edit", out, "--strength", 0, "--strength", 200)
     zero, _, far = steered.partition("strength 200")
     assert "strength 0" in zero and plain.strip() in zero and plain.strip() not in far
-    assert plain.startswith("Once upon a") and "Once upon a" in far
+    assert plain.startswith("1. Once upon a") and "1. Once upon a" in far
+    by_vector = invoke(*ask, "--edit", tmp_path / "dog.gguf", "--strength", 200, "--json", "--html", tmp_path / "side.html")
+    (row,) = json.loads(by_vector)
+    assert (row["number"], row["strength"], row["prompt"]) == (1, 200.0, "Once upon a")
+    assert f"1. Once upon a{row['reply']}" not in plain
+    page = (tmp_path / "side.html").read_text()
+    assert "strength 200" in page and html.escape(row["reply"]) in page and "http" not in page
 
 
 def test_the_best_third_at_a_strength_found_by_its_effect(model, lines, tmp_path):
@@ -101,9 +108,9 @@ def test_chats_are_measured_at_their_responses_and_prompts_are_user_turns(model,
     by_text, by_ids = fe.contrast(loaded, said, asked, ["It was"], layers=1), said("It was")["input_ids"]
     assert by_text == fe.contrast(loaded, None, ids, [by_ids], layers=1)
     said = invoke("generate", model, "--chat", "--system", "It was", "--prompt", "What was it ?", "--max-new-tokens", 3)
-    assert said.startswith("> What was it ?") and "It was" not in said
+    assert said.startswith("1. > What was it ?") and "It was" not in said
     said = invoke("generate", model, "--prompts", lines / "asked.jsonl", "--max-new-tokens", 3, "--temperature", 0)
-    assert said.startswith("What was it ?") and "\nIt was" in said
+    assert said.startswith("1. What was it ?") and "\n2. It was" in said
 
 
 def test_where_texts_are_measured_by_default():

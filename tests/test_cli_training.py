@@ -1,8 +1,9 @@
-"""`fastedit train --method rahf` and `--method recontrol`, on trained models, and `generate` with what they save."""
+"""`fastedit train --method rahf` and `--method recontrol`, on tiny models, and `generate` with what they save."""
 
 import json
 
 import pytest
+import tiny_chat
 import torch
 from test_cli import invoke
 from test_cli_steering import refused
@@ -20,9 +21,10 @@ PAIRS = [
 ]
 
 
-@pytest.fixture
-def model(shared):
-    return shared / "models" / "stories260K"
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    known = [*PROMPTS, *(text for pair in PAIRS for text in pair.values())]
+    return tiny_chat.save(tmp_path_factory.mktemp("model"), 5, known, max_position_embeddings=512)
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_recontrol_with_a_reward_of_ones_own(model, asked, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     invoke("train", model, asked, "--method", "recontrol", "--reward", "my_rewards:length", "--out", "own", "--rows", 6, *QUICK)
     handle = fe.load(AutoModelForCausalLM.from_pretrained(model), tmp_path / "own")
-    assert recontrol.value_net(handle).weight.shape == (32, 64) and head(tmp_path / "own")["training"]["prompts"] == 5
+    assert recontrol.value_net(handle).weight.shape == (32, 32) and head(tmp_path / "own")["training"]["prompts"] == 5
 
 
 def test_words_are_counted_whole_and_whatever_their_case():
@@ -94,7 +96,7 @@ def test_rahf_from_pairs_to_a_student(model, pairs, tmp_path, mode, student):
         return
     note = head(out)["training"]
     assert note["loss_after"] < note["loss_before"] and note["mode"] == mode and note["rows"] == 3
-    kinds = {"red": ("RED", 2 * 64), "loreft": ("LoReFT", 2 * 64 * 2 + 2)}
+    kinds = {"red": ("RED", 2 * 32), "loreft": ("LoReFT", 2 * 32 * 2 + 2)}
     handle = fe.load(base, out)
     kind, parameters = kinds[student]
     deepest = max(note["layers"])

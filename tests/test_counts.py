@@ -10,8 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastedit as fe
-from fastedit import lean
-from fastedit.adds import Add
 
 VIEWS = frozenset(
     ("view", "_unsafe_view", "reshape", "t", "transpose", "expand", "slice", "select", "unsqueeze", "detach", "alias",
@@ -33,7 +31,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.bytes = self.allocations = self.operations = 0
-        for owner, name in ((Add, "run"), (lean, "edit"), (fe.ops, "edit"), (fe.ops, "edit_add"), (fe.ops, "edit_add_norm")):
+        for owner, name in ((fe.ops, "edit"), (fe.ops, "edit_add"), (fe.ops, "edit_add_norm")):
             self._watch(monkeypatch, owner, name)
 
     def count(self, given, made):
@@ -48,11 +46,11 @@ class Traffic(TorchDispatchMode):
         def counted(*args, **kwargs):
             with _disable_current_modes():
                 result = real(*args, **kwargs)
-            given = list(tensors_in([a for a in args if not isinstance(a, Add)]))
+            given = list(tensors_in([*args, *kwargs.values()]))
             self.count(given, list(tensors_in(result if isinstance(result, tuple) else [result])))
             return result
 
-        monkeypatch.setattr(owner, name, staticmethod(counted) if owner is Add else counted)
+        monkeypatch.setattr(owner, name, counted)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastedit import cuda_device, dispatch
+from fastedit import dispatch
+from fastedit.ops import cuda_device
 
 
 class Library:

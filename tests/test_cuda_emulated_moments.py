@@ -59,7 +59,7 @@ def test_value_ascent_steps(cuda, units):
 
 
 def test_value_ascent_of_a_net_beyond_the_shared_memory_is_refused(cuda):
-    from fastedit.native import MAX_UNITS
+    from fastedit.ops.native import MAX_UNITS
 
     cuda.schedule(shared_kib=99)
     z, head = torch.ones(1, MAX_UNITS), torch.ones(MAX_UNITS)

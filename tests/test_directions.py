@@ -9,7 +9,8 @@ import torch
 from tiny_models import build, exact, site_module
 
 import fastedit as fe
-from fastedit import capturing, contrasting
+from fastedit.capturing import capture as capturing
+from fastedit.directions import contrast as contrasting
 from fastedit.interop import control_vectors
 
 DIRECTIONS = {1: torch.tensor([3.0, 0.0, 4.0]), 4: torch.tensor([0.0, 2.0, 0.0])}
@@ -155,7 +156,7 @@ def test_a_logistic_probe_agrees_with_scikit_learn_on_standardised_features():
     [
         ({"method": "median"}, "method is 'median'"),
         ({"probe": "forest"}, "probe is 'forest'"),
-        ({"at": "all tokens"}, "one row a text"),
+        ({"at": "all tokens"}, "one row per text"),
         ({"positive": []}, "positive is empty"),
         ({"negative": "a text"}, "negative is one text"),
         ({"method": "pca", "negative": [[3]]}, "found 4 positive and 1 negative"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastedit as fe
-from fastedit.edit_config import from_config
-from fastedit.per_layer import Spot
+from fastedit.edits.config import from_config
+from fastedit.edits.per_layer import Spot
 
 WIDTH = 8
 SPOT = Spot("layers.1", index=1, total=3, order=0, count=1)

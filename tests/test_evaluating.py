@@ -5,8 +5,8 @@ import tiny_models as tiny
 import torch
 
 import fastedit as fe
-from fastedit.evaluating import evaluating
 from fastedit.methods import recontrol, replies
+from fastedit.patching.eval_mode import evaluating
 
 
 def mixed():

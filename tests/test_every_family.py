@@ -10,9 +10,9 @@ import zoo
 from patch_cases import random_form, scaled_then_low_rank, scrambled, tiny_plain
 
 import fastedit as fe
+from fastedit.edits.sites import MODEL_SITES
 from fastedit.families import TABLE, find_layers
-from fastedit.merging import MergeError
-from fastedit.sites import MODEL_SITES
+from fastedit.patching.merge import MergeError
 
 DTYPES = (torch.float32, torch.bfloat16)
 ADDED = ("mlp", "attn", "block")
@@ -307,7 +307,7 @@ def test_handles_merged_into_one_projection_are_unmerged_from_the_last():
     for handle in handles:
         handle.merge()
     torch.testing.assert_close(zoo.output(model, "gpt2"), edited, rtol=1e-4, atol=1e-5)
-    with pytest.raises(MergeError, match="unmerge that first"):
+    with pytest.raises(MergeError, match="unmerge that one first"):
         handles[0].unmerge()
     for handle in reversed(handles):
         handle.unmerge()

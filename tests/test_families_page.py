@@ -8,7 +8,7 @@ import torch
 import zoo
 
 import fastedit as fe
-from fastedit.sites import SITES
+from fastedit.edits.sites import SITES
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "families.md"
 NAMES = {

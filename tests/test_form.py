@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastedit.form import Form, at_strength, fold, fold_all, merge
+from fastedit.edits.form import Form, at_strength, fold, fold_all, merge
 
 TOLERANCE = 1e-12
 
@@ -74,7 +74,7 @@ def test_a_folded_form_dialled_is_not_its_parts_dialled():
 
 
 def test_the_table_of_methods():
-    """Rows of DESIGN's table against the methods' own formulas."""
+    """Rows of the table in docs/design.md against the methods' own formulas."""
     h, v = torch.randn(5, 9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
     unit = (v / v.norm())[None]
     ablated = Form(read=unit, write=-unit)(h)

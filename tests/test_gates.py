@@ -112,7 +112,7 @@ def test_a_decoder_behind_an_encoder_decides_on_its_own_prompt():
 
 @pytest.mark.parametrize("name", ["dot", "dot, prompt", "elsewhere, prompt"])
 def test_positions_multiply_and_the_prompt_decides_even_where_it_is_not_edited(name):
-    model, _, slow = patched("llama", name, where=fe.edits.as_positions("generated"))
+    model, _, slow = patched("llama", name, where=fe.edits.kinds.as_positions("generated"))
     ids, mask = prompts()
     sequences, logits = generated(model, ids, mask)
     check_steps(slow, sequences, logits, mask, 8, rows=lambda full: (torch.arange(full.shape[1]) >= 8).double())

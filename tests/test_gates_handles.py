@@ -9,10 +9,10 @@ from gate_cases import LEAVES, gate, generated, patched, prompts, vector
 from transformers import CompileConfig
 
 import fastedit as fe
-from fastedit.gates import rule_of
-from fastedit.gating import Sensor
-from fastedit.merging import MergeError
-from fastedit.patching import handles
+from fastedit.edits.gates import rule_of
+from fastedit.patching.handle import handles
+from fastedit.patching.merge import MergeError
+from fastedit.patching.rows.gate_sensors import Sensor
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])

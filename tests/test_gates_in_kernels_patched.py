@@ -9,9 +9,10 @@ import torch
 from gate_cases import prompts, vector
 
 import fastedit as fe
-from fastedit import lean, ops
-from fastedit.gating import Sensor
-from fastedit.per_layer import Spot
+from fastedit.edits.per_layer import Spot
+from fastedit.ops import public
+from fastedit.patching import residual_add as adds
+from fastedit.patching.rows.gate_sensors import Sensor
 
 OPEN = fe.Gate(torch.zeros(tiny.WIDTH), threshold=-1.0)  # of any rows: `gate & OPEN` is `gate`, but no kernel's
 SITES = ["mlp", "attn", "block"]
@@ -136,8 +137,8 @@ def test_a_gated_edit_is_the_one_op_that_the_ungated_one_is(family, site, monkey
         return call
 
     for op in ("edit", "edit_add", "edit_add_norm"):
-        monkeypatch.setattr(lean, f"try_{op}", counted(op, getattr(lean, f"try_{op}")))
-    monkeypatch.setattr(ops, "try_project", counted("project by ops", ops.try_project))
+        monkeypatch.setattr(public, f"try_{op}", counted(op, getattr(public, f"try_{op}")))
+    monkeypatch.setattr(public, "try_project", counted("project by ops", public.try_project))
     model = tiny.build(family)
     gate, found = fe.Gate(vector(2), kind="cosine"), []
     for rule in (None, gate, gate & OPEN):
@@ -254,7 +255,7 @@ def test_a_gate_of_another_width_never_reaches_a_kernel():
     sensor = Sensor(fe.Gate(torch.ones(32)), "g", Spot("layers.0", 0, 1), 32, "cpu")
     form, rows = (None, torch.ones(64), None, None, None), torch.ones(3, 64)
     with torch.no_grad():
-        for call in (lambda: lean.edit(rows, form, None, sensor), lambda: lean.add(rows, rows, form, None, True, looks=sensor)):
+        for call in (lambda: adds.edit(rows, form, None, sensor), lambda: adds.add(rows, rows, form, None, True, looks=sensor)):
             with pytest.raises(ValueError, match=r"gate has shape \(32,\), expected \(64\)"):
                 call()
 

@@ -9,8 +9,8 @@ from gate_cases import ATOL, LAYERS, LEAVES, Slow, check_steps, gate, generated,
 from patch_cases import random_form
 
 import fastedit as fe
-from fastedit.gating import Sensor
-from fastedit.per_layer import Spot
+from fastedit.edits.per_layer import Spot
+from fastedit.patching.rows.gate_sensors import Sensor
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -28,7 +28,7 @@ from jax_support import (  # noqa: E402
 
 from fastedit import arrays, ops  # noqa: E402
 from fastedit import jax as fej  # noqa: E402
-from fastedit.jax import native  # noqa: E402
+from fastedit.ops.jax import native  # noqa: E402
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
 

@@ -1,44 +1,56 @@
-"""The examples of docs/recontrol.md and docs/rahf.md that need no large model, as they stand on the pages."""
+"""The examples of docs/recontrol.md and docs/rahf.md as they stand on the pages: which way what they measure goes, by intervals
+over what was held out. Figures depend on the machine, since sampled responses do.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
+import tiny_chat
 import torch
 
-SAYS = r"earns ([\d.]+) in the mean, ([\d.]+) with control and ([\d.]+) with its sign turned"
+import fastedit as fe
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 @pytest.fixture
-def run(shared, tmp_path, monkeypatch):
-    """Run a page's first example that reads ../shared, in an empty folder beside it; its names."""
+def run(tmp_path, monkeypatch):
+    """Run a page's first example in an empty folder, with a chat model of one's own; its names."""
 
-    def run(page):
-        (tmp_path / "shared").symlink_to(shared)
-        (tmp_path / "here").mkdir()
-        monkeypatch.chdir(tmp_path / "here")
-        blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    def run(page, chat=None):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(fe, "chat_model", lambda: chat)
+        block = re.search(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
         names = {}
-        exec(compile(next(block for block in blocks if "../shared" in block), page, "exec"), names)
+        exec(compile(block[1], page, "exec"), names)
         return names
 
     return run
 
 
+def apart(more, less):
+    """Whether Student's 95 % interval of the mean of eight paired differences lies above 0."""
+    difference = torch.as_tensor(more, dtype=torch.float64) - torch.as_tensor(less, dtype=torch.float64)
+    assert len(difference) == 8
+    return bool(difference.mean() > 2.365 * difference.std() / 8**0.5)
+
+
 def test_recontrol(run):
-    names = run("recontrol.md")
-    earned = names["earned"]
-    assert earned[-1.0] + 1 < earned[0.0] < earned[1.0] - 2
+    earned = run("recontrol.md")["earned"]
+    assert apart(earned[1.0], earned[0.0]) and apart(earned[0.0], earned[-1.0])
     assert Path("my-control/edit.json").exists()
-    figures = re.search(SAYS, " ".join((DOCS / "recontrol.md").read_text().split()))
-    for found, strength in zip(figures.groups(), (0.0, 1.0, -1.0), strict=True):
-        assert abs(float(found) - earned[strength]) < 1.5
 
 
-def test_rahf(run):
-    torch.manual_seed(0)
-    names = run("rahf.md")
-    assert names["after"] < 0.96 * names["before"]
+def test_rahf_on_a_tiny_model(run):
+    names = run("rahf.md", tiny_chat.build(12))
+    assert apart(names["before"], names["after"])
     assert Path("aligned/edit.json").exists()
 
+
+@pytest.mark.slow
+def test_rahf_on_the_chat_model(run, chat_model):
+    names = run("rahf.md", chat_model)
+    names["handle"].remove()
+    chat_model[0].requires_grad_(True)
+    assert apart(names["before"], names["after"])

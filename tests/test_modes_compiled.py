@@ -10,7 +10,7 @@ from patch_cases import everything, scrambled
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastedit as fe
-from fastedit.form import Form, at_strength, fold_all
+from fastedit.edits.form import Form, at_strength, fold_all
 
 
 def compiled(model, backend="aot_eager"):
@@ -36,7 +36,7 @@ def hooked(model, family, handle):
         stacks.setdefault((edit.site, layer.index), []).append(at_strength(form, masters.strength))
     edits = [(site, layer, fold_all(forms)) for (site, layer), forms in stacks.items()]
     bare = copy.deepcopy(model)
-    fe.patching.handles(bare)[0].remove()
+    fe.patching.handle.handles(bare)[0].remove()
     return tiny.hook_reference(bare, family, edits), tiny.hook_reference(tiny.exact(bare), family, edits)
 
 

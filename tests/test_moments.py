@@ -144,7 +144,7 @@ BAD = [
     (lambda: ops.moments(H.long()), TypeError, "hidden has dtype torch.int64"),
     (lambda: ops.moments(torch.tensor(1.0)), ValueError, "single number"),
     (lambda: ops.moments(H, GROUP.long()), TypeError, r"group has dtype torch.int64, expected torch.int32; use group.int\(\)"),
-    (lambda: ops.moments(H, GROUP[0]), ValueError, r"group has shape \(3,\), expected one number a row: \(2, 3\)"),
+    (lambda: ops.moments(H, GROUP[0]), ValueError, r"group has shape \(3,\), expected one number per row: \(2, 3\)"),
     (lambda: ops.moments(H, GROUP.to("meta")), ValueError, "group is on meta"),
     (lambda: ops.moments(H, mask=GROUP), TypeError, "mask has dtype torch.int32, expected torch.bool"),
     (lambda: ops.moments(H, GROUP + 2, groups=2), IndexError, "group has the number 2, expected −1 .* or 0 to 1"),

@@ -113,7 +113,7 @@ def test_tenants_and_copies_have_it_too(family, checkpointing):
     twin = copy.deepcopy(model)
     if checkpointing:
         twin.train().gradient_checkpointing_enable({"use_reentrant": False})
-    (again,) = fe.patching.handles(twin)
+    (again,) = fe.patching.handle.handles(twin)
     with again.assign([0, 1]):
         check_moved(twin, again, family, {name: one[name] - other[name] for name in one})
 
@@ -159,8 +159,10 @@ def test_a_checkpoint_by_hand_refuses_what_it_cannot_know(reentrant):
     handle.strength = 1.0
     up = by_hand(model, reentrant)
     handle.strength = -1.0
-    with pytest.raises(RuntimeError, match="other strengths"):
+    with pytest.raises(RuntimeError, match="different strengths"):
         up.backward()
+    handle.strength = 0.5  # nor do the layers refuse that the refused backward did not come to
+    by_hand(model, reentrant).backward()
     model, handle = model_with("llama", "red")  # after a refusal, graphs of before it may still be about
     handle.strength = -1.0
     up = by_hand(model, reentrant)

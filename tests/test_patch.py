@@ -8,8 +8,8 @@ import torch
 from patch_cases import everything, random_form, scaled_then_low_rank, scrambled, tiny_plain
 
 import fastedit as fe
-from fastedit.form import Form
-from fastedit.patching import handles
+from fastedit.edits.form import Form
+from fastedit.patching.handle import handles
 
 DTYPES = (torch.float32, torch.bfloat16)
 PATHS = (True, False)
@@ -117,7 +117,7 @@ def test_strength_is_a_dial(fused):
 
 @pytest.mark.parametrize("fused", PATHS)
 def test_half_strength_is_the_form_dialled_to_it(fused):
-    from fastedit.form import at_strength
+    from fastedit.edits.form import at_strength
 
     model, form = tiny.build("llama"), random_form()
     expected = [("mlp", 1, at_strength(Form(form.scale, form.bias), 0.75))]

@@ -15,7 +15,7 @@ from patch_cases import scrambled
 from torch.utils.checkpoint import checkpoint
 
 import fastedit as fe
-from fastedit.patching import handles
+from fastedit.patching.handle import handles
 
 
 def check_survey(found, version):

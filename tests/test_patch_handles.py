@@ -10,8 +10,8 @@ import torch
 from patch_cases import everything, scrambled
 
 import fastedit as fe
-from fastedit import installation
-from fastedit.patching import handles
+from fastedit.patching import installation
+from fastedit.patching.handle import handles
 
 PATHS = (True, False)
 
@@ -230,18 +230,18 @@ def test_the_report_names_everything():
 
 
 def test_plain_path_refuses_hidden_states_of_another_width():
-    """The lean entry hands raw addresses to the kernel: a width that is not the edit's must never reach it."""
-    from fastedit import lean
+    """A width that is not the edit's must never reach it."""
+    from fastedit.patching import residual_add as adds
 
     scale, bias = torch.ones(64), torch.zeros(64)
     with torch.no_grad():
-        assert torch.equal(lean.edit(torch.ones(3, 64), (scale, bias, None, None, None), None), torch.ones(3, 64))
+        assert torch.equal(adds.edit(torch.ones(3, 64), (scale, bias, None, None, None), None), torch.ones(3, 64))
         with pytest.raises(ValueError, match="64"):
-            lean.edit(torch.ones(3, 48), (scale, bias, None, None, None), None)
+            adds.edit(torch.ones(3, 48), (scale, bias, None, None, None), None)
         with pytest.raises(ValueError, match="64"):
-            lean.edit(torch.ones(3, 128), (None, None, torch.ones(2, 64), None, torch.ones(2, 64)), None)
+            adds.edit(torch.ones(3, 128), (None, None, torch.ones(2, 64), None, torch.ones(2, 64)), None)
         with pytest.raises(ValueError, match="64"):
-            lean.add(torch.ones(3, 128), torch.ones(3, 128), (None, bias, None, None, None), None, False)
+            adds.add(torch.ones(3, 128), torch.ones(3, 128), (None, bias, None, None, None), None, False)
 
 
 @pytest.mark.parametrize(

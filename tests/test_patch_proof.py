@@ -8,7 +8,7 @@ import torch
 from patch_cases import everything, paths, random_form, scaled_then_low_rank, scrambled, tiny_plain
 
 import fastedit as fe
-from fastedit.patching import handles
+from fastedit.patching.handle import handles
 
 # --- the proof ----------------------------------------------------------------------------------------------
 

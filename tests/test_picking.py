@@ -8,7 +8,7 @@ from test_capture import hidden_states
 from word_tokenizer import tokenizer
 
 import fastedit as fe
-from fastedit.captured_rows import Rows
+from fastedit.capturing.rows_on_disk import Rows
 from fastedit.methods.cast import cast, condition
 
 TEXTS = ["the cat sat on the mat .", "a dog ran", "so it is very good ."]

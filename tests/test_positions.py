@@ -9,8 +9,8 @@ from patch_cases import random_form, scaled_then_low_rank
 from position_cases import LAYERS, MASK, PAD, SPECS, Slow, check_steps, coefficients, generated, patched, prompts
 
 import fastedit as fe
-from fastedit.patching import handles
-from fastedit.positions import positions
+from fastedit.edits.positions import positions
+from fastedit.patching.handle import handles
 
 
 @pytest.mark.parametrize("fused", [True, False])

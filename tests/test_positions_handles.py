@@ -9,10 +9,10 @@ from position_cases import SPECS, generated, prompts
 from transformers import CompileConfig
 
 import fastedit as fe
-from fastedit.fused import STATE
-from fastedit.merging import MergeError
-from fastedit.patching import handles
-from fastedit.positions import Positions, positions
+from fastedit.edits.positions import Positions, positions
+from fastedit.patching.fused_layer import STATE
+from fastedit.patching.handle import handles
+from fastedit.patching.merge import MergeError
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -147,9 +147,9 @@ def test_compiled_decoding_with_a_static_cache_is_one_graph(spec):
 WRONG = [
     ("last", ValueError, "expected None or 'all'"), ("first 0", ValueError, "'first 0'"),
     ("first 2 + first 3", ValueError, "twice"),
-    ("all + prompt", ValueError, "all of them"), (3, TypeError, "positions is 3"), ({"tokens": []}, ValueError, "positions is"),
+    ("all + prompt", ValueError, "all tokens"), (3, TypeError, "positions is 3"), ({"tokens": []}, ValueError, "positions is"),
     ({"tokens": [-1]}, ValueError, "whole numbers"), ({"token": [1]}, ValueError, "positions is"),
-    ({"tokens": [1], "also": "all"}, ValueError, "all of them already"),
+    ({"tokens": [1], "also": "all"}, ValueError, "all tokens already"),
 ]  # fmt: skip
 
 

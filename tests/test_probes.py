@@ -9,7 +9,7 @@ from gate_cases import PAD, generated, prompts, vector
 from transformers import CompileConfig
 
 import fastedit as fe
-from fastedit.merging import MergeError
+from fastedit.patching.merge import MergeError
 from fastedit.plots.probes import heat_map
 
 VECTORS, OFFSET = torch.stack([vector(1), vector(2)]), torch.tensor([0.5, -1.0])

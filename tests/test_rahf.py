@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 import fastedit as fe
+from fastedit.capturing.truncated_forward import residual_stream
 from fastedit.methods import rahf
-from fastedit.truncated import residual_stream
 
 LAYERS = (1, 2)
 
@@ -94,7 +94,7 @@ def test_loss_and_gradients_are_the_formulas(student, dual, squared):
 def test_one_set_of_weights_serves_and_comes_back_as_it_was():
     model = with_red(tiny.build("llama")).train()
     model.model.layers[1].eval()
-    handle = fe.patching.handles(model)[0]
+    handle = fe.patching.handle.handles(model)[0]
     handle.strength = 0.7
     before = copy.deepcopy(tiny.state(model))
     modes = [m.training for m in model.modules()]

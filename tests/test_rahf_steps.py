@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, TrainerCallback
 
 import fastedit as fe
-from fastedit.edit_file import EditFileError
+from fastedit.files.edit_file import EditFileError
 from fastedit.methods import rahf, rahf_student, rahf_teachers
 
 PAIRS = [{"prompt": f"say {c}", "chosen": c * 4, "rejected": "z" * n} for n, c in enumerate("abcdefgh", 2)]

@@ -60,7 +60,7 @@ def test_a_copy_has_a_stage_of_its_own():
     model, handle = controlled()
     twin = copy.deepcopy(model)
     handle.strength = 2.0
-    stages = [h._root.sites["layers.0", "final"].stages[0] for h in (handle, fe.patching.handles(twin)[0])]
+    stages = [h._root.sites["layers.0", "final"].stages[0] for h in (handle, fe.patching.handle.handles(twin)[0])]
     hidden = torch.randn(2, 1, tiny.WIDTH)
     first, second = (torch.ops.fastedit.control.default(hidden, stage.number) for stage in stages)
     assert torch.equal(first, fe.ops.value_ascent(hidden, net_for(model), N, 2 * A))

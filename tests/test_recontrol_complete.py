@@ -10,7 +10,7 @@ from torch import nn
 
 import fastedit as fe
 from fastedit import training
-from fastedit.edit_file import EditFileError
+from fastedit.files.edit_file import EditFileError
 from fastedit.methods import recontrol, recontrol_report
 from fastedit.methods.trajectories import Trajectories, shard
 from fastedit.training.rewards import RewardTrainer, ranked, spread_of

@@ -10,7 +10,7 @@ from patch_cases import handles
 from test_reft_training import bases, loss_of, off, patched, train
 
 import fastedit as fe
-from fastedit.orthonormal import TOLERANCE
+from fastedit.patching.orthonormal_basis import TOLERANCE
 
 # --- looking, saving, copying ------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ def test_a_copy_trains_on_its_own(how):
 
 
 def test_all_layers_are_retracted_at_once(monkeypatch):
-    from fastedit import masters
+    from fastedit.patching import masters
 
     model, _ = stepped()
     calls = []
@@ -207,7 +207,7 @@ def test_a_rotation_that_trains_is_the_frozen_one_until_it_does(tmp_path):
 
 @pytest.mark.parametrize("lead", [(), (3,)])
 def test_gradients_of_a_rotation_are_autograd_s(lead):
-    from fastedit.turning import turned, turned_back
+    from fastedit.edits.plane_rotation import turned, turned_back
 
     masters = {"plane": torch.randn(*lead, 2, 7).double(), "angle": torch.randn(*lead, 1).double()}
     leaves = {n: t.clone().requires_grad_() for n, t in masters.items()}

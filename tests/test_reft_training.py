@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from transformers import TrainingArguments
 
 import fastedit as fe
-from fastedit.orthonormal import TOLERANCE, retracted, tangent
+from fastedit.patching.orthonormal_basis import TOLERANCE, retracted, tangent
 from fastedit.recipes import EditTrainer
 
 STEP = 1e-2

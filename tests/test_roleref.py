@@ -7,9 +7,9 @@ from tiny_models import build, exact, site_module
 from word_tokenizer import tokenizer as word_tokenizer
 
 import fastedit as fe
-from fastedit.chat import prompt_ids
 from fastedit.methods import roleref
 from fastedit.methods.replies import replies, wilson
+from fastedit.texts.chat import prompt_ids
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from row_models import VECTOR, build, generated, ids_of, last_layer, site_of, st
 
 import fastedit as fe
 from fastedit.families import find_layers
-from fastedit.root import root_of
+from fastedit.patching.model_edits import root_of
 
 FAMILIES = ("llama", "gpt2", "gemma3_text", "t5")
 

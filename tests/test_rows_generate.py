@@ -211,7 +211,7 @@ def test_what_disagrees_is_refused():
     with torch.no_grad():
         with pytest.raises(RuntimeError, match=r"attention_mask has 7 columns, and no cache was found"):
             model(ids, attention_mask=torch.ones(2, 7))
-        with pytest.raises(ValueError, match="neither count on by one nor begin anew at 0"):
+        with pytest.raises(ValueError, match="neither continue by one nor begin again at 0"):
             model(ids, position_ids=torch.arange(3, 7)[None])
         cache = model(ids, use_cache=True).cache
         handle.prompt(4)
@@ -248,7 +248,7 @@ def test_the_name_of_the_argument_does_not_matter():
 
 @pytest.mark.parametrize("name, cache", [("past_key_values", ((1, 2),)), ("kv", type("PagedAttentionCache", (), {})())])
 def test_a_cache_that_cannot_be_read_is_no_empty_one(name, cache):
-    from fastedit.cached import cache_in, length_of
+    from fastedit.patching.rows.cached import cache_in, length_of
 
     found, called = cache_in({"input_ids": torch.ones(1, 1), name: cache, "flag": True, "masks": {"full": None}})
     assert found is cache and called == name and length_of(found) is None

@@ -7,7 +7,7 @@ import torch
 from row_models import VECTOR, build, last_layer, site_of
 
 import fastedit as fe
-from fastedit.packing import packing_of
+from fastedit.patching.rows.packing import packing_of
 
 FAMILIES = ("llama", "gpt2", "gemma3_text")
 LENGTHS = (4, 3, 5)
@@ -138,8 +138,8 @@ WRONG = [
     ({"position_ids": RESTARTING, "cu_seq_lens_q": torch.tensor([0, 5, 12])}, "do not agree"),
     ({"cu_seq_lens_q": torch.tensor([0, 5, 11])}, "cumulative lengths from 0 to the batch's 1 × 12"),
     ({"cu_seqlens": torch.tensor([2, 12])}, "cumulative lengths"),
-    ({"position_ids": RESTARTING + 1}, "neither count on by one nor begin anew at 0"),
-    ({"position_ids": 2 * torch.arange(12)[None]}, "neither count on by one"),
+    ({"position_ids": RESTARTING + 1}, "neither continue by one nor begin again at 0"),
+    ({"position_ids": 2 * torch.arange(12)[None]}, "neither continue by one"),
     ({"seq_idx": torch.zeros(1, 5, dtype=torch.int32)}, "seq_idx has shape"),
 ]
 
@@ -159,7 +159,7 @@ def test_tenants_of_a_pack_are_refused(family):
     handle = fe.patch(model, fe.ScaleBias(site="block", layers=[0]), tenants=2)
     with handle.assign([1]):
         model(PACKED, use_cache=False)
-        with pytest.raises(ValueError, match="tenants are one a row, but the rows of this forward are packed, with 3"):
+        with pytest.raises(ValueError, match="tenants are one per row, but the rows of this forward are packed, with 3"):
             model(PACKED, use_cache=False, **SAID["position_ids"])
 
 

@@ -147,9 +147,9 @@ def test_a_backward_of_gradients_with_tangents_keeps_them(op, names, more):
 
 def slow_twin(model, family):
     """The model with its edits in plain hooks, parameters and all."""
-    (handle,) = fe.patching.handles(model)
+    (handle,) = fe.patching.handle.handles(model)
     twin = copy.deepcopy(model)
-    fe.patching.handles(twin)[0].remove()
+    fe.patching.handle.handles(twin)[0].remove()
     forms = [(edit.site, layer.index, masters) for edit, layer, masters in handle._each()]
     for site, layer, masters in forms:
         def hook(module, args, out, masters=masters):

@@ -12,17 +12,17 @@ import serving_support as support
 import torch
 
 import fastedit as fe
-from fastedit.bank_tables import Tables
-from fastedit.form import Form
-from fastedit.per_layer import Spot
-from fastedit.positions import positions
+from fastedit.banks.tables import Tables
+from fastedit.edits.form import Form
+from fastedit.edits.per_layer import Spot
+from fastedit.edits.positions import positions
+from fastedit.edits.stack import stacked
 from fastedit.serving.admission import Library, Refused, admit, meant, wanted
 from fastedit.serving.contents import read_contents
 from fastedit.serving.failures import clean
 from fastedit.serving.options import resolve
 from fastedit.serving.residency import Residency
 from fastedit.serving.rows import Rows, Wanted
-from fastedit.stacks import stacked
 
 
 class AnyShelf:

@@ -14,8 +14,8 @@ import time
 import pytest
 import torch
 
-from fastedit import edit_file
-from fastedit.edit_file import EditFileError, read, write
+from fastedit.files import edit_file
+from fastedit.files.edit_file import EditFileError, read, write
 
 
 def fork():

@@ -8,7 +8,7 @@ import torch
 from tiny_models import build
 
 import fastedit as fe
-from fastedit import sweeping
+from fastedit.directions import sweep as sweeping
 
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6], [30, 31, 32], [50] * 6]
 

@@ -11,7 +11,7 @@ from patch_cases import handles, scrambled
 
 import fastedit as fe
 from fastedit.dispatch import why_not
-from fastedit.merging import MergeError
+from fastedit.patching.merge import MergeError
 
 WHO = [0, 2, 1, 0, 2, None]
 EDITS = {
@@ -237,7 +237,7 @@ def test_gates_and_probes_are_refused():
         model = tiny.build("llama")
         with pytest.raises(ValueError, match="without tenants="):
             fe.patch(model, edit, tenants=2)
-        assert not fe.patching.handles(model)
+        assert not fe.patching.handle.handles(model)
 
 
 def test_tenants_in_an_array_and_what_is_no_list():
@@ -245,5 +245,5 @@ def test_tenants_in_an_array_and_what_is_no_list():
     with handle.assign(np.array([0, 1])), torch.no_grad():
         model(input_ids=tokens(2))
     for wrong in (0, "01", None):
-        with pytest.raises(TypeError, match="one tenant a sequence"):
+        with pytest.raises(TypeError, match="one tenant per sequence"):
             handle.assign(wrong)

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fastedit import _native, arrays, dispatch, ops
-from fastedit.functions import edit_gradients
+from fastedit.ops.autograd import gradients
 
 H, ONE, TWO = torch.randn(4, 32), torch.ones(32), torch.full((32,), 2.0)
 READ = torch.randn(2, 32)
@@ -213,8 +213,8 @@ def test_gradients_take_what_autograd_gives():
     """Expanded, strided and 3-D gradients, and rows that are not there."""
     h = H.view(2, 2, 32)
     grad = torch.ones(()).expand(2, 2, 32)
-    d_hidden, d_scale, *_ = edit_gradients(
-        grad, h, None, TWO, ONE, *[None] * 5, None, None, (True, True, False, False, False, False, False), torch.float32
+    d_hidden, d_scale, *_ = gradients(
+        "edit_backward", grad, h, None, TWO, ONE, *[None] * 7, (True, True, *[False] * 5), torch.float32
     )
     assert torch.equal(d_hidden, torch.full_like(h, 2.0))
     torch.testing.assert_close(d_scale, H.sum(0))

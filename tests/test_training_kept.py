@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import fastedit as fe
-from fastedit.edit_file import EditFileError
+from fastedit.files.edit_file import EditFileError
 from fastedit.training import EditCallback
 
 IDS = torch.randint(3, tiny.VOCABULARY, (16, 6), generator=torch.Generator().manual_seed(0))
@@ -78,7 +78,7 @@ def test_a_crash_between_head_and_edit_leaves_the_old_pair(tmp_path, monkeypatch
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastedit.store.write", crash)
+    monkeypatch.setattr("fastedit.patching.saving.write", crash)
     with pytest.raises(KeyboardInterrupt):
         handle.save(tmp_path / "edit")
     monkeypatch.undo()
@@ -223,7 +223,7 @@ def test_base_weights_that_were_trained_along_are_warned_of(tmp_path):
     model = tiny.build("llama").train()
     handle = fe.patch(model, fe.RED())
     Trainer(model=model, args=arguments(tmp_path / "run", save_strategy="no"), train_dataset=ROWS).train()
-    with pytest.warns(UserWarning, match=r"\d+ weights of the model were trained along and are not in this edit"):
+    with pytest.warns(UserWarning, match=r"\d+ weights of the model were trained too and are not in this edit"):
         handle.save(tmp_path / "edit")
     fe.load(tiny.build("llama"), tmp_path / "edit")
 

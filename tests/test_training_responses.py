@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 
 import fastedit as fe
 from fastedit import training
-from fastedit.chat import encode_preference
-from fastedit.edit_file import EditFileError
+from fastedit.files.edit_file import EditFileError
+from fastedit.texts.chat import encode_preference
 from fastedit.training import losses
 from fastedit.training.batches import Padded, as_features, response_logps, token_logps
 from fastedit.training.reference import at_strength, load_reference, store_reference
@@ -83,7 +83,7 @@ def test_sft_lowers_the_loss_of_responses_it_has_not_seen(positions, tmp_path):
 
 
 def heldout(model, tokenizer):
-    from fastedit.chat import encode_row
+    from fastedit.texts.chat import encode_row
 
     batch = Padded(0)([as_features(encode_row(tokenizer, row)) for row in ROWS[6:]])
     with torch.no_grad():

@@ -87,7 +87,7 @@ def test_an_edit_at_another_strength_is_seen(monkeypatch):
 
 def test_an_edit_on_other_tokens_is_seen_where_it_matters(monkeypatch):
     """A model that edits generated tokens only in its first forward is right without a cache and wrong with one."""
-    from fastedit.runtime import Stage
+    from fastedit.patching.site import Stage
 
     apply = Stage.apply
     monkeypatch.setattr(Stage, "apply", lambda self, h: h if h.shape[-2] == 1 else apply(self, h))

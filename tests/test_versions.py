@@ -10,8 +10,8 @@ import torch
 from test_store import llama
 
 import fastedit as fe
-from fastedit import edit_file
-from fastedit.captured_rows import Rows
+from fastedit.capturing.rows_on_disk import Rows
+from fastedit.files import edit_file
 from fastedit.methods.trajectories import Trajectories
 
 OLD = Path(__file__).parent / "fixtures" / "version-1"

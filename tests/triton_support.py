@@ -1,5 +1,5 @@
 """What the Triton kernels' interpreted tests share: the interpreter made bearable, inputs, eager expressions,
-and the promise (DESIGN.md 2): an error against a float64 reference of at most twice that of the same-dtype
+and the promise (docs/design.md, 5): an error against a float64 reference of at most twice that of the same-dtype
 eager PyTorch expression, plus one ulp of the largest value. Beyond oracle.py: slots and every gradient.
 """
 

@@ -7,7 +7,7 @@ import copy
 import torch
 import transformers
 
-from fastedit.form import Form
+from fastedit.edits.form import Form
 
 WIDTH, INNER, HEADS, KEYS = 32, 48, 4, 2
 _TOKENS = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import fastedit as fe
-from fastedit import edit_file
-from fastedit.captured_rows import Rows, RowWriter
+from fastedit.capturing.rows_on_disk import Rows, RowWriter
+from fastedit.files import edit_file
 from fastedit.methods.trajectories import Trajectories
 
 from . import table

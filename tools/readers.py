@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 
 import fastedit as fe
-from fastedit import capturing, kept, store
-from fastedit.captured_rows import Rows
+from fastedit import store
+from fastedit.capturing import capture as capturing
+from fastedit.capturing.rows_on_disk import Rows
 from fastedit.files import sealed
 from fastedit.interop import control_vectors, red
 from fastedit.methods.trajectories import Trajectories
+from fastedit.patching import trained_beside as kept
 from fastedit.serving.contents import read_contents
 
 WIDTH, DEPTH = 16, 2

@@ -22,11 +22,11 @@ import torch
 
 import fastedit as fe
 from fastedit import examples
-from fastedit.chat import prompt_ids
-from fastedit.evaluating import evaluating
+from fastedit.directions.sweep import random_like
 from fastedit.methods import cast
-from fastedit.methods.replies import wilson
-from fastedit.sweeping import random_like
+from fastedit.methods.replies import left_padded, wilson
+from fastedit.patching.eval_mode import evaluating
+from fastedit.texts.chat import prompt_ids
 
 from .rows import Rows
 
@@ -135,16 +135,13 @@ def sampled(model, tokenizer, chats, seed):
     pad = tokenizer.pad_token_id
     with torch.random.fork_rng(), evaluating(model):
         for start in range(0, len(ids), BATCH):
-            batch = ids[start : start + BATCH]
-            columns = max(map(len, batch))
-            given = torch.tensor([[pad] * (columns - len(some)) + some for some in batch])
-            mask = torch.tensor([[0] * (columns - len(some)) + [1] * len(some) for some in batch])
+            given, mask = left_padded(ids[start : start + BATCH], pad)
             torch.manual_seed(1000 * seed + start)
             made = model.generate(
                 input_ids=given, attention_mask=mask, max_new_tokens=TOKENS, do_sample=True, temperature=TEMPERATURE, top_k=0,
                 top_p=1.0, pad_token_id=pad,
             )  # fmt: skip
-            said += tokenizer.batch_decode(made[:, columns:], skip_special_tokens=True)
+            said += tokenizer.batch_decode(made[:, given.shape[1] :], skip_special_tokens=True)
     return said
 
 

@@ -1,4 +1,4 @@
-"""RAHF's example on docs/rahf.md, on the rows that it fits and on others: the mean distance to the targets.
+"""RAHF on rows that it fits and on others: the mean distance to the targets.
 
 The student is RED on a stories260K that has seen no hindsight step, 30 steps of 4 rows; the first 8 rows of
 preference_pairs with a prompt under 100 letters are fitted, the next 64 held out. The seed orders the rows.
@@ -17,18 +17,18 @@ from .rows import Rows
 KEYS, FIELDS = ("seed",), ("fitted_before", "fitted_after", "held_out_before", "held_out_after", "held_out")
 
 
-def run(shared, out, seeds=(0, 1, 2), steps=30):
+def run(data, out, seeds=(0, 1, 2), steps=30):
     rows = Rows(out / "effects-rahf.csv", KEYS, FIELDS)
     for seed in seeds:
         if not rows.has(seed=seed):
-            rows.add({"seed": seed} | measure(shared, seed, steps))
+            rows.add({"seed": seed} | measure(data, seed, steps))
 
 
-def measure(shared, seed, steps):
+def measure(data, seed, steps):
     torch.manual_seed(seed)
-    folder = shared / "models" / "stories260K"
+    folder = data / "models" / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    pairs = json.loads((shared / "data" / "preference_pairs" / "dpo_en_demo.json").read_text())
+    pairs = json.loads((data / "data" / "preference_pairs" / "dpo_en_demo.json").read_text())
     rows = [{"prompt": p["conversations"][0]["value"], "response": p["chosen"]["value"]} for p in pairs]
     rows = [row for row in rows if len(row["prompt"]) < 100]
     fitted, held_out = rows[:8], rows[8:72]

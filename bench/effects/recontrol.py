@@ -42,11 +42,11 @@ def table_of(out):
     return Rows(out / "effects-recontrol.csv", KEYS, FIELDS)
 
 
-def run(shared, out, seeds=SEEDS, prompts=PROMPTS):
+def run(data, out, seeds=SEEDS, prompts=PROMPTS):
     rows = table_of(out)
     for model in TOKENS:
         for seed in seeds:
-            measure(shared, rows, model, seed, prompts)
+            measure(data, rows, model, seed, prompts)
 
 
 def positive(classifier, tokenizer):
@@ -58,15 +58,15 @@ def positive(classifier, tokenizer):
     return reward
 
 
-def measure(shared, rows, name, seed, count):
+def measure(data, rows, name, seed, count):
     """The rows of a model and a seed that are not there; the value net is fitted anew, to the same bits."""
     cells = [("none", 0.0)] + [(direction, dose) for direction in ("control", "random") for dose in DOSES]
     keys = [{"model": name, "direction": direction, "dose": dose, "seed": seed} for direction, dose in cells]
     missing = [key for key in keys if not rows.has(**key)]
     if not missing:
         return
-    (model, tokenizer), (fitted, held_out) = stories.load(shared, name), stories.read(shared)
-    reward, english = positive(*sst2.classifier(shared)), stories.English(shared, name)
+    (model, tokenizer), (fitted, held_out) = stories.load(data, name), stories.read(data)
+    reward, english = positive(*sst2.classifier(data)), stories.English(data, name)
     options = {"max_new_tokens": TOKENS[name], "temperature": 0.8, "batch_size": 125}
     learnt_from = [stories.opening(story, name) for story in fitted]
     net = value_net(recontrol.collect(model, tokenizer, learnt_from, reward, samples=2, seed=seed, **options), seed)

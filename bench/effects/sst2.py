@@ -42,13 +42,13 @@ def table_of(out):
     return Rows(out / "sst2_red.csv", KEYS, FIELDS)
 
 
-def run(shared, out):
+def run(data, out):
     rows = table_of(out)
     for method, lr, seed in PLAN:
-        measure(shared, rows, method, best_lr(mine(rows.read()), method) if lr == BEST else lr, seed)
+        measure(data, rows, method, best_lr(mine(rows.read()), method) if lr == BEST else lr, seed)
 
 
-def measure(shared, rows, method, lr, seed):
+def measure(data, rows, method, lr, seed):
     """One row, unless it is there."""
     key = {"method": method, "lr": f"{lr:g}", "seed": seed, "rows": ROWS, "epochs": EPOCHS}
     if rows.has(**key):
@@ -57,17 +57,17 @@ def measure(shared, rows, method, lr, seed):
     import transformers
 
     start = time.perf_counter()
-    parameters, found = trained(shared, method, lr, seed, KEPT if (method, lr, seed) == CLASSIFIER else None)
+    parameters, found = trained(data, method, lr, seed, KEPT if (method, lr, seed) == CLASSIFIER else None)
     rows.add(key | {"parameters": parameters} | {name: f"{share:.4f}" for name, share in found.items()} | {
         "seconds": round(time.perf_counter() - start), "torch": torch.__version__, "transformers": transformers.__version__,
     })  # fmt: skip
 
 
-def trained(shared, method, lr, seed, keep=None):
+def trained(data, method, lr, seed, keep=None):
     """(parameters, {"train", "dev", "test": accuracy}); the edit and its head go into the folder `keep`."""
     from fastedit.recipes import accuracy, fit, predict, save_trained
 
-    train, dev, test = (read(shared / "data" / "sst2" / f"{name}.tsv") for name in ("train", "dev", "test"))
+    train, dev, test = (read(data / "data" / "sst2" / f"{name}.tsv") for name in ("train", "dev", "test"))
     random.Random(0).shuffle(train)
     model, handle, tokenizer, parameters = build(method, seed)
     fit(model, handle, train[:ROWS], tokenizer, lr=lr, epochs=EPOCHS, batch_size=32, seed=seed)
@@ -81,14 +81,14 @@ def trained(shared, method, lr, seed, keep=None):
     return parameters, found
 
 
-def classifier(shared, folder=KEPT):
+def classifier(data, folder=KEPT):
     """(model, tokenizer): RED's classifier of CLASSIFIER from `folder`, trained and kept there where it is not."""
     import fastedit
     from fastedit.recipes import load_head
 
     method, lr, seed = CLASSIFIER
     if not (folder / "edit.json").exists():
-        trained(shared, method, lr, seed, keep=folder)
+        trained(data, method, lr, seed, keep=folder)
     model, tokenizer = encoder(seed)
     fastedit.load(model, folder)
     load_head(model, folder)

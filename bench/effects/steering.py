@@ -33,24 +33,24 @@ def table_of(out):
     return Rows(out / "effects-steering.csv", KEYS, FIELDS)
 
 
-def run(shared, out, prompts=PROMPTS, seeds=SEEDS):
+def run(data, out, prompts=PROMPTS, seeds=SEEDS):
     rows = table_of(out)
     for model in stories.TOKENS:
-        themes = stories.themes(stories.read(shared)[0])
-        sources = {theme: functools.cache(functools.partial(source_of, shared, model, theme)) for theme in themes}
+        themes = stories.themes(stories.read(data)[0])
+        sources = {theme: functools.cache(functools.partial(source_of, data, model, theme)) for theme in themes}
         for seed in seeds:
             for theme, source in sources.items():
                 measure(rows, model, theme, seed, source, prompts)
 
 
-def source_of(shared, name, theme):
+def source_of(data, name, theme):
     """(model, tokenizer, English, the theme's Directions, dose → strength, prompts)."""
-    (model, tokenizer), (fitted, held_out) = stories.load(shared, name), stories.read(shared)
+    (model, tokenizer), (fitted, held_out) = stories.load(data, name), stories.read(data)
     found = direction_of(model, tokenizer, fitted, theme)
     strengths = strengths_of(model, tokenizer, found, [stories.opening(story, name) for story in fitted[:128]])
     openings = [stories.opening(story, name) for story in held_out]
     openings = [prompt for prompt in openings if not stories.has(theme, prompt)]
-    return model, tokenizer, stories.English(shared, name), found, strengths, openings
+    return model, tokenizer, stories.English(data, name), found, strengths, openings
 
 
 def measure(rows, name, theme, seed, source, count):

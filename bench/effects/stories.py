@@ -15,17 +15,17 @@ READ = 160  # characters of a text that are judged
 
 
 @functools.cache
-def load(shared, name):
+def load(data, name):
     """(model, tokenizer); it does not stop at the end of a story, so that every text has one length."""
-    folder = shared / "models" / name
+    folder = data / "models" / name
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     model.generation_config.eos_token_id = None
     return model, tokenizer
 
 
-def read(shared):
+def read(data):
     """(stories to fit on, stories held out): every second one."""
-    stories = json.loads((shared / "data" / "tinystories" / "tinystories_1000.json").read_text())
+    stories = json.loads((data / "data" / "tinystories" / "tinystories_1000.json").read_text())
     return stories[::2], stories[1::2]
 
 
@@ -75,9 +75,9 @@ class English:
     inside: the middle 95 % of what real stories get, behind their first eight words.
     """
 
-    def __init__(self, shared, name):
-        self.judge, self.tokenizer = load(shared, JUDGES[name])
-        fitted, held_out = read(shared)
+    def __init__(self, data, name):
+        self.judge, self.tokenizer = load(data, JUDGES[name])
+        fitted, held_out = read(data)
         self.lexicon = {word for story in fitted + held_out for word in re.findall(r"[a-z']+", story.lower())}
         real = sorted(self.bits([" ".join(story.split()[8:]) for story in held_out]))
         self.real = sum(real) / len(real)

@@ -16,7 +16,8 @@ import itertools
 import torch
 import torch._functorch.config
 
-from fastedit import dispatch, implementation, ops
+from fastedit import dispatch, ops
+from fastedit.ops import running
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPS = ("edit", "edit_add", "edit_add_norm", "project")
@@ -184,15 +185,15 @@ def _liger(case, streams, form):
 
 def forced(name, function):
     """`function`, forward or backward, with one backend in every place that would choose one."""
-    backend, kept = dispatch.load(name), implementation.select
+    backend, kept = dispatch.load(name), running.select
 
     def call():
         dispatch.select.cache_clear()  # nothing goes straight to the native module
-        implementation.select = lambda *_: backend
+        running.select = lambda *_: backend
         try:
             return function()
         finally:
-            implementation.select = kept
+            running.select = kept
 
     return call
 

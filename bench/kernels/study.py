@@ -15,9 +15,9 @@ import time
 import torch
 
 from fastedit import dispatch
+from fastedit.verifying.timing import interleave, quantiles, ratio
 
 from ..machine import about
-from ..timing import interleave, quantiles, ratio
 from . import cases
 
 FIELDS = (

@@ -77,17 +77,17 @@ def _is_free(func):
 
 
 def _entries():
-    """Where kernels are called: they take raw pointers, which no dispatch mode sees.
-
-    All that fastedit runs comes through a backend's functions, but for what lean calls in the native module itself.
-    """
-    from fastedit import adds, implementation, lean, ops
+    """Where kernels are called: they take raw pointers, which no dispatch mode sees."""
     from fastedit.dispatch import BACKENDS, load, why_not
+    from fastedit.ops import autograd, public, registered
+    from fastedit.patching import residual_add as adds
+    from fastedit.patching import site as runtime
 
     backends = [load(name) for name in BACKENDS if why_not(name) is None]
     served = [(backend, name) for backend in backends for name, op in vars(backend).items() if callable(op)]
-    asked = [(module, name) for module in (ops, implementation) for name in vars(module) if name.startswith("try_")]
-    return [(adds.Add, "run"), (lean, "edit"), *asked, *served]
+    asked = [(public, name) for name in vars(public) if name.startswith("try_")]
+    run = [(module, "run") for module in (public, autograd, registered)]
+    return [(adds.Add, "run"), (adds, "edit"), (adds, "bound"), (runtime, "bound"), *asked, *run, *served]
 
 
 def count(step):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastedit.form import Form
+from fastedit.edits.form import Form
 
 from .sizes import blocks
 

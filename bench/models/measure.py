@@ -11,7 +11,8 @@ import sys
 
 import torch
 
-from ..timing import interleave, ratio, time_once
+from fastedit.verifying.timing import interleave, ratio, time_once
+
 from . import check, counts
 from .edits import values as draw
 from .registry import TRAINING, base_of, serving

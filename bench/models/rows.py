@@ -5,7 +5,8 @@ import math
 import pathlib
 import statistics
 
-from ..timing import T95
+from fastedit.verifying.timing import T95
+
 from .registry import KINDS, WORKS, variants
 from .sizes import SIZES
 

@@ -1,17 +1,22 @@
-"""The command line: `fastedit demo | doctor | show | train | predict | contrast | generate | verify | serve`, and methods.py's.
+"""The command line: `fastedit demo | doctor | show | train | predict | contrast | generate | verify | serve`, and those of
+methods.py and tools.py.
 
-A command's imports happen when it runs.
+A command's imports happen when it runs. Exit codes: 0; 1 where the answer is no (verify, doctor) or a step failed; 2 where
+what was given is wrong, and nothing was done; 130 where the user stopped it. An error is one line on stderr.
 """
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .loading import Device, DeviceMap, Dtype, Quantize
+from . import methods, tools
+from .loading import Device, DeviceMap, Dtype, Out, Quantize
 
 app = typer.Typer(
-    name="fastedit", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
+    name="fastedit", no_args_is_help=True, rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     help="Representation editing inside transformer layers at the cost of the residual add.",
 )  # fmt: skip
@@ -27,12 +32,9 @@ def _say_version(wanted: bool):
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version.")] = False,
 ):
     """Representation editing inside transformer layers at the cost of the residual add."""
-
-
-Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 
 
 @app.command("demo")
@@ -69,7 +71,7 @@ def run_doctor():
 
 @app.command("show")
 def run_show(
-    folder: Annotated[str, typer.Argument(help="What `handle.save` wrote, or a Hub repo id.")],
+    folder: Annotated[str, typer.Argument(help="What `handle.save` or `Directions.save` wrote, or a Hub repo id.")],
     reseal: Annotated[bool, typer.Option("--reseal", help="First give an edit.json changed by hand its checksum again.")] = False,
 ):
     """Print an edit: what it does where, its base, how it was trained, how far it is from doing nothing.
@@ -113,11 +115,11 @@ def run_train(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="32; of causal models 8; rahf 64 (scit), 8 (dual); recontrol 512.")
     ] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Batches a step; 1.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Batches per step; 1.")] = None,
     checkpointing: Annotated[bool | None, typer.Option("--checkpointing", help="Compute activations again in backward.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many; 1024.")] = None,
-    response_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many; 512.")] = None,
-    resume: Annotated[bool | None, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt, in tokens; 1024.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response, in tokens; 512.")] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = None,
     device: Annotated[str | None, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")] = None,
     device_map: Annotated[str | None, typer.Option(help="auto: over several GPUs, by accelerate.")] = None,
@@ -128,7 +130,7 @@ def run_train(
     steps: Annotated[int | None, typer.Option(min=1, help="rahf: of the student; 450 (scit), 2500 (dual).")] = None,
     alpha: Annotated[float | None, typer.Option(help="rahf: of the target pattern; 5.")] = None,
     fitted: Annotated[str | None, typer.Option(help="rahf: chosen, random (scit) or all (dual) responses.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="rahf: rows a forward; up to 16.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="rahf: rows per forward; up to 16.")] = None,
     teacher: Annotated[str | None, typer.Option(help="rahf: full, lora, red or red+, the way a teacher is trained.")] = None,
     teacher_epochs: Annotated[float | None, typer.Option(min=0.0, help="rahf: 2 (scit), 3 (dual).")] = None,
     teacher_steps: Annotated[
@@ -136,7 +138,7 @@ def run_train(
     ] = None,
     teacher_lr: Annotated[float | None, typer.Option(min=0.0, help="rahf: 2e-5.")] = None,
     reward: Annotated[str | None, typer.Option(help="recontrol: word:WORD, edit:FOLDER, or module:function.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="recontrol: responses a prompt; 4.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="recontrol: responses per prompt; 4.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="recontrol: 64.")] = None,
     units: Annotated[int | None, typer.Option(min=1, help="recontrol: of the value net; 4096.")] = None,
     lam: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="recontrol: λ of TD(λ); 0.")] = None,
@@ -144,7 +146,7 @@ def run_train(
     ascent_steps: Annotated[int | None, typer.Option(min=0, help="recontrol: n of the ascent; 30.")] = None,
     seed: int | None = None,
 ):
-    """Train an edit by a method on a task, and save it with what was trained along.
+    """Train an edit by a method on a task, and save it with what was trained beside it.
 
     classify, pairs, regress: an edit and a head on an encoder; columns text (and other) and label.
     sft: an edit on a causal model; rows with messages, or prompt and response.
@@ -190,7 +192,7 @@ def run_predict(
 @app.command("contrast")
 def run_contrast(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")],
-    positive: Annotated[Path, typer.Option(help="Texts of what to steer towards: .txt, .json or .jsonl.")],
+    positive: Annotated[Path, typer.Option(help="Texts of what to steer toward: .txt, .json or .jsonl.")],
     negative: Annotated[Path, typer.Option(help="Texts of what to steer away from.")],
     out: Out = Path("my-direction"),
     method: Annotated[str, typer.Option(help="mean, pca (pairs: line k with line k) or probe.")] = "mean",
@@ -198,16 +200,16 @@ def run_contrast(
     layers: Annotated[str | None, typer.Option(help="Such as 3, 8-15 or 0,4,-1; by default all.")] = None,
     site: Annotated[str, typer.Option(help="block, mlp or attn.")] = "block",
     at: Annotated[
-        str | None, typer.Option(help="mean, last token, last 4, response, …; by default as the texts are: see below.")
+        str | None, typer.Option(help="mean, last token, last 4, response, …; by default by the kind of texts: see below.")
     ] = None,
-    suffix: Annotated[str | None, typer.Option(help="Put this behind every text, and measure there.")] = None,
-    relative: Annotated[float | None, typer.Option(help="Strength 1 adds so many times the residual's norm.")] = None,
-    kl: Annotated[float | None, typer.Option(min=0.0, help="Strength 1 is this mean KL, nats a token.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Append this to every text, and measure there.")] = None,
+    relative: Annotated[float | None, typer.Option(help="Strength 1 adds this many times the residual's norm.")] = None,
+    kl: Annotated[float | None, typer.Option(min=0.0, help="Strength 1 is this mean KL, in nats per token.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="For --kl: prompts whose continuations are compared.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts to so many tokens.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts to this many tokens.")] = None,
     gguf: Annotated[Path | None, typer.Option(help="Also write a control vector for llama.cpp here.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Keep what is done here, and go on from it.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Keep finished work here, and continue from it.")] = None,
     seed: int = 0,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -216,9 +218,9 @@ def run_contrast(
 ):
     """Find the direction from one set of texts to another; save it, the edit that steers along it, and a picture.
 
-    Files hold one text a line (.txt), a JSON list (.json), or objects with "text", "messages" or "prompt" and "response"
+    Files hold one text per line (.txt), a JSON list (.json), or objects with "text", "messages" or "prompt" and "response"
     (.jsonl, .parquet). Prose is measured at the mean of its tokens, a chat at its response, a question where the answer
-    begins. Without --layers the third of them is saved where the sets are best told apart.
+    begins. Without --layers, the third of the layers is saved that separates the sets best.
 
     **Examples:** `fastedit contrast smollm2 --positive happy.txt --negative sad.txt --method probe --kl 0.5 --out happy` and
     `fastedit contrast ./model --positive happy.txt --negative sad.txt --layers 8-15 --at "last token"`
@@ -236,34 +238,36 @@ def run_contrast(
 def run_generate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")],
     prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of prompts: .txt, .json or .jsonl.")] = None,
-    edit: Annotated[str | None, typer.Option(help="What `handle.save` or `fastedit contrast` wrote.")] = None,
-    strength: Annotated[list[float] | None, typer.Option(help="The dial; several times for several.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Texts a prompt.")] = 1,
+    prompts: Annotated[Path | None, typer.Option(help="A file of them: .txt, .json, .jsonl, .csv.")] = None,
+    edit: Annotated[str | None, typer.Option(help="A saved edit, or a control vector (.gguf).")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="The dial; may be given several times.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Texts per prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token, one text a prompt.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token, one text per prompt.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     seed: int = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are user turns of the tokenizer's template.")] = False,
     system: Annotated[str | None, typer.Option(help="The system turn; implies --chat.")] = None,
     lexicons: Annotated[Path | None, typer.Option(help="Words by trait, as `fastedit ubpl` writes them.")] = None,
     trait: Annotated[list[str] | None, typer.Option(help="Of --lexicons, such as happy=2; may be given several times.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: number, strength, prompt, reply.")] = False,
+    page: Annotated[Path | None, typer.Option("--html", help="Also write a page with the replies side by side.")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
 ):
-    """Generate with an edit on the model, at one strength or several.
+    """Generate with an edit on the model, at one strength or several. Replies are numbered.
 
     **Examples:** `fastedit generate smollm2 --chat --edit happy --strength 1 --prompt "How was your weekend?"`,
-    `fastedit generate ./model --edit happy --strength 2 --prompt "Once upon a time"` and
-    `fastedit generate ./model --edit happy --strength 0 --strength 1 --strength 4 --prompts prompts.txt`
+    `fastedit generate ./model --edit happy.gguf --strength 2 --prompt "Once upon a time"` and
+    `fastedit generate ./model --edit happy --strength 0 --strength 1 --prompts prompts.txt --html replies.html`
     """
     from .generate import run
 
     run(
         model, prompt, prompts, edit, strength, count, max_new_tokens, temperature, top_p, seed, chat, system, lexicons, trait,
-        device=device, dtype=dtype, device_map=device_map, quantize=quantize,
+        as_json, page, device=device, dtype=dtype, device_map=device_map, quantize=quantize,
     )  # fmt: skip
 
 
@@ -271,9 +275,9 @@ def run_generate(
 def run_verify(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of any kind.")],
     edit: Annotated[str | None, typer.Option(help="What `handle.save` wrote; by default a random vector at every block.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Several times for several; by default random tokens.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times; by default random tokens.")] = None,
     mode: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Generated a request.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Generated per request.")] = 4,
     backend: Annotated[str, typer.Option(help="Of torch.compile; eager traces and does not compile.")] = "inductor",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     seed: int = 0,
@@ -281,7 +285,7 @@ def run_verify(
     """Compare a model with an edit, in every mode that it has, with plain hooks on whole sequences.
 
     Modes: forward, batch, cache, no cache, static cache, padding, beams, threads, packing, checkpointing, compile. Each is
-    right, refused, wrong, or left out since the model without edits differs there. Exit code 1: something is wrong.
+    right, refused, wrong, or left out because the model without edits differs there. Exit code 1: something is wrong.
 
     **Examples:** `fastedit verify ./model --edit happy` and `fastedit verify ./model --mode cache --mode beams --json`
     """
@@ -298,14 +302,14 @@ def run_serve(
     sites: Annotated[
         str | None, typer.Option(help="Some of mlp,attn,block; by default what the edits in the folder need.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Of low-rank edits, at most; by default likewise.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Largest rank; by default as the folder needs.")] = None,
     capacity: Annotated[int | None, typer.Option(min=1, help="Edits in the tables at once.")] = None,
     gates: Annotated[
         bool | None, typer.Option(help="Whether edits may be behind gates; by default as the folder needs.")
     ] = None,
     max_names: Annotated[int | None, typer.Option(min=1, help="Names that one request may list; 16 by default.")] = None,
     max_change: Annotated[
-        float | None, typer.Option(help="How often its own length a request may change a typical row; 1000 by default.")
+        float | None, typer.Option(help="How much a request may change a row, as a multiple of its length; 1000.")
     ] = None,
 ):
     """Serve a model with vLLM; each request may name an edit. Arguments not listed here go to `vllm serve`.
@@ -336,4 +340,31 @@ def run_playground(
     run(model, edits, host, port)
 
 
-from . import methods  # noqa: E402, F401  its commands come behind these
+app.add_typer(methods.app)  # without a name: its commands are this app's, behind the others
+app.add_typer(tools.app)
+
+
+def main():
+    """The program `fastedit`: the app, with errors as one line. FASTEDIT_TRACEBACK=1 shows where one came from."""
+    # of click's own, or of the copy of click that newer typers hold
+    usage = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+    try:
+        code = app(standalone_mode=False)
+    except usage as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            code = error.exit_code
+        else:
+            code = _complain(error.format_message(), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _complain("stopped", 130)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("FASTEDIT_TRACEBACK"):
+            raise
+        code = _complain(error, 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message, code):
+    print("fastedit: " + " ".join(str(message).split()), file=sys.stderr)
+    return code

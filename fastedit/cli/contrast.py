@@ -53,7 +53,8 @@ def run(
 
 
 def where_to_measure(texts, suffix):
-    """What `--at` is by default: prose at the mean of its tokens, a chat at its response, a question where its answer begins."""
+    """The default of `--at`: prose at the mean of its tokens, a chat at its response, a question where its answer
+    begins."""
     if suffix is not None:
         return "suffix"
     if any(isinstance(item, dict) for item in texts):
@@ -68,7 +69,8 @@ def _with_statistics(old, new):
 
 
 def _calibrated(model, tokenizer, handle, kl, asked, texts, seed):
-    """A Dose at `kl`, over continuations of the prompts, or else of the first tokens of the texts; None without `kl`."""
+    """A Dose at `kl`, over continuations of the prompts, or else of the first tokens of the texts. None without
+    `kl`."""
     import fastedit
 
     if kl is None:
@@ -83,7 +85,7 @@ def _calibrated(model, tokenizer, handle, kl, asked, texts, seed):
 
 
 def _say(console, directions, best, at, files, numbers, dose, relative):
-    """What was measured where, which layers were taken and why, how strong strength 1 is."""
+    """Say what was measured where, which layers were taken and why, and how strong strength 1 is."""
     tokens = [found for found in directions.statistics.values() if "tokens" in found]
     if tokens:
         most = max(tokens, key=lambda found: found["sinks"])
@@ -126,8 +128,8 @@ def _shown(name, value):
 
 def _picture(console, directions, out):
     try:
-        from ..plots.directions import draw
+        from ..plots.directions import write
     except ImportError:
         console.print("no picture: it needs matplotlib (pip install matplotlib)", markup=False)
         return
-    draw(directions, out / "directions.png")
+    write(directions, out / "directions.png")

@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer, set_seed
 
 import fastedit
 
-from ..recipes import SentenceClassifier, accuracy, fit, load_head, predict, save_trained
+from ..training.recipes import SentenceClassifier, accuracy, fit, load_head, predict, save_trained
 from . import demo_chat
 from .progress import TrainingBar, bars, quiet
 from .sentences import examples
@@ -176,7 +176,7 @@ def fit_lora(task, progress):
 
 
 def check(task, model, handle, after, folder, console):
-    """What else was promised, measured: the cost, the size on disk, the reload, the merge."""
+    """Measure the other promises: the cost, the size on disk, the reload, the merge."""
     batch = task.tokenizer(task.texts[:32], padding=True, return_tensors="pt")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     plain, edited = interleaved_medians(task.model(), model, inputs, task.plan.timing_rounds)
@@ -218,7 +218,7 @@ def encoder_bytes(path):
 
 @torch.inference_mode()
 def interleaved_medians(first, second, inputs, rounds):
-    """Median seconds of each model's forward, taken in turns so that the machine's moods fall on both."""
+    """Median seconds of each model's forward, in turns, so that the machine's changes of speed affect both."""
     times = ([], [])
     for _ in range(rounds + 1):
         for model, own in zip((first, second), times, strict=True):
@@ -239,14 +239,14 @@ def accuracy_table(results):
 
 
 def changed(task, before, after):
-    """(numbers of the held-out sentences where RED put the verdict right, and those where it spoilt it)."""
+    """(numbers of the held-out sentences on which RED corrected the verdict, and those on which it spoiled it)."""
     truth = torch.tensor(task.labels)
     was, now = before.argmax(-1) == truth, after.argmax(-1) == truth
     return (now & ~was).nonzero().flatten().tolist(), (was & ~now).nonzero().flatten().tolist()
 
 
 def verdicts(task, before, after, better, worse, count=6):
-    """Held-out sentences on which RED changed the verdict, right and wrong ones in the proportion in which there are."""
+    """Held-out sentences on which RED changed the verdict, right and wrong ones in their true proportion."""
     total = len(better) + len(worse)
     of_better = round(count * len(better) / total) if total else 0
     shown = sorted([*better[:of_better], *worse[: count - of_better]])  # the first of each in hash order

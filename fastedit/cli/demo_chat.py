@@ -22,8 +22,8 @@ from rich.table import Table
 import fastedit
 
 from .. import examples
+from ..directions.sweep import random_like
 from ..methods.replies import replies, wilson
-from ..sweeping import random_like
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ QUICK = replace(
 
 @dataclass(frozen=True)
 class Share:
-    """How many of some replies are happier, and of how many."""
+    """How many of some replies are happier, out of how many."""
 
     happier: int
     sadder: int
@@ -105,7 +105,7 @@ def direction(model, tokenizer, positive, negative):
 
 
 def shuffled(positive, negative, seed):
-    """The same texts, dealt out to two sides at random."""
+    """The same texts, distributed over two sides at random."""
     both = [*positive, *negative]
     order = torch.randperm(len(both), generator=torch.Generator().manual_seed(seed)).tolist()
     return [both[n] for n in order[: len(positive)]], [both[n] for n in order[len(positive) :]]

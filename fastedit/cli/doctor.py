@@ -1,7 +1,7 @@
 """`fastedit doctor`: what is installed, what is missing, how to get it.
 
-An install without compilers is pure Python and fine; one that had a compiler and built no kernels hides a
-compile error (DESIGN.md 4), so that is exit code 1.
+An install without compilers is pure Python and fine. An install that had a compiler but built no kernels hides a
+compile error, so that is exit code 1.
 """
 
 import importlib.metadata
@@ -30,7 +30,7 @@ REBUILD = "pip install --no-build-isolation -v . shows the build; then"
 
 
 def run(console=None):
-    """Prints the report; 0, or 1 where a compiler is here and its kernels are not."""
+    """Prints the report. Returns 0, or 1 if a compiler is here and its kernels are not."""
     console = console or Console()
     native, missing = _native()
     cxx, cuda = cxx_compiler(), cuda_compiler()
@@ -44,6 +44,8 @@ def run(console=None):
         "CPU kernels",
         f"built; using {native.instruction_set()}" if native else f"[yellow]not built[/] ({missing})",
     )
+    if native:
+        table.add_row("threads", threads(native))
     architectures = native.CUDA_ARCHITECTURES if native else ""
     table.add_row(
         "CUDA kernels", f"built for sm {architectures}" if architectures else "[yellow]not built[/]"
@@ -64,17 +66,27 @@ def run(console=None):
     return 1 if wrong else 0
 
 
+def threads(native):
+    """Which OpenMP library the CPU kernels run on."""
+    if native.OPENMP is None:
+        return "the compiler's own OpenMP"
+    if not native.OPENMP:
+        return "[yellow]one[/]: there is no libgomp (torch brings one; Debian: apt install libgomp1)"
+    shared = "torch" in Path(native.OPENMP).parts
+    return f"{'shared with torch' if shared else 'of the system'}: {native.OPENMP}"
+
+
 def _refused(architectures):
-    """Why the CUDA kernels that are built cannot run on the GPU that is here, if so."""
+    """Why the built CUDA kernels cannot run on the GPU that is here, if so."""
     if not architectures:
         return None
-    from .. import cuda_device
+    from ..ops import cuda_device
 
     return cuda_device.why_not_here()
 
 
 def problems(native, architectures, cxx, cuda, environment):
-    """What must not be so: kernels missing where their compiler is here and nobody asked for none."""
+    """What should not be so: kernels missing although their compiler is here and nobody asked for none."""
     if cxx and not native and environment.get("FASTEDIT_NATIVE") != "OFF":
         return [f"{cxx} is here, but the native module is not: the build failed. {REBUILD} reinstall"]
     wanted = (
@@ -89,7 +101,7 @@ def problems(native, architectures, cxx, cuda, environment):
 
 
 def hints(native, architectures, cxx, cuda):
-    """What may be so, and how to have more."""
+    """What may be so, and how to get more."""
     found = []
     if not cxx and not native:
         found.append(

@@ -1,21 +1,32 @@
-"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantisation."""
+"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantization; and how a
+Trainer is told of them.
+"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
 DeviceMap = Annotated[str | None, typer.Option(help="auto: over several GPUs, by accelerate.")]
 Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")]
 DTYPES = ("float32", "bfloat16", "float16")
+SIZES = {
+    "device": "auto", "dtype": None, "device_map": None, "quantize": None, "accumulate": 1, "checkpointing": False,
+    "resume": False,
+}  # fmt: skip
 
 
-def load_model(name, device="auto", dtype=None, device_map=None, quantize=None):
-    """(model, tokenizer) of a causal language model in eval mode; a mistake in a name or an option is one line."""
+def load_model(name, device="auto", dtype=None, device_map=None, quantize=None, kind="AutoModelForCausalLM"):
+    """(model in eval mode, tokenizer) by an Auto class's name; a mistake in a name or an option is one line.
+
+    kind: None for the class that the config names, of which the tokenizer may be None.
+    A tokenizer without a padding token pads with its EOS.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     from ..interop import smollm2
     from .progress import quiet
@@ -33,20 +44,34 @@ def load_model(name, device="auto", dtype=None, device_map=None, quantize=None):
         options["quantization_config"] = _quantized(quantize, options.get("dtype"))
         options.setdefault("device_map", {"": place})
     try:
-        if name == smollm2.NAME and not Path(name).exists():
-            name = smollm2.chat_folder()
-        model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        found = smollm2.chat_folder() if name == smollm2.NAME and not Path(name).exists() else name
+        tokenizer = _tokenizer(found, needed=kind is not None)
+        if kind is None:
+            kind = (transformers.AutoConfig.from_pretrained(found).architectures or ["AutoModel"])[0]
+        model = getattr(transformers, kind, transformers.AutoModel).from_pretrained(found, **options).eval()
     except (OSError, ValueError, ImportError) as error:
         raise typer.BadParameter(f"{name} could not be loaded: {error}") from None
+    if tokenizer is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return model if "device_map" in options else model.to(place), tokenizer
+
+
+def _tokenizer(name, needed):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        if needed:
+            raise
+        return None  # a model of images
 
 
 def device_of(device):
     """A torch device: "auto" is a GPU if there is one."""
     import torch
 
-    if device == "auto":
+    if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
@@ -70,3 +95,11 @@ def _quantized(bits, dtype):
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = {} if dtype is None else {"bnb_4bit_compute_dtype": dtype}
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **compute)
+
+
+def trainer_options(*, device, accumulate, checkpointing):
+    """TrainingArguments of --device, --accumulate and --checkpointing."""
+    found = {"gradient_accumulation_steps": accumulate, "gradient_checkpointing": checkpointing}
+    if checkpointing:
+        found["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return found | ({"use_cpu": True} if device_of(device).type == "cpu" else {})

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from . import Out, app
-from .loading import Device, DeviceMap, Dtype, Quantize
+from .loading import Device, DeviceMap, Dtype, Out, Quantize
+
+app = typer.Typer(rich_markup_mode="markdown")
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")]
 Layers = Annotated[str | None, typer.Option(help="Such as 3, 8-15 or 0,4,-1.")]
@@ -25,7 +26,7 @@ def roleref(
     strength: Annotated[float, typer.Option(help="Of the edit; the paper tries -0.3 to 0.3.")] = -0.1,
     layers: Layers = None,
     refusals: Annotated[
-        Path | None, typer.Option(help="Phrases, one a line, by which a reply refuses: rates on a quarter held out.")
+        Path | None, typer.Option(help="Phrases, one per line, that mark a refusal: rates on a held-out quarter.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     batch_size: Batch = 8,
@@ -86,7 +87,7 @@ def inferaligner(
 
     **Example:** `fastedit inferaligner ./target ./aligned --harmful harmful.txt --harmless harmless.txt --chat`
     """
-    from ..directions import Directions, is_saved
+    from ..directions.directions import Directions, is_saved
     from ..methods import inferaligner as method
     from .texts import as_chat, layer_numbers, read_texts
 
@@ -129,11 +130,11 @@ def cast(
     device_map: DeviceMap = None,
     quantize: Quantize = None,
 ):
-    """Steer under a condition (CAST, arXiv 2409.05907): the condition is found by F1, the behaviour is given.
+    """Steer under a condition (CAST, arXiv 2409.05907): the condition is found by F1, the behavior is given.
 
     **Example:** `fastedit cast smollm2 --opens sport.txt --closed other.txt --behaviour happy --chat --out happy-sport`
     """
-    from ..directions import Directions
+    from ..directions.directions import Directions
     from ..methods import cast as method
     from .texts import as_chat, layer_numbers, read_texts
 
@@ -179,13 +180,13 @@ def ubpl(
 
     **Example:** `fastedit ubpl --texts happy.txt --background sad.txt --trait happy --out lexicons.json`
     """
-    from ..edit_file import replace
+    from ..files.edit_file import replace
     from ..methods.ubpl import build, read_lexicons
     from .texts import read_texts
 
     sets = [read_texts(path) for path in (texts, background)]
     if not all(isinstance(text, str) for some in sets for text in some):
-        raise typer.BadParameter("a lexicon is built of texts, one a line; found chat messages")
+        raise typer.BadParameter("a lexicon is built of texts, one per line; found chat messages")
     try:
         words = build(*sets, count=count, least=least, z=z)
         lexicons = read_lexicons(out) if out.exists() else {}

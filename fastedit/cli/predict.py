@@ -4,15 +4,15 @@ import json
 
 import typer
 
+from .loading import load_model
 from .texts import read_texts
 from .train import readable
-from .train_models import load
 
 SENTENCES = ("classification", "pairs", "regression", "reward")
 
 
 def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out):
-    from .. import store
+    from ..patching import edit_folder as store
 
     texts = [*(texts or ()), *(read_texts(file) if file else ())]
     if not texts:
@@ -34,7 +34,7 @@ def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out):
     if base is None:
         raise typer.BadParameter(f"{folder} does not name its base model: give --model")
     kind = "AutoModel" if task in SENTENCES[:3] else "AutoModelForCausalLM"
-    loaded, tokenizer = load(kind, base, device=device, dtype=dtype, device_map=None, quantize=None)
+    loaded, tokenizer = load_model(base, device, dtype, kind=kind)
     with readable():
         rows = (_labels if task in SENTENCES else _replies)(
             loaded, tokenizer, folder, note, texts, other, max_new_tokens
@@ -47,7 +47,7 @@ def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out):
 
 def _labels(encoder, tokenizer, folder, note, texts, other, _):
     from .. import load as load_edit
-    from ..recipes import predict
+    from ..training.recipes import predict
     from ..training.rewards import RewardModel
     from ..training.sentences import with_head
 
@@ -74,7 +74,7 @@ def _replies(model, tokenizer, folder, note, texts, _, max_new_tokens):
     import torch
 
     from .. import load as load_edit
-    from ..chat import as_messages, prompt_ids
+    from ..texts.chat import as_messages, prompt_ids
 
     load_edit(model.eval(), folder)
     found = []

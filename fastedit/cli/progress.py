@@ -24,7 +24,7 @@ def quiet():
 
 @contextmanager
 def bars(console):
-    """A Progress of several bars, gone when it is left."""
+    """A Progress of several bars, which disappears on exit."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(),

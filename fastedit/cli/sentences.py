@@ -1,16 +1,16 @@
-"""The demo's task: tell sentences whose words are in order from those with two neighbours swapped.
+"""The demo's task: tell sentences whose words are in order from those with two neighbors swapped.
 
 Bigram shift (Conneau et al. 2018, arXiv 1805.01070), on the prose of Python's own standard library.
 
 The rules, all of which decide the figures:
     source     docstrings (module, class, function), parsed and not imported, of the modules in MODULES: those
                that CPython 3.11, 3.12 and 3.13 all ship. Wording differs a little between versions.
-    sentence   a docstring is cut at blank lines and a paragraph at [.!?] before a capital; kept are 7 to 25
-               words, a capital first letter, a full stop last (then dropped), every word of letters, ' and -
-               alone, or that with a comma behind it
-    swap       every second sentence (by hash) has words i and i + 1 exchanged, i drawn by hash among the
+    sentence   a docstring is cut at blank lines and a paragraph at [.!?] before a capital. Kept are sentences of 7 to
+               25 words, with a capital first letter and a final full stop (then dropped), whose words are letters,
+               ' and - alone, or that with a comma after it
+    swap       every second sentence (by hash) has words i and i + 1 exchanged. i is drawn by hash among the
                pairs that differ, have no comma, and are neither first nor last: no mark gives it away
-    no copies  one sentence a bag of words: neither it nor any swap of it is elsewhere, in either split
+    no copies  one sentence per bag of words: neither it nor any swap of it is elsewhere, in either split
     order      by SHA-256 of the sentence, so the same sentence is in the same split on every machine
 """
 
@@ -49,7 +49,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Example:
-    """One sentence as the model sees it: label 1 where two words were swapped; `original` in order."""
+    """One sentence as the model sees it: label 1 if two words were swapped. `original` is in order."""
 
     text: str
     label: int
@@ -57,7 +57,7 @@ class Example:
 
 
 def examples(count=None):
-    """The task's examples, in hash order; `count` of them at most."""
+    """The task's examples, in hash order. At most `count` of them."""
     found = {}
     for sentence in sentences():
         bag = tuple(sorted(sentence.lower().replace(",", "").split()))
@@ -68,7 +68,7 @@ def examples(count=None):
 
 
 def sentences():
-    """Every sentence of the rules above, repeats included."""
+    """Every sentence by the rules above, repeats included."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(
         file
@@ -112,7 +112,7 @@ def _digest(text):
 
 
 def _example(sentence):
-    """None where no pair can be swapped."""
+    """None if no pair can be swapped."""
     words = sentence.split()
     pairs = [
         i

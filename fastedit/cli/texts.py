@@ -5,22 +5,22 @@ from pathlib import Path
 
 import typer
 
-from ..chat import ANSWERS, CHATS, read_conversation
-from ..chat_files import read_rows
+from ..texts.chat import ANSWERS, CHATS, read_conversation
+from ..texts.data_files import read_rows
 from .loading import load_model
 
 __all__ = ["as_chat", "layer_numbers", "load_model", "read_texts"]
 
 
 def read_texts(path):
-    """What a file holds, a list: texts, chat conversations (lists of messages), or rows {"prompt", "response"}.
+    """A file's contents as a list: texts, chat conversations (lists of messages), or rows {"prompt", "response"}.
 
-    .txt: a text a line. .json: a list of any of them. .jsonl, .parquet: objects with "text", with "messages" or
-    "conversations", or with "prompt" and, if it is known, "response".
+    .txt: one text per line. .json: a list of any of them. .jsonl, .parquet, .csv, .tsv: rows with "text" or "sentence",
+    with "messages" or "conversations", or with "prompt" and, if it is known, "response".
     """
     path = Path(path)
     try:
-        if path.suffix not in (".json", ".jsonl", ".parquet"):
+        if path.suffix not in (".json", ".jsonl", ".parquet", ".csv", ".tsv"):
             found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         elif path.suffix == ".json":
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -28,7 +28,7 @@ def read_texts(path):
             found = read_rows(path)
         if not isinstance(found, list) or not found:
             raise ValueError(
-                "it holds no list of texts; one a line, a JSON list, or .jsonl with \"text\", \"messages\" or \"prompt\""
+                "it holds no list of texts; use one per line, a JSON list, or .jsonl with \"text\", \"messages\" or \"prompt\""
             )
         return [_text(item, f"item {number} of {path}") for number, item in enumerate(found, 1)]
     except (OSError, ValueError, TypeError) as error:
@@ -37,8 +37,9 @@ def read_texts(path):
 
 def _text(item, where):
     if isinstance(item, dict):
-        if isinstance(item.get("text"), str):
-            return item["text"]
+        for name in ("text", "sentence"):
+            if isinstance(item.get(name), str):
+                return item[name]
         for name in CHATS:
             if name in item:
                 return read_conversation(item[name], f"{where}, column {name!r}")
@@ -54,7 +55,7 @@ def _text(item, where):
 
 
 def as_chat(texts, system=None):
-    """Strings as user turns, and `system` as the system turn of those and of messages that have none."""
+    """Strings as user turns. `system` becomes the system turn of those and of messages that have none."""
     made = []
     for item in texts:
         if isinstance(item, dict):

@@ -1,4 +1,4 @@
-"""`fastedit train`: by method and task; each has a file of its own and its own DEFAULTS."""
+"""`fastedit train`: by method and task. Each has a file of its own and its own DEFAULTS."""
 
 import contextlib
 import importlib
@@ -12,7 +12,7 @@ TASKS = {"classify": "sentences", "pairs": "sentences", "regress": "sentences", 
 
 
 def run(model, data, out, method, task, given):
-    """Train by a method on a task; given: {option: value}, None for the default."""
+    """Train by a method on a task. given: {option: value}, None for the default."""
     if method not in (*EDITS, *OTHERS):
         raise typer.BadParameter(f"method is {method!r}, expected one of {', '.join((*EDITS, *OTHERS))}")
     if method in OTHERS:
@@ -69,7 +69,7 @@ def edits_of(method, *, rank, seed, layers=None, positions=None, site=None):
 
 @contextlib.contextmanager
 def readable():
-    """Mistakes in data and options as a line, not a traceback."""
+    """Mistakes in data and options as one line, not a traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:

@@ -5,8 +5,8 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from ..chat_files import read_rows
-from .train_models import SIZES, load, trainer_options
+from ..texts.data_files import read_rows
+from .loading import SIZES, load_model, trainer_options
 
 DEFAULTS = {
     "mode": "scit", "student": "lora", "rank": 8, "teacher": "full", "teacher_steps": None, "teacher_epochs": None,
@@ -28,7 +28,7 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
     _check(mode, student, teacher_steps)
     if quantize is not None and teacher == "full" and teacher_steps != 0:
         raise typer.BadParameter(
-            "quantised weights do not train: --teacher lora, or --teacher-steps 0 with a ready teacher"
+            "quantized weights do not train: --teacher lora, or --teacher-steps 0 with a ready teacher"
         )
     steps, batch, lr, tokens, kind = (
         p if v is None else v for v, p in zip((steps, batch_size, lr, None, fitted), PUBLISHED[mode], strict=True)
@@ -38,9 +38,7 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
         pairs, held = _read(data, evaluate, rows, seed, chat)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    loaded, tokenizer = load(
-        "AutoModelForCausalLM", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize
-    )
+    loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
     from ..methods import rahf
     from ..methods.rahf_student import margins
     from .progress import TrainingBar, bars
@@ -128,7 +126,7 @@ def _read(data, evaluate, rows, seed, chat):
 
 def read_pairs(path):
     """[{"prompt", "chosen", "rejected"}] of a file, the prompt as text or messages; ValueError says which row is wrong."""
-    from ..chat import read_conversation
+    from ..texts.chat import read_conversation
 
     found = read_rows(path)
     for number, row in enumerate(found, 1):
@@ -191,7 +189,7 @@ def _student(student, rank, base, rejected, tokenizer, alpha, length, seed):
 def _loss(module, collator, rows):
     import torch
 
-    from ..evaluating import evaluating
+    from ..patching.eval_mode import evaluating
 
     given = {name: value.to(next(module.parameters()).device) for name, value in collator(rows).items()}
     with torch.no_grad(), evaluating(module):

@@ -9,34 +9,34 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from .texts import read_texts
-from .train_models import SIZES, load
+from .loading import SIZES, load_model
+from .texts import as_chat, read_texts
 
 DEFAULTS = {
     "reward": None, "samples": 4, "max_new_tokens": 64, "units": 4096, "lam": 0.0, "step_size": 0.5, "ascent_steps": 30,
-    "lr": 1e-4, "epochs": 100, "batch_size": 512, "rows": None, "seed": 0,
+    "lr": 1e-4, "epochs": 100, "batch_size": 512, "rows": None, "chat": False, "seed": 0,
     **{name: value for name, value in SIZES.items() if name not in ("accumulate", "checkpointing")},
 }  # fmt: skip
-GENERATED_TOGETHER = 16  # sequences a forward
+GENERATED_TOGETHER = 16  # sequences per forward
 
 
 def run(
     model, data, out, *, reward, samples, max_new_tokens, units, lam, step_size, ascent_steps, lr, epochs, batch_size, rows,
-    seed, device, dtype, device_map, quantize, resume,
+    chat, seed, device, dtype, device_map, quantize, resume,
 ):  # fmt: skip
     console = Console()
     trained = reward.partition(":")[2] if reward and reward.startswith("edit:") else None
     score = None if trained else find_reward(reward)
     prompts = read_texts(data)
+    if any(isinstance(prompt, dict) for prompt in prompts):
+        raise typer.BadParameter(f"{data} holds rows with responses, expected prompts alone")
+    prompts = as_chat(prompts) if chat else prompts
     random.Random(seed).shuffle(prompts)
     prompts = prompts[:rows]
     if len(prompts) < 2:
         raise typer.BadParameter(f"{data} has {len(prompts)} prompt to use, expected 2 or more: some are held out")
     held_out = prompts[: max(1, min(32, len(prompts) // 10))]
-    loaded, tokenizer = load(
-        "AutoModelForCausalLM", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize
-    )
-    loaded.eval()
+    loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
     import torch
 
     import fastedit
@@ -94,7 +94,7 @@ def run(
     console.print(f"saved {out}; try it with: fastedit generate {model} --edit {out} --prompt '…'", markup=False)
 
 
-def find_reward(name):
+def find_reward(name, flag="--reward"):
     """A function (prompts, responses) → numbers: "word:dog" counts a word, "module:function" is the user's own."""
     if not name:
         raise typer.BadParameter(
@@ -102,7 +102,7 @@ def find_reward(name):
         )
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
-        raise typer.BadParameter(f"reward is {name!r}, expected word:WORD or module:function")
+        raise typer.BadParameter(f"{flag} is {name!r}, expected word:WORD or module:function")
     if module == "word":
         return counting(attribute)
     if "" not in sys.path:
@@ -110,9 +110,9 @@ def find_reward(name):
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(f"reward {name!r} could not be imported: {error}") from None
+        raise typer.BadParameter(f"{flag} {name!r} could not be imported: {error}") from None
     if not callable(found):
-        raise typer.BadParameter(f"reward {name!r} is {type(found).__name__}, expected a function")
+        raise typer.BadParameter(f"{flag} {name!r} is {type(found).__name__}, expected a function")
     return found
 
 

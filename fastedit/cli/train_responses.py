@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..chat_files import read_rows
+from ..texts.data_files import read_rows
+from .loading import SIZES, load_model, trainer_options
 from .train import edits_of
-from .train_models import SIZES, load, trainer_options
 
 _OWN = {
     "rank": 4, "layers": None, "positions": None, "site": None, "evaluate": None, "lr": None, "epochs": 3, "batch_size": 8,
@@ -29,10 +29,9 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, evalua
     if chat:
         train, held = ([as_chat(row) for row in part] for part in (train, held))
     edits = edits_of(method, rank=rank, seed=seed, layers=layers, positions=positions, site=site)
-    loaded, tokenizer = load(
-        "AutoModelForCausalLM", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize
-    )
-    from .. import patch, store, training
+    loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
+    from .. import patch, training
+    from ..patching import edit_folder as store
     from .progress import TrainingBar, bars
 
     console, handle = Console(), patch(loaded, edits, freeze=True)
@@ -136,7 +135,7 @@ def _margin(tokenizer, held, prompt, response, batch_size):
 def _each(model, features, batch_size, collate, work):
     import torch
 
-    from ..evaluating import evaluating
+    from ..patching.eval_mode import evaluating
 
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .loading import SIZES, load_model, trainer_options
 from .train import edits_of
-from .train_models import SIZES, load, trainer_options
 from .train_responses import as_chat, split
 
 _OWN = {
@@ -21,17 +21,16 @@ def defaults(task):
 def run(model, data, out, method, task, *, rank, layers, positions, site, evaluate, lr, epochs, batch_size, rows, prompt_tokens,
         response_tokens, chat, shifted, ascent, seed, device, dtype, device_map, quantize, accumulate, checkpointing,
         resume):  # fmt: skip
-    from ..chat_files import read_rows
+    from ..texts.data_files import read_rows
 
     train, held = split(data, evaluate, rows, seed)
     others = [] if shifted is None else read_rows(shifted)
     if chat:
         train, held, others = ([as_chat(row) for row in part] for part in (train, held, others))
     edits = edits_of(method, rank=rank, seed=seed, layers=layers, positions=positions, site=site)
-    loaded, tokenizer = load(
-        "AutoModelForCausalLM", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize
-    )
-    from .. import patch, store, training
+    loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
+    from .. import patch, training
+    from ..patching import edit_folder as store
     from ..training.rewards import ranked
     from .progress import TrainingBar, bars
 

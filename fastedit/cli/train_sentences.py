@@ -4,9 +4,9 @@ import random
 
 from rich.console import Console
 
-from ..chat_files import read_rows as read_file
+from ..texts.data_files import read_rows as read_file
+from .loading import SIZES, load_model, trainer_options
 from .train import edits_of
-from .train_models import SIZES, load, trainer_options
 
 _OWN = {
     "rank": 4, "layers": None, "positions": None, "site": None, "text": None, "label": "label", "evaluate": None, "lr": 2e-2,
@@ -25,14 +25,14 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, text, 
     train, test = _split(data, evaluate, columns, rows, seed, pairs=task == "pairs")
     names, train, test = _numbered(data, train, test, task)
     from .. import patch
-    from ..kept import beside
-    from ..recipes import predict, save_trained
+    from ..patching.trained_beside import beside
+    from ..training.recipes import predict, save_trained
     from ..training.sentences import with_head
 
     import torch  # isort: skip
 
     edits = edits_of(method, rank=rank, seed=seed, layers=layers, positions=positions, site=site)
-    encoder, tokenizer = load("AutoModel", model, device=device, dtype=dtype, device_map=device_map, quantize=quantize)
+    encoder, tokenizer = load_model(model, device, dtype, device_map, quantize, kind="AutoModel")
     torch.manual_seed(seed)
     classifier = with_head(encoder, len(names) or 1, head)
     handle, console = patch(classifier, edits, freeze=True), Console()
@@ -61,7 +61,7 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, text, 
 
 
 def _fit(console, classifier, handle, train, tokenizer, **given):
-    from ..recipes import fit
+    from ..training.recipes import fit
     from .progress import TrainingBar, bars
 
     with bars(console) as progress:
@@ -69,7 +69,7 @@ def _fit(console, classifier, handle, train, tokenizer, **given):
 
 
 def _measured(logits, wanted, task):
-    from ..recipes import accuracy
+    from ..training.recipes import accuracy
     from ..training.sentences import correlations
 
     return correlations(logits, wanted) if task == "regress" else {"accuracy": accuracy(logits, wanted)}

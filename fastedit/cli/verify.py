@@ -7,7 +7,7 @@ from rich.console import Console
 
 
 def run(model, edit, prompts, modes, new_tokens, backend, as_json, seed):
-    """Prints the table, or JSON; 0, or 1 where something is wrong."""
+    """Prints the table, or JSON. Returns 0, or 1 if something is wrong."""
     import fastedit
 
     loaded = _load(model)

@@ -1,6 +1,7 @@
-"""Small texts written for this project: two moods of sentences, prompts that ask for neither, and words that tell them apart.
+"""Small texts written for this project: sentences in two moods, neutral prompts, words that tell the moods
+apart, and pairs of a helpful and a rude answer.
 
-The command line's examples and the demo use them; the files lie beside this one.
+The command line's examples and the demo use them. The files are beside this one.
 """
 
 import json
@@ -9,10 +10,16 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 HAPPY, SAD, PROMPTS, MOODS = (FOLDER / name for name in ("happy.txt", "sad.txt", "prompts.txt", "moods.json"))
+PREFERENCES = FOLDER / "preferences.jsonl"
 
 
 def lines(path):
     return path.read_text(encoding="utf-8").splitlines()
+
+
+def preferences():
+    """[{"prompt", "chosen", "rejected"}], 24 of them"""
+    return [json.loads(line) for line in lines(PREFERENCES)]
 
 
 def moods():

@@ -1,4 +1,4 @@
-"""What a family's table entry says, and how modules are found from it. The recipes are read by fused.py."""
+"""What a family's table entry says, and how modules are found from it. patching/fused_layer.py reads the recipes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..sites import SITES
+from ..edits.sites import SITES
 
 
 class AddOf(NamedTuple):
@@ -92,17 +92,17 @@ class PostNorm:
 
 @dataclass(frozen=True)
 class Input:
-    """A site that is the first argument of a module, and not its output."""
+    """A site that is the first argument of a module, not its output."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class Part:
-    """A site that is one of the outputs of a fused projection: number 0 of them is q, 1 is k, 2 is v.
+    """A site that is one output of a fused projection. Its number is 0 for q, 1 for k, 2 for v.
 
-    layout(holder, columns): how the projection in module `holder` lays its `columns` out, as (groups, widths of
-    q, k and v in each group).
+    layout(holder, columns): how the projection in module `holder` orders its `columns`, as (groups, widths of q, k and
+    v in each group).
     """
 
     path: str
@@ -110,7 +110,7 @@ class Part:
     layout: Callable
 
     def columns(self, layer, total):
-        """(groups, start, stop): in each of `groups` equal groups of columns, those of this site."""
+        """(groups, start, stop): the columns of this site in each of `groups` equal groups of columns."""
         holder = submodule(layer, self.path.rpartition(".")[0])
         groups, widths = self.layout(holder, total)
         if groups * sum(widths) != total or min(groups, *widths) < 1:
@@ -129,15 +129,15 @@ def fused_qkv(path, layout):
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Where things are in one layer of a family; paths are relative to the layer, "" is the layer itself.
+    """Where things are in one layer of a family. Paths are relative to the layer; "" is the layer itself.
 
-    sites: site → path of the module whose output it is, or an Input, or a Part. `mlp`, `attn` and `block` must
-        be there for a layer to be of the family; a layer may lack the others.
-    fused: recipes for the adds that can carry an edit, used where the proof (proof.py) allows; of several for one
-        owner, the first that is proved.
+    sites: site → path of the module whose output it is, or an Input, or a Part. A layer must have `mlp`, `attn` and
+        `block` to belong to the family. It may lack the others.
+    fused: recipes for the adds that can carry an edit, used if the proof (patching/proof.py) allows. Of several for one
+        owner, the first that is proved is used.
     plain: site → why no recipe carries it.
-    final: paths, from the module that holds the stack, of what ends it behind the last layer: the first that
-        exists; without one the last layer ends the stack. None: not known.
+    final: paths, from the module that holds the stack, of what ends it after the last layer. The first that exists
+        counts; if none does, the last layer ends the stack. None: not known.
     biases: site → (config flag, the linears that the flag gives a bias): how a merged bias is reloaded.
     requires, lacks: further paths, or plain attributes, that must and must not exist.
     """
@@ -162,10 +162,11 @@ def _has(layer, path):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer of a model, found. name: "layers.3", "decoder.0"; index: over all stacks.
+    """One layer of a model, as found. name: "layers.3", "decoder.0". index: over all stacks.
 
     first: whether it is its stack's first, whose input is `embed`. final: the module whose output is `final`, of
-    the last layer of the last stack; None of others. width: of the residual stream, by the model's config.
+    the last layer of the last stack; None of others. width: of the residual stream, by the model's config; embedded: of what
+    the model embeds tokens in; handed: of what the layer hands on, where that was seen (probe.py). None: not known.
     """
 
     name: str
@@ -175,9 +176,11 @@ class Layer:
     first: bool = False
     final: nn.Module | None = None
     width: int | None = None
+    embedded: int | None = None
+    handed: int | None = None
 
     def at(self, site):
-        """The module that the site is the output of, or the input, or None where this layer has no such site."""
+        """The module whose output, or input, the site is. None if this layer has no such site."""
         if site == "final":
             return self.final
         place = self.place(site)
@@ -186,23 +189,27 @@ class Layer:
         return submodule(self.module, place if isinstance(place, str) else place.path)
 
     def place(self, site):
-        """A path, an Input or a Part: how the site lies at the module `at(site)`; None without such a site."""
+        """A path, an Input or a Part: what the site is of the module `at(site)`. None without such a site."""
         if site == "embed":
             return Input("") if self.first else None
         return self.family.sites.get(site)
 
     def sites(self):
-        """The names of the sites that are there."""
+        """The names of the sites that exist."""
         return [site for site in SITES if self.at(site) is not None]
 
     def between(self, owner, site):
-        """The modules whose outputs lie between the site and an add in `owner`'s forward.
+        """The modules whose outputs are between the site and an add in `owner`'s forward.
 
-        For a site inside `owner` these are the site's module and those that hold it; for one that holds
-        `owner`, `owner` and those that hold it.
+        For a site inside `owner` these are the site's module and those that hold it. For a site that holds `owner` they
+        are `owner` and those that hold it.
         """
         found = [module for _, _, module in self.links(owner, site)]
         return tuple(m for m in found if not isinstance(m, nn.ModuleList))
+
+    def ends(self):
+        """The widths of the linear maps into the residual stream that are known."""
+        return {outputs_of(m) for m in (self.at("attn"), self.at("mlp")) if m is not None} - {None}
 
     def links(self, owner, site):
         """((holder, name, module), …) of the modules on the way between a site and `owner`, from outside."""
@@ -219,8 +226,14 @@ def _inside(inner, outer):
     return inner != outer and (not outer or inner.startswith(outer + "."))
 
 
+def outputs_of(module):
+    """How many outputs a linear map has, or None."""
+    sizes = (getattr(module, name, None) for name in ("out_features", "nf"))
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
 def submodule(module, path):
-    """The module at a dotted path, or None. A number indexes a ModuleList, also from the end."""
+    """The module at a dotted path, or None. A number indexes a ModuleList and may count from the end."""
     for part in path.split(".") if path else ():
         if isinstance(module, nn.ModuleList) and part.lstrip("-").isdigit():
             index = int(part)

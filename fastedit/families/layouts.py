@@ -1,4 +1,4 @@
-"""How fused projections lay out q, k and v: (groups, their widths in each group), for `family.Part`."""
+"""How fused projections order q, k and v: (groups, their widths in each group), for `family.Part`."""
 
 
 def thirds(attention, columns):
@@ -20,7 +20,7 @@ def grouped_queries(attention, columns):
 
 
 def falcon(attention, columns):
-    """Head by head q, k, v; or one k and v behind all of q; or behind each group's q (the 40B architecture)."""
+    """Head by head q, k, v; or one k and v after all of q; or after each group's q (the 40B architecture)."""
     heads = attention.num_heads
     if attention.new_decoder_architecture:
         groups = attention.num_kv_heads

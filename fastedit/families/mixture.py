@@ -1,6 +1,5 @@
-"""Mixtures of experts in Llama's layer (Mixtral, Qwen-MoE …): `mlp` is the whole expert block's output, and `ffn_in`
-is not there.
-"""
+"""Mixtures of experts in Llama's layer (Mixtral, Qwen-MoE …). `mlp` is the output of the whole expert block; `ffn_in`
+does not exist."""
 
 from .family import Family
 from .llama import BIASES, LAYER, OTHERS, QKV

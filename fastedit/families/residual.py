@@ -1,5 +1,7 @@
-"""Families whose layers are a chain of residual steps (steps.py): Phi-3, Granite, OLMo 2, Gemma 2 and 3, OPT, BART,
-Whisper, ViT, ModernBERT. What they are told apart by is only a guide: the proof decides whether a recipe holds.
+"""Families whose layers are a chain of residual steps (families/steps.py).
+
+Phi-3, Granite, OLMo 2, Gemma 2 and 3, OPT, BART, Whisper, ViT, ModernBERT. Attributes tell them apart only as a guide:
+the proof decides whether a recipe holds.
 """
 
 import torch
@@ -73,7 +75,7 @@ GEMMA2 = Family(
 
 
 def _cross_attending(position, **attention):
-    """BART's steps, the norms `before` or `after` them; a cross-attention where the layer has one."""
+    """BART's steps, with the norms `before` or `after` them, and a cross-attention if the layer has one."""
 
     def at(norm):
         return {position: norm, "dropout": "dropout"}

@@ -1,4 +1,4 @@
-"""Recipes for layers that are a chain of branches, each added to the residual stream: most families fit one."""
+"""Recipes for layers that are a chain of branches, each added to the residual stream. Most families fit one."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,17 @@ from .family import AddOf
 
 @dataclass(frozen=True)
 class Step:
-    """hidden ← after(hidden + multiplier · dropout(behind(inner(before(hidden))))), each part if named.
+    """hidden ← after(hidden + multiplier · dropout(behind(inner(before(hidden))))), each part only if named.
 
-    inner: a submodule's name, or those of a chain, called one after another, dropout probabilities among them.
-    site: of the inner's output; None for a cross-attention, which has none.
+    inner: a submodule's name, or the names of a chain called one after another. Dropout probabilities may be among
+        them.
+    site: of the inner's output. None for a cross-attention, which has none.
     before, behind, after: names of norms.
     dropout: a submodule's name, the name of a probability, or the path of a dropout inside the inner.
     multiplier: an attribute of the layer.
-    attention: whether the inner gets the layer's arguments, and returns a tuple; keyword: the hidden states as
-        hidden_states=; drops: arguments that it does not get; only: names of all that it gets; renamed: (argument,
-        the inner's name for it); positional: argument that it gets behind the hidden states by position.
+    attention: whether the inner gets the layer's arguments and returns a tuple. keyword: whether the hidden states are
+        passed as hidden_states=. drops: arguments that it does not get. only: names of all that it gets. renamed:
+        (argument, the inner's name for it). positional: the argument that it gets by position after the hidden states.
     only_with: the step is left out where this argument is None.
     """
 
@@ -52,8 +53,8 @@ class Step:
 class ResidualLayer:
     """Steps one after another, in the layer's own forward.
 
-    flat: the last step works on (rows, width). more: the first attention's other outputs are returned behind the
-    sum. apart: a dtype in which the layer treats the sum further, and its own forward serves.
+    flat: whether the last step works on (rows, width). more: whether the first attention's other outputs are returned
+    after the sum. apart: a dtype in which the layer treats the sum further; its own forward then serves.
     """
 
     steps: tuple
@@ -97,10 +98,10 @@ class ResidualLayer:
 
 @dataclass(frozen=True)
 class ParallelLayer:
-    """hidden ← hidden + dropout(mlp(…) + attention(…)), both reading what enters the layer.
+    """hidden ← hidden + dropout(mlp(…) + attention(…)). Both read what enters the layer.
 
     norms: (attention's, FFN's), or one that both read. inners: (attention, FFN). dropouts: of each, by name.
-    sum_dropout: of their sum. only, more: as of a Step and a ResidualLayer.
+    sum_dropout: of their sum. only, more: as in Step and ResidualLayer.
     """
 
     norms: tuple

@@ -1,1 +1,4 @@
-"""Files that are read as if an enemy had written them: `sealed` (checksums over every byte, regular files, limits)."""
+"""Files, read as if an enemy had written them: checksums over every byte, regular files only, limits.
+
+Imports nothing of fastedit above it. Read `sealed.py` first, then `edit_file.py`.
+"""

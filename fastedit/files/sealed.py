@@ -1,8 +1,8 @@
 """Checksums over every byte of a file, kept in the file itself, and reading that trusts nothing.
 
 A seal is the sha256 of the file with the seal's own 64 digits as zeros. In a JSON document it is the first key, in a
-safetensors file it is among the metadata: {"sha256": seal, "version": "2", …}. A file that has one is refused when any
-byte of it has changed; a file of version 1 has none.
+safetensors file it is in the metadata: {"sha256": seal, "version": "2", …}. A file with a seal is refused if any of its
+bytes has changed. A file of version 1 has no seal.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
 
 class Damaged(ValueError):
-    """What is wrong with a file, without its name: each reader makes its own error of it."""
+    """What is wrong with a file, without its name. Each reader makes its own error of it."""
 
 
 def open_regular(path, most):
-    """A regular file of at most `most` bytes, opened to read: no pipe, device or folder, and no link to one.
+    """Open a regular file of at most `most` bytes to read: no pipe, device or folder, and no link to one.
 
     Raises:
         Damaged: it is something else, or larger. OSError: it cannot be opened.
@@ -59,7 +59,7 @@ def parse_json(text):
     """A JSON document.
 
     Raises:
-        Damaged: it is none, or holds text that cannot be printed.
+        Damaged: it is not one, or holds text that cannot be printed.
     """
     try:
         parsed = json.loads(text)
@@ -76,7 +76,7 @@ def seal_json(document):
 
 
 def check_json(text, parsed):
-    """That a document of version 2 is as it was written; Damaged says what to do about one that is not."""
+    """Check that a document of version 2 is as it was written. Damaged says what to do about one that is not."""
     _check(text, _JSON_SEAL.match(text))
     parsed.pop("sha256")
 
@@ -90,10 +90,10 @@ def seal_tensors(tensors, note):
 
 
 def open_tensors(payload, keys):
-    """(metadata, {name: tensor}, version) of a safetensors file whose metadata has exactly `keys`, and their seal.
+    """(metadata, {name: tensor}, version) of a safetensors file whose metadata has exactly `keys` and their seal.
 
     Raises:
-        Damaged: it is none, was changed, or has other metadata.
+        Damaged: it is not one, was changed, or has other metadata.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -106,7 +106,7 @@ def open_tensors(payload, keys):
 
 
 def check_mapped(path, keys):
-    """(metadata, version) of a safetensors file too large to hold in memory twice, checked whole as `open_tensors` does.
+    """(metadata, version) of a safetensors file too large to hold in memory twice, checked as `open_tensors` does.
 
     Raises:
         Damaged: as there. OSError: it cannot be opened.
@@ -131,10 +131,10 @@ def _note(payload, keys):
 
 
 def stored_header(payload):
-    """The safetensors header, checked to lie inside the file before anything is allocated for it.
+    """The safetensors header, after a check that it is inside the file, before anything is allocated for it.
 
     Raises:
-        Damaged: it is none.
+        Damaged: it is not one.
     """
     length = int.from_bytes(payload[:8], "little")
     if len(payload) < 8 or length > min(len(payload) - 8, MAX_HEADER):

@@ -1,1 +1,4 @@
-"""Importers of neighbours' edits, one file a neighbour."""
+"""Importers of other libraries' edits, one file per neighbor.
+
+Imports `patching` and below. Read `adopt.py` first, then `found.py`.
+"""

@@ -1,18 +1,21 @@
 """`fastedit.adopt`: a model that carries another library's edits gets the same outputs from fused ones.
 
-Every adopter lists what it finds (found.py) and changes nothing. What can be adopted is put on as one stack of
-edits, in the order in which it ran; then each neighbour's own edit is taken out of force (switches.py) until
-`handle.remove()`. What cannot be adopted is named with the reason and left in force.
+Every adopter lists what it finds (found.py) and changes nothing. What can be adopted is put on as one stack of edits,
+in the order in which it ran. Then each neighbor's own edit is taken out of force (switches.py) until `handle.remove()`.
+What cannot be adopted is named with the reason and stays in force.
 """
+
+from __future__ import annotations
 
 import contextlib
 import functools
 import warnings
+from typing import Any, Literal
 
-from ..edits import LowRank, ScaleBias, Steer
+from ..edits.kinds import LowRank, ScaleBias, Steer
 from ..families import find_layers
-from ..patching import Handle, patch_as
-from ..root import root_of
+from ..patching.handle import Handle, patch_as
+from ..patching.model_edits import root_of
 from . import ia3, pyreft, red_wrappers, repeng, steering_vectors
 from .found import AROUND_LAYER, IN_HOOK, IN_LATE_HOOK, IN_MODULE, Refusal
 from .places import Places
@@ -26,25 +29,25 @@ _LOOKED_FOR = (
 )
 
 
-def adopt(model, *, positions=None, fused=True):
-    """Take over the edits that other libraries have put on a model; returns an AdoptedHandle.
+def adopt(model: Any, *, positions: Literal["all", "call"] | None = None, fused: bool = True) -> AdoptedHandle:
+    """Take over the edits that other libraries have put on a model. Returns an AdoptedHandle.
 
-    Served are PEFT's (IA)³, pyvene's and pyreft's interventions, repeng's control vectors, steering-vectors'
-    hooks and the wrapper modules of RED's authors. The edits start with the values of now and are frozen: to
-    train, `handle.remove()` and train there. What changes the neighbour's own state meanwhile has no effect on
-    the outputs, or raises where that can be told.
+    Served are PEFT's (IA)³, pyvene's and pyreft's interventions, repeng's control vectors, steering-vectors' hooks and
+    the wrapper modules of RED's authors. The edits start with the present values and are frozen. To train, call
+    `handle.remove()` and train there. A change of the neighbor's own state meanwhile has no effect on the outputs, or
+    raises if it can be noticed.
 
     Args:
-        model: the object that one calls: the PeftModel, ReftModel, ControlModel or plain model. `handle.model`
-            is the one that carries the edits: for a ReftModel and a ControlModel the model inside.
-        positions: of pyvene's interventions, whose positions come with each call. None or "all": every position, and a
-            call of the IntervenableModel that asks for others raises. "call": where each such call says, the same for
-            all interventions (a call of the model inside acts nowhere: `handle.mask` says where).
+        model: the object that one calls: the PeftModel, ReftModel, ControlModel or plain model. `handle.model` is the
+            one that carries the edits: for a ReftModel and a ControlModel the model inside.
+        positions: of pyvene's interventions, whose positions come with each call. None or "all": every position; a call
+            of the IntervenableModel that asks for others raises. "call": where each such call says, the same for all
+            interventions (a call of the model inside acts nowhere: `handle.mask` says where).
         fused: as for `fastedit.patch`.
 
     Raises:
-        ValueError: there is nothing to adopt, or none of it can be; each is named with the reason. Nothing has
-            changed. If only some can be, a warning names the others, and `handle.left` has them.
+        ValueError: there is nothing to adopt, or nothing that can be. Each edit is named with the reason. Nothing has
+            changed. If only some can be adopted, a warning names the others, and `handle.left` has them.
     """
     inside = [held for held in (pyreft.inner_model(model), repeng.inner_model(model)) if held is not None]
     target = inside[0] if inside else model
@@ -62,7 +65,7 @@ def adopt(model, *, positions=None, fused=True):
         if not any(one.forms for one in taken):
             left += [(one.name, "nothing is set on it") for one in taken]
             raise ValueError("nothing can be adopted:\n" + _listed(left))
-        edits = _edits(taken)
+        edits = edits_of(taken)
         if left:
             warnings.warn("fastedit: left as they were:\n" + _listed(left), stacklevel=2)
         switches = list(dict.fromkeys(one.switch for one in taken))
@@ -77,7 +80,7 @@ def adopt(model, *, positions=None, fused=True):
 
 
 class AdoptedHandle(Handle):
-    """A Handle whose edits stand in for a neighbour's. `remove()` also puts the neighbour's back in force.
+    """A Handle whose edits replace a neighbor's. `remove()` also puts the neighbor's back in force.
 
     adopted: names of what was taken over. left: (name, reason) of what was not.
     """
@@ -87,7 +90,7 @@ class AdoptedHandle(Handle):
         super().__init__(*patched)
 
     def remove(self):
-        """Give the model back as it was adopted, the neighbour's edits in force. Doing it again does nothing."""
+        """Give the model back as it was adopted, with the neighbor's edits in force. A second call does nothing."""
         if self.removed:
             return
         super().remove()
@@ -102,7 +105,7 @@ def _put_back(switches):
 
 @contextlib.contextmanager
 def _out_of_force(model, root):
-    """Other handles' edits off while classes are swapped beneath them."""
+    """Other handles' edits off while classes below them are swapped."""
     stacks = {(site.layer, site.site): site.masters for site in root.sites.values()}
     root.change(model, {key: [] for key in stacks})
     try:
@@ -113,7 +116,7 @@ def _out_of_force(model, root):
 
 @contextlib.contextmanager
 def _layers_in_sight(found):
-    """Wrappers around whole layers out of the lists, so that the layers are found; those not adopted return."""
+    """Take wrappers around whole layers out of the lists, so that the layers are found. Those not adopted return."""
     hiding = [one for one in found if one.hides_layer]
     for one in hiding:
         one.switch.off()
@@ -136,7 +139,7 @@ def _listed(left):
 
 
 def _decide(target, found):
-    """Those that are adopted, in the order in which they run; the others get their reason."""
+    """The edits that are adopted, in the order in which they run. The others get their reason."""
     sites = Places(find_layers(target))
     for one in found:
         _attempt(one, lambda one=one: sites.put(one))
@@ -171,7 +174,7 @@ def _around(one):
 
 
 def _check_order(one, taken, found):
-    """Nothing that stays may run between the site and this edit, which moves to the site."""
+    """Check that nothing that stays runs between the site and this edit, which moves to the site."""
     if one.side == "input":
         return  # hooks before a module run before the edit of its input, adopted or not
     layer, site, _ = one.places[0]
@@ -183,12 +186,19 @@ def _check_order(one, taken, found):
         before += one.module._forward_hooks
     if any(other.reason and other.module is one.module and IN_MODULE < other.when < one.when for other in found):
         raise Refusal("an edit that cannot be adopted runs before it")
+    hooks = layer.at(site)._forward_hooks | one.module._forward_hooks
+    before = [hook for hook in before if not _only_records(hooks[hook])]
     if not {other.hook for other in taken if other.when == IN_HOOK}.issuperset(before):
         raise Refusal("a hook that stays on the model runs before it, and would see the edited output")
 
 
-def _edits(taken):
-    """A stack of frozen edits; those alike at one depth of the stack are one edit over layers."""
+def _only_records(hook):
+    """Whether it is one that transformers puts on each layer at the first output_hidden_states=True, and leaves there."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+def edits_of(taken):
+    """A stack of frozen edits. Edits that are alike, at one depth of the stack, become one edit over layers."""
     depth, alike = {}, {}
     for one in taken:
         for layer, site, forms in one.places:

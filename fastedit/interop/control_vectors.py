@@ -1,99 +1,20 @@
-"""Control vectors of llama.cpp (GGUF) and repeng, both ways.
-
-The file: architecture "controlvector", `controlvector.model_hint`, `controlvector.layer_count`, and one F32 tensor
-"direction.<layer>" a layer, added to the residual stream that leaves the layer of that number, counted from 0. llama.cpp
-refuses layer 0. repeng numbers layers in the same way.
-"""
-
-import os
-import re
-import secrets
-from pathlib import Path
+"""Control vectors of repeng and llama.cpp as Directions, and back. directions/gguf_file.py reads and writes the
+file."""
 
 import numpy as np
 import torch
 
-from ..directions import Directions, DirectionsFileError
-from ..files.sealed import Damaged, open_regular
-
-ARCHITECTURE = "controlvector"
+from ..directions.directions import Directions
 
 
 def save_gguf(directions, path, *, model=None):
-    """Write Directions as a control vector; a crash leaves the old file or the new. Returns the Path.
-
-    Args:
-        model: llama.cpp's name of the architecture, for model_hint; by default `directions.about["type"]`.
-
-    Raises:
-        ValueError: there is a vector at layer 0, which llama.cpp cannot add, or directions of another site than the
-        residual stream. ImportError: no `gguf` package.
-    """
-    gguf = _gguf()
-    if 0 in directions:
-        raise ValueError(
-            "llama.cpp adds no vector to layer 0; leave it out: directions.at(*directions.layers[1:]).save_gguf(…)"
-        )
-    site = directions.about.get("site", "block")
-    if site != "block":
-        raise ValueError(f"the directions are of site {site!r}; llama.cpp adds to the residual stream, 'block'")
-    path = Path(path)
-    temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}.tmp"
-    try:
-        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", model or directions.about.get("type") or "unknown")
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
-        for layer, vector in directions.items():
-            writer.add_tensor(f"direction.{layer}", vector.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """`Directions.save_gguf`."""
+    return directions.save_gguf(path, model=model)
 
 
 def load_gguf(path):
-    """Directions of a control vector's file.
-
-    Raises:
-        DirectionsFileError: it is no GGUF file, no control vector, or holds a tensor that is none.
-        ImportError: no `gguf` package.
-    """
-    gguf = _gguf()
-    try:
-        with open_regular(path, 4 << 30) as file:
-            _check_head(file.read(24))
-        reader = gguf.GGUFReader(path)
-        architecture = _string(reader, "general.architecture")
-        hint = _string(reader, f"{ARCHITECTURE}.model_hint")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged header makes of the reader
-        raise DirectionsFileError(f"{path} is not a GGUF file: {error!s:.200}") from None
-    if architecture != ARCHITECTURE:
-        raise DirectionsFileError(f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}")
-    vectors = {}
-    for tensor in reader.tensors:
-        number = re.fullmatch(r"direction\.(\d+)", tensor.name)
-        if not number or len(number[1]) > 9 or tensor.data.dtype != np.float32 or tensor.data.ndim != 1:
-            raise DirectionsFileError(
-                f"{path}: tensor {tensor.name!r} is {tensor.data.dtype} {tensor.data.shape}, expected F32 vectors "
-                "direction.<layer>"
-            )
-        vectors[int(number[1])] = torch.from_numpy(np.array(tensor.data))
-    return _directions(path, vectors, {"site": "block", "type": hint})
-
-
-def _check_head(head):
-    """The reader takes the counts that a header announces, and reads that many: a control vector has few of either."""
-    tensors, keys = (int.from_bytes(head[at : at + 8], "little") for at in (8, 16))
-    if len(head) == 24 and head[:4] == b"GGUF" and (tensors > 1 << 16 or keys > 1 << 16):
-        raise Damaged(f"it announces {tensors:,} tensors and {keys:,} keys")
+    """`Directions.load_gguf`."""
+    return Directions.load_gguf(path)
 
 
 def from_repeng(vector):
@@ -103,23 +24,3 @@ def from_repeng(vector):
         raise TypeError(f"expected a repeng ControlVector with directions {{layer: array}}, found {type(vector).__name__}")
     vectors = {int(layer): torch.from_numpy(np.array(array, dtype=np.float32)) for layer, array in found.items()}
     return Directions(vectors, about={"site": "block", "type": getattr(vector, "model_type", None)})
-
-
-def _directions(path, vectors, about):
-    try:
-        return Directions(vectors, about=about)
-    except (ValueError, TypeError) as error:
-        raise DirectionsFileError(f"{path}: {error}") from None
-
-
-def _string(reader, name):
-    field = reader.get_field(name)
-    return None if field is None else bytes(field.parts[-1]).decode(errors="replace")
-
-
-def _gguf():
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError("control vectors in GGUF need the package gguf: pip install gguf") from None
-    return gguf

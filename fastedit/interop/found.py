@@ -1,7 +1,7 @@
-"""What the adopters of neighbours share: an edit found on a model, and a trial that it is what it seems.
+"""What the adopters of neighbors share: an edit found on a model, and a trial that it is what it seems.
 
-An adopter is a module with `find(model)`, which gives a list of `Found` and changes nothing. It looks for its
-neighbour's classes in sys.modules and never imports them.
+An adopter is a module with `find(model)`, which returns a list of `Found` and changes nothing. It looks for its
+neighbor's classes in sys.modules and never imports them.
 """
 
 import copy
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..form import Form
+from ..edits.form import Form
 
 # Where an edit runs among those at one site: in the module's own forward, in a hook that is registered, in one
 # that is registered for each call, around the whole layer.
@@ -26,13 +26,13 @@ class Refusal(ValueError):
 
 @dataclass(eq=False)
 class Found:
-    """An edit of a neighbour.
+    """An edit of a neighbor.
 
-    name: of the neighbour and the place, for messages. module: whose output (or input: `side`) it edits.
+    name: of the neighbor and the place, for messages. module: whose output (or input: `side`) it edits.
     when: IN_MODULE … AROUND_LAYER. switch: takes it out of force and back. hook: its id, for IN_HOOK.
     forms: its normal forms, applied in order. reason: why it cannot be adopted, or None.
-    group: those of one group are adopted together or not at all. hides_layer: while it is in force, the
-    layer's own module is not in the model's list.
+    group: edits of one group are adopted together or not at all. hides_layer: while it is in force, the layer's own
+    module is not in the model's list.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Found:
     places: tuple = ()  # (layer, site, forms), once known; several where a fused projection holds q, k and v
 
     def read(self, function):
-        """Take the forms that `function` reads off the neighbour, or its reason; returns self."""
+        """Take the forms that `function` reads off the neighbor, or its reason. Returns self."""
         try:
             self.forms = tuple(function())
         except Refusal as refusal:
@@ -58,13 +58,13 @@ class Found:
 
 
 def classes(module, *names):
-    """Classes of a module that somebody has imported: those it has, an empty tuple if nobody did."""
+    """Classes of a module that something has imported: those it has, or an empty tuple if nothing did."""
     loaded = sys.modules.get(module)
     return tuple(c for name in names if isinstance(c := getattr(loaded, name, None), type))
 
 
 def values(tensor, *shape):
-    """A neighbour's tensor as the fp32 values it has now, reshaped."""
+    """A neighbor's tensor as its present fp32 values, reshaped."""
     if tensor.is_meta:
         raise Refusal("its tensors are on the meta device: there are no values to take over")
     tensor = tensor.detach().to("cpu", torch.float32, copy=True)
@@ -78,11 +78,11 @@ def _check_finite(forms):
                 raise Refusal(f"its {name} holds values that are NaN or infinite")
 
 
-# --- the trial: the neighbour's own code against the forms, in float64 on small random rows ---------------------
+# --- the trial: the neighbor's own code against the forms, in float64 on small random rows ---------------------
 
 
 class _Inner(nn.Module):
-    """Stands in for what a wrapper wraps: keeps what it was given, answers with rows of its own."""
+    """Replaces what a wrapper wraps: keeps its input, and answers with rows of its own."""
 
     def __init__(self, answer):
         super().__init__()
@@ -98,7 +98,7 @@ def rows(width, seed=0):
 
 
 def try_wrapper(module, inner, forms, side="output"):
-    """Raise Refusal unless the wrapper's own forward is its inner module's, and the forms on that side."""
+    """Raise Refusal unless the wrapper's own forward is its inner module's, with the forms on that side."""
     _check_finite(forms)
     width = forms[0].width
     given, answer = rows(width, 0), rows(width, 1)
@@ -113,7 +113,7 @@ def try_wrapper(module, inner, forms, side="output"):
 
 
 def try_call(call, forms):
-    """Raise Refusal unless call(rows) is the forms of the rows."""
+    """Raise Refusal unless call(rows) equals the forms applied to the rows."""
     _check_finite(forms)
     given = rows(forms[0].width)
     _same(_tried(lambda: call(given.clone())), applied(forms, given))
@@ -133,7 +133,7 @@ def applied(forms, hidden):
 
 
 def bare(module, **children):
-    """A float64 copy of a module on the CPU, without hooks, with some children replaced by what is given."""
+    """A float64 copy of a module on the CPU, without hooks, with some children replaced by the given ones."""
     twin = object.__new__(type(module))
     left_out = ("forward", "_old_forward", "_hf_hook", *_HOOKS)
     twin.__dict__.update({k: v for k, v in module.__dict__.items() if k not in left_out})

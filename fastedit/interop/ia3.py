@@ -1,10 +1,11 @@
-"""PEFT's (IA)³ (arXiv 2205.05638): a layer around a linear map that scales its outputs, or for the feed-forward
-its inputs, by the product of the active adapters' vectors.
+"""PEFT's (IA)³ (arXiv 2205.05638): a layer around a linear map that scales its outputs.
+
+In the feed-forward it scales the inputs. The scale is the product of the active adapters' vectors.
 """
 
 import functools
 
-from ..form import Form
+from ..edits.form import Form
 from .found import IN_MODULE, Found, Refusal, classes, try_wrapper, values
 from .switches import ClassSwitch, passing
 
@@ -42,7 +43,8 @@ def _scale(module):
 
 
 def adopted(own):
-    """Members of the layer's class while it is adopted: its call is its base layer's, what would change it raises."""
+    """Members of the layer's class while it is adopted: its call is its base layer's, and what would change it
+    raises."""
 
     def enable_adapters(self, enabled):
         if not enabled:

@@ -1,14 +1,14 @@
 """Which site of which layer a module's output or input is."""
 
-from ..checks import MAX_RANK
+from ..arguments import MAX_RANK
+from ..edits.form import Form
 from ..families import Input, Part, PreNormLayer, PreNormSublayer, submodule
-from ..form import Form
-from ..planning import site_width, width_at
+from ..patching.layer_plan import site_width, width_at
 from .found import Refusal
 
 
 class Places:
-    """at: (side, module) → (layer, its sites there); several sites where a fused projection holds q, k and v."""
+    """at: (side, module) → (layer, its sites there). A fused projection holds several sites: q, k and v."""
 
     def __init__(self, layers):
         self.at, self.known = {}, []
@@ -22,7 +22,7 @@ class Places:
                 self.known += [] if site in self.known else [site]
 
     def _add_inners(self, layer):
-        """The attention and FFN of a layer give out what their last linear map does, but for a dropout."""
+        """The attention and FFN of a layer return what their last linear map does, except for a dropout."""
         for recipe in layer.family.fused:
             if not isinstance(recipe, (PreNormLayer, PreNormSublayer)):
                 continue
@@ -35,10 +35,10 @@ class Places:
                     self.at["output", module] = layer, [add.site]
 
     def put(self, one):
-        """Give `one` its places, where its forms fit.
+        """Give `one` its places, if its forms fit.
 
         Raises:
-            Refusal: they do not, or what it edits is not a site.
+            Refusal: they do not fit, or what it edits is not a site.
         """
         if (one.side, one.module) not in self.at:
             raise Refusal(f"its {one.side} is not a site of this model, which are {', '.join(map(repr, self.known))}")
@@ -64,7 +64,7 @@ def _check_fit(layer, site, forms):
 
 
 def _part(one, layer, site):
-    """The columns of a fused projection's forms that are this site's."""
+    """The columns of a fused projection's forms that belong to this site."""
     module = layer.at(site)
     total = site_width(module, layer)
     groups, start, stop = layer.place(site).columns(layer.module, total)

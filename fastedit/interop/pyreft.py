@@ -1,11 +1,11 @@
 """Interventions of pyvene and pyreft (arXiv 2403.07809, 2404.03592) on an IntervenableModel or a ReftModel.
 
-They have no place in the model: each call of the IntervenableModel registers its hooks and removes them (and all
-other hooks on the model with them) when it is done. While adopted, such a call is one of the model that it holds,
-on which the edits are; a call that asks for other things than every position of the base raises.
+They have no place in the model: each call of the IntervenableModel registers its hooks and removes them (and all other
+hooks on the model) when it is done. While adopted, such a call is a call of the model that it holds, on which the edits
+are.
 
-Where an intervention acts comes with each call, too (`unit_locations`). positions="call" follows it: the edits have
-positions="mask", and each call sets the mask. Without that, every position is edited, and other calls raise.
+Where an intervention acts also comes with each call (`unit_locations`). positions="call" follows it: the edits have
+positions="mask", and each call sets the mask. Otherwise every position is edited, and calls that ask for others raise.
 """
 
 import contextlib
@@ -13,12 +13,13 @@ import sys
 
 import torch
 
-from ..form import Form
-from ..root import root_of
+from ..edits.form import Form
+from ..patching.model_edits import root_of
 from .found import IN_LATE_HOOK, Found, Refusal, bare, classes, try_call, values
 from .switches import ClassSwitch
 
 CALL = "call"
+FOLLOW = "fe.adopt(model, positions='call') follows each call's"
 _SIDES = {"register_forward_hook": "output", "register_forward_pre_hook": "input"}
 
 
@@ -33,7 +34,7 @@ def find(model, positions=None):
 
 
 def inner_model(model):
-    """The model in the one IntervenableModel that is or is inside `model`; None where there is none."""
+    """The model in the one IntervenableModel that is, or is inside, `model`. None if there is none."""
     kinds = classes("pyvene.models.intervenable_base", "BaseModel")
     held = [module for module in model.modules() if isinstance(module, kinds)]
     if len(held) > 1:
@@ -128,7 +129,7 @@ def _nodireft(i):
 def _constant(i):
     constant = i.source_representation
     if constant is None:
-        raise Refusal("its source comes with each call; adopted are constant ones (source_representation)")
+        raise Refusal("its source comes with each call; only constant sources are adopted (source_representation)")
     if constant.numel() != constant.shape[-1]:
         raise Refusal(f"its source_representation has shape {tuple(constant.shape)}, expected (width,)")
     return values(constant, -1)
@@ -142,7 +143,7 @@ def _subtraction(i):
     return Form(bias=-_constant(i))
 
 
-_KINDS = {
+KINDS = {
     "LoreftIntervention": _loreft, "NoreftIntervention": _noreft, "ConsreftIntervention": _consreft,
     "LobireftIntervention": _lobireft, "DireftIntervention": _direft, "NodireftIntervention": _nodireft,
     "AdditionIntervention": _addition, "SubtractionIntervention": _subtraction,
@@ -152,10 +153,10 @@ _HOMES = ("pyreft.interventions", "pyvene.models.interventions")
 
 def _form(intervention):
     for kind in type(intervention).__mro__:
-        if kind.__module__ in _HOMES and kind.__name__ in _KINDS:
-            return _KINDS[kind.__name__](intervention)
+        if kind.__module__ in _HOMES and kind.__name__ in KINDS:
+            return KINDS[kind.__name__](intervention)
     raise Refusal(
-        f"its formula is not known; adopted are {', '.join(n.removesuffix('Intervention') for n in _KINDS)}"
+        f"its formula is not known; the known ones are {', '.join(n.removesuffix('Intervention') for n in KINDS)}"
     )
 
 
@@ -194,11 +195,11 @@ def adopted(own, positions):
             intervention_additional_kwargs=intervention_additional_kwargs,
         )  # fmt: skip
         if not intervene_on_prompt:
-            _refuse("intervene_on_prompt=False acts on what is generated alone")
+            _refuse("intervene_on_prompt=False acts on what is generated alone; ask for intervene_on_prompt=True")
         if unit_locations is None and positions == CALL:
             _refuse("generate was given none; positions='all' acts on the prompt and on what is generated")
         if unit_locations is not None and positions != CALL:
-            _refuse("unit_locations with intervene_on_prompt=True acts on the prompt alone")
+            _refuse(f"unit_locations with intervene_on_prompt=True acts on the prompt alone; {FOLLOW}")
         with _acting(self.model, unit_locations, base, positions):
             return None, self.model.generate(**base, **kwargs)
 
@@ -213,12 +214,12 @@ def _refuse_others(**given):
 
 @contextlib.contextmanager
 def _acting(model, given, base, positions):
-    """Let the edits act where a call says, for its while; a call that cannot be followed raises."""
+    """Let the edits act where a call says, during that call. A call that cannot be followed raises."""
     rows, length = next(iter(base.values())).shape[:2]
     named = None if given is None else _rows(given, rows, length)
     if positions != CALL:
         if named is not None and not bool(named.all()):
-            _refuse("unit_locations names some positions and not others; adopt with positions='call' to follow each call")
+            _refuse(f"unit_locations names some positions and not others; {FOLLOW}")
         yield
         return
     plan = root_of(model).rows
@@ -230,7 +231,7 @@ def _acting(model, given, base, positions):
 
 
 def _rows(given, rows, length):
-    """unit_locations as a bool (rows, columns), the same for all interventions: a list of positions a row for each."""
+    """unit_locations as a bool (rows, columns), the same for all interventions: one list of positions per row."""
     found = given.get("base", given.get("sources->base"))
     found = found[1] if isinstance(found, tuple) else found
     if isinstance(found, int):

@@ -3,8 +3,10 @@
     model.layers.0.mlp.down_proj.delta_vector.activation_scaling   (1, width)
     model.layers.0.mlp.down_proj.delta_vector.activation_bias      (1, width)
 
-under the path of the linear map whose output they edit.
+Each key begins with the path of the linear map whose output it edits.
 """
+
+from __future__ import annotations
 
 import logging
 import os
@@ -13,12 +15,13 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from ..edit_file import EditFileError
-from ..edits import RED, ScaleBias
+from ..edits.kinds import RED, ScaleBias
 from ..families import find_layers
+from ..files.edit_file import EditFileError
 from ..files.sealed import Damaged, open_regular
-from ..patching import patch
+from ..patching.handle import Handle, patch
 
 __all__ = ["load_red_checkpoint"]
 
@@ -28,8 +31,8 @@ _LIMIT = 1 << 30  # of a 70B model with both vectors on five linear maps a layer
 _PARTS = {"activation_scaling": ("scale", 1.0), "activation_bias": ("bias", 0.0)}
 
 
-def load_red_checkpoint(model, path, *, freeze=False):
-    """Patch a model with a RED checkpoint of its authors' code; returns the Handle.
+def load_red_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, freeze: bool = False) -> Handle:
+    """Patch a model with a RED checkpoint of its authors' code. Returns the Handle.
 
     Args:
         path: delta_vector.pth, or the folder that holds it. Read with weights_only=True: no code in it runs.
@@ -40,7 +43,7 @@ def load_red_checkpoint(model, path, *, freeze=False):
     """
     path = Path(path)
     path = path / FILE if os.path.isdir(path) else path
-    found = _grouped(path, _read(path))
+    found = _grouped(path, read_state(path, f"{FILE} as RED's training code saves it"))
     sites = _sites(model)
     edits = {}
     for module, parts in found.items():
@@ -65,16 +68,21 @@ def _edit(site, parts):
     return kind(parts["scale"], parts["bias"], site=site)
 
 
-def _read(path):
+def read_state(path, expected):
+    """The tensors of a file of torch.save, without executing anything in it.
+
+    Raises:
+        EditFileError: it is none; `expected` says what it should be.
+    """
     try:
         with open_regular(path, _LIMIT) as file:
             _check_zip(file)
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise EditFileError(f"there is no {path}; expected {FILE} as RED's training code saves it") from None
+        raise EditFileError(f"there is no {path}; expected {expected}") from None
     except Damaged as error:
-        raise EditFileError(f"{path} {error}; expected {FILE} as RED's training code saves it") from None
+        raise EditFileError(f"{path} {error}; expected {expected}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, *_OF_UNPICKLING) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EditFileError(
@@ -90,7 +98,7 @@ _OF_UNPICKLING = (ValueError, TypeError, LookupError, AttributeError, Arithmetic
 
 
 def _check_zip(file):
-    """torch checks neither an archive's checksums nor what it grows to: that its parts are as they were written, and whole."""
+    """Check that an archive's parts are whole and as they were written. torch checks neither checksums nor sizes."""
     try:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
@@ -153,7 +161,7 @@ def _sites(model):
 
 
 def _place(path, module, sites):
-    """A file's module path on this model: the same, or with a wrapper's prefix more or less."""
+    """A file's module path on this model: the same, or with a wrapper's prefix added or removed."""
     for name, place in sites.items():
         if name == module or name.endswith("." + module) or module.endswith("." + name):
             return place

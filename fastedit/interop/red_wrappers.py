@@ -1,8 +1,9 @@
-"""The wrapper modules of RED's authors (arXiv 2402.15179): a module around a linear map, with a child
-`delta_vector` that holds activation_scaling and activation_bias, each (1, width).
+"""The wrapper modules of RED's authors (arXiv 2402.15179): a module around a linear map.
+
+Its child `delta_vector` holds activation_scaling and activation_bias, each (1, width).
 """
 
-from ..form import Form
+from ..edits.form import Form
 from .found import IN_MODULE, Found, Refusal, try_wrapper, values
 from .switches import ClassSwitch, passing
 

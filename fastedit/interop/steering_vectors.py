@@ -6,7 +6,7 @@ import types
 
 import torch
 
-from ..form import Form
+from ..edits.form import Form
 from .found import IN_HOOK, Found, Refusal, try_call, values
 from .switches import HookSwitch
 
@@ -34,8 +34,8 @@ def _found(path, module, key, hook):
             raise Refusal("it is not the hook that steering-vectors 0.12 registers")
         if held["token_indices"] not in (slice(None), slice(0, None)):
             raise Refusal(
-                f"it acts at the tokens {held['token_indices']} of whatever is passed in one call, which for a "
-                "prompt and for a step of decoding are different ones; adopted are those that act at all"
+                f"it acts at the tokens {held['token_indices']} of each call, which are different tokens for a "
+                "prompt and for a step of decoding; only hooks that act at all tokens are adopted"
             )
         vector = held["target_activation"]
         made = tuple(_forms(held["operator"], values(vector, vector.shape[-1])))

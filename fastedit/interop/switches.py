@@ -1,6 +1,6 @@
-"""Taking a neighbour's edit out of force and putting it back exactly as it was.
+"""Taking a neighbor's edit out of force and putting it back exactly as it was.
 
-Each switch has `off()` and `on()`; doing either again does nothing. A module keeps its identity, its hooks, its
+Each switch has `off()` and `on()`. A second call of either does nothing. A module keeps its identity, its hooks, its
 parameters and its place: its class is swapped for a subclass that passes the call on.
 """
 
@@ -8,7 +8,7 @@ import copyreg
 import functools
 import types
 
-from ..swapping import swappable
+from ..patching.class_swap import swappable
 from .found import Refusal
 
 
@@ -39,7 +39,7 @@ class ClassSwitch:
 
 
 class ListSwitch:
-    """Puts what a wrapper wraps into its place in a list of layers."""
+    """Puts what a wrapper wraps into the wrapper's place in a list of layers."""
 
     def __init__(self, layers, index, wrapper, inner):
         self.layers, self.index, self.wrapper, self.inner = layers, index, wrapper, inner
@@ -52,10 +52,10 @@ class ListSwitch:
 
 
 class HookSwitch:
-    """Takes one forward hook off a module, and puts it back between the hooks it was between.
+    """Takes one forward hook off a module, and puts it back between the same hooks.
 
-    Whoever registered it may remove it meanwhile: its RemovableHandle then clears the id from all the dicts that
-    it knows, so a mark under that id, where it means nothing without the hook, says whether that has happened.
+    Whoever registered it may remove it meanwhile. Its RemovableHandle then clears the id from all the dicts that it
+    knows. So a mark under that id, which has no meaning without the hook, shows whether that has happened.
     """
 
     def __init__(self, module, hook):
@@ -88,7 +88,7 @@ class HookSwitch:
 
 @functools.cache
 def derived(own, members, *arguments):
-    """A subclass of `own` under its name, with the members that members(own, *arguments) gives."""
+    """A subclass of `own` under its name, with the members that members(own, *arguments) returns."""
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     made = _metaclass(type(own))(own.__name__, (own,), names | members(own, *arguments))
     made._fastedit_recipe = (own, members, *arguments)
@@ -97,7 +97,7 @@ def derived(own, members, *arguments):
 
 @functools.cache
 def _metaclass(of):
-    """Pickling a class looks its name up; for ours that finds the class it was derived from."""
+    """Pickling a class looks up its name. For ours that finds the class it was derived from."""
     meta = type("Derived", (of,), {})
     copyreg.pickle(meta, lambda cls: (derived, cls.__dict__["_fastedit_recipe"]) if _is_derived(cls) else cls.__qualname__)
     return meta
@@ -108,7 +108,7 @@ def _is_derived(cls):
 
 
 class _Outputs:
-    """out_features of a wrapper that has none of its own: that of what it wraps."""
+    """out_features of a wrapper that has none of its own: those of what it wraps."""
 
     def __init__(self, inner):
         self.inner = inner

@@ -2,10 +2,10 @@
 
     h̄ = the mean (or the last token) of the prompt's hidden states at the condition layer
     s = cos(h̄, tanh((c cᵀ / cᵀc) h̄))
-    h ← h + α v at the behaviour layers, for all tokens of the sequence, where s and the threshold say so
+    h ← h + α v at the behavior layers, for all tokens of the sequence, if s and the threshold say so
 
-`fit` finds a condition from two sets of prompts. It is a gate of kind "cast", decided on the prompt's forward and kept for
-what is generated. Conditions combine with &, | and ~, and gate any edit, not steering alone.
+`fit` finds a condition from two sets of prompts. It is a gate of kind "cast", decided on the prompt's forward and kept
+for the generated tokens. Conditions combine with &, | and ~, and gate any edit, not only steering.
 """
 
 import tempfile
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..captured_rows import Rows
-from ..capturing import capture
-from ..contrasting import _component, _split
-from ..edits import Steer
-from ..gates import Gate
+from ..capturing.capture import capture
+from ..capturing.rows_on_disk import Rows
+from ..directions.contrast import _component, _split
+from ..edits.gates import Gate
+from ..edits.kinds import Steer
 
 COMPARISONS = ("above", "below", "larger", "smaller")
 
@@ -26,13 +26,13 @@ def condition(vector, *, layer, threshold, when="above", over="mean", site="bloc
     """The gate of one condition.
 
     Args:
-        vector: c (width,); neither its length nor its sign matters.
-        layer: where h̄ is measured, what arrives at that layer's site before the edits there. The released code
-            measures what enters a layer: its layer n is layer n − 1's "block" here.
+        vector: c (width,). Neither its length nor its sign matters.
+        layer: where h̄ is measured: what arrives at that layer's site before the edits there. The released code
+            measures the input of a layer: its layer n is layer n − 1's "block" here.
         threshold: a number in [−1, 1].
-        when: "above": s > threshold opens the gate. "below": s ≤ threshold does. The released code's words are taken,
-            too: its "larger" means that the threshold is larger than s, which is "below"; its "smaller" is "above".
-        over: "mean" of the prompt's tokens, padding and attention sinks (sinks.py) left out, or "last" token.
+        when: "above": s > threshold opens the gate. "below": s ≤ threshold does. The released code's words are accepted
+            too. Its "larger" means that the threshold is larger than s, which is "below". Its "smaller" is "above".
+        over: "mean" of the prompt's tokens without padding and attention sinks (texts/sinks.py), or "last" token.
 
     Raises:
         ValueError: another `when` or `over`, or what fastedit.Gate refuses.
@@ -47,19 +47,20 @@ def condition(vector, *, layer, threshold, when="above", over="mean", site="bloc
 
 
 def cast(behaviour, condition, *, layers=None, strength=1.0, site="block"):
-    """The edit: steer by `behaviour` at `layers` where `condition` says so.
+    """The edit: steer by `behaviour` at `layers` if `condition` says so.
 
-    behaviour: values (width,), as fastedit.Steer takes them. condition: of `condition`, or any rule of gates.
-    layers: no earlier than those the condition measures at.
+    behaviour: values (width,), as fastedit.Steer takes them. condition: from `condition`, or any rule of gates.
+    layers: no earlier than those at which the condition measures.
     """
     return Steer(behaviour, layers=layers, strength=strength, site=site).when(condition)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What `fit` found: `gate()` makes it a condition. layer, threshold, when, over: as of `condition`; vector: c (width,).
+    """What `fit` found. `gate()` makes it a condition.
 
-    f1: on the prompts held out; fitted_f1: on the others. held_out: how many. table: {layer: best fitted F1 there}.
+    layer, threshold, when, over: as in `condition`. vector: c (width,).
+    f1: on the held-out prompts. fitted_f1: on the others. held_out: how many. table: {layer: best fitted F1 there}.
     """
 
     vector: torch.Tensor
@@ -82,16 +83,16 @@ def fit(
 ):  # fmt: skip
     """The condition that opens on the positive prompts: the best of a grid over layer × threshold × side, by F1.
 
-    Thresholds are those half-way between the fitted prompts' similarities. Of conditions with one F1 the one with the
-    widest gap about its threshold is taken.
+    Thresholds are half-way between the fitted prompts' similarities. Of conditions with equal F1, the one with the
+    widest gap around its threshold is taken.
 
     Args:
-        model, tokenizer, batch_size, max_length, progress: as of `fastedit.capture`.
+        model, tokenizer, batch_size, max_length, progress: as in `fastedit.capture`.
         positive, negative: prompts, texts or chat messages, four or more of each; as many of both for vector="pca".
-        layers: numbers to try; None for all. over: "mean" of the prompt's tokens or "last" token.
+        layers: numbers to try. None for all. over: "mean" of the prompt's tokens or "last" token.
         vector: "pca": the first component of the pairs' differences, positive[k] with negative[k], as in the released
-            code (which centres each pair, the same thing); "mean": the difference of means.
-        held_out, seed: the share of the prompts that the F1 is measured on, and which.
+            code (which centers each pair, the same thing). "mean": the difference of means.
+        held_out, seed: the share of the prompts on which the F1 is measured, and which ones.
 
     Raises:
         ValueError: another `over` or `vector`, too few prompts or no pairs, and what `capture` refuses.
@@ -134,13 +135,13 @@ def _opens(said, threshold, when):
 
 
 def _f1(positive, negative):
-    """Of which positive and negative prompts (n,) bool the gate opens on."""
+    """F1 of a gate that opens on these positive and negative prompts (n,) bool."""
     hits, wrong, missed = int(positive.sum()), int(negative.sum()), int((~positive).sum())
     return 2 * hits / (2 * hits + wrong + missed) if hits else 0.0
 
 
 def _threshold(positive, negative):
-    """(F1, gap, threshold, when) of the best one; gap: from the threshold to the next similarity."""
+    """(F1, gap, threshold, when) of the best one. gap: from the threshold to the next similarity."""
     found = torch.cat([positive, negative]).unique()
     halves = (found[1:] + found[:-1]) / 2 if len(found) > 1 else found
     gaps = (found[1:] - found[:-1]) / 2 if len(found) > 1 else torch.zeros_like(found)

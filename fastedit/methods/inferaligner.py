@@ -6,34 +6,35 @@
     with fastedit.patch(target, guidance.edit(layers=guidance.decisive(), strength=1.0)):
         target.generate(...)
 
-θ_l = mean(h_l | harmful) − mean(h_l | harmless) of the aligned model, at the last token; on the target model::
+θ_l = mean(h_l | harmful) − mean(h_l | harmless) of the aligned model, at the last token. On the target model::
 
-    x_l ← x_l + α g_l θ_l     at the output of block l, all positions,
+    x_l ← x_l + α g_l θ_l     at the output of block l, all positions.
 
-with g_l decided once for a prompt, at its last token, by the target's own direction s_l: 1 if x_l · s_l + b_l > 0, else 0.
-The paper does not say how b_l is chosen. Here s_l is the target's own difference of means and b_l puts the threshold
-half-way between the two means, which is the gate that the paper's sketch shows.
+g_l is decided once per prompt, at its last token, by the target's own direction s_l: 1 if x_l · s_l + b_l > 0, else 0.
+The paper does not say how b_l is chosen. Here s_l is the target's own difference of means, and b_l puts the threshold
+half-way between the two means. The paper's sketch shows this gate.
 """
 
 from dataclasses import dataclass
 
-from ..contrasting import contrast
-from ..directions import Directions
-from ..edits import Steer
-from ..gates import Gate
+from ..directions.contrast import contrast
+from ..directions.directions import Directions
+from ..edits.gates import Gate
+from ..edits.kinds import Steer
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """theta: the aligned model's Directions. own: the target's, with "accuracy" (on texts held out) and "offset", b_l."""
+    """theta: the aligned model's Directions. own: the target's, with "accuracy" (on held-out texts) and "offset",
+    b_l."""
 
     theta: Directions
     own: Directions
 
     def edit(self, *, layers=None, strength=1.0):
-        """The gated edit. strength: α; `fastedit.calibrate` finds one by its effect.
+        """The gated edit. strength: α. `fastedit.calibrate` finds one by its effect.
 
-        layers: None for all; `decisive` names those whose gate decides well.
+        layers: None for all. `decisive` names those whose gate decides well.
         """
         thresholds = {layer: -self.own.statistics[layer]["offset"] for layer in self.own}
         gate = Gate(self.own, thresholds, kind="dot", decide="prompt")
@@ -41,10 +42,10 @@ class Guidance:
 
 
     def decisive(self, at_least=0.9):
-        """[layer, …] whose gate tells at least that share of the held-out prompts apart.
+        """[layer, …] whose gate is right on at least that share of the held-out prompts.
 
         Raises:
-            ValueError: no layer does; says which is best.
+            ValueError: no layer is. The message says which is best.
         """
         found = [layer for layer in self.own if self.own.statistics[layer]["accuracy"] >= at_least]
         if not found:
@@ -63,11 +64,11 @@ def fit(
     """Both models' directions from two sets of prompts.
 
     Args:
-        target: the model to be guided. aligned: the one that guides, of the same width and depth. The two need not be in
-            memory together: `aligned` may also be the Directions that `fastedit.contrast(aligned, …)` gave.
+        target: the model to guide. aligned: the model that guides, of the same width and depth. The two need not be in
+            memory together: `aligned` may also be the Directions from `fastedit.contrast(aligned, …)`.
         tokenizer: the target's. aligned_tokenizer: the aligned model's, if another.
         harmful, harmless: prompts, as each model gets them, four or more of each.
-        held_out, seed: the share of the prompts on which the target's gate is judged, and which.
+        held_out, seed: the share of the prompts on which the target's gate is judged, and which ones.
 
     Raises:
         ValueError: widths or layers that differ, and what `fastedit.contrast` refuses.
@@ -90,7 +91,7 @@ def fit(
 
 
 def _check_shapes(target, aligned):
-    """Before any forward, where the configs say enough."""
+    """Check the shapes before any forward, as far as the configs give them."""
     shapes = [getattr(model, "config", None) for model in (target, aligned)]
     if None in shapes:
         return

@@ -10,25 +10,25 @@ where A⁺ and A⁻ come from a preferred and a dispreferred stimulus:
     SCIT   one model, three prompts: `hindsight_loss` teaches it to tell good responses from bad by the instruction
     DUAL   two models fine-tuned on chosen and on rejected responses, one prompt; the first one is the base
 
-What serves is as little as the formulas need: one set of weights for SCIT, two for DUAL (a naive loop: two and four),
-the student being an adapter or an edit on the base that is switched off for the teacher; every forward stops behind the
-deepest target layer. The student may be LoRA (PEFT, as published) or any trainable edit: RED, LoReFT.
+This needs only one set of weights in memory for SCIT and two for DUAL (a naive loop: two and four). The student is an
+adapter or an edit on the base, and is switched off for the teacher. Every forward stops after the deepest target layer.
+The student may be LoRA (PEFT, as published) or any trainable edit: RED, LoReFT.
 """
 
 import contextlib
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..chat import encode, prompt_ids, with_system
-from ..evaluating import evaluating
+from ..capturing.truncated_forward import check_depths, residual_stream
 from ..families import find_layers
-from ..patching import handles
-from ..root import root_of
-from ..truncated import check_depths, residual_stream
+from ..patching.eval_mode import evaluating
+from ..patching.handle import handles
+from ..patching.model_edits import root_of
+from ..texts.chat import encode, prompt_ids, with_system
+from ..training.adapters import without_adapters
 
 GOOD = (
     "You are a good assistant. Your answers are helpful, honest, harmless, well-founded and to the point; where a "
@@ -47,13 +47,13 @@ BAD = (
 class Collator:
     """Rows {"prompt": text or messages, "response": text} as batches of token ids.
 
-    instructions: what stands before the prompt for each stimulus; "" for none. All stimuli of a row end with the same
+    instructions: what comes before the prompt for each stimulus; "" for none. All stimuli of a row end with the same
     response columns, padded on the left, so that patterns can be subtracted.
-    response: at most so many response tokens. prompt: at most so many before it; of a longer prompt the beginning goes, not
-    the instruction. separator: between instruction and prompt. Where the prompt is messages, the instruction is in the system
-    turn and the template is applied once (fastedit/chat.py). end: texts, too, end with EOS.
+    response: the most response tokens. prompt: the most tokens before it. A longer prompt loses its beginning, not the
+    instruction. separator: between instruction and prompt. If the prompt is messages, the instruction is in the system
+    turn and the template is applied once (fastedit/texts/chat.py). end: whether texts, too, end with EOS.
 
-    Gives input_ids, attention_mask (stimuli, batch, tokens) and response_mask (batch, response columns).
+    Returns input_ids, attention_mask (stimuli, batch, tokens) and response_mask (batch, response columns).
     """
 
     tokenizer: object
@@ -89,7 +89,7 @@ class Collator:
         return {"input_ids": ids, "attention_mask": mask, "response_mask": response}
 
     def before(self, instruction, prompt):
-        """Token ids of instruction and prompt, cut at the beginning of the prompt."""
+        """Token ids of instruction and prompt. A long prompt is cut at its beginning."""
         if not isinstance(prompt, str):
             ids = prompt_ids(self.tokenizer, with_system(self.tokenizer, prompt, instruction, separator=self.separator))
             if len(ids) > self.prompt:
@@ -105,7 +105,7 @@ class Collator:
         return ids[:kept] + ids[kept - self.prompt :]
 
     def answer(self, row):
-        """Token ids of the response; behind messages, and with `end`, up to what ends it."""
+        """Token ids of the response. After messages, and with `end`, up to and including what ends it."""
         if not isinstance(row["prompt"], str):
             return encode(self.tokenizer, row["prompt"], row["response"]).response
         ids, eos = self.ids(row["response"]), getattr(self.tokenizer, "eos_token_id", None)
@@ -119,9 +119,9 @@ class Collator:
 
 
 class _MaskedNorm(torch.autograd.Function):
-    """Σ over layers and rows of mask · ‖student − target‖ (or its square), and the gradient, in one go.
+    """Σ over layers and rows of mask · ‖student − target‖ (or its square), and the gradient, in one step.
 
-    target = base + α (good − bad) is never stored: one buffer a layer holds the difference and becomes the gradient.
+    target = base + α (good − bad) is never stored. One buffer per layer holds the difference and becomes the gradient.
     """
 
     @staticmethod
@@ -151,8 +151,8 @@ def pattern_loss(student, base, good, bad, mask, *, alpha=5.0, squared=False):
     """Mean over layers and response tokens of ‖student − (base + α (good − bad))‖.
 
     Args:
-        student, base, good, bad: a list of (batch, tokens, width) each, one a target layer; only the student's get a
-            gradient.
+        student, base, good, bad: one list of (batch, tokens, width) each, one tensor per target layer. Only the
+            student's get a gradient.
         mask: (batch, tokens) fp32, 1 at response tokens.
         squared: the square of the norm (the paper's formula) instead of the norm (the released code).
     """
@@ -161,11 +161,11 @@ def pattern_loss(student, base, good, bad, mask, *, alpha=5.0, squared=False):
 
 
 def hindsight_loss(model, own, opposite, response_mask, *, epsilon=0.2):
-    """SCIT's first step: a response is to be likely under its own instruction and unlikely under the opposite one.
+    """SCIT's first step: a response should be likely under its own instruction and unlikely under the opposite one.
 
         CE(own) + (1 − ε) (−log σ(a)) + ε (−log σ(−a)),     a = log P(response | own) − log P(response | opposite)
 
-    with log P the mean over the response's tokens; good instructions go with chosen responses, bad with rejected.
+    log P is the mean over the response's tokens. Good instructions go with chosen responses, bad ones with rejected.
 
     Args:
         own, opposite: {"input_ids", "attention_mask"} (batch, tokens), the response in the last columns.
@@ -202,51 +202,14 @@ def teacher(model):
                 handle.strength = strength
 
 
-@contextlib.contextmanager
-def without_adapters(model):
-    """PEFT's adapters off, and each in the state that it was, trained or not.
-
-    `PeftModel.disable_adapter` counts the model's parameters in each call, which took 4 % of a DUAL step; it serves
-    what has no layers of its own to switch, such as prompt tuning.
-    """
-    layers = _adapter_layers(model)
-    if not layers:
-        disable = getattr(model, "disable_adapter", contextlib.nullcontext)
-        with disable():
-            yield
-        return
-    trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, was in trained:
-            if parameter.requires_grad is not was:
-                parameter.requires_grad_(was)
-
-
-def _adapter_layers(model):
-    """The modules of PEFT in which an adapter is in force."""
-    if "peft" not in sys.modules:
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
-
-
 class Rahf(nn.Module):
-    """A model with its student, as what a Trainer trains: `forward(**batch)` gives `{"loss": …}`.
+    """A model with its student, as a Trainer trains it: `forward(**batch)` returns `{"loss": …}`.
 
     Args:
         model: the base, with a PEFT adapter or with trainable edits (`fastedit.patch(…, freeze=True)`).
-        layers: numbers of blocks after which patterns are taken; those of the paper's 7B models by default, in
+        layers: numbers of blocks after which patterns are taken. By default those of the paper's 7B models, in
             proportion to this model's depth.
-        rejected: DUAL's model of the rejected responses; None for SCIT.
+        rejected: DUAL's model of the rejected responses. None for SCIT.
         alpha, squared: as in `pattern_loss`.
 
     A batch is `Collator`'s: for SCIT with the stimuli (neutral, good, bad), for DUAL with one.
@@ -264,14 +227,14 @@ class Rahf(nn.Module):
         self.rejected = None if rejected is None else rejected.eval().requires_grad_(False)
 
     def train(self, mode=True):
-        """The student's mode; the rejected model stays as it is used."""
+        """Set the student's mode. The rejected model's mode does not change."""
         super().train(mode)
         if self.rejected is not None:
             self.rejected.eval()
         return self
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
-        """What the Trainer calls for gradient_checkpointing=True; before transformers 5.24 by the name below."""
+        """What the Trainer calls for gradient_checkpointing=True. Before transformers 5.24 it calls the name below."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         given = activation_checkpointing_kwargs or {"use_reentrant": False}
         if hasattr(inner, "activation_checkpointing_enable"):
@@ -298,7 +261,7 @@ class Rahf(nn.Module):
         return {"loss": loss}
 
     def patterns(self, input_ids, attention_mask, columns):
-        """The teacher's (base, good, bad), each a list with a tensor a layer."""
+        """The teacher's (base, good, bad), each a list with one tensor per layer."""
         with teacher(self.model):
             if self.rejected is None:
                 flat = (input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
@@ -309,7 +272,7 @@ class Rahf(nn.Module):
         return good, good, bad
 
     def stream(self, ids, mask, columns, model=None):
-        """The residual streams of `model`, this Rahf's own by default."""
+        """The residual streams of `model`, by default this Rahf's own."""
         model, found = (self.model, self.found[0]) if model is None else (model, self.found[-1])
         return residual_stream(model, self.layers, {"input_ids": ids, "attention_mask": mask}, columns, found)
 
@@ -321,7 +284,7 @@ def default_layers(depth, dual=False):
 
 
 def lora(model, layers=None, *, dual=False, rank=8, alpha=16, dropout=0.05, targets=("q_proj", "v_proj"), seed=0):
-    """The published student: LoRA (PEFT) on the blocks up to the deepest target layer, which alone get a gradient."""
+    """The published student: LoRA (PEFT) on the blocks up to the deepest target layer. Only these get a gradient."""
     from peft import LoraConfig, get_peft_model
 
     deepest = max(default_layers(len(find_layers(model)), dual) if layers is None else layers)
@@ -334,8 +297,9 @@ def lora(model, layers=None, *, dual=False, rank=8, alpha=16, dropout=0.05, targ
 
 
 def rows_of(pairs, kind, seed=0):
-    """Step 2's rows {"prompt", "response"} of pairs: "chosen", "all" (both responses; DUAL's), or "random" (one of the two,
-    rejected for half of the pairs; SCIT's).
+    """Step 2's rows {"prompt", "response"} of pairs.
+
+    "chosen"; "all" (both responses; DUAL's); or "random" (one of the two, rejected for half of the pairs; SCIT's).
     """
     if kind not in ("chosen", "all", "random"):
         raise ValueError(f"rows is {kind!r}, expected chosen, all or random")
@@ -349,11 +313,12 @@ def rows_of(pairs, kind, seed=0):
 
 def train(rahf, rows, collator, *, steps=450, batch_size=64, lr=3e-4, seed=0, callbacks=(), resume=None, micro_batch=None,
           **arguments):  # fmt: skip
-    """Fit the student on rows {"prompt", "response"} (`rows_of`); returns the Trainer.
+    """Fit the student on rows {"prompt", "response"} (`rows_of`). Returns the Trainer.
 
-    The defaults are SCIT's of the paper (constant rate, AdamW); for DUAL steps=2500, batch_size=8, lr=9e-6 and a Collator
-    with response=64. micro_batch: rows a forward, a divisor of batch_size (published: 16 × 4). resume: True or a checkpoint.
-    arguments: further TrainingArguments, such as output_dir to keep checkpoints, which hold the student alone.
+    The defaults are SCIT's of the paper (constant rate, AdamW). For DUAL use steps=2500, batch_size=8, lr=9e-6 and a
+    Collator with response=64. micro_batch: rows per forward, a divisor of batch_size (published: 16 × 4). resume: True
+    or a checkpoint. arguments: further TrainingArguments, such as output_dir to keep checkpoints, which hold the
+    student alone.
     """
     import tempfile
 

@@ -1,4 +1,4 @@
-"""RAHF's student in training, and what it comes to: checkpoints of the student alone, and the margin of held-out pairs."""
+"""RAHF's student in training, and its results: checkpoints of the student alone, and the margin of held-out pairs."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from safetensors.torch import save as to_bytes
 from torch.nn import functional as F
 from transformers import Trainer
 
-from ..edit_file import EditFileError, replace
-from ..evaluating import evaluating
+from ..files.edit_file import EditFileError, replace
+from ..patching.eval_mode import evaluating
 
 STUDENT = "student.safetensors"
 
 
 class StudentTrainer(Trainer):
-    """A Trainer for a Rahf whose checkpoints hold what trains, and neither base nor rejected model."""
+    """A Trainer for a Rahf. Its checkpoints hold what trains, and neither base nor rejected model."""
 
     def _save(self, output_dir=None, state_dict=None):
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
@@ -42,9 +42,9 @@ class StudentTrainer(Trainer):
 
 
 def margins(model, collator, pairs, batch_size=8):
-    """[log P(chosen) − log P(rejected)] of pairs under the neutral prompt, with the model as it is now.
+    """[log P(chosen) − log P(rejected)] of pairs under the neutral prompt, with the present model.
 
-    collator: a rahf.Collator; of its instructions the first one is used.
+    collator: a rahf.Collator. The first of its instructions is used.
     """
     device, found = next(model.parameters()).device, []
     with torch.no_grad(), evaluating(model):

@@ -3,8 +3,9 @@
     base, rejected = rahf_teachers.teach(model, tokenizer, pairs, "scit")        # one hindsight model; rejected is None
     base, rejected = rahf_teachers.teach(model, tokenizer, pairs, "dual")        # fine-tuned on chosen, and on rejected
 
-A teacher is fine-tuned wholly (as published), by LoRA, or by an edit, which are merged into its weights at the end. What trains
-is fp32 whatever the model's dtype, which the forwards run in; the model has its own dtype again afterwards.
+A teacher is fine-tuned whole (as published), by LoRA, or by an edit. LoRA and edits are merged into its weights at the
+end. What trains is fp32, whatever the model's dtype, in which the forwards run. The model has its own dtype again
+afterwards.
 """
 
 import copy
@@ -15,11 +16,11 @@ import torch
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..patching import patch
+from ..patching.handle import patch
 from .rahf import BAD, GOOD, Collator, hindsight_loss
 
 MODES = ("scit", "dual")
-PUBLISHED = {  # rows a step, epochs; both: lr 2e-5 after 10 % of warm-up, cosine, up to 768 tokens, AdamW
+PUBLISHED = {  # rows per step, epochs; both: lr 2e-5 after 10 % of warm-up, cosine, up to 768 tokens, AdamW
     "scit": {"batch_size": 64, "epochs": 2}, "dual": {"batch_size": 128, "epochs": 3},
 }  # fmt: skip
 WAYS = ("full", "lora", "red", "red+", "loreft")
@@ -29,19 +30,19 @@ TOKENS = 768
 def teach(model, tokenizer, pairs, mode="scit", *, by="full", lr=2e-5, epochs=None, steps=None, batch_size=None, micro_batch=None,
           tokens=TOKENS, rank=8, checkpointing=False, seed=0, output_dir=None, resume=False, callbacks=None,
           **arguments):  # fmt: skip
-    """(base, rejected or None): the given model taught in place, and for DUAL a copy taught the rejected responses.
+    """(base, rejected or None): the given model, taught in place, and for DUAL a copy taught the rejected responses.
 
     Args:
         pairs: rows {"prompt", "chosen", "rejected"}, prompts as strings or messages.
         by: "full", "lora", "red" or "red+". An edit that no weights can hold, such as LoReFT at `block`, is refused.
-        epochs, batch_size: by default as published; steps: in place of epochs.
-        micro_batch: rows a forward, a divisor of batch_size; by default up to 16.
-        output_dir: where checkpoints and the finished teachers go, each in a folder of its name; resume: what is finished there
-            is loaded, what is not goes on.
-        callbacks: a function of the teacher's name that gives the Trainer's callbacks.
+        epochs, batch_size: by default as published. steps: in place of epochs.
+        micro_batch: rows per forward, a divisor of batch_size. By default up to 16.
+        output_dir: folder of checkpoints and finished teachers, each in a folder of its name. resume: load what is
+            finished there and continue what is not.
+        callbacks: a function of the teacher's name that returns the Trainer's callbacks.
 
     Raises:
-        ValueError: another mode or way, or a batch that micro-batches do not fill; before any training.
+        ValueError: another mode or way, or a batch that micro-batches do not fill, before any training.
     """
     if mode not in MODES or by not in WAYS:
         raise ValueError(
@@ -159,7 +160,7 @@ class TeacherTrainer(Trainer):
 
 
 def said_loss(model, ids, attention_mask, response_mask):
-    """Cross-entropy of the responses' tokens, which stand in the last columns."""
+    """Cross-entropy of the responses' tokens, which are in the last columns."""
     columns = response_mask.shape[1]
     logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=columns + 1).logits
     each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, -columns:], reduction="none")

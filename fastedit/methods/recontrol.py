@@ -1,5 +1,6 @@
-"""RE-Control: a value net on hidden states, and control of each next token's state (Kong et al., arXiv 2406.05954,
-NeurIPS 2024).
+"""RE-Control: a value net on hidden states, and control of each next token's state.
+
+Kong et al., arXiv 2406.05954, NeurIPS 2024.
 
 ::
 
@@ -25,8 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..control import NAMES, Control
-from ..value_net import ValueNet
+from ..ops.value_net import ValueNet
+from ..patching.control import NAMES, Control
 from .trajectories import Trajectories, collect
 
 __all__ = ["Control", "Fit", "Trajectories", "collect", "fit", "td_loss", "td_targets", "value_net"]
@@ -34,10 +35,10 @@ __all__ = ["Control", "Fit", "Trajectories", "collect", "fit", "td_loss", "td_ta
 
 @torch.no_grad()
 def td_targets(values, lengths, rewards, lam=0.0):
-    """What each state's value is to be, (steps,), in the values' dtype; no gradient flows through it.
+    """The target of each state's value, (steps,), in the values' dtype. No gradient flows through it.
 
-    At the last step of a trajectory its reward r; before it V of the next step (TD(0), arXiv 2406.05954), or with
-    lam = λ the λ-return  G_t = (1 − λ) V_{t+1} + λ G_{t+1},  which is r itself for λ = 1. There is no discount.
+    At the last step of a trajectory it is the reward r. Before that it is V of the next step (TD(0), arXiv 2406.05954),
+    or with lam = λ the λ-return  G_t = (1 − λ) V_{t+1} + λ G_{t+1},  which is r itself for λ = 1. There is no discount.
 
     Args:
         values: (steps,) V of every state, trajectories one after another. lengths: (n,) int64. rewards: (n,).
@@ -58,18 +59,20 @@ def td_targets(values, lengths, rewards, lam=0.0):
 
 
 def td_loss(values, lengths, rewards, lam=0.0):
-    """(Σ over pairs of valid steps (V_t − sg V_{t+1})² + Σ over trajectories (V_T − r)²) / steps, T the last valid step.
+    """(Σ over pairs of valid steps (V_t − sg V_{t+1})² + Σ over trajectories (V_T − r)²) / steps, T the last valid
+    step.
 
-    Arguments as of `td_targets`.
+    Arguments as in `td_targets`.
     """
     return (values - td_targets(values, lengths, rewards, lam)).square().mean()
 
 
 @dataclass
 class Fit:
-    """epochs: a dict each, {"epoch", "loss", "held_out", "error"}; best: the number of the one that was kept.
+    """epochs: one dict each, {"epoch", "loss", "held_out", "error"}. best: the number of the one that was kept.
 
-    loss, held_out: `td_loss`. error: the held-out mean of (V_t − r)² over all states, which does not lean on V itself.
+    loss, held_out: `td_loss`. error: the held-out mean of (V_t − r)² over all states, which does not depend on V's own
+        targets.
     """
 
     epochs: list
@@ -77,30 +80,31 @@ class Fit:
 
     @property
     def error(self):
-        """The held-out error of the epoch that was kept; None if nothing was held out."""
+        """The held-out error of the epoch that was kept. None if nothing was held out."""
         return self.epochs[self.best]["error"]
 
 
 def fit(
     net, trajectories, *, lam=0.0, epochs=100, batch_size=512, lr=1e-4, held_out=0.1, patience=10, seed=0, progress=None,
 ):  # fmt: skip
-    """Train a value net in place on trajectories, by Adam on `td_loss`; returns the Fit.
+    """Train a value net in place on trajectories, by Adam on `td_loss`. Returns the Fit.
 
-    Every epoch sees each trajectory once, one forward of V a batch. The weights kept are those of the epoch (the start
-    counts as epoch 0) with the least held-out error; without held-out trajectories, of the last one. On the CPU the same
-    seed gives the same bits.
+    Every epoch sees each trajectory once, with one forward of V per batch. The weights kept are those of the epoch with
+    the least held-out error (the start counts as epoch 0). Without held-out trajectories they are those of the last
+    epoch. On the CPU the same seed gives the same bits.
 
     Args:
         net: a fastedit.ValueNet of the trajectories' width.
         lam: λ of TD(λ), from 0 (TD(0), the paper's) to 1.
-        batch_size: trajectories a step.
-        held_out: the share of trajectories that only measure. patience: stop after so many epochs without a better one.
+        batch_size: trajectories per step.
+        held_out: the share of trajectories that are only measured. patience: stop after so many epochs without a better
+            one.
         progress: called as progress(epoch, epochs) after each epoch.
 
     Raises:
-        TypeError, ValueError: another width, numbers out of range, or too few trajectories to hold some out; the net is
+        TypeError, ValueError: another width, numbers out of range, or too few trajectories to hold some out. The net is
         as it was.
-        RuntimeError: the loss is no longer finite (lower lr); the net has the best weights so far.
+        RuntimeError: the loss is no longer finite (lower lr). The net has the best weights so far.
     """
     _check(net, trajectories, lam, epochs, batch_size, held_out)
     train, test = _split(len(trajectories), held_out, seed)
@@ -131,7 +135,7 @@ def fit(
 
 
 def _epoch(net, optimizer, data, order, lam, batch_size):
-    """One pass over the trajectories `order`; the mean loss a state."""
+    """One pass over the trajectories `order`. Returns the mean loss per state."""
     total, steps = 0.0, 0
     for chosen in order.split(batch_size):
         states, lengths, rewards = data.take(chosen)
@@ -144,7 +148,7 @@ def _epoch(net, optimizer, data, order, lam, batch_size):
 
 
 class _Data:
-    """Trajectories by number, on the net's device a batch at a time."""
+    """Trajectories by number, moved to the net's device one batch at a time."""
 
     def __init__(self, trajectories, device):
         self.given, self.device = trajectories, device
@@ -159,7 +163,7 @@ class _Data:
 
     @torch.no_grad()
     def measure(self, net, chosen, lam, batch_size):
-        """{"held_out", "error"} over the trajectories `chosen`; None for none."""
+        """{"held_out", "error"} over the trajectories `chosen`. None if there are none."""
         if not len(chosen):
             return {"held_out": None, "error": None}
         loss = error = steps = 0

@@ -1,27 +1,32 @@
-"""RE-Control beside what else buys reward with compute: best of n, and reranking of tokens or of samples by the value.
+"""RE-Control beside other ways to buy reward with compute: best of n, and reranking of tokens or samples by the value.
 
     rows = report(handle, tokenizer, prompts, reward, net, samples=4)        # handle: of a Control (fastedit.patch)
     print(table(rows))
 
-Each row has the mean reward, distinct 2-grams as diversity, and the mean log-probability of a token under the model without
-control, so that reward bought with repetition or nonsense shows.
+Each row has the mean reward, distinct 2-grams as diversity, and the mean log-probability of a token under the model
+without control. So reward that is bought with repetition or nonsense shows.
 """
 
 import torch
 
-from ..evaluating import evaluating
-from .trajectories import _states, collect
+from ..patching.eval_mode import evaluating
+from ..texts.chat import prompt_ids
+from ..training.batches import Padded, token_logps
+from .replies import left_padded
+from .trajectories import _states, collect, rewards_of
 
 
 def report(
     handle, tokenizer, prompts, reward, net, *, samples=4, max_new_tokens=64, k=8, weight=1.0, batch_size=16, seed=0
 ):
-    """[{"way", "reward", "diversity", "log_p", "responses"}]: none, control, best of n, reranked by value (samples, tokens).
+    """[{"way", "reward", "diversity", "log_p", "responses"}].
+
+    The ways: none, control, best of n, reranked by value (samples, tokens).
 
     Args:
-        handle: on a causal model, with a Control; its strength of now is the control's.
+        handle: on a causal model, with a Control. Its present strength is the control's.
         reward: (prompts, responses) → numbers. net: the ValueNet.
-        samples: n of best of n and of reranked samples; also of the sampled ways, each response counted.
+        samples: n of best of n and of reranked samples; also of the sampled ways, where each response counts.
         k, weight: of reranked tokens, see `rerank_tokens`.
     """
     model, dial = handle.model, handle.strength
@@ -54,14 +59,15 @@ def report(
 
 
 def best_of(scores, samples):
-    """The index of the best of each prompt's samples, which stand one after another."""
+    """The index of the best of each prompt's samples, which come one after another."""
     best = torch.as_tensor(scores).view(-1, samples).argmax(1)
     return (torch.arange(len(best)) * samples + best).tolist()
 
 
 def rerank_tokens(model, tokenizer, prompts, net, *, k=8, weight=1.0, max_new_tokens=64, batch_size=16):
-    """Greedy decoding by log p + weight · V(state after the token) among the k likeliest tokens (controlled decoding, FUDGE,
-    DeAL: arXiv 2310.17022, 2104.05218, 2402.06147, with RE-Control's value as their scorer). Returns the responses.
+    """Greedy decoding by log p + weight · V(state after the token) among the k likeliest tokens. Returns the responses.
+
+    Controlled decoding, FUDGE and DeAL (arXiv 2310.17022, 2104.05218, 2402.06147), with RE-Control's value as scorer.
     """
     found = []
     with torch.no_grad(), evaluating(model):
@@ -73,8 +79,8 @@ def rerank_tokens(model, tokenizer, prompts, net, *, k=8, weight=1.0, max_new_to
 def _reranked(model, tokenizer, prompts, net, k, weight, max_new_tokens):
     from transformers import DynamicCache
 
-    given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    ids, mask, cache = given["input_ids"], given["attention_mask"], DynamicCache()
+    given = left_padded([prompt_ids(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id)
+    (ids, mask), cache = (tensor.to(model.device) for tensor in given), DynamicCache()
     ends = torch.as_tensor(model.generation_config.eos_token_id or [], device=ids.device).reshape(-1)
     place = (mask.cumsum(1) - 1).clamp_min(0)
     logits = model(ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True).logits[:, -1]
@@ -104,7 +110,7 @@ def _reranked(model, tokenizer, prompts, net, k, weight, max_new_tokens):
 
 
 def _measured(way, model, tokenizer, prompts, responses, reward, batch_size):
-    rewards = [float(r) for part in _parts(len(prompts), batch_size) for r in reward(prompts[part], responses[part])]
+    rewards = [float(r) for part in _parts(len(prompts), batch_size) for r in rewards_of(reward, prompts[part], responses[part])]
     likely = [log_p(model, tokenizer, prompts[part], responses[part]) for part in _parts(len(prompts), batch_size)]
     known = [value for part in likely for value in part if value is not None]
     return {
@@ -118,16 +124,14 @@ def _parts(count, size):
 
 
 def distinct(responses, n=2):
-    """The share of n-grams of words, over all responses, that are different ones; 0 where there is none."""
+    """The share of distinct n-grams of words, over all responses. 0 if there are none."""
     grams = [gram for text in responses for gram in zip(*(text.split()[k:] for k in range(n)), strict=False)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 @torch.no_grad()
 def log_p(model, tokenizer, prompts, responses):
-    """The mean log-probability of a token of each response behind its prompt; None for an empty one."""
-    from ..chat import prompt_ids
-    from ..training.batches import Padded, token_logps
+    """The mean log-probability of a token of each response after its prompt. None for an empty response."""
 
     found, rows = [None] * len(prompts), []
     for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):

@@ -4,11 +4,12 @@
     handle = fastedit.patch(model, roleref.edit(vectors))
     print(roleref.report(model, tokenizer, handle, conflicting, answerable, judge))
 
-A pair k is a query the role can answer and one that conflicts with what the role knows. With the last prompt token's
-hidden states at layer l, d_k = h(answerable_k) − h(conflicting_k); μ and σ² are their mean and variance over the pairs,
-feature by feature. The features of smallest variance, a share `keep` of them, carry the difference; the others are zeroed:
+A pair k is a query that the role can answer and one that conflicts with what the role knows. With the last prompt
+token's hidden states at layer l, d_k = h(answerable_k) − h(conflicting_k). μ and σ² are their mean and variance over
+the pairs, per feature. The share `keep` of the features with the smallest variance carries the difference. The others
+are zeroed:
 
-    v_l = μ ⊙ mask,     h ← h + c v_l at every block's output, for all tokens;  c = −0.1 moves towards refusing.
+    v_l = μ ⊙ mask,     h ← h + c v_l at every block's output, for all tokens;  c = −0.1 moves toward refusing.
 """
 
 import tempfile
@@ -17,11 +18,11 @@ from itertools import pairwise
 
 import torch
 
-from ..captured_rows import Rows
-from ..capturing import capture
-from ..directions import Directions
-from ..edits import Steer
-from ..patching import Handle
+from ..capturing.capture import capture
+from ..capturing.rows_on_disk import Rows
+from ..directions.directions import Directions
+from ..edits.kinds import Steer
+from ..patching.handle import Handle
 from .replies import plain, replies, wilson
 
 STRENGTH = -0.1  # the paper's; it tries −0.3 … 0.3
@@ -33,20 +34,20 @@ def vectors(
     """The variance-masked vectors of pairs.
 
     Args:
-        model, tokenizer, batch_size, max_length, progress: as of `fastedit.capture`.
+        model, tokenizer, batch_size, max_length, progress: as in `fastedit.capture`.
         answerable, conflicting: prompts, strings or chat messages (`in_role` puts a role into the system turn),
             answerable[k] with conflicting[k].
         keep: the share of features kept (0.3 and 0.5 in the released code).
-        measured: "output": of the block that the vector is added to. "input": what enters that block, which is where the
-            released code measures, one block before it adds.
+        measured: "output": of the block to which the vector is added. "input": of that block. The released code
+            measures there, one block before it adds.
 
     Returns:
-        Directions for every layer, whose statistics are "kept" (features), "pairs", "norm" of μ, and "share", the part of
-        ‖μ‖² that the mask leaves.
+        Directions for every layer, with the statistics "kept" (features), "pairs", "norm" of μ, and "share", the part
+        of ‖μ‖² that the mask leaves.
 
     Raises:
-        TypeError, ValueError: sets that are not pairs or fewer than two, `keep` outside (0, 1], another `measured`, and what
-        `capture` refuses.
+        TypeError, ValueError: sets that are not pairs or fewer than two, `keep` outside (0, 1], another `measured`, and
+        what `capture` refuses.
     """
     sets = [list(answerable), list(conflicting)]
     if isinstance(answerable, str) or isinstance(conflicting, str):
@@ -89,7 +90,8 @@ def _differences(model, tokenizer, sets, options, site):
 
 
 def masked_mean(apart, keep):
-    """(v (width,) fp32, statistics) of differences (pairs, width): their mean where the variance is among the smallest."""
+    """(v (width,) fp32, statistics) of differences (pairs, width): their mean where the variance is among the
+    smallest."""
     mean, variance = apart.mean(0), apart.var(0, correction=0)
     kept = max(1, round(keep * apart.shape[1]))
     mask = torch.zeros_like(mean)
@@ -109,7 +111,7 @@ def edit(vectors, strength=STRENGTH, *, layers=None):
 
 @dataclass(frozen=True)
 class Rate:
-    """How often the judge saw a refusal: of `queries`, as a share with its 95 % interval (Wilson)."""
+    """How often the judge saw a refusal: a share of `queries` with its 95 % interval (Wilson)."""
 
     refused: int
     queries: int
@@ -128,7 +130,7 @@ class Rate:
 
 
 class Report(dict):
-    """{strength: {"conflicting": Rate, "answerable": Rate}}, strength 0 first; `str` is a table."""
+    """{strength: {"conflicting": Rate, "answerable": Rate}}, strength 0 first. `str` is a table."""
 
     def __str__(self):
         lines = ["strength   refused, conflicting   over-refused, answerable"]
@@ -140,20 +142,20 @@ class Report(dict):
 def report(
     model, tokenizer, handle, conflicting, answerable, judge, *, strengths=(1.0,), max_new_tokens=64, batch_size=8
 ):
-    """How often the model refuses what conflicts with its role, and what it could answer, without the edit and with it.
+    """How often the model refuses what conflicts with its role, and what it could answer, with and without the edit.
 
     Args:
-        handle: of the edit, on this model; left at the strength it has. strengths: for `handle.strength`, factors on the
+        handle: of the edit, on this model. It keeps its strength. strengths: for `handle.strength`, factors on the
             edit's own.
-        conflicting, answerable: prompts that the vectors were not made of.
-        judge: judge(prompt, reply) → whether the reply refuses; a classifier, a model, a rule of yours. Of messages it is
-            shown the last one's content.
+        conflicting, answerable: prompts that were not used for the vectors.
+        judge: judge(prompt, reply) → whether the reply refuses: a classifier, a model, a rule of yours. Of messages it
+            sees the last one's content.
 
     Returns:
         Report. Replies are greedy.
 
     Raises:
-        TypeError, ValueError: no handle of this model, an empty set, a judge that does not say True or False.
+        TypeError, ValueError: no handle of this model, an empty set, a judge that does not return True or False.
     """
     if not isinstance(handle, Handle) or handle.model is not model:
         raise TypeError("handle is not a fastedit Handle on this model")

@@ -1,11 +1,11 @@
-"""What RE-Control learns from: the states behind each generated token, and a reward for each response.
+"""What RE-Control learns from: the state behind each generated token, and a reward for each response.
 
     trajectories = collect(model, tokenizer, prompts, reward)
     collect(model, tokenizer, prompts, reward, folder="states", part=(rank, processes))     # each process its share
     trajectories = Trajectories.load("states")
 
 States are those of `final`, what the LM head reads, at the position that predicts each generated token (arXiv
-2406.05954). They lie one after another without padding: `lengths` says whose they are.
+2406.05954). They are stored one after another without padding. `lengths` says how many each response has.
 """
 
 import contextlib
@@ -19,14 +19,16 @@ from pathlib import Path
 
 import torch
 
-from ..edit_file import EditFileError, replace
-from ..edits import Edit
-from ..evaluating import evaluating
+from ..edits.kinds import Edit
 from ..families import find_layers
+from ..files.edit_file import EditFileError, replace
 from ..files.sealed import open_tensors, parse_json, read_regular, seal_tensors
-from ..planning import choose
-from ..root import root_of
-from ..site_kinds import watch
+from ..patching.eval_mode import evaluating
+from ..patching.layer_plan import choose
+from ..patching.model_edits import root_of
+from ..patching.site_kinds import watch
+from ..texts.chat import prompt_ids
+from .replies import left_padded, plain
 
 _FORMAT = "fastedit trajectories 1"
 _PLAN = "collection.json"  # of a folder of shards: what was asked for, and how many shards there are to be
@@ -37,10 +39,10 @@ logger = logging.getLogger("fastedit")
 class Trajectories:
     """n responses. states: (sum of lengths, width), in the model's dtype. lengths: (n,) int64. rewards: (n,) fp32.
 
-    prompts, responses: their texts, [] where unknown.
+    prompts, responses: their texts; a prompt may be a list of messages. [] if unknown.
 
     Raises:
-        TypeError, ValueError: shapes that do not belong together, a response without a state, a reward that is not finite.
+        TypeError, ValueError: shapes that do not fit together, a response without a state, a reward that is not finite.
     """
 
     states: torch.Tensor
@@ -77,7 +79,8 @@ class Trajectories:
 
     @classmethod
     def load(cls, path):
-        """What `save` wrote, or all shards of a folder of `collect`; EditFileError for any other file, or a shard missing."""
+        """What `save` wrote, or all shards of a folder of `collect`. EditFileError for any other file, or a missing
+        shard."""
         if Path(path).is_dir():
             return cls._of_shards(Path(path))
         try:
@@ -119,24 +122,26 @@ def collect(
 ):  # fmt: skip
     """Generate responses and keep, for every generated token, the state that predicted it.
 
-    The model generates in eval mode, edits on it included; it is left as it was. The same seed, prompts and batch size
-    give the same trajectories, whether in one go, resumed or by several processes; the global random state is left as it was.
+    The model generates in eval mode, with the edits on it, and is left as it was. The same seed, prompts and batch size
+    give the same trajectories, whether in one run, resumed or by several processes. The global random state is left as
+    it was.
 
     Args:
         model, tokenizer: a causal language model and its tokenizer, which needs a padding token.
-        prompts: texts.
-        reward: any function (prompts, responses) → one number each; it is called with a batch of texts.
-        samples: responses a prompt. temperature: 0 for the likeliest token.
-        dtype: of the kept states; the model's own by default.
+        prompts: texts, or lists of messages, which go through the tokenizer's chat template.
+        reward: any function (prompts, responses) → one number each. It is called with a batch of texts. For messages it gets
+            the last one's text, or the messages themselves if it has the attribute `takes_messages`.
+        samples: responses per prompt. temperature: 0 for the likeliest token.
+        dtype: of the kept states. By default the model's own.
         progress: called as progress(done, total), in responses, after each batch.
-        folder: where each batch is written as a shard when it is done; shards that are there are not made again. Returned is
-            then what the folder holds, if that is all of it, else None: other processes are not done.
-        part: (number, of how many): of several processes, each with the same folder, this one's share of the batches.
+        folder: each finished batch is written there as a shard. Shards that are there are not made again. The result is
+            what the folder holds, if that is complete; else None, because other processes are not done.
+        part: (number, of how many): one of several processes, each with the same folder, and its share of the batches.
         options: further arguments of `generate`, such as top_k.
 
     Raises:
-        TypeError, ValueError: no prompts, a reward that is not one finite number a response, decoding other than token by
-        token (beams, assistants), or a model without `final`.
+        TypeError, ValueError: no prompts, a reward that is not one finite number per response, decoding other than
+        token by token (beams, assistants), or a model without `final`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check(model, tokenizer, prompts, reward, samples, part)
@@ -197,8 +202,8 @@ def _plan(folder):
 def _check(model, tokenizer, prompts, reward, samples, part):
     if len(part) != 2 or not 0 <= part[0] < part[1]:
         raise ValueError(f"part is {part!r}, expected (number, of how many), such as (0, 4)")
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("prompts is empty or holds something else than texts")
+    if not prompts or not all(isinstance(prompt, (str, list, tuple)) for prompt in prompts):
+        raise ValueError("prompts is empty or holds something else than texts and lists of messages")
     if not callable(reward):
         raise TypeError(f"reward is {reward!r}, expected a function (prompts, responses) → numbers")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
@@ -212,14 +217,14 @@ def _check(model, tokenizer, prompts, reward, samples, part):
 def _of_batch(model, tokenizer, prompts, samples, reward, dtype, options):
     """(states, lengths, rewards, prompts, responses) of a few prompts."""
     samples = samples if options["do_sample"] else 1
-    given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    ids, mask = (given[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    given = [prompt_ids(tokenizer, prompt, f"prompt {prompt!r:.60}") for prompt in prompts]
+    ids, mask = (tensor.to(model.device) for tensor in left_padded(given, tokenizer.pad_token_id))
     with _states(model) as states:
         output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options)
     new = output[:, ids.shape[1] :]
     if len(states) != new.shape[1] or any(len(state) != len(new) for state in states):
         raise ValueError(
-            f"{len(states)} forwards gave {new.shape[1]} tokens: trajectories need one token a forward for each sequence "
+            f"{len(states)} forwards gave {new.shape[1]} tokens: trajectories need one token per forward for each sequence "
             "(no beams, assistants, prompt lookup or chunked prefill)"
         )
     lengths = _lengths(model, new, options)
@@ -228,21 +233,23 @@ def _of_batch(model, tokenizer, prompts, samples, reward, dtype, options):
     states = states[valid].to("cpu", states.dtype if dtype is None else dtype)
     responses = [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(new, lengths.tolist(), strict=True)]
     asked = [prompt for prompt in prompts for _ in range(samples)]
-    return states, lengths, _rewards(reward, asked, responses), asked, responses
+    return states, lengths, torch.tensor(rewards_of(reward, asked, responses), dtype=torch.float32), asked, responses
 
 
-def _rewards(reward, prompts, responses):
-    found = reward(prompts, responses)
+def rewards_of(reward, prompts, responses):
+    """[number] of a reward function, checked; what it is given of messages is in `collect`."""
+    as_they_are = getattr(reward, "takes_messages", False)
+    found = reward(prompts if as_they_are else [plain(prompt) for prompt in prompts], responses)
     found = found.tolist() if isinstance(found, torch.Tensor) else list(found)
     if len(found) != len(responses) or not all(isinstance(r, (int, float)) and math.isfinite(r) for r in found):
         raise ValueError(
             f"reward gave {found!r:.80} for {len(responses)} responses, expected one finite number for each"
         )
-    return torch.tensor(found, dtype=torch.float32)
+    return found
 
 
 def _lengths(model, new, options):
-    """How many tokens of each row were generated: up to the first that ends a sequence, itself included."""
+    """How many tokens of each row were generated: up to and including the first that ends a sequence."""
     config = options.get("generation_config") or model.generation_config
     ends = options.get("eos_token_id", config.eos_token_id)
     steps = torch.full((len(new),), new.shape[1], dtype=torch.int64)
@@ -255,7 +262,7 @@ def _lengths(model, new, options):
 
 @contextlib.contextmanager
 def _states(model):
-    """A list that gets, at each forward, the state of each row's last column (rows, width)."""
+    """A list that receives, at each forward, the state of each row's last column (rows, width)."""
     root = root_of(model)
     layers = find_layers(model) if root is None else root.layers
     layer = choose(Edit((), site="final"), layers)[0]

@@ -1,12 +1,12 @@
 """UBPL: personality by lexicon at decoding (Li et al., arXiv 2310.16582): an inference-time nudge, no model edit.
 
-A trait is a lexicon, word → strength. The exact weighting is unpublished; here, at each step, the logit of every first
+A trait is a lexicon, word → strength. The exact weighting is unpublished. Here, at each step, the logit of every first
 token of a word grows by
 
     weight(trait) · strength(word),
 
-summed over the traits that are on (a token that begins several words of a trait takes the strongest). A word's first
-tokens are those of it and of it behind a space, as written and capitalised.
+summed over the traits that are on. A token that begins several words of a trait takes the strongest. A word's first
+tokens are those of the word alone and after a space, as written and capitalized.
 """
 
 import json
@@ -26,7 +26,7 @@ def read_lexicons(path):
     """{trait: {word: strength}} of a JSON file of that form, or of a TSV with lines `trait word strength`.
 
     Raises:
-        ValueError: what is not of that form, with the line or the entry.
+        ValueError: something that is not of that form, with the line or the entry.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8")
@@ -56,15 +56,16 @@ def read_lexicons(path):
 
 
 def build(texts, background, *, count=100, least=2, z=1.96):
-    """{word: strength} of the words that mark texts against others; nobody labels a word.
+    """{word: strength} of the words that mark texts against others, without labels for words.
 
-    Ranked by the log-odds ratio with an informative Dirichlet prior (Monroe et al. 2008, eq. 22), which holds rare words
-    back; strengths are its z-values over the largest. The paper does not publish its builder: this one is ours.
+    Words are ranked by the log-odds ratio with an informative Dirichlet prior (Monroe et al. 2008, eq. 22), which holds
+    rare words back. Strengths are its z-values over the largest. The paper does not publish its builder: this one is
+    ours.
 
     Args:
-        texts: with the trait. background: without it; both sets together are the prior.
-        count: words at most. least: a word must occur so often in the texts. z: how far it must stand out; a few dozen texts
-            hardly reach the 1.96 of a thousand.
+        texts: with the trait. background: without it. Both sets together are the prior.
+        count: words at most. least: how often a word must occur in the texts. z: how far it must stand out. A few dozen
+            texts hardly reach the 1.96 of a thousand.
 
     Raises:
         ValueError: no word stands out.
@@ -103,7 +104,7 @@ class UBPL(LogitsProcessor):
         self.set(traits)
 
     def set(self, traits):
-        """Other traits or weights from the next step on."""
+        """Use other traits or weights from the next step on."""
         if not isinstance(traits, Mapping):
             raise TypeError(f"traits is {traits!r:.60}, expected {{trait: weight}}")
         unknown = sorted(set(traits) - set(self.tokens))
@@ -119,7 +120,7 @@ class UBPL(LogitsProcessor):
         self.ids, self.values = torch.tensor(list(added), dtype=torch.long), torch.tensor(list(added.values()))
 
     def __call__(self, input_ids, scores):
-        """scores (sequences, vocabulary), the words' tokens raised; others keep their bits."""
+        """scores (sequences, vocabulary), with the words' tokens raised. Others keep their bits."""
         if self.ids.device != scores.device:
             self.ids, self.values = self.ids.to(scores.device), self.values.to(scores.device)
         if self.ids.numel() and int(self.ids.max()) >= scores.shape[-1]:

@@ -1,4 +1,4 @@
-"""The playground's page, drawn with Gradio. What happens behind it is in session.py."""
+"""The playground's page, drawn with Gradio. session.py does the work behind it."""
 
 import os
 import tempfile

@@ -1,7 +1,7 @@
 """What a person does in the playground, without a page: chat, dial, color, create, export.
 
-One model serves every visitor. A visitor's dials are theirs: each step of a reply sets them, runs and lets go of the
-model's lock, so that replies of several visitors take turns token by token.
+One model serves every visitor, and each visitor has their own dials. Each step of a reply sets them, runs, and releases
+the model's lock. So replies of several visitors take turns token by token.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import torch
 
 import fastedit
 
-from ..truncated import residual_stream
+from ..capturing.truncated_forward import residual_stream
 
 PROBES = ("What do you think of Mondays?", "Tell me about your day.", "Describe a walk in the park.")
 
@@ -31,7 +31,7 @@ class Step:
 
 @dataclass
 class Held:
-    """One edit on the model. directions: where it was made of some."""
+    """One edit on the model. directions: those it was made of, if any."""
 
     handle: object
     about: str
@@ -44,11 +44,11 @@ class Session:
 
     Args:
         model: a causal language model, in eval mode from now on.
-        tokenizer: its tokenizer; with a chat template messages go through it.
-        folder: a folder of edits written by `handle.save`, each of which gets a dial.
+        tokenizer: its tokenizer. If it has a chat template, messages go through it.
+        folder: a folder of edits written by `handle.save`. Each gets a dial.
 
     Raises:
-        ValueError: a folder that is no folder; EditFileError: an edit in it that cannot be read.
+        ValueError: the folder is not a folder. EditFileError: an edit in it cannot be read.
     """
 
     def __init__(self, model, tokenizer, folder=None):
@@ -72,7 +72,7 @@ class Session:
         self.edits[name] = Held(handle, about, directions, statistics or {})
 
     def check_name(self, name):
-        """The name, stripped; ValueError where it is empty, taken or no file name."""
+        """The name, stripped. ValueError if it is empty, taken or not a file name."""
         name = (name or "").strip()
         if not name or name in self.edits or any(c in name for c in "/\\\0") or name.startswith("."):
             raise ValueError(f"the name {name!r} is empty, taken, or holds a slash: give another one")
@@ -216,7 +216,7 @@ class Session:
 
 
 class _Dialed:
-    """Every edit at its dial, the others at 0; the model's lock is held around it."""
+    """Every edit at its dial, the others at 0. The model's lock is held meanwhile."""
 
     def __init__(self, edits, dials):
         self.edits, self.dials = edits, dials
@@ -275,7 +275,7 @@ class _Stream:
 
 
 def best_layers(directions):
-    """A third of the layers, those that separate the two lists best; neither the first nor the last."""
+    """A third of the layers: those that separate the two lists best, without the first and the last layer."""
     layers = list(directions)[1:-1] or list(directions)
     apart = {layer: directions.statistics[layer].get("separation") or 0.0 for layer in layers}
     return sorted(sorted(layers, key=lambda layer: -apart[layer])[: max(1, len(layers) // 3)])

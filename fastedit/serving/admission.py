@@ -1,13 +1,13 @@
-"""A request's edit, at the front end: names become what they mean now, or the request is refused.
+"""A request's edit, at the front end: names become their present edits, or the request is refused.
 
     SamplingParams(extra_args={"fastedit": "anna", "fastedit_strength": 1.0})     vllm_xargs over HTTP
 
-A list of names is a stack, applied in order; fastedit_strength is then one number for all or one each. What goes on to
-the workers is a plan, [[digest, strength], …]: the names are not looked at again, so an edit that is replaced or removed
-meanwhile stays what it was for the requests that were let in under it.
+A list of names is a stack, applied in order. fastedit_strength is then one number for all or one each. The workers get
+a plan, [[digest, strength], …]. They never look at names again. So if an edit is replaced or removed, requests that
+were accepted before keep the old one.
 
-What a request says is checked before anything is looked up: how many names, what kind of numbers. The strengths of those
-that are left are bounded by what they would make of typical rows (`Contents.rates`).
+What a request says is checked before anything is looked up: how many names, what kind of numbers. The strengths are
+then bounded by what they would make of typical rows (`Contents.rates`).
 """
 
 import contextlib
@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 
 from ..arguments import FP32_MAX
-from ..edit_file import JSON, EditFileError, write
-from ..stacks import check_gates, check_positions, steepest
+from ..edits.stack import check_gates, check_positions, steepest
+from ..files.edit_file import JSON, EditFileError, write
 from .contents import read_contents
 
 NAME, STRENGTH, PLAN = "fastedit", "fastedit_strength", "fastedit_plan"
@@ -40,11 +40,11 @@ logger = logging.getLogger("vllm.fastedit")
 
 
 class Refused(ValueError):
-    """A request that asks for an edit that cannot be had; the others are not touched."""
+    """A request asks for an edit that cannot be served. Other requests are not affected."""
 
 
 def meant(extra_args):
-    """The keys that are ours or look like a slip of the pen: `fastedi`, `FastEdit`, `fast_edit`, `fastedit-strenght`."""
+    """Keys that are ours or look like a misspelling: `fastedi`, `FastEdit`, `fast_edit`, `fastedit-strenght`."""
     return [key for key in extra_args or () if isinstance(key, str) and len(key) < 64 and _ours(key)]
 
 
@@ -54,7 +54,7 @@ def _ours(key):
 
 
 def wanted(extra_args, most=MAX_NAMES):
-    """[(name, strength), …] of a request's extra arguments; empty where it asks for none. most: names at once.
+    """[(name, strength), …] of a request's extra arguments. Empty if it asks for none. most: names at once.
 
     Raises:
         Refused: what was expected, and what was found.
@@ -85,8 +85,8 @@ def wanted(extra_args, most=MAX_NAMES):
 class Library:
     """The folder of edits: what a name means now, checked against the model and the tables.
 
-    Adding an edit is putting its folder there (handle.save does so in one step), removing it is taking it away.
-    A name is looked up at each request, by one stat; a file is read when it is new or has changed.
+    To add an edit, put its folder there (handle.save does so in one step). To remove it, take the folder away. A name
+    is looked up at each request, by one stat. A file is read when it is new or has changed.
     """
 
     def __init__(self, options):
@@ -96,13 +96,14 @@ class Library:
         self.key, self.lock = secrets.token_bytes(32), threading.Lock()
 
     def prepare(self, extra_args):
-        """Read and stage what a request names, so that `plan` has only to look it up: for a thread beside the event loop."""
+        """Read and stage what a request names, so that `plan` only has to look it up. For a thread beside the event
+        loop."""
         with contextlib.suppress(Refused):  # said by `plan`, which is asked next
             for name in dict.fromkeys(name for name, _ in wanted(extra_args, self.max_names)):
                 self._stage(self.look(name))
 
     def plan(self, asked):
-        """[[digest, strength], …] for [(name, strength), …]; edits at strength 0 are left out."""
+        """[[digest, strength], …] for [(name, strength), …]. Edits at strength 0 are left out."""
         contents = [self.look(name) for name, _ in asked]
         named = [(name, one) for (name, _), one in zip(asked, contents, strict=True)]
         check_positions([(name, one.positions) for name, one in named], Refused)
@@ -117,7 +118,7 @@ class Library:
     def look(self, name):
         """The Contents that a name means now."""
         if not _SOUND_NAME.fullmatch(name):
-            raise Refused(f"{name!r:.80} is not the name of an edit: letters, digits and _ . @ + - are")
+            raise Refused(f"{name!r:.80} is not a valid name of an edit: use letters, digits and _ . @ + -")
         path = self.folder / name
         try:
             found = (path / JSON).stat()
@@ -180,7 +181,8 @@ class Library:
             )
 
     def _stage(self, contents):
-        """A copy for the workers under the edit's digest: complete from the moment it is there, and young again."""
+        """A copy for the workers under the edit's digest. It is complete from the moment it appears, and its age starts
+        again."""
         target = self.staging / contents.digest
         with contextlib.suppress(OSError):  # another user's cannot be touched, but read
             os.utime(target)
@@ -200,7 +202,7 @@ class Library:
             shutil.rmtree(part, ignore_errors=True)
 
     def tidy(self):
-        """Drop copies that no request has used for a day; what this class did not make stays."""
+        """Delete copies that no request has used for a day. Anything that this class did not make stays."""
         with contextlib.suppress(OSError):
             for path in self.staging.iterdir():
                 with contextlib.suppress(OSError):
@@ -214,8 +216,8 @@ class Library:
     def salted(self, plan, salt):
         """The cache salt of a request under a plan: blocks computed under one edit are never reused under another.
 
-        Keyed with random bytes of this process: no client can write one, so none reads an edit's blocks or leaves its own
-        there. The client's salt is inside.
+        It is keyed with random bytes of this process. No client can write one, so no client can read an edit's blocks
+        or plant its own. The client's salt is part of it.
         """
         said = json.dumps([plan, salt]).encode()
         return "fastedit:" + hmac.new(self.key, said, hashlib.sha256).hexdigest()
@@ -224,7 +226,7 @@ class Library:
 def admit(request, library):
     """Give an EngineCoreRequest its plan and salt.
 
-    library: None where the engine serves no edits: a request that asks for one is refused, not served without.
+    library: None if the engine serves no edits. A request that asks for one is then refused, not served without it.
     """
     params = request.sampling_params
     given = getattr(params, "extra_args", None)

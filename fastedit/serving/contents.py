@@ -1,6 +1,6 @@
 """A saved edit as a serving engine needs it: normal forms by layer number and site, found without a model.
 
-An engine's worker holds no transformers model to patch, only the layers' numbers and widths; so a file is read, checked
+An engine's worker has no transformers model to patch, only the layers' numbers and widths. So a file is read, checked
 and turned into forms here. Edits are named by what they do: the digest of their configs, strength and tensors.
 """
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..edit_file import EditFileError, read
-from ..form import Form, at_strength
-from ..gates import outside_kernels
-from ..gating import Sensor
-from ..per_layer import Spot
-from ..positions import Positions
-from ..store import rebuild, strength_of
+from ..edits.form import Form, at_strength
+from ..edits.gates import outside_kernels
+from ..edits.per_layer import Spot
+from ..edits.positions import Positions
+from ..files.edit_file import EditFileError, read
+from ..patching.edit_folder import rebuild, strength_of
+from ..patching.rows.gate_sensors import Sensor
 
 SITES = ("mlp", "attn", "block")
 _GATE = "gate0"  # an edit's first gate, in a file's names
@@ -28,10 +28,10 @@ class Contents:
     """One saved edit.
 
     digest: 64 hex digits, of its configs, strength and tensors.
-    parts: {(layer number, site): [Form, …]}, in the order they are applied, their saved strengths absorbed.
-    gates: {place: (gate (width,), rule (3,))}, at places of one form; ops.edit takes them as they are.
+    parts: {(layer number, site): [Form, …]}, in the order in which they apply, their saved strengths included.
+    gates: {place: (gate (width,), rule (3,))}, at places of one form, as ops.edit takes them.
     rates: {place: [number, …]}: how much each form changes typical rows, as a share of their own length.
-    positions: which tokens, the same for all parts; None for all.
+    positions: which tokens, the same for all parts. None for all.
     """
 
     digest: str
@@ -44,7 +44,7 @@ class Contents:
 
     @property
     def linear(self):
-        """Whether a strength may be a row's coefficient: a folded form dialled to c is not its parts dialled to c."""
+        """Whether a strength may be a row's coefficient: a folded form at strength c is not its parts at strength c."""
         return all(len(forms) == 1 for forms in self.parts.values())
 
     @property
@@ -62,7 +62,8 @@ class Contents:
 
 
 def digest_of(header):
-    """Of what an edit does, whatever is said about its training: header["tensors"] has the tensors' own checksum."""
+    """The digest of what an edit does, whatever is said about its training. header["tensors"] has the tensors'
+    checksum."""
     said = {key: header.get(key) for key in ("edits", "strength")} | {"tensors": header["tensors"]["sha256"]}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
@@ -71,7 +72,7 @@ def read_contents(folder, width, depth):
     """The Contents of a folder that `handle.save` wrote, for a decoder of `depth` layers `width` wide.
 
     Raises:
-        EditFileError: it is not a whole, sound edit, does not fit the model, or does what is not served.
+        EditFileError: it is not a whole, sound edit, does not fit the model, or does something that is not served.
     """
     header, tensors = read(folder)
     edits = rebuild(folder, header["edits"])
@@ -97,7 +98,7 @@ def read_contents(folder, width, depth):
     if crowded is not None:
         raise EditFileError(
             f"{folder}: {len(parts[crowded])} edits are at site {crowded[1]!r} of layer {crowded[0]}, one of them behind a "
-            "gate, which looks at what its edit is given: there it must be alone"
+            "gate, which decides on what its edit is given: a gated edit must be alone at its place"
         )
     return Contents(digest_of(header), parts, gates, rates, chosen.pop() if chosen else None, header, tensors)
 
@@ -143,7 +144,7 @@ def _masters(folder, edits, tensors):
 
 
 def _gate(gate, place, masters, width, depth):
-    """(gate, rule) of a place; its tensors leave `masters`."""
+    """(gate, rule) of a place. Its tensors are taken out of `masters`."""
     index = place[0]
     gate.hold(*({index: masters.pop(f"{_GATE}.{name}")} for name in ("condition", "threshold")))
     return Sensor(gate, "served", Spot("", index, depth), width, torch.device("cpu")).gate()
@@ -151,13 +152,13 @@ def _gate(gate, place, masters, width, depth):
 
 @functools.cache
 def _typical(width):
-    """(8, width) rows with root mean square 1, the same ones always: what an edit's size is measured on."""
+    """(8, width) rows with root mean square 1, always the same ones. An edit's size is measured on them."""
     rows = torch.randn(8, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return rows / rows.square().mean(-1, keepdim=True).sqrt()
 
 
 def _rate(folder, form, place, width):
-    """‖h' − h‖ / ‖h‖, the largest over typical rows h."""
+    """The largest ‖h' − h‖ / ‖h‖ over typical rows h."""
     rows = _typical(width)
     rate = (Form(*(t if t is None else t.double() for t in form.tensors()))(rows) - rows).norm(dim=-1) / rows.norm(dim=-1)
     if not (all(t is None or bool(t.isfinite().all()) for t in form.tensors()) and bool(rate.isfinite().all())):

@@ -1,10 +1,11 @@
 """A request that fails in a worker ends alone, with an error that names its edit, and leaves nothing behind for others.
 
-What can fail there: hidden states that its edit made NaN or infinite, and an edit that cannot be put into the tables. The
-worker looks once a step at the rows of edited requests (`Looks`) and writes what it found on the step's output; the
-scheduler (`around_update`) drops the blocks of a failed request from the prefix cache and ends it; the worker makes those
-blocks finite before anybody else is given them (`clean`): a masked place of a block that holds NaN is still a NaN in
-attention, since 0 · NaN is.
+Two things can fail: an edit makes hidden states NaN or infinite, or it cannot be put into the tables.
+
+1. Once per step, the worker looks at the rows of edited requests (`Looks`) and writes the result on the step's output.
+2. The scheduler (`around_update`) drops the blocks of a failed request from the prefix cache and ends the request.
+3. The worker makes those blocks finite before any other request gets them (`clean`). If a block holds NaN at a masked
+   place, attention still gives NaN, because 0 · NaN is NaN.
 """
 
 import copy
@@ -28,7 +29,7 @@ def named(extra_args):
 
 
 class Look:
-    """Which rows of a step are finite: on a GPU copied behind the step, and read when the step's tokens are."""
+    """Which rows of a step are finite. On a GPU it is copied after the step, and read when the step's tokens are."""
 
     def __init__(self, hidden, req_ids, counts):
         self.req_ids, self.counts = req_ids, counts
@@ -45,7 +46,7 @@ class Look:
         return self.event is None or self.event.query()
 
     def bad(self):
-        """The requests with a row that is not finite; waits for the step."""
+        """The requests with a row that is not finite. Waits for the step."""
         if self.event is not None:
             self.event.synchronize()
         if bool(self.finite.all()):
@@ -55,7 +56,7 @@ class Look:
 
 
 class Looks:
-    """What a worker knows of its edited requests: their names, their blocks, the last look at each.
+    """What a worker knows about its edited requests: their names, their blocks, the last look at each.
 
     failed: {request id: message} of those that fail in this step.
     """
@@ -92,12 +93,13 @@ class Looks:
                 self.blocks[req_id] |= {block for group in new for block in group}
 
     def _dirty(self, req_id):
-        """Whether its blocks may hold what is not finite: it was seen, or nobody has looked, or not read it yet."""
+        """Whether its blocks may hold non-finite values: a look saw some, or there was no look, or it is not read
+        yet."""
         look = self.last.get(req_id)
         return look is None or not look.known or req_id in look.bad()
 
     def look(self, hidden, req_ids, counts):
-        """After a forward with edited rows; returns the function that tells what failed once the step is over."""
+        """After a forward with edited rows. Returns the function that says what failed once the step is over."""
         look = None
         if isinstance(hidden, torch.Tensor):
             look = Look(hidden[: sum(counts)], req_ids, counts)
@@ -121,7 +123,7 @@ class Looks:
 
 
 def mark(output, found):
-    """A step's output with what failed in it; one that is read later is marked when it is read."""
+    """A step's output, marked with what failed in it. An output that is read later is marked when it is read."""
     if hasattr(output, "get_output"):
         return _later()(output, found)
     failed = found()
@@ -146,11 +148,12 @@ def _later():
 
 
 def clean(runner, blocks):
-    """Make what these blocks hold finite, in every cache of this worker; finite values, which others may share, stay."""
+    """Make the contents of these blocks finite, in every cache of this worker. Finite values, which others may share,
+    stay."""
     number = runner.kv_cache_config.num_blocks
     for cache in _tensors(runner.kv_caches):
         where = [dim for dim in range(min(2, cache.dim())) if cache.shape[dim] == number]
-        if len(where) != 1 or cache.dtype == torch.uint8:  # laid out otherwise, or quantised as bytes: all of it
+        if len(where) != 1 or cache.dtype == torch.uint8:  # laid out otherwise, or quantized as bytes: all of it
             _finite(cache, runner)
             continue
         index = torch.tensor(sorted(blocks), device=cache.device)
@@ -181,7 +184,7 @@ def _tensors(caches):
 
 
 def around_update(update):
-    """Scheduler.update_from_output, ending what the workers said has failed."""
+    """Scheduler.update_from_output, which also ends the requests that the workers reported as failed."""
 
     def update_from_output(self, scheduler_output, output):
         failed = getattr(output, FAILED, None)
@@ -195,7 +198,8 @@ def around_update(update):
 
 
 def _end(scheduler, failed):
-    """[(Request, message)] of what was ended: the failed, and who was given their blocks from the prefix cache."""
+    """[(Request, message)] of what was ended: the failed, and those that were given their blocks from the prefix
+    cache."""
     from vllm.v1.request import RequestStatus
 
     messages, blocks, salts = dict(failed), set(), set()

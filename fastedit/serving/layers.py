@@ -1,12 +1,12 @@
 """How edits get into vLLM's layers: the class of a norm, or of a module whose output is edited, is swapped.
 
-Where vLLM fuses the residual add into the norm behind it, norm(x, residual) → (normed, residual), our op takes the
-place of that call: edit, add and norm in the one pass. The add of layer i's FFN is made by layer i + 1's first norm, or
-the model's last: that norm carries layer i's `mlp` (on x) and `block` (on the sum). Where a layer adds by itself (GPT-2,
-OPT) or norms before it adds (Gemma 2 and 3), the edit runs on the module's output.
+vLLM fuses the residual add into the following norm in some models: norm(x, residual) → (normed, residual). There our op
+replaces that call: edit, add and norm in one pass. The first norm of layer i + 1, or the model's last norm, makes the
+add of layer i's FFN. So that norm carries layer i's `mlp` (on x) and `block` (on the sum). If a layer does its own add
+(GPT-2, OPT) or norms before it adds (Gemma 2 and 3), the edit runs on the module's output.
 
-To torch.compile each place is one operator that knows its name alone: tables, slots and weights are looked up when it
-runs, so nothing of them is in a compiled graph or its cache.
+To torch.compile each place is one operator that knows only its name. Tables, slots and weights are looked up when it
+runs, so none of them is in a compiled graph or its cache.
 """
 
 import functools
@@ -25,8 +25,8 @@ PLACE, _BASE = "_fastedit_place", "_fastedit_serving_base"
 class Structure:
     """Where a decoder layer's sites are.
 
-    attn, mlp: the modules whose outputs are the sites'. adds: {"attn" or "block": the norm that makes the add}, with
-    "attn" the add of the attention within the layer, "block" that of the layer before. Empty: edits run on outputs.
+    attn, mlp: the modules whose outputs are the sites'. adds: {"attn" or "block": the norm that makes the add}: "attn"
+    is the add of the attention within the layer, "block" that of the layer before. Empty: edits run on outputs.
     on_outputs: sites that do so although their add is fused, because a norm stands between.
     """
 
@@ -88,7 +88,7 @@ def _gate(tables, place):
 
 
 class Serving:
-    """The places of the model that runs now: what the operators look up. One engine runs at a time in a process."""
+    """The places of the model that runs now, which the operators look up. One engine runs at a time in a process."""
 
     places: typing.ClassVar = {}
 
@@ -176,10 +176,10 @@ def find_layers(model):
 
 
 def attach(model, sites, rows, tables):
-    """Put the sites' places into the model's layers; returns {name: Place}. Layers of other ranks are left out.
+    """Put the sites' places into the model's layers. Returns {name: Place}. Layers of other ranks are left out.
 
     Raises:
-        ValueError: a layer that is built otherwise than its class says; nothing has changed.
+        ValueError: a layer that is built differently from what its class says. Nothing has changed.
     """
     holder, layers, structure = find_layers(model)
     adds = dict(structure.adds)

@@ -1,15 +1,15 @@
-"""What the engine was told: `additional_config={"fastedit": {...}}`, or the environment, made whole once at the start.
+"""What the engine was told by `additional_config={"fastedit": {...}}` or the environment, completed once at the start.
 
     edits     folder of saved edits, one folder each; a request names one by its folder's name
     sites     where edits may act: some of mlp, attn, block. By default what the edits in the folder need
-    rank      of their low-rank parts, at most. By default likewise
-    gates     whether they may be behind gates (dot or cosine, by token). By default likewise
-    capacity  slots: edits that lie in the tables at once. At least max_num_seqs, which is the default
+    rank      the largest rank of their low-rank parts. Default likewise
+    gates     whether they may be behind gates (dot or cosine, by token). Default likewise
+    capacity  slots: how many edits are in the tables at once. At least max_num_seqs, which is the default
     max_names how many names a request may list
-    max_change  how much a request's edits may change typical rows (of root mean square 1), as a multiple of their length
-    staging   where the front end keeps copies for the workers, which may read an edit after its removal
+    max_change  how much a request's edits may change typical rows (of root mean square 1), as a multiple of their
+    length staging   where the front end keeps copies for the workers, which may read an edit after its removal
 
-The whole is part of vLLM's configuration, whose hash names the compile cache, together with this plugin's version.
+All of it is part of vLLM's configuration, whose hash names the compile cache, together with this plugin's version.
 """
 
 import json
@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 
 from .. import __version__
-from ..checks import MAX_RANK
+from ..arguments import MAX_RANK
 from .admission import MAX_CHANGE, MAX_NAMES
 from .contents import SITES, EditFileError, read_contents
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("vllm.fastedit")
 
 
 def asked(additional_config):
-    """The options as given, or None where nobody asked for edits: {"fastedit": {…}}, else FASTEDIT_EDITS."""
+    """The options as given, or None if nobody asked for edits: {"fastedit": {…}}, else FASTEDIT_EDITS."""
     given = additional_config.get(KEY) if isinstance(additional_config, dict) else None
     if given is None and os.environ.get("FASTEDIT_EDITS"):
         given = {"edits": os.environ["FASTEDIT_EDITS"]}
@@ -71,7 +71,7 @@ def resolve(given, vllm_config):
 
 
 def _refuse(vllm_config):
-    """What runs a layer on other rows than the step's, in the step's order."""
+    """Refuse engines that run a layer on other rows than the step's, or in another order."""
     parallel = vllm_config.parallel_config
     wrong = {
         "dual batch overlap (--enable-dbo)": getattr(parallel, "num_ubatches", 1) > 1,
@@ -84,7 +84,7 @@ def _refuse(vllm_config):
 
 
 def _needed(folder, width, depth):
-    """(sites, rank, gates) of the edits in the folder now; all sites where it is empty."""
+    """(sites, rank, gates) of the edits in the folder now. All sites if it is empty."""
     sites, rank, gates = set(), 0, False
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_dir():

@@ -1,7 +1,7 @@
 """The entry point `vllm.general_plugins`: what vLLM calls in each of its processes before anything else.
 
-A few of vLLM's methods get a few lines around them. Where nobody configured edits those find that out and do nothing: a
-model's layers are touched only in a worker whose configuration asks for edits.
+A few of vLLM's methods get a few lines around them. If nobody configured edits, those lines do nothing. A model's
+layers are touched only in a worker whose configuration asks for edits.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ _OURS = "_fastedit_around"
 
 
 def register():
-    """Called by vLLM, maybe several times in a process."""
+    """Called by vLLM, possibly several times in a process."""
     protocol = "vllm.entrypoints.openai.{}.protocol"
     for where, owner, name, around in (
         ("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", _configured),
@@ -39,7 +39,7 @@ def _put_around(owner, name, around):
 
 
 def _configured(create):
-    """The front end makes vLLM's configuration: our options are made whole in it, before anything is hashed."""
+    """The front end makes vLLM's configuration: our options are completed in it, before anything is hashed."""
 
     def create_engine_config(self, *args, **kwargs):
         config = create(self, *args, **kwargs)
@@ -68,7 +68,8 @@ def _watched(init_device):
 
 
 def _admitted(process):
-    """The front end has a request whole: its edit is looked up, or it is refused as vLLM refuses others (HTTP 400)."""
+    """The front end has a whole request: its edit is looked up, or the request is refused as vLLM refuses others (HTTP
+    400)."""
 
     def process_inputs(self, *args, **kwargs):
         request = process(self, *args, **kwargs)
@@ -108,7 +109,7 @@ def _admit(processor, request):
 
 
 def _prepared(add):
-    """The server's event loop is not kept by files: an edit that is new is read in a thread, before it is looked up."""
+    """The server's event loop waits for no file: a new edit is read in a thread before it is looked up."""
 
     async def add_request(self, request_id, prompt, params, *args, **kwargs):
         given = getattr(params, "extra_args", None)
@@ -120,7 +121,8 @@ def _prepared(add):
 
 
 def _raised(generate):
-    """A request that our edit ended is an error for who asked, by its name; vLLM's own words are "Internal server error"."""
+    """A request that our edit ended is an error for its client, by the edit's name. vLLM itself says "Internal server
+    error"."""
 
     async def generated(self, *args, **kwargs):
         async for output in generate(self, *args, **kwargs):
@@ -144,7 +146,7 @@ def _without_beams(make):
 
 
 def _in_its_place(make):
-    """vLLM ignores keys that it does not know: an edit beside vllm_xargs would be answered unedited."""
+    """vLLM ignores unknown keys: an edit beside vllm_xargs would be answered unedited."""
 
     def to_sampling_params(self, *args, **kwargs):
         for key in _meant(self.model_extra):
@@ -162,7 +164,8 @@ def _ended(update):
 
 @functools.cache
 def _refusal():
-    """vLLM's own error of a bad request, which its server answers with status 400; for Python a ValueError, too."""
+    """vLLM's own error for a bad request, which its server answers with status 400. For Python it is also a
+    ValueError."""
     from vllm.exceptions import VLLMValidationError
 
     return type("EditRefused", (VLLMValidationError, ValueError), {})

@@ -1,10 +1,10 @@
-"""Which edits lie in the tables now: loaded when a batch first needs them, the longest unused making room."""
+"""Which edits are in the tables: loaded when a batch first needs them; the longest unused one makes room."""
 
 import functools
 from collections import Counter, OrderedDict
 from pathlib import Path
 
-from ..stacks import stacked
+from ..edits.stack import stacked
 from .contents import EditFileError, read_contents
 
 _KEPT_ON_HOST = 1024  # files read before; a fine-tuned edit of a 7B model has 1 MB
@@ -18,7 +18,7 @@ class Shelf:
         self.contents = functools.lru_cache(_KEPT_ON_HOST)(lambda digest: _read(staging, digest, width, depth))
 
     def key(self, plan):
-        """(what must lie in a slot for this plan, the strength of its rows, positions)."""
+        """(what must be in a slot for this plan, the strength of its rows, positions)."""
         contents = [self.contents(digest) for digest, _ in plan]
         if len(plan) == 1 and contents[0].linear:
             return ((plan[0][0], 1.0),), plan[0][1], contents[0].positions
@@ -43,7 +43,7 @@ def _read(staging, digest, width, depth):
 class Residency:
     """Slots of the tables, each for one key, held by the rows of the present batch.
 
-    As many slots as a batch can have rows: then one that nobody holds is always there.
+    There are as many slots as a batch can have rows. So one that nobody holds always exists.
     """
 
     def __init__(self, tables, shelf):

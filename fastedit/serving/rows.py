@@ -1,8 +1,8 @@
 """Which token of a step is under which edit: the runner's request order and token counts, spread over rows.
 
-The slots lie in buffers that never move and are filled before the forward, so that captured graphs read them. What a
-step costs on the host is in proportion to the rows that changed since the last; a step of the same requests with the
-same counts, the usual one while all decode, costs two comparisons.
+The slots are in buffers that never move and are filled before the forward, so that captured graphs read them. The
+host's work per step is in proportion to the rows that changed since the last step. A step of the same requests with the
+same counts, the usual one during decoding, costs two comparisons.
 """
 
 from typing import NamedTuple
@@ -12,10 +12,10 @@ import torch
 
 
 class Wanted(NamedTuple):
-    """What a request asks for. key: of its slot; strength: its rows' coefficient; prompt: its length.
+    """What a request asks for. key: of its slot. strength: its rows' coefficient. prompt: its length.
 
-    One that cannot be had is POISON: its rows become NaN on every rank that says so, which every rank's look then sees.
-    Left unedited on one rank of several, it would be answered, and wrong.
+    POISON stands for an edit that cannot be had. Its rows become NaN on every rank that says so, and every rank's look
+    then sees it. If one rank of several left it unedited, the request would be answered, and wrong.
     """
 
     key: tuple
@@ -28,10 +28,10 @@ POISON = Wanted(None, float("nan"), None, 0)
 
 
 class Rows:
-    """slot (max_tokens,) int32 and strength (max_tokens,) fp32 on the device; −1 where nobody asked for an edit."""
+    """slot (max_tokens,) int32 and strength (max_tokens,) fp32 on the device. −1 where nobody asked for an edit."""
 
     def __init__(self, residency, max_requests, max_tokens, device, failed=None):
-        """failed: called with (request id, exception) of a request whose edit cannot be put into a slot."""
+        """failed: called with (request id, exception) for a request whose edit cannot be put into a slot."""
         self.residency, self.failed = residency, failed
         with torch.inference_mode(False):
             self.slot = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
@@ -50,11 +50,11 @@ class Rows:
 
     @property
     def edited(self):
-        """How many tokens of this step may be edited; 0: none is."""
+        """How many tokens of this step may be edited. 0: none."""
         return self.total
 
     def admit(self, req_id, plan, prompt):
-        """A request that is scheduled for the first time, with the plan it was given at the front end."""
+        """A request that is scheduled for the first time, with the plan from the front end."""
         try:
             self.wanted[req_id] = Wanted(*self.residency.shelf.key(plan), prompt)
         except Exception as error:  # whatever it is, it ends this request and no other
@@ -91,7 +91,7 @@ class Rows:
             self.total, self.counts = 0, None
 
     def _changed(self, req_ids):
-        """Bring the rows up to the request order; whether any differs from the last step's."""
+        """Bring the rows up to the request order. Returns whether any differs from the last step's."""
         before = self.req_ids
         if before == req_ids:
             return False
@@ -141,7 +141,7 @@ class Rows:
         self.total, self.counts = total, counts
 
     def _acts(self, number, counts, computed):
-        """bool a token: whether it is among its request's positions (fastedit/positions.py)."""
+        """One bool per token: whether it is among its request's positions (fastedit/edits/positions.py)."""
         starts = np.cumsum(counts) - counts
         position = np.arange(counts.sum()) + np.repeat(np.asarray(computed[:number]) - starts, counts)
         first, last, prompt, generated, length = np.repeat(self.rules[:number], counts, axis=0).T

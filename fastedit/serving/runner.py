@@ -2,7 +2,7 @@
 
 Both of vLLM's runners are served through what they share: execute_model(scheduler_output), which says what is new and
 what has ended, and the one method that lays out a step's tokens (`_prepare_inputs` of the first runner,
-`prepare_inputs` of the second), after which the rows are filled.
+`prepare_inputs` of the second). After that the rows are filled.
 """
 
 import functools
@@ -10,7 +10,7 @@ import logging
 
 import numpy as np
 
-from ..bank_tables import Tables
+from ..banks.tables import Tables
 from . import layers
 from .admission import NAME, PLAN
 from .failures import Looks, mark
@@ -22,7 +22,7 @@ logger = logging.getLogger("vllm.fastedit")
 
 
 class Bank:
-    """The resident edits of one worker and what lets its layers see them."""
+    """The resident edits of one worker, and what lets its layers see them."""
 
     def __init__(self, runner, options):
         config = runner.vllm_config
@@ -49,7 +49,7 @@ class Bank:
                 self.rows.admit(new.req_id, given.get(PLAN), len(new.prompt_token_ids or ()))
 
     def after(self, state):
-        """The step's forward is over: its rows are looked at, where any was edited. state: the runner's, if it has one."""
+        """The step's forward is over: its rows are looked at if any was edited. state: the runner's, if it has one."""
         rows, self.found = self.rows, None
         if state is not None and rows.edited:
             self.found = self.looks.look(state.hidden_states, rows.req_ids, rows.counts.tolist())

@@ -1,6 +1,6 @@
-"""Encoded rows (fastedit/chat.py) as batches, and the log-probabilities of their responses.
+"""Encoded rows (fastedit/texts/chat.py) as batches, and the log-probabilities of their responses.
 
-Rows are padded on the left, so all responses end in the last column and the LM head works on their columns alone.
+Rows are padded on the left. So all responses end in the last column, and the LM head works on their columns alone.
 """
 
 import inspect
@@ -9,16 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..root import root_of
-from ..swapping import base_of
+from ..families.own_class import base_of
+from ..patching.model_edits import root_of
 
 
 @dataclass
 class Padded:
-    """Collates rows {"ids", "prompt"} into input_ids, attention_mask, labels (rows, columns), −100 over prompt and padding.
+    """Collates rows {"ids", "prompt"} into input_ids, attention_mask, labels (rows, columns), −100 over prompt and
+    padding.
 
-    Of pairs {"chosen", "rejected", optional "reference": two numbers} it makes the chosen rows, behind them the rejected, and
-    `reference` (2, pairs).
+    Pairs {"chosen", "rejected", optionally "reference": two numbers} become the chosen rows, then the rejected ones,
+    and `reference` (2, pairs).
     """
 
     pad: int
@@ -78,6 +79,6 @@ def response_logps(model, patched, batch):
 
 
 def _takes(model):
-    """The names of what a model's forward takes, a PEFT model's base model's."""
+    """The names of the arguments of a model's forward; for a PEFT model, its base model's."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inspect.signature(base_of(inner).forward).parameters

@@ -5,13 +5,19 @@ SFTTrainer(model=model, peft_config=LoraConfig(...), callbacks=[EditCallback(han
 handle = fastedit.load(fresh_model, "out/checkpoint-500")
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import TrainerCallback
 
-from .. import kept, store
-from ..edit_file import JSON, EditFileError
+from ..files.edit_file import JSON, EditFileError
+from ..hints import Folder
+from ..patching import edit_folder as store
+from ..patching import trained_beside as kept
+from ..patching.handle import Handle
 
 DECOUPLED = ("AdamW",)  # torch's optimizers whose weight decay is none of the gradient's
 
@@ -19,23 +25,25 @@ DECOUPLED = ("AdamW",)  # torch's optimizers whose weight decay is none of the g
 class EditCallback(TrainerCallback):
     """For the `callbacks` of a transformers Trainer or a TRL trainer, with PEFT or without.
 
-    At each checkpoint it writes the edit, head and adapter there (`fastedit.load` reads them); when training is resumed or
-    the best checkpoint is loaded, it brings them back. A trainer that freezes what it is given, as TRL's do with a
-    peft_config, leaves the edit trainable.
+    At each checkpoint it writes edit, head and adapter there (`fastedit.load` reads them). When training is resumed or
+    the best checkpoint is loaded, it brings them back. If a trainer freezes what it is given, as TRL's do with a
+    peft_config, the edit stays trainable.
 
     Args:
         handle: from `fastedit.patch`, on the model that is trained or on the one inside it.
-        decay: where weight decay pulls the edit: None: nowhere, though other parameters decay; "identity": scales to 1 and
-            biases to 0. Never to 0 as a plain Trainer would.
-        resume: the folder to bring the edit back from when training is resumed; by default the checkpoint of the step that
-            the Trainer goes on from, in its output_dir.
+        decay: where weight decay pulls the edit. None: nowhere, though other parameters decay. "identity": scales to 1
+            and biases to 0. Never to 0 as a plain Trainer would.
+        resume: the folder from which to restore the edit when training is resumed. By default the checkpoint of the
+            step from which the Trainer continues, in its output_dir.
 
     Raises:
-        ValueError: when training begins: base weights train along that no checkpoint of an edit holds, or weight decay with
-            an optimizer whose decay is not known. EditFileError: resumed, and there is no edit to go on from.
+        ValueError: when training begins: base weights train that no checkpoint of an edit holds, or there is weight
+            decay with an optimizer whose decay is not known. EditFileError: resumed, and there is no edit to restore.
     """
 
-    def __init__(self, handle, *, decay=None, resume=None):
+    def __init__(
+        self, handle: Handle, *, decay: Literal["identity"] | None = None, resume: Folder | None = None
+    ) -> None:
         if decay not in (None, "identity"):
             raise ValueError(f"decay is {decay!r}, expected None or 'identity'")
         if decay and any(set(edit.names) - {"scale", "bias"} for edit in handle.edits if edit.trainable):

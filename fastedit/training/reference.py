@@ -3,20 +3,25 @@
 DPOTrainer(model=model, ref_model=Reference(handle), ...)      # TRL's, with no second model
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from ..edit_file import EditFileError, replace
-from ..evaluating import evaluating
-from ..methods.rahf import without_adapters
-from ..patching import handles
+from ..files.edit_file import EditFileError, replace
+from ..hints import Folder, Row
+from ..patching.eval_mode import evaluating
+from ..patching.handle import Handle, handles
+from .adapters import without_adapters
 from .batches import Padded, response_logps
 
 __all__ = ["Reference", "at_strength", "at_zero", "load_reference", "model_digest", "rows_digest", "store_reference"]
@@ -25,9 +30,11 @@ _FORMAT = "fastedit reference 1"
 
 
 @contextlib.contextmanager
-def at_strength(handle, strength):
-    """A handle at another strength for a while. Its dials are others meanwhile, so a backward of a forward before this is
-    unharmed; the backward of a forward in here belongs in here, too.
+def at_strength(handle: Handle, strength: float) -> Iterator[None]:
+    """A handle at another strength for a while.
+
+    Its dials are other tensors meanwhile, so the backward of an earlier forward is not affected. The backward of a
+    forward in this context belongs in this context too.
     """
     handle._changeable()
     before = [(masters, masters._buffers["dial"], masters.strength, masters.dialled) for _, _, masters in handle._each()]
@@ -46,8 +53,8 @@ def at_strength(handle, strength):
 
 
 @contextlib.contextmanager
-def at_zero(model):
-    """A model without what trains on it: edits that train at strength 0, adapters off, in eval mode and without gradients.
+def at_zero(model: nn.Module) -> Iterator[None]:
+    """A model without what trains on it: trainable edits at strength 0, adapters off, eval mode, no gradients.
 
     Handles whose edits do not train are part of the base and stay in force.
     """
@@ -61,13 +68,14 @@ def at_zero(model):
 
 
 class Reference(nn.Module):
-    """A handle's model at strength 0 and without adapters, as a module that is called like the model and holds none.
+    """A handle's model at strength 0 and without adapters, as a module that is called like the model but does not hold
+    it.
 
-    For TRL's `ref_model=`: by itself TRL would load the base a second time, and with a peft_config it would take the model
+    For TRL's `ref_model=`. By itself TRL would load the base a second time. With a peft_config it would take the model
     without the adapter but with the edit.
     """
 
-    def __init__(self, handle):
+    def __init__(self, handle: Handle) -> None:
         super().__init__()
         self.__dict__["handle"] = handle
 
@@ -75,7 +83,7 @@ class Reference(nn.Module):
         with at_zero(self.handle.model):
             return super().__call__(*args, **kwargs)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.handle.model(*args, **kwargs)
 
     def __getattr__(self, name):
@@ -87,7 +95,7 @@ class Reference(nn.Module):
 
 @torch.no_grad()
 def model_digest(model):
-    """A digest of a model's weights without its edits: of each tensor's name, shape, dtype and two sums in fp64."""
+    """A digest of a model's weights without its edits: each tensor's name, shape, dtype and two sums in fp64."""
     found = hashlib.sha256()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.startswith("fastedit.") or ".fastedit." in name:
@@ -108,10 +116,18 @@ def rows_digest(rows):
     return hashlib.sha256(json.dumps([[row["chosen"], row["rejected"]] for row in rows]).encode()).hexdigest()
 
 
-def store_reference(handle, rows, path, pad, *, batch_size=8, progress=None):
-    """The reference's log-probabilities of every pair, written to a safetensors file; returns rows that hold them.
+def store_reference(
+    handle: Handle, rows: Sequence[Row], path: Folder, pad: int, *, batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The reference's log-probabilities of every pair, written to a safetensors file. Returns rows that hold them.
 
-    A file that is there for the same weights and rows is read; for others it is written anew.
+    If the file is there for the same weights and rows, it is read. For others it is written again.
+
+    Args:
+        handle: whose model at strength 0 is the reference. rows: encoded pairs (`training.responses.encode_pairs`).
+        path: of the file. pad: the id to pad with. batch_size: pairs per forward.
+        progress: called with (pairs done, of how many).
     """
     digests = {"format": _FORMAT, "model": model_digest(handle.model), "rows": rows_digest(rows)}
     path = Path(path)
@@ -134,7 +150,7 @@ def store_reference(handle, rows, path, pad, *, batch_size=8, progress=None):
 
 
 def load_reference(handle, rows, path):
-    """Rows with the log-probabilities of a file that `store_reference` wrote.
+    """Rows with the log-probabilities from a file that `store_reference` wrote.
 
     Raises:
         EditFileError: it is damaged, or of another model or other rows.
@@ -144,7 +160,7 @@ def load_reference(handle, rows, path):
         if note.get(what) != now:
             raise EditFileError(
                 f"{path} holds log-probabilities of {'another model' if what == 'model' else 'other rows'} (digest "
-                f"{str(note.get(what))[:12]}, expected {now[:12]}): store them anew with store_reference"
+                f"{str(note.get(what))[:12]}, expected {now[:12]}): store them again with store_reference"
             )
     with safe_open(path, "pt") as file:
         return _with(rows, file.get_tensor("reference"))

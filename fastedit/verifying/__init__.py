@@ -2,22 +2,31 @@
 
     print(fastedit.verify(model, fastedit.Steer(direction)))
 
-The reference (reference.py) is plain hooks on whole sequences, one request at a time, without a cache. Each mode (modes.py)
-runs the model as people run it. A difference that the model without edits has in that mode, too, is not the edits'.
+The reference (reference.py) is plain hooks on whole sequences, one request at a time, without a cache. Each mode
+(modes.py) runs the model as people run it. If the model without edits differs in a mode too, that difference is not the
+edits'. Imports `patching` and below. Read `reference.py` first, then `modes.py`.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..arguments import check_whole
-from ..evaluating import evaluating
+from ..edits.kinds import Edit
 from ..families import find_layers
-from ..patching import patch
-from ..root import root_of
-from ..store import load
+from ..hints import Folder
+from ..patching.edit_folder import load
+from ..patching.eval_mode import check_data, evaluating
+from ..patching.handle import patch
+from ..patching.model_edits import root_of
 from . import modes as _modes
 from .inputs import as_requests, made
 from .outcome import Outcome, Row
@@ -28,28 +37,33 @@ _SHARE = 4  # how much larger than the model's own difference the edited one may
 _EFFECT = 20  # and how much larger than what is allowed what the edits do should be
 
 
-def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="inductor", seed=0):
+def verify(
+    model: nn.Module, edits: Edit | Sequence[Edit] | Folder, inputs: Sequence[Any] | None = None, *,
+    modes: Sequence[str] | None = None, new_tokens: int = 4, backend: str = "inductor", seed: int = 0,
+) -> Outcome:  # fmt: skip
     """Run a model with edits in several modes and compare each with the slow reference.
 
     Args:
-        model: an nn.Module that `fastedit.patch` takes, not patched. It is given back bit for bit.
-        edits: an Edit, a list of them, or a folder that `handle.save` wrote. Where an edit changes nothing yet (a fresh RED)
-            small random numbers stand in.
-        inputs: requests: token ids (a list of 1-D tensors or lists), or a list of dictionaries of arguments for the model,
-            each a batch of one. None: two random ones by the model's config.
-        modes: names among `fastedit.verifying.modes.MODES`; None for all that the model has.
+        model: an nn.Module that `fastedit.patch` takes, not patched. It comes back bit for bit.
+        edits: an Edit, a list of them, or a folder that `handle.save` wrote. Small random numbers replace an edit that
+            changes nothing yet (a fresh RED).
+        inputs: requests: token ids (a list of 1-D tensors or lists), or a list of dictionaries of arguments for the
+            model, each a batch of one. None: two random ones by the model's config.
+        modes: names among `fastedit.verifying.modes.MODES`. None for all that the model has.
         new_tokens: how many tokens are generated.
         backend: of torch.compile.
         seed: of what is random here.
 
     Returns:
-        An Outcome: print it; `ok` is False where something is wrong.
+        An Outcome: print it. `ok` is False if something is wrong.
 
     Raises:
-        ValueError, TypeError: inputs or modes that make no sense; a patched model; edits that change nothing at all.
+        ValueError, TypeError: inputs or modes that make no sense; a patched model; a model that runs in no mode; edits that
+            change nothing at all.
     """
     if root_of(model) is not None:
         raise ValueError("the model is patched: remove its handles, verify puts the edits on and takes them off itself")
+    check_data(model, "to verify")
     check_whole("new_tokens", new_tokens)
     check_whole("seed", seed, least=0)
     wanted = _modes.named(modes, model)
@@ -66,12 +80,15 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
             _stir(handle, seed)
             slow, bare = Reference(handle), Reference(None)
             rows = [_layers_row(model, handle)]
-            edited = {name: _modes.attempt(name, model, requests, settings) for name in wanted}
+            told = replace(settings, handle=handle)
+            edited = {name: _modes.attempt(name, model, requests, told) for name in wanted}
         finally:
             handle.remove()
             if "compile" in wanted:
                 torch.compiler.reset()
         rows += [_compare(name, model, plain[name], edited[name], slow, bare) for name in wanted]
+    if rows[0].verdict == "right" and all(row.verdict == "left out" for row in rows[1:]):
+        raise ValueError(f"no mode could be compared: {rows[1].mode}: {rows[1].note}")
     if not any(row.effect for row in rows) and not any(row.verdict in ("refused", "wrong") for row in rows):
         raise ValueError("the edits changed nothing in any mode that the model has: there is nothing to verify")
     return Outcome(model, rows)
@@ -82,7 +99,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 @contextlib.contextmanager
 def _as_it_was(model):
-    """Afterwards no module has an attribute or a hook that it did not have: switching checkpointing on leaves some."""
+    """Afterwards no module has a new attribute or hook. Switching checkpointing on leaves some."""
     held = [(module, dict(module.__dict__), {name: set(getattr(module, name)) for name in _HOOKS}) for module in model.modules()]
     try:
         yield
@@ -97,7 +114,7 @@ def _as_it_was(model):
 
 
 def _stir(handle, seed):
-    """Random numbers where an edit changes nothing yet, so that what is compared is an edit."""
+    """Random numbers where an edit changes nothing yet, so that the comparison is of an edit."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for edit, _, masters in handle._each():
@@ -111,19 +128,20 @@ def _stir(handle, seed):
 
 
 def _layers_row(model, handle):
-    """That edits of every layer are at as many layers as the config names."""
+    """Check that edits of every layer are at as many layers as the config names."""
     every = [len(chosen) for edit, chosen in zip(handle.edits, handle._members, strict=True)
              if edit.layers is None and edit.site not in ("embed", "final")]  # fmt: skip
     found = find_layers(model)
     stacks = {layer.name.partition(".")[0] for layer in found}
     config = getattr(model, "config", None)
     try:
-        said = None if config is None or len(stacks) > 1 else config.get_text_config().num_hidden_layers
-    except AttributeError:
-        said = None
-    runs = max((len(shapes) for shapes in handle._root.shapes.values()), default=1)
-    if any(n != len(found) for n in every) or (every and said is not None and said != len(found) * max(runs, 1)):
-        return Row("layers", "wrong", note=f"edits of every layer are at {every} of {len(found)}, the config says {said}")
+        text = None if config is None or len(stacks) > 1 else config.get_text_config()
+        said = {n for n in (getattr(text, name, None) for name in ("num_hidden_layers", "num_layers")) if n is not None}
+    except Exception:  # a config whose layers differ refuses to name one number for all of them
+        said = set()
+    runs = sum(len(handle._root.shapes.get(layer.index, ())) or 1 for layer in found)  # shared weights run several times
+    if any(n != len(found) for n in every) or (every and said and not said & {len(found), runs}):
+        return Row("layers", "wrong", note=f"edits of every layer are at {every} of {len(found)}, the config says {sorted(said)}")
     return Row("layers", "right", note=f"{len(found)} found")
 
 

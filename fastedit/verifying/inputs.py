@@ -4,8 +4,9 @@ import inspect
 
 import torch
 
-from ..swapping import base_of
+from ..families.own_class import base_of
 
+_ANY_SIZE = 64  # of pictures, for a model that takes all sizes
 LENGTHS = (9, 6)  # of two random requests: different, so that batches of them are padded
 
 
@@ -55,7 +56,8 @@ def made(model, seed):
             found = [r | {"decoder_input_ids": r["input_ids"][:, :4].clone()} for r in found]
         return found
     if takes(model, "pixel_values"):
-        channels, size = (getattr(model.config, n, None) for n in ("num_channels", "image_size"))
+        seeing = getattr(model.config, "vision_config", None) or model.config
+        channels, size = getattr(seeing, "num_channels", None), getattr(seeing, "image_size", None) or _ANY_SIZE
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         if isinstance(channels, int) and isinstance(height, int):
             dtype = next(model.parameters()).dtype

@@ -1,4 +1,4 @@
-"""The ways in which a model is run. Each takes (model, requests, settings) and returns what was said as [Said]."""
+"""The ways in which a model is run. Each takes (model, requests, settings) and returns its results as [Said]."""
 
 import threading
 import traceback
@@ -13,17 +13,20 @@ from .reference import output_of, tensor_of
 
 @dataclass
 class Settings:
+    """handle: of the edits, None of the model without them."""
+
     new_tokens: int
     backend: str
     seed: int
+    handle: object = None
 
 
 @dataclass
 class Said:
-    """What a mode said for a request: `logits`, which a whole forward of `given` says at `where` of its tokens.
+    """A mode's result for a request: `logits`, to compare with a whole forward of `given` at its tokens `where`.
 
-    prompt: how many of them (of the decoder's, behind an encoder) are the prompt. gradient: instead of logits, that of the
-    embeddings.
+    prompt: how many of them (of the decoder's, behind an encoder) are the prompt. gradient: instead of logits, that of
+    the embeddings.
     """
 
     given: dict
@@ -61,13 +64,16 @@ def _whole(given, logits, where=slice(None)):
 
 
 def forward(model, requests, settings):
-    """One whole forward a request, with the model's own settings of the cache."""
+    """One whole forward per request, with the model's own settings of the cache."""
     with torch.no_grad():
         return [_whole(given, _of(model, given)[0]) for given in requests]
 
 
 def batch(model, requests, settings):
-    """All requests in one batch, padded on the right under a mask."""
+    """All requests in one batch, padded on the right under a mask; of a model that takes none, as long as the shortest."""
+    if not takes(model, "attention_mask") and "input_ids" in requests[0]:
+        shortest = min(_prompt(given) for given in requests)
+        requests = [{k: v[:, :shortest] if k.endswith("input_ids") else v for k, v in given.items()} for given in requests]
     names = [name for name in requests[0] if isinstance(requests[0][name], torch.Tensor)]
     together, masks = {}, {}
     for name in names:
@@ -135,7 +141,7 @@ def _generate(model, requests, settings, **options):
 
 
 def compiled(model, requests, settings):
-    """`torch.compile` of the whole model, for the first request: another length would be compiled anew."""
+    """`torch.compile` of the whole model, for the first request. Another length would be compiled again."""
     torch.compiler.reset()
     quick = torch.compile(model, backend=settings.backend)
     with torch.no_grad():
@@ -143,25 +149,38 @@ def compiled(model, requests, settings):
 
 
 def checkpointing(model, requests, settings):
-    """The gradient that reaches the embeddings, with the layers computed again in the backward."""
+    """The gradient that reaches the embeddings, with the layers computed again in the backward. A model that answers prompts is
+    told where they end: before each request's last two tokens."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     if not trained:
         raise ValueError("no layer of it can be checkpointed")
-    dropouts = [(m, k, v) for m in trained for k, v in vars(m).items() if "dropout" in k and isinstance(v, float)]
+    dropouts = [(m, k, v) for m in trained for k, v in vars(m).items() if "drop" in k and isinstance(v, float)]
     try:
         for module in trained:
             object.__setattr__(module, "training", True)
         for module, name, _ in dropouts:
             setattr(module, name, 0.0)
-        found = [_gradient(model, given, settings.seed) for given in requests]
+        lengths = [_trained_prompt(model, given) for given in requests]
+        found = []
+        for given, length in zip(requests, lengths, strict=True):
+            if settings.handle is not None and length != _prompt(given):
+                settings.handle.prompt(length)
+            found.append(_gradient(model, given, settings.seed))
     finally:
+        if settings.handle is not None:
+            settings.handle.prompt(None)
         for module in trained:
             object.__setattr__(module, "training", False)
         for module, name, value in dropouts:
             setattr(module, name, value)
         model.gradient_checkpointing_disable()
-    return [Said(given, _prompt(given), None, g, settings.seed) for given, g in zip(requests, found, strict=True)]
+    return [Said(*each, None, g, settings.seed) for *each, g in zip(requests, lengths, found, strict=True)]
+
+
+def _trained_prompt(model, given):
+    answers = hasattr(model, "prepare_inputs_for_generation") and not getattr(model.config, "is_encoder_decoder", False)
+    return max(_prompt(given) - 2, 1) if answers else _prompt(given)
 
 
 def _gradient(model, given, seed):
@@ -173,7 +192,9 @@ def _gradient(model, given, seed):
         return kept[-1]
 
     frozen = [p for p in model.parameters() if p.requires_grad]
-    hook = model.get_input_embeddings().register_forward_hook(keep)
+    head = model.get_output_embeddings()  # which may have the same weight
+    table = model.get_input_embeddings().weight
+    hooks = [m.register_forward_hook(keep) for m in model.modules() if getattr(m, "weight", None) is table and m is not head]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -182,14 +203,17 @@ def _gradient(model, given, seed):
             weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).to(logits)
             (logits * weights).sum().backward()
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
+    if kept[0].grad is None:
+        raise ValueError("no gradient reaches the embeddings")
     return kept[0].grad
 
 
 def packing(model, requests, settings):
-    """Two requests in one row, told apart by position ids that start anew."""
+    """Two requests in one row, told apart by position ids that begin again."""
     ids = torch.cat([given["input_ids"] for given in requests], 1)
     places = torch.cat([torch.arange(given["input_ids"].shape[1]) for given in requests])[None].to(ids.device)
     with torch.no_grad():
@@ -202,7 +226,7 @@ def packing(model, requests, settings):
 
 
 def threads(model, requests, settings):
-    """A thread a request, all generating at once."""
+    """One thread per request, all generating at once."""
     found, errors, barrier = [None] * len(requests), [], threading.Barrier(len(requests))
 
     def work(number):
@@ -242,8 +266,8 @@ def named(modes, model):
         unknown = [mode for mode in modes if mode not in MODES]
         if unknown or not modes:
             known = ", ".join(MODES)
-            said = f"there is no mode {unknown[0]!r}; the modes are" if unknown else "modes is empty, expected some of"
-            raise ValueError(f"{said} {known}")
+            wrong = f"there is no mode {unknown[0]!r}; the modes are" if unknown else "modes is empty, expected some of"
+            raise ValueError(f"{wrong} {known}")
         return modes
     text = takes(model, "input_ids")
     generates = text and hasattr(model, "generate") and getattr(model, "can_generate", lambda: True)()
@@ -254,7 +278,7 @@ def named(modes, model):
 
 
 def attempt(name, model, requests, settings):
-    """What a mode said, or the exception that it raised."""
+    """A mode's result, or the exception that it raised."""
     try:
         return MODES[name](model, requests, settings)
     except Exception as error:  # whatever a model's own code may raise

@@ -4,7 +4,7 @@
 // in z: z += a gram m. Two, V = head · relu(W₂ relu(z) + b₂): z += a gram q with q = 1[z > 0] ⊙ v, v = W₂ᵀ m₂.
 // Streams, one hidden layer: W once for z, gram once for the first slope gram m, after that those of gram's rows (it
 // is symmetric) whose units change sign, and W once more for Wᵀ Σ m. For a batch the three passes are one each.
-// Two: gram once a step, for q is dense, and of W₂ the rows of the units whose sign may have changed (`Looks`).
+// Two: gram once per step, for q is dense, and of W₂ the rows of the units whose sign may have changed (`Looks`).
 //
 // Threads over tiles of units in the products, over rows in the steps. The states of the steps (z, slope, v) are fp64:
 // they are sums of hundreds of fp32 vectors, and what they decide, a sign, is all that the result takes from them.

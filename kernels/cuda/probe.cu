@@ -1,7 +1,7 @@
 // Whether a device can run these kernels: its architecture may not be among those built, its driver may be older than the
 // runtime that the module carries. What a first launch would fail with is found by a launch that does nothing.
 //
-// Exported under C names, for fastedit/cuda_device.py.
+// Exported under C names, for fastedit/ops/cuda_device.py.
 #include <cuda_runtime.h>
 
 #include <cstdint>

@@ -92,7 +92,7 @@ def sum_by_slot(rows, slot, like):
 
 
 def form_backward(grad, h, scale, bias, read, offset, write, slot, coefficient, grad_z, z, needs):
-    """Gradients of apply_form (DESIGN.md 2, Backward), all in the compute dtype.
+    """Gradients of apply_form (docs/design.md, 4), all in the compute dtype.
 
     grad (rows, width) or None where only z was used; needs: seven booleans for
     hidden, scale, bias, read, offset, write, coefficient. Returns seven tensors or None.

@@ -5,7 +5,7 @@
     Layer  n̂ = (r − mean) · rstd        normed = round(n̂ · weight + norm_bias) (KIND 2)
     G = grad_residual + rstd · (g − n̂ · mean(g ⊙ n̂) − [Layer] mean(g)),  g = grad_normed ⊙ gain
 
-norm_means_kernel: grad_normed and residual' in, two numbers a row out; a program walks a few rows tile by
+norm_means_kernel: grad_normed and residual' in, two numbers per row out; a program walks a few rows tile by
 tile, and a row's sums run in an order fixed by the width.
 """
 
@@ -49,7 +49,7 @@ def normalised(r, mean, rstd, weight, norm_bias, KIND: tl.constexpr, dtype: tl.c
 
 @triton.jit
 def load_row_number(pointer, row, live):
-    """(BLOCK_ROWS, 1) fp32 of one number a row; None where absent."""
+    """(BLOCK_ROWS, 1) fp32 of one number per row; None where absent."""
     if pointer is None:
         return
     else:

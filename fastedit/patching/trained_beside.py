@@ -1,0 +1,193 @@
+"""What was trained beside an edit and is kept with it: head.safetensors beside edit.json.
+
+    folder/head.safetensors   parameters by their names on the model: a task head, an adapter; in their own dtypes
+    folder/edit.json          in `training`: "head", the sha256 of that file, and "adapters", PEFT's configs
+
+It is written before edit.json as head-<sha256>.safetensors and renamed after it. So a crash leaves the old pair or the
+new one.
+"""
+
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+
+from ..files.edit_file import EditFileError, replace
+from ..files.sealed import Damaged, read_regular, stored_header
+from ..ops.parameter_changes import has_stepped
+from .heads import heads
+
+HEAD = "head.safetensors"
+
+
+def beside(handle):
+    """({name: parameter} that trains or was trained beside the edits and is kept, names of those that are not kept).
+
+    With freeze=True everything that trains is kept: heads and adapters, and what an optimizer has moved. Without it,
+    heads and adapters that an optimizer has moved since the patch are kept. Base weights that it has moved are not:
+    they are a model of their own.
+    """
+    edits = {id(p) for p in handle._root.parameters()}
+    new = {id(p) for module in heads(handle.model) for p in module.parameters()} | {
+        id(p) for p in adapter_parameters(handle.model)
+    }
+    kept, left = {}, []
+    for name, parameter in handle.model.named_parameters():
+        if id(parameter) in edits:
+            continue
+        moved = has_stepped(parameter, handle.since)
+        trained = moved or id(parameter) in new  # a sharded weight may have its gradient on though nothing trains it
+        if (handle.freeze and parameter.requires_grad and trained) or (moved and id(parameter) in new):
+            kept[name] = parameter
+        elif moved:
+            left.append(name)
+    return kept, left
+
+
+def adapter_parameters(model):
+    """The parameters that PEFT has put into a model."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            base = {id(p) for p in module.get_base_layer().parameters()}
+            yield from (p for p in module.parameters() if id(p) not in base)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            yield from module.modules_to_save.parameters() if hasattr(module, "modules_to_save") else ()
+
+
+def payload(tensors):
+    """(the file's bytes, their sha256) of {name: tensor}. ValueError for values that are not finite.
+
+    Tensors laid out over several processes are gathered: all of these processes must call this.
+    """
+    if any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors.values()):
+        from . import distributed
+
+        tensors = distributed.gathered(tensors)
+    held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    for name, tensor in held.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are NaN or infinite: not saved; lower the learning rate")
+    content = to_bytes({name: tensor.clone() for name, tensor in held.items()})
+    return content, hashlib.sha256(content).hexdigest()
+
+
+def stage(folder, content, digest):
+    """Put the head where `settle` finds it, before edit.json names it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    replace(Path(folder) / f"head-{digest}.safetensors", content)
+
+
+def settle(folder, digest):
+    """After edit.json: give the head its own name, and remove heads that edit.json does not name."""
+    folder = Path(folder)
+    with contextlib.suppress(OSError):
+        if digest is None:
+            (folder / HEAD).unlink(missing_ok=True)
+        else:
+            os.replace(folder / f"head-{digest}.safetensors", folder / HEAD)
+        for left in folder.glob("head-*.safetensors"):
+            left.unlink()
+
+
+def read_head(folder, header):
+    """{name: tensor} of a folder's head, checked against edit.json. EditFileError if it is missing or of another
+    edit."""
+    folder, training = Path(folder), header.get("training")
+    digest = training.get("head") if isinstance(training, dict) else None
+    found = f"{folder} has no {HEAD}: expected a folder that handle.save wrote after training with a head"
+    for path in (folder / HEAD, folder / f"head-{digest}.safetensors"):
+        try:
+            content = read_regular(path, 64 << 30)
+            if hashlib.sha256(content).hexdigest() == digest:
+                stored_header(content)
+                return from_bytes(content)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise EditFileError(f"{path} cannot be read: {error.strerror or error}") from None
+        except Damaged as error:
+            raise EditFileError(f"{path} {error}") from None
+        except (SafetensorError, ValueError, RuntimeError, LookupError, TypeError, OverflowError) as error:
+            raise EditFileError(f"{path} is not a valid safetensors file: {error}") from None
+        found = f"{path} is not the head of this edit: its checksum differs from the one in edit.json"
+    raise EditFileError(found)
+
+
+def check_head(folder, head, own):
+    """Check a head's tensors against `own`, {name: parameter}, by name and shape."""
+    if head.keys() != own.keys():
+        missing, extra = sorted(own.keys() - head.keys()), sorted(head.keys() - own.keys())
+        raise EditFileError(
+            f"{folder}/{HEAD}: missing {missing[:3]}, not in this model {extra[:3]}; load it onto the model with the head that "
+            "was trained, or the edit alone with fastedit.load(model, folder, head=False)"
+        )
+    for name, tensor in sorted(head.items()):
+        if tensor.shape != own[name].shape:
+            raise EditFileError(
+                f"{folder}/{HEAD}: {name} has shape {tuple(tensor.shape)}, this model's is {tuple(own[name].shape)}"
+            )
+
+
+def copy_head(head, own):
+    with torch.no_grad():
+        for name, tensor in head.items():
+            own[name].copy_(tensor)
+
+
+def adapters(model):
+    """{name: PEFT config as a dict} of the adapters in a model, JSON-able. {} for none."""
+    configs = getattr(model, "peft_config", None) if "peft" in sys.modules else None
+    if not isinstance(configs, dict):
+        return {}
+    return {name: _plain(config.to_dict()) for name, config in configs.items()}
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (set, frozenset, list, tuple)):
+        return [_plain(v) for v in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def restore(model, folder, header):
+    """Bring back onto a model what was trained beside a folder's edit. Does nothing if there was nothing.
+
+    PEFT injects adapters that the model does not have, in place.
+
+    Raises:
+        EditFileError: damaged, or not of this model. Nothing has changed except for injected adapters.
+    """
+    note = header.get("training") or {}
+    if not note.get("head"):
+        return
+    head = read_head(folder, header)
+    own = {name: p for name, p in model.named_parameters() if name in head}
+    if head.keys() != own.keys() and note.get("adapters"):
+        _inject(model, note["adapters"], folder)
+        own = {name: p for name, p in model.named_parameters() if name in head}
+    check_head(folder, head, own)
+    copy_head(head, own)
+
+
+def _inject(model, configs, folder):
+    try:
+        from peft import PeftConfig, inject_adapter_in_model
+    except ImportError:
+        raise EditFileError(f"{folder} holds a PEFT adapter beside the edit: pip install peft") from None
+    for name, config in configs.items():
+        if name not in (getattr(model, "peft_config", None) or {}):
+            made = PeftConfig.from_peft_type(**config)
+            inject_adapter_in_model(made, model, adapter_name=name)
+            model.peft_config = {**(getattr(model, "peft_config", None) or {}), name: made}
