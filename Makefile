@@ -160,12 +160,12 @@ sanitize: $(STAMPS)/fastedit $(STAMPS)/sanitize
 		kernels/cpu/edit*.cpp kernels/cpu/project.cpp kernels/cpu/moments.cpp kernels/cpu/value_ascent.cpp \
 		kernels/cpu/isa.cpp -o $(VENV)/threads && $(VENV)/threads
 	$(UNDER_SANITIZERS) tests/sanitize/calls.py $(CALLS) $(SECONDS_OF_THREADS)
-	$(UNDER_SANITIZERS) -m pytest -q -p no:cacheprovider $(BAD_INPUTS)
+	$(UNDER_SANITIZERS) -m pytest -q --capture=sys -p no:cacheprovider $(BAD_INPUTS)
 
 # The build, 3,000 calls, five seconds of threads and the bad inputs.
 sanitize-short: $(STAMPS)/fastedit $(STAMPS)/sanitize
 	$(UNDER_SANITIZERS) tests/sanitize/calls.py 3000 5
-	$(UNDER_SANITIZERS) -m pytest -q -p no:cacheprovider $(BAD_INPUTS)
+	$(UNDER_SANITIZERS) -m pytest -q --capture=sys -p no:cacheprovider $(BAD_INPUTS)
 
 $(STAMPS)/sanitize: $(STAMPS)/native
 	FASTEDIT_CUDA=OFF FASTEDIT_NATIVE=ON FASTEDIT_SANITIZE=address,undefined $(BIN)/$(INSTALL) --no-build-isolation --no-deps \
