@@ -96,10 +96,10 @@ conformance: $(STAMPS)/fastedit
 
 # A process a file: an engine in a process leaves its threads and its memory behind.
 serving-test: $(SERVING)/.stamp
-	for file in tests/serving/test_*.py; do $(SERVING)/bin/python -m pytest $$file $(PYTEST_ARGS) || exit 1; done
+	for file in tests/serving/test_*.py; do $(SERVING)/bin/python -m pytest --timeout 1800 $$file $(PYTEST_ARGS) || exit 1; done
 
 serving-test-short: $(SERVING)/.stamp
-	for file in engine soak server; do $(SERVING)/bin/python -m pytest tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
+	for file in engine soak server; do $(SERVING)/bin/python -m pytest --timeout 1800 tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
 
 # Campaigns (docs/reliability.md): the full sizes by default; N=1000 for a short one.
 fuzz: $(STAMPS)/fastedit
