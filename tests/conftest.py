@@ -42,6 +42,7 @@ SLOW = (  # from eighty seconds of processor time to ten
 # that train together. `make test` leaves them out, `make test-long` runs them, .ci/run both.
 LONG = (
     "cuda_streams", "cuda_build", "distributed", "instruction_sets", "instructions", "threads",
+    "traced::test_each_prefix_of_a_save",
     "triton_aot::test_activations_move_128_bits_and_nothing_is_fp64",
     "triton_aot::test_products_are_six_of_bf16_and_summed_in_fp32",
     "triton_gate_aot::test_a_gated_edit_is_one_launch_of_wide_accesses_in_fp32",

@@ -134,6 +134,8 @@ def test_many_dimensions(dims):
         torch.autograd.grad(ops.edit(rows, read=form[0], write=form[1]).square().sum(), form) for rows in (h, H)
     )
     torch.testing.assert_close((d_read, d_write), exact)
+    if dims > 32:
+        return  # which NumPy 1 has not
     if dims > 16:
         with pytest.raises(ValueError, match=f"has {dims} dimensions, expected at most 16"):
             arrays.edit(h.numpy(), SCALE.numpy())
