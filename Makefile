@@ -96,10 +96,10 @@ conformance: $(STAMPS)/fastedit
 
 # A process a file: an engine in a process leaves its threads and its memory behind.
 serving-test: $(SERVING)/.stamp
-	for file in tests/serving/test_*.py; do $(SERVING)/bin/python -m pytest $$file $(PYTEST_ARGS) || exit 1; done
+	for file in tests/serving/test_*.py; do $(SERVING)/bin/python -m pytest --timeout 1800 $$file $(PYTEST_ARGS) || exit 1; done
 
 serving-test-short: $(SERVING)/.stamp
-	for file in engine soak server; do $(SERVING)/bin/python -m pytest tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
+	for file in engine soak server; do $(SERVING)/bin/python -m pytest --timeout 1800 tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
 
 # Campaigns (docs/reliability.md): the full sizes by default; N=1000 for a short one.
 fuzz: $(STAMPS)/fastedit
@@ -164,12 +164,12 @@ sanitize: $(STAMPS)/fastedit $(STAMPS)/sanitize
 		kernels/cpu/edit*.cpp kernels/cpu/project.cpp kernels/cpu/moments.cpp kernels/cpu/value_ascent.cpp \
 		kernels/cpu/isa.cpp -o $(VENV)/threads && $(VENV)/threads
 	$(UNDER_SANITIZERS) tests/sanitize/calls.py $(CALLS) $(SECONDS_OF_THREADS)
-	$(UNDER_SANITIZERS) -m pytest -q -p no:cacheprovider $(BAD_INPUTS)
+	$(UNDER_SANITIZERS) -m pytest -q --capture=sys -p no:cacheprovider $(BAD_INPUTS)
 
 # The build, 3,000 calls, five seconds of threads and the bad inputs.
 sanitize-short: $(STAMPS)/fastedit $(STAMPS)/sanitize
 	$(UNDER_SANITIZERS) tests/sanitize/calls.py 3000 5
-	$(UNDER_SANITIZERS) -m pytest -q -p no:cacheprovider $(BAD_INPUTS)
+	$(UNDER_SANITIZERS) -m pytest -q --capture=sys -p no:cacheprovider $(BAD_INPUTS)
 
 $(STAMPS)/sanitize: $(STAMPS)/native
 	FASTEDIT_CUDA=OFF FASTEDIT_NATIVE=ON FASTEDIT_SANITIZE=address,undefined $(BIN)/$(INSTALL) --no-build-isolation --no-deps \

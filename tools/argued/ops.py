@@ -228,6 +228,9 @@ def form_of(given, rows):
     width, lead = rows.shape[-1], tuple(rows.shape[:-1])
     slot, tensors = given.get("slot"), {name: given.get(name) for name in FORM}
     some = ()
+    for each in (slot, given.get("strength")):
+        if held(each) and each.dim() == 1 and tuple(each.shape) != lead and len(each) == math.prod(lead):
+            raise Unsaid("one a row, already flat")
     if slot is not None:
         need(held(slot) and slot.dtype is torch.int32 and tuple(slot.shape) == lead, "slot")
         first = next((tensors[n] for n in ("scale", "bias", "read") if tensors[n] is not None), None)
