@@ -26,7 +26,7 @@ struct Flag {
 struct Torch {
   PyTypeObject *tensor = nullptr, *parameter = nullptr, *dtype = nullptr;
   const dlpack::Exchange* exchange = nullptr;
-  PyObject *empty = nullptr, *empty_like = nullptr, *contiguous_format = nullptr, *forward_ad = nullptr;
+  PyObject *empty = nullptr, *empty_like = nullptr, *new_empty = nullptr, *contiguous_format = nullptr, *forward_ad = nullptr;
   Flag grad_enabled, transforms, graph_task, inference;
   PyMethodDef* is_neg = nullptr;         // of Tensor: asked of each one that is read
   PyGetSetDef* requires_grad = nullptr;
@@ -236,6 +236,7 @@ void Call::lead(View& view, PyObject* object, const char* name) {
   leader_ = object;
   view_of(view, object, name, false);
   device_ = view.device;
+  leader_dtype_ = view.dtype;
   if (!sure && face_ == Face::torch && !served_[!host()]) refuse("another backend serves these rows");
 #ifndef FASTEDIT_CUDA
   if (!host()) throw Refused{PyExc_RuntimeError, "a GPU array needs the CUDA kernels, which this build lacks; see `fastedit doctor`"};
@@ -312,7 +313,10 @@ py::object Call::make(const int64_t* shape, int ndim, int dtype, View& out) cons
   py::tuple sizes(ndim);
   for (int i = 0; i < ndim; ++i) sizes[i] = shape[i];
   py::object result;
-  if (face_ == Face::torch) {
+  if (face_ == Face::torch && dtype == leader_dtype_ && torch_.exact(leader_)) {  // keywords take longer to read
+    PyObject* args[] = {leader_, sizes.ptr()};
+    result = taken(PyObject_Vectorcall(torch_.new_empty, args, 2, nullptr));
+  } else if (face_ == Face::torch) {
     const py::object device = taken(PyObject_GetAttr(leader_, names().device));
     PyObject* args[] = {sizes.ptr(), torch_.dtypes[dtype], device.ptr()};
     result = taken(PyObject_Vectorcall(torch_.empty, args, 1, names().where));
@@ -364,6 +368,7 @@ void use_torch(const py::module_& torch) {
   torch_.exchange = found;
   torch_.empty = kept(torch.attr("empty"));
   torch_.empty_like = kept(torch.attr("empty_like"));
+  torch_.new_empty = kept(tensor.attr("new_empty"));
   torch_.contiguous_format = kept(torch.attr("contiguous_format"));
   torch_.forward_ad = kept(torch.attr("autograd").attr("forward_ad").attr("__dict__"));
   torch_.grad_enabled.keep(torch.attr("is_grad_enabled"));

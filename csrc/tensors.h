@@ -100,6 +100,7 @@ class Call {
   void made(const py::object& object, View& out) const;
   Face face_ = Face::torch;
   PyObject* leader_ = nullptr;
+  int leader_dtype_ = OTHER;
   dlpack::Device device_{};
   mutable std::vector<py::object> kept_;
 };
