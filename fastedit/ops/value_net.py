@@ -161,7 +161,10 @@ class ValueNet(nn.Module):
     ) -> torch.Tensor:
         """h' of `fastedit.ops.value_ascent`, for any net: u ← u + a ∇V(h + u), or with a target ∇ −½ Σ (V(h + u) − target)².
 
-        The steps stay in z = W h + b, which moves by a · (W Wᵀ) dV/dz. target: a number for each output.
+        The steps stay in z = W h + b, which moves by a · (W Wᵀ) dV/dz.
+
+        Args:
+            hidden: (…, width). steps, step_size: n and a. target: a number for each output; None to ascend V itself.
         """
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         (weight, bias), *deeper = [(w.to(dtype), b.to(dtype)) for w, b in self.hidden_layers]
