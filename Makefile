@@ -19,8 +19,8 @@ OUT ?= bench/results
 PYTEST_ARGS ?=
 JOBS ?= 2  # test files at a time
 
-# The first python3 that is 3.11 to 3.13 and can make a virtual environment. Override: make test PYTHON=...
-USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# The first python3 that is 3.11 or newer and can make a virtual environment. Override: make test PYTHON=...
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c '$(USABLE)' 2>/dev/null && { echo "$$p"; break; }; done)
 
@@ -41,7 +41,7 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py fastedit/*/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test test-long test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs wheels lint bench \
+.PHONY: help setup demo test test-long test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs docs-short wheels lint bench \
 	peers gpu gpu-more clean distclean
 
 help:
@@ -59,7 +59,7 @@ help:
 	@echo "make fuzz, arguments, crashes, soak   attacked files and calls, killed writers, a day in an hour; hours"
 	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
 	@echo "make sanitize-short   a cut of it, some minutes"
-	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network"
+	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network; make docs-short: no notebooks"
 	@echo "make wheels  an sdist and a Linux wheel into dist/, tried in an environment without a compiler"
 	@echo "make lint    ruff; that the wings of fastedit/ import downwards; types of the public face by pyright"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
@@ -123,6 +123,10 @@ soak: $(STAMPS)/fastedit
 docs: $(STAMPS)/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "Built. Next: open docs/_build/html/index.html"
+
+# Without running the notebooks.
+docs-short: $(STAMPS)/docs
+	FASTEDIT_NOTEBOOKS=off $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/short
 
 # An sdist, and from it a wheel of this Python with the CPU kernels of every instruction set, and the CUDA kernels where nvcc
 # is there; repaired by auditwheel, installed where there is no compiler, and tried (tools/wheels.py).

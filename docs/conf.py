@@ -1,5 +1,6 @@
 """The documentation site: `make docs` builds it, with warnings as errors and without a network."""
 
+import os
 import pathlib
 import sys
 
@@ -26,7 +27,8 @@ html_copy_source = False
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "cache"
+nb_execution_mode = os.environ.get("FASTEDIT_NOTEBOOKS", "cache")  # off: make docs-short
+nb_execution_in_temp = True
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True

@@ -116,6 +116,20 @@ def test_each_calls_positions_are_followed():
     assert torch.equal(said(model, unit_locations=some), expected[0])
 
 
+def test_a_call_at_one_position_says_what_follows_it():
+    """Adopted as it is, an edit acts everywhere: a call at one position is not answered otherwise, and is told how to be."""
+    model, rows = reft(), [[3], [3]]
+    given = tiny.inputs("llama")
+    with fe.adopt(model):
+        with pytest.raises(ValueError, match=r"fe\.adopt\(model, positions='call'\) follows each call's"):
+            said(model, unit_locations={"base": [rows] * tiny.LAYERS})
+        with pytest.raises(ValueError, match=r"fe\.adopt\(model, positions='call'\)"):
+            model.generate(base=given, unit_locations={"base": [rows] * tiny.LAYERS}, intervene_on_prompt=True)
+    before = said(model, unit_locations={"base": [rows] * tiny.LAYERS})
+    with fe.adopt(model, positions="call"):
+        torch.testing.assert_close(said(model, unit_locations={"base": [rows] * tiny.LAYERS}), before, rtol=1e-4, atol=1e-4)
+
+
 def test_positions_without_a_counterpart_are_refused():
     model = reft()
     with pytest.raises(ValueError, match="positions='every other' has no counterpart among pyvene's unit_locations"):

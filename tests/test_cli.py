@@ -114,6 +114,8 @@ def test_show_prints_the_edit(trained):
     scale = fe.store.read(folder)[1]["0.layers.1.mlp.scale"]
     assert f"{(scale - 1).abs().mean():.4f} ({(scale - 1).abs().max():.4f})" in output
     assert "training lr: 0.03" in output
+    told = json.loads(invoke("show", folder, "--json"))
+    assert told["edits"][0]["kind"] == "RED" and told["shapes"]["0.layers.1.mlp.scale"] == [16]
 
 
 def test_show_of_nothing_is_one_line_and_exit_code_1(tmp_path):

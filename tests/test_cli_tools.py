@@ -1,6 +1,7 @@
 """`fastedit merge | convert | evaluate | sweep | bench | push --card`, and what the program says of mistakes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +36,11 @@ def directions(tmp_path_factory):
     return fe.Directions(vectors, about={"site": "block", "type": "llama"}).save(tmp_path_factory.mktemp("directions"))
 
 
+def refused(*arguments):
+    """The message of exit code 2, without the box around it."""
+    return re.sub(r"[\s│]+", " ", invoke(*arguments, code=2))
+
+
 def saved(model, edits, folder):
     loaded, _ = load_model(str(model), device="cpu")
     fe.patch(loaded, edits).save(folder)
@@ -60,7 +66,7 @@ def test_each_has_help_with_an_example():
         assert re.search(r"Examples?:", said) and f"fastedit {command}" in said
 
 
-def test_merge_saves_an_ordinary_model(model, tmp_path):
+def test_merge_saves_an_ordinary_model(model, program, tmp_path):
     edit = saved(model, scaled(), tmp_path / "edit")
     found = json.loads(invoke("merge", model, edit, "--out", tmp_path / "merged", "--strength", 0.5, "--json"))
     assert found["strength"] == 0.5 and found["layers_merged"] == 3
@@ -86,10 +92,10 @@ def test_convert_there_and_back(model, directions, tmp_path):
     invoke("convert", tmp_path / "b.gguf", tmp_path / "back", "--to", "directions")
     assert fe.Directions.load(tmp_path / "back") == fe.Directions.load(directions)
     red = saved(model, scaled(), tmp_path / "red")
-    assert "a Steer at 'block'" in invoke("convert", red, tmp_path / "c.gguf", code=2)
-    assert "is of that kind already" in invoke("convert", red, tmp_path / "d", code=2)
-    assert "give --model" in invoke("convert", tmp_path / "a.gguf", tmp_path / "d", code=2)
-    assert "expected one of edit, gguf" in invoke("convert", red, tmp_path / "d", "--to", "onnx", code=2)
+    assert "a Steer at 'block'" in refused("convert", red, tmp_path / "c.gguf")
+    assert "is of that kind already" in refused("convert", red, tmp_path / "d")
+    assert "give --model" in refused("convert", tmp_path / "a.gguf", tmp_path / "d")
+    assert "expected one of edit, gguf" in refused("convert", red, tmp_path / "d", "--to", "onnx")
     assert not (tmp_path / "c.gguf").exists() and not (tmp_path / "d").exists()
 
 
@@ -123,9 +129,9 @@ def test_evaluate_of_a_trained_head(encoder, trained, tmp_path):  # noqa: F811
     one, two = json.loads(
         invoke("evaluate", encoder, data, "--edit", folder, "--strength", 1, "--strength", 0, "--json", "--device", "cpu")
     )
-    assert one["rows"] == 60 and one["accuracy"] > 0.9 > two["accuracy"]
+    assert one["rows"] == 60 and one["accuracy"] > two["accuracy"] + 0.2
     tsv(tmp_path / "bad.tsv", [("fine", "great")])
-    assert "label 'great'" in invoke("evaluate", encoder, tmp_path / "bad.tsv", "--edit", folder, code=2)
+    assert "label 'great'" in refused("evaluate", encoder, tmp_path / "bad.tsv", "--edit", folder)
 
 
 def test_evaluate_of_a_language_model(model, directions, tmp_path):
@@ -168,7 +174,7 @@ def test_sweep_saves_the_best(model, directions, tmp_path):
     assert header["edits"][0]["layers"] == best["layers"] and header["edits"][0]["strength"] == best["dose"]
     assert (tmp_path / "best" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     wrong = ("sweep", model, directions, "--prompts", prompts, "--measure", "good")
-    assert "--measure is 'good', expected word:WORD" in " ".join(invoke(*wrong, code=2).split())
+    assert "--measure is 'good', expected word:WORD" in refused(*wrong)
 
 
 def test_bench_takes_turns(model):
@@ -185,19 +191,33 @@ def test_push_shows_its_card(model, tmp_path):
     assert 'fe.load(model, "anna/louder")' in card
 
 
-def program(*arguments, code):
-    """What `fastedit` says as a program of its own: one line on stderr, and an exit code."""
-    line = [sys.executable, "-c", "from fastedit.cli import main; main()", *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr + done.stdout
-    assert done.stderr.startswith("fastedit: ") and done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """What `fastedit` says as a program: one line on stderr, and an exit code."""
+
+    def program(*arguments, code):
+        monkeypatch.setattr(sys, "argv", ["fastedit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        said = capsys.readouterr().err
+        assert stopped.value.code == code and said.startswith("fastedit: ") and said.count("\n") == 1, said
+        return said
+
+    return program
 
 
-def test_errors_are_one_line_with_an_exit_code(tmp_path):
+def test_errors_are_one_line_with_an_exit_code(program, tmp_path):
     assert "No such command 'frobnicate'" in program("frobnicate", code=2)
     assert "is no saved edit" in program("convert", tmp_path, tmp_path / "a.gguf", code=2)
     assert "has no edit.json" in program("push", tmp_path, "anna/edit", code=1)
+
+
+def test_a_shell_completes_commands():
+    code = "import sys; sys.argv = ['fastedit']; from fastedit.cli import main; main()"
+    asked = {"_FASTEDIT_COMPLETE": "complete_bash", "COMP_WORDS": "fastedit conv", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
+    assert done.stdout.split() == ["convert"], done.stderr
 
 
 def test_what_the_program_makes_of_what_is_raised(monkeypatch, capsys):

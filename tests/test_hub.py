@@ -2,15 +2,12 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
-import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import tiny_models as tiny
+import torch
 
 import fastedit as fe
 from fastedit.patching import hub
@@ -75,61 +72,45 @@ class Repos(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
+def server(tmp_path, monkeypatch):
+    """A hub of this process's own: what huggingface_hub has read of its address when it was imported is put in its place."""
+    from huggingface_hub import constants
+
     made = ThreadingHTTPServer(("127.0.0.1", 0), Repos)
-    made.repos = {}
+    made.repos, address = {}, f"http://127.0.0.1:{made.server_port}"
+    for name, value in {
+        "ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+    for name, value in {"HF_TOKEN": "hf_test", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
     threading.Thread(target=made.serve_forever, daemon=True).start()
     yield made
     made.shutdown()
 
 
-def elsewhere(server, cache, code, code_=0):
-    """A process whose hub is the local server: its address is read when huggingface_hub is imported."""
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(cache), "HF_TOKEN": "hf_test",
-        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONPATH": os.path.dirname(__file__),
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment)
-    assert done.returncode == code_, done.stderr
-    return done.stdout + done.stderr
-
-
-PUSH = """
-    import tiny_models as tiny, torch, fastedit as fe
-    model = tiny.build("llama")
-    handle = fe.patch(model, fe.RED())
-    for name, tensor in handle.named_tensors().items():
+def test_push_and_load_by_name(server):
+    handle = fe.patch(tiny.build("llama"), fe.RED())
+    for tensor in handle.named_tensors().values():
         tensor.add_(0.1)
-    print(handle.push_to_hub("anna/louder", base_model="org/base", training={"lr": 0.01}))
-"""
-LOAD = """
-    import tiny_models as tiny, torch, fastedit as fe
-    model = tiny.build("llama")
-    handle = fe.load(model, "anna/louder")
-    print({float(t.mean().round(decimals=3)) for n, t in handle.named_tensors().items()})
-"""
-
-
-def test_push_and_load_by_name(server, tmp_path):
-    said = elsewhere(server, tmp_path / "a", PUSH)
-    assert f"/anna/louder/commit/{SHA}" in said
-    assert set(server.repos["anna/louder"]) >= {"README.md", "edit.json"}
+    said = handle.push_to_hub("anna/louder", base_model="org/base", training={"lr": 0.01})
+    assert said.endswith(f"/anna/louder/commit/{SHA}")
+    assert {"README.md", "edit.json"} < set(server.repos["anna/louder"])
     card = server.repos["anna/louder"]["README.md"].decode()
     assert 'base_model: "org/base"' in card and "| RED | mlp | 0–2 |" in card and "| lr | 0.01 |" in card
-    said = elsewhere(server, tmp_path / "b", LOAD)
-    assert "1.1" in said and "0.1" in said
-    code = "import tiny_models as tiny, fastedit as fe\nfe.load(tiny.build('llama'), 'anna/quieter')"
-    assert "EditFileError: there is no folder anna/quieter, and as a Hub repo" in elsewhere(server, tmp_path / "c", code, 1)
+    found = fe.load(tiny.build("llama"), "anna/louder").named_tensors()
+    assert all(torch.equal(found[name], tensor) for name, tensor in handle.named_tensors().items())
+    with pytest.raises(fe.EditFileError, match="there is no folder anna/quieter, and as a Hub repo"):
+        fe.load(tiny.build("llama"), "anna/quieter")
 
 
-def test_a_card_of_the_users_own_is_kept(server, tmp_path):
-    model = tiny.build("llama")
-    fe.patch(model, fe.Steer({1: tiny.torch.ones(32)})).save(tmp_path / "edit")
+def test_a_card_of_the_users_own_is_kept_and_other_files_stay(server, tmp_path):
+    fe.patch(tiny.build("llama"), fe.Steer({1: torch.ones(32)})).save(tmp_path / "edit")
     (tmp_path / "edit" / "README.md").write_text("mine\n")
-    code = f"from fastedit.patching import hub\nhub.push({str(tmp_path / 'edit')!r}, 'anna/mine')"
-    elsewhere(server, tmp_path / "a", code)
-    assert server.repos["anna/mine"]["README.md"] == b"mine\n"
+    (tmp_path / "edit" / "secret.txt").write_text("mine alone")
+    hub.push(tmp_path / "edit", "anna/mine")
+    assert server.repos["anna/mine"]["README.md"] == b"mine\n" and "secret.txt" not in server.repos["anna/mine"]
     with pytest.raises(ValueError, match="expected user/name"):
         hub.push(tmp_path / "edit", "mine")
 
@@ -137,7 +118,7 @@ def test_a_card_of_the_users_own_is_kept(server, tmp_path):
 def test_a_card_holds_no_markup_of_the_file(tmp_path):
     model = tiny.build("llama")
     handle = fe.patch(model, fe.RED())
-    handle.save(tmp_path, training={"note": "a | b\n# <script>alert(1)</script>"})
+    fe.store.save(handle, tmp_path, training={"note": "a | b\n# <script>alert(1)</script>"})
     header, tensors = fe.store.read(tmp_path)
     header["base"]["model"] = "x`\n---\n<b>"
     text = hub.card(header, tensors, "anna/edit")

@@ -73,6 +73,7 @@ def run_doctor():
 def run_show(
     folder: Annotated[str, typer.Argument(help="What `handle.save` or `Directions.save` wrote, or a Hub repo id.")],
     reseal: Annotated[bool, typer.Option("--reseal", help="First give an edit.json changed by hand its checksum again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print edit.json and the shapes of its tensors.")] = False,
 ):
     """Print an edit: what it does where, its base, how it was trained, how far it is from doing nothing.
 
@@ -80,7 +81,7 @@ def run_show(
     """
     from .show import run
 
-    run(folder, reseal)
+    run(folder, reseal, as_json)
 
 
 @app.command("train")
@@ -172,13 +173,14 @@ def run_train(
 def run_predict(
     folder: Annotated[str, typer.Argument(help="What `fastedit train` wrote, or a Hub repo id.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Sentences, or prompts.")] = None,
-    file: Annotated[Path | None, typer.Option("--texts", help="A file of them: .txt, .json or .jsonl.")] = None,
+    file: Annotated[Path | None, typer.Option("--texts", help="A file of them: .txt, .json, .jsonl or .csv.")] = None,
     model: Annotated[str | None, typer.Option(help="The base; by default the one that the edit names.")] = None,
     other: Annotated[list[str] | None, typer.Option(help="Second texts, for an edit trained on pairs.")] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 100,
     out: Annotated[Path | None, typer.Option(help="Also write the answers here, as .jsonl.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ):
     """Use what was trained: the label, number or reward of each text, or the reply to each prompt.
 
@@ -187,7 +189,7 @@ def run_predict(
     """
     from .predict import run
 
-    run(folder, texts, file, model, other, device, dtype, max_new_tokens, out)
+    run(folder, texts, file, model, other, device, dtype, max_new_tokens, out, as_json)
 
 
 @app.command("contrast")

@@ -11,7 +11,7 @@ from .train import readable
 SENTENCES = ("classification", "pairs", "regression", "reward")
 
 
-def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out):
+def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out, as_json=False):
     from ..patching import edit_folder as store
 
     texts = [*(texts or ()), *(read_texts(file) if file else ())]
@@ -41,6 +41,9 @@ def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out):
         )
     if out is not None:
         out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
     for row in rows:
         typer.echo("\t".join(str(value) for value in row.values()))
 

@@ -3,6 +3,7 @@
 A file's contents are printed as text. Control characters, which a terminal would obey, are written out.
 """
 
+import json
 import unicodedata
 from pathlib import Path
 
@@ -16,11 +17,11 @@ from ..files import edit_file
 from ..patching import edit_folder as store
 
 
-def run(folder, reseal=False):
+def run(folder, reseal=False, as_json=False):
     console = Console()
     try:
         folder = store.fetch(folder)
-        if is_saved(folder):
+        if is_saved(folder) and not as_json:
             console.print(_directions(folder))
             if not (folder / edit_file.JSON).exists():
                 return
@@ -31,6 +32,9 @@ def run(folder, reseal=False):
     except (ValueError, OSError) as error:
         Console(stderr=True).print(plain(error), style="red", highlight=False, markup=False)
         raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(header | {"shapes": {name: list(tensor.shape) for name, tensor in tensors.items()}}, indent=1))
+        return
     size = sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith("edit."))
     base, training = (p if isinstance(p, dict) else {} for p in map(header.get, ("base", "training")))
     console.print(

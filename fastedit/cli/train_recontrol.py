@@ -27,15 +27,7 @@ def run(
     console = Console()
     trained = reward.partition(":")[2] if reward and reward.startswith("edit:") else None
     score = None if trained else find_reward(reward)
-    prompts = read_texts(data)
-    if any(isinstance(prompt, dict) for prompt in prompts):
-        raise typer.BadParameter(f"{data} holds rows with responses, expected prompts alone")
-    prompts = as_chat(prompts) if chat else prompts
-    random.Random(seed).shuffle(prompts)
-    prompts = prompts[:rows]
-    if len(prompts) < 2:
-        raise typer.BadParameter(f"{data} has {len(prompts)} prompt to use, expected 2 or more: some are held out")
-    held_out = prompts[: max(1, min(32, len(prompts) // 10))]
+    prompts, held_out = _prompts(data, rows, chat, seed)
     loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
     import torch
 
@@ -55,7 +47,7 @@ def run(
     try:
         with bars(console) as progress:
             found = recontrol.collect(
-                loaded, tokenizer, prompts[len(held_out) :], score, samples=samples, seed=seed,
+                loaded, tokenizer, prompts, score, samples=samples, seed=seed,
                 progress=_bar(progress, "collecting"), folder=states, **ask,
             )  # fmt: skip
             torch.manual_seed(seed)
@@ -67,20 +59,28 @@ def run(
             )  # fmt: skip
             control = recontrol.Control(net, step_size, ascent_steps, target=target)
             with fastedit.patch(loaded, control) as handle:
-                rows = recontrol_report.report(
+                report = recontrol_report.report(
                     handle, tokenizer, held_out, score, net, samples=4, max_new_tokens=max_new_tokens, seed=seed + 1,
                     batch_size=GENERATED_TOGETHER,
                 )  # fmt: skip
-                earned = [row["reward"] for row in rows[:2]]
+                earned = [row["reward"] for row in report[:2]]
                 summary = {
-                    "task": "control", "method": "recontrol", "reward": reward, "prompts": len(prompts) - len(held_out),
+                    "task": "control", "method": "recontrol", "reward": reward, "prompts": len(prompts),
                     "samples": samples, "max_new_tokens": max_new_tokens, "lam": lam, "lr": lr, "epochs": fitted.best,
                     "batch_size": batch_size, "seed": seed, "error": fitted.error, "held_out": len(held_out),
-                    "reward_before": earned[0], "reward_after": earned[1], "report": rows,
+                    "reward_before": earned[0], "reward_after": earned[1], "report": report,
                 }  # fmt: skip
                 fastedit.store.save(handle, out, base_model=model, training=summary)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
+    _tell(console, found, fitted, held_out, report)
+    console.print(f"saved {out}; try it with: fastedit generate {model} --edit {out} --prompt '…'", markup=False)
+
+
+def _tell(console, found, fitted, held_out, report):
+    """What was sampled and fitted, and the rewards of held-out prompts without and with the control."""
+    from fastedit.methods import recontrol_report
+
     start = fitted.epochs[0]["error"]
     console.print(
         f"{len(found):,} responses of {len(found.states):,} tokens, mean reward {found.rewards.mean():.4g}; held-out error "
@@ -88,10 +88,24 @@ def run(
         highlight=False,
     )
     console.print(
-        f"mean reward on {len(held_out)} held-out prompts: {earned[0]:.4g} without, [bold]{earned[1]:.4g}[/] with"
+        f"mean reward on {len(held_out)} held-out prompts: {report[0]['reward']:.4g} without, "
+        f"[bold]{report[1]['reward']:.4g}[/] with"
     )
-    console.print(recontrol_report.table(rows), markup=False, highlight=False)
-    console.print(f"saved {out}; try it with: fastedit generate {model} --edit {out} --prompt '…'", markup=False)
+    console.print(recontrol_report.table(report), markup=False, highlight=False)
+
+
+def _prompts(data, rows, chat, seed):
+    """(prompts to sample responses of, prompts held out: a tenth, 32 at most)."""
+    prompts = read_texts(data)
+    if any(isinstance(prompt, dict) for prompt in prompts):
+        raise typer.BadParameter(f"{data} holds rows with responses, expected prompts alone")
+    prompts = as_chat(prompts) if chat else prompts
+    random.Random(seed).shuffle(prompts)
+    prompts = prompts[:rows]
+    if len(prompts) < 2:
+        raise typer.BadParameter(f"{data} has {len(prompts)} prompt to use, expected 2 or more: some are held out")
+    count = max(1, min(32, len(prompts) // 10))
+    return prompts[count:], prompts[:count]
 
 
 def find_reward(name, flag="--reward"):

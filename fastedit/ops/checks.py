@@ -5,7 +5,7 @@ From metadata alone, but for slots in host memory. The native module has checks 
 
 import torch
 
-from ..arguments import MAX_RANK, check_norm_kind, check_projection, check_steps, check_target
+from ..arguments import MAX_RANK, check_norm_kind, check_projection, check_steps, check_target, groups_of
 from .value_net import ValueNet
 
 _ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -190,7 +190,7 @@ def check_group(hidden, group, mask, groups, traced):
     largest = int(group.max()) if group.numel() else -1
     if groups is not None and largest >= groups:
         raise IndexError(f"group has the number {largest}, expected −1 (left out) or 0 to {groups - 1}")
-    return groups or max(largest + 1, 1)
+    return groups or groups_of(largest)
 
 
 def check_ascent(hidden, value_net, steps, step_size, target=None):

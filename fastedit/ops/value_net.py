@@ -164,7 +164,9 @@ class ValueNet(nn.Module):
         The steps stay in z = W h + b, which moves by a · (W Wᵀ) dV/dz.
 
         Args:
-            hidden: (…, width). steps, step_size: n and a. target: a number for each output; None to ascend V itself.
+            hidden: (…, width), fp32, bf16 or fp16.
+            steps, step_size: n and a.
+            target: a number for each output, or None.
         """
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         (weight, bias), *deeper = [(w.to(dtype), b.to(dtype)) for w, b in self.hidden_layers]

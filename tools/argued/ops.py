@@ -506,5 +506,5 @@ WORDS = (
     "expected", "needs", "need a", "belong", "use ", "move", "same", "given without", "takes", "reads", "supported", "makes",
     "the model has", "there is n", "holds", "is empty", "wide", "leave it out", "add ", "are all", "go together", "pass ",
     "allow ", "measure at", "not reached", "looked for", "this bank does not serve", "out of range in self", "should be",
-    "an empty set", "have no direction", "not a plain state dict",
+    "an empty set", "leave layers", "have no direction", "not a plain state dict",
 )  # fmt: skip
