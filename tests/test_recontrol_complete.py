@@ -13,6 +13,7 @@ from fastedit import training
 from fastedit.files.edit_file import EditFileError
 from fastedit.methods import recontrol, recontrol_report
 from fastedit.methods.trajectories import Trajectories, shard
+from fastedit.texts.chat import render
 from fastedit.training.rewards import RewardTrainer, ranked, spread_of
 
 PROMPTS = ["ab", "c", "dd e", "f", "gh"]
@@ -204,7 +205,7 @@ def test_messages_go_through_the_template_and_rewards_get_their_text():
     chats = [[{"role": "user", "content": text}] for text in ("ab", "c")]
     found = recontrol.collect(model, tokenizer, chats, score, max_new_tokens=2)
     assert seen == [["ab", "c"]] and found.prompts == chats
-    written = [fe.chat.render(tokenizer, chat, prompt=True) for chat in chats]
+    written = [render(tokenizer, chat, prompt=True) for chat in chats]
     by_hand = recontrol.collect(model, tokenizer, written, score, max_new_tokens=2)
     assert torch.equal(found.states, by_hand.states)
     score.takes_messages = True

@@ -255,10 +255,11 @@ BAD = [
     (lambda: ops.value_ascent(H, NET, 2.0, 0.5), ValueError, "steps is 2.0"),
     (lambda: ops.value_ascent(H, NET, 3, float("nan")), ValueError, "step_size is nan"),
     (lambda: ops.value_ascent(H, NET, 3, "fast"), ValueError, "step_size is 'fast'"),
-    (lambda: fastedit.ValueNet(8, (1, 2, 3)), ValueError, "one or two hidden layers"),
-    (lambda: fastedit.ValueNet(0), ValueError, "expected one or two hidden layers of 1 unit"),
+    (lambda: fastedit.ValueNet(8, (1, 2, 3, 4)), ValueError, "one to three hidden layers"),
+    (lambda: fastedit.ValueNet(0), ValueError, "expected one to three hidden layers of 1 unit"),
     (lambda: from_layers(LINEAR, nn.GELU(), nn.Linear(4, 1)), ValueError, "Linear, GELU, Linear"),
-    (lambda: from_layers(LINEAR, RELU, nn.Linear(4, 2)), ValueError, "2 outputs, expected 1"),
+    (lambda: from_layers(LINEAR, RELU, nn.Linear(4, 2)).tensors(), ValueError, "several outputs has no kernel"),
+    (lambda: ops.value_ascent(H, from_layers(LINEAR, RELU, nn.Linear(4, 2)), 3, 0.5), ValueError, "has 2 outputs: give target="),
     (lambda: from_layers(), ValueError, "the layers are none"),
 ]
 
