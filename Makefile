@@ -41,12 +41,12 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py fastedit/*/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test test-slow test-all newest renew conformance serving-test serving-test-short fuzz crashes soak sanitize docs docs-short wheels lint bench \
+.PHONY: help setup demo test test-long test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs docs-short wheels lint bench \
 	peers gpu gpu-more clean distclean
 
 help:
 	@echo "make demo    steer a chat model, fine-tune an encoder with RED beside LoRA; two pictures (demo-output/)"
-	@echo "make test    the tests, on the CPU; PYTEST_ARGS='-k store' for some; make test-slow: those of more than ten seconds"
+	@echo "make test    the tests, on the CPU; PYTEST_ARGS='-k store' for some; make test-long, test-slow: the longer ones"
 	@echo "make test-all   the full grid, slow tests, the engine, sanitizers, docs; an hour or two"
 	@echo "make newest  every test on the newest of everything, in $(NEWEST), and a table of it; make renew: those versions are tested"
 	@echo "make serving-test   the tests on a real vLLM engine, in $(SERVING); make serving-test-short: the main ones"
@@ -56,11 +56,12 @@ help:
 	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
 	@echo "make gpu     on a machine with an NVIDIA GPU, no network: build, check, measure, profile, test into OUT=$(OUT)"
 	@echo "make gpu-more   there, afterwards: sanitizers, peers, a bank, models"
-	@echo "make fuzz, crashes, soak   attacked files, killed writers, a day in an hour; hours"
+	@echo "make fuzz, arguments, crashes, soak   attacked files and calls, killed writers, a day in an hour; hours"
 	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
+	@echo "make sanitize-short   a cut of it, some minutes"
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network; make docs-short: no notebooks"
 	@echo "make wheels  an sdist and a Linux wheel into dist/, tried in an environment without a compiler"
-	@echo "make lint    ruff, and that the wings of fastedit/ import downwards"
+	@echo "make lint    ruff; that the wings of fastedit/ import downwards; types of the public face by pyright"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
 
 setup: $(STAMPS)/fastedit
@@ -72,8 +73,12 @@ demo: $(STAMPS)/fastedit
 TEST_ENV := FASTEDIT_TRANSFORMERS_517=$(CURDIR)/$(VENV)/transformers-5.17 FASTEDIT_TRITON_36=$(CURDIR)/$(VENV)/triton-3.6
 test: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
 	$(BIN)/fastedit doctor
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not long" $(PYTEST_ARGS)
 	@echo "All tests passed. Next: make demo, or . $(BIN)/activate and fastedit --help"
+
+# What takes some seconds per test: compilers, emulated thread orders, processes that train together.
+test-long: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "long and not slow" $(PYTEST_ARGS)
 
 # What takes more than ten seconds per test: the chat model, the whole demo, browsers, stub rehearsals, compilers.
 test-slow: $(STAMPS)/fastedit $(STAMPS)/older $(STAMPS)/oldest-triton
@@ -101,8 +106,16 @@ fuzz: $(STAMPS)/fastedit
 	@$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/pip install --quiet atheris || echo "no atheris: random mutations"
 	$(BIN)/python -m tools.fuzz --inputs $(or $(N),100000) --out $(OUT)/fuzz.csv
 
+arguments: $(STAMPS)/fastedit
+	$(BIN)/python -m tools.argued --calls $(or $(N),100000) --model-calls $(or $(MODEL_CALLS),1000) --out $(OUT)/arguments.csv
+
 crashes: $(STAMPS)/fastedit
+	$(BIN)/python -m tools.traced --out $(OUT)/traced.csv
 	$(BIN)/python -m tools.crashes --kills $(or $(N),10000) --out $(OUT)/crashes.csv
+
+# The oldest and the newest of each package that fastedit stands on; LANES="numpy jax" for some.
+drift: $(STAMPS)/fastedit
+	$(BIN)/python -m tools.drift $(LANES) --out $(OUT)/drift.csv
 
 soak: $(STAMPS)/fastedit
 	$(BIN)/python -m tools.soak --cycles $(or $(N),20000) --changes $(or $(N),100000) --out $(OUT)/soak.csv
@@ -127,24 +140,41 @@ wheels: $(STAMPS)/fastedit
 lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/ruff || $(BIN)/pip install --quiet $(TESTED) ruff
 	@test -x $(BIN)/lint-imports || $(BIN)/pip install --quiet $(TESTED) import-linter
+	@test -x $(BIN)/pyright || $(BIN)/pip install --quiet $(TESTED) "pyright[nodejs]"
 	$(BIN)/ruff check .
 	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMPS)/fastedit
 	$(if $(wildcard $(PEERS)/.stamp),$(PEERS),$(VENV))/bin/python -m bench.cpu --out $(OUT)
 
-# The module is built anew with the sanitizers, into build/sanitize; PYTHONSAFEPATH, so that the checkout does not come first.
+# The module is built anew with the sanitizers, into build/sanitize. -S: an editable install's hook would find the other one.
+# libstdc++ is loaded first, so that the sanitizers see its exceptions; what malloc gives is NaN, too.
 CALLS ?= 100000
 SECONDS_OF_THREADS ?= 30
-sanitize: $(STAMPS)/fastedit
+BAD_INPUTS := tests/test_thin_face.py tests/test_native_inputs.py tests/test_arrays.py tests/test_neighbours.py
+PRELOADED = $(shell for l in libasan libubsan libstdc++; do $(CXX) -print-file-name=$$l.so; done)
+WHERE = import os, numpy, pytest, torch; print(os.pathsep.join(dict.fromkeys(os.path.dirname(os.path.dirname(m.__file__)) \
+	for m in (numpy, pytest, torch))))
+UNDER_SANITIZERS = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/sanitize:$$($(BIN)/python -c '$(WHERE)')" OMP_NUM_THREADS=2 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:malloc_fill_byte=255:max_malloc_fill_size=1048576 \
+	UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(PRELOADED)" $(BIN)/python -S
+sanitize: $(STAMPS)/fastedit $(STAMPS)/sanitize
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -pthread -DFASTEDIT_ISA=baseline -Ikernels tests/sanitize/threads.cpp \
 		kernels/cpu/edit*.cpp kernels/cpu/project.cpp kernels/cpu/moments.cpp kernels/cpu/value_ascent.cpp \
 		kernels/cpu/isa.cpp -o $(VENV)/threads && $(VENV)/threads
-	rm -rf build/sanitize
+	$(UNDER_SANITIZERS) tests/sanitize/calls.py $(CALLS) $(SECONDS_OF_THREADS)
+	$(UNDER_SANITIZERS) -m pytest -q -p no:cacheprovider $(BAD_INPUTS)
+
+# The build, 3,000 calls, five seconds of threads and the bad inputs.
+sanitize-short: $(STAMPS)/fastedit $(STAMPS)/sanitize
+	$(UNDER_SANITIZERS) tests/sanitize/calls.py 3000 5
+	$(UNDER_SANITIZERS) -m pytest -q -p no:cacheprovider $(BAD_INPUTS)
+
+$(STAMPS)/sanitize: $(STAMPS)/native
 	FASTEDIT_CUDA=OFF FASTEDIT_NATIVE=ON FASTEDIT_SANITIZE=address,undefined $(BIN)/$(INSTALL) --no-build-isolation --no-deps \
-		--quiet --config-settings=build-dir=build/sanitized --target build/sanitize .
-	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
-		$$($(CXX) -print-file-name=libubsan.so)" $(BIN)/python tests/sanitize/calls.py $(CALLS) $(SECONDS_OF_THREADS)
+		--quiet --upgrade --config-settings=build-dir=build/sanitized --target build/sanitize .
+	@touch $@
 
 # The whole suite on the newest of everything, and a table of it to commit; green or not, the table is written.
 newest: $(NEWEST)/.stamp
@@ -165,7 +195,7 @@ peers: $(PEERS)/.stamp
 	@echo "Next: $(PEERS)/bin/python -m bench.models"
 
 clean:
-	rm -rf build dist demo-output docs/_build .pytest_cache .benchmarks .hypothesis $(STAMPS)/native $(STAMPS)/fastedit $(SERVING)/.stamp
+	rm -rf build dist demo-output docs/_build .pytest_cache .benchmarks .hypothesis $(STAMPS)/native $(STAMPS)/fastedit $(STAMPS)/sanitize $(SERVING)/.stamp
 
 distclean: clean
 	rm -rf $(VENV) $(PEERS) $(SERVING) $(NEWEST)

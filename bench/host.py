@@ -12,9 +12,9 @@ import pathlib
 import sys
 
 import torch
-from fastedit.dispatch import load, select
 
 from fastedit import arrays, ops
+from fastedit.dispatch import load, select
 from fastedit.patching import residual_add as adds
 from fastedit.verifying.timing import interleave, quantiles, ratio
 

@@ -11,11 +11,11 @@ import itertools
 import time
 
 import torch
-from fastedit.dispatch import select
 from fastedit.kernels.reference.value_ascent import gradient_at
 
 import fastedit
 from fastedit import ops
+from fastedit.dispatch import select
 from fastedit.verifying.timing import interleave, ratio
 
 from . import by_rows

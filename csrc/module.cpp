@@ -99,6 +99,7 @@ PYBIND11_MODULE(_native, m) {
   py::list names;
   for (const char* op : ops) names.append(op);
   m.attr("OPS") = py::tuple(names);
+  m.attr("POISONS") = poisons();
   m.attr("MAX_RANK") = static_cast<int64_t>(kMaxRank);
 #ifdef FASTEDIT_CUDA
   m.attr("CUDA_ARCHITECTURES") = FASTEDIT_CUDA_ARCHITECTURES;

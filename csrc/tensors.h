@@ -107,6 +107,7 @@ class Call {
 // From Python: torch's types and functions, and whether the kernels of a device serve calls that only ask.
 void use_torch(const py::module_& torch);
 void serve(const std::string& device, bool on);
+bool poisons();  // whether host memory for results is filled with NaN first
 int dtype_code(PyObject* torch_dtype);  // OTHER for None and for what no kernel takes
 
 PyObject* holds(PyObject*, PyObject* facts);

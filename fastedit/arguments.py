@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Iterable
 
+FP32_MAX = 3.4028234663852886e38
 MAX_RANK = 64  # of an edit: what the kernels keep of a row in registers
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
 
@@ -45,7 +46,7 @@ GIVES = {op: _names(schema.split(" -> ")[1]) for op, schema in SCHEMAS.items()}
 
 
 def as_number(name, value):
-    """The value as a finite float. Takes a number, a NumPy scalar, or an array or tensor without dimensions.
+    """The value as a float that float32 holds. Takes a number, a NumPy scalar, or an array or tensor without dimensions.
 
     Raises:
         ValueError: anything else.
@@ -53,11 +54,29 @@ def as_number(name, value):
     try:
         scalar = not isinstance(value, (bool, str, bytes)) and not getattr(value, "shape", ())
         number = float(value) if scalar and "bool" not in str(getattr(value, "dtype", "")) else math.nan
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name} is {value!r:.60}, expected a finite number")
+    if not abs(number) <= FP32_MAX:
+        raise ValueError(f"{name} is {value!r:.60}, expected a finite number, which float32 holds")
     return number
+
+
+def check_whole(name, value, least=1):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r:.60}, expected a whole number from {least} on")
+
+
+def as_list(name, value, what):
+    """What an iterable holds.
+
+    Raises:
+        TypeError: no iterable, or one text.
+    """
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} is one text ({value[:30]!r}), expected {what}")
+    if not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
+        raise TypeError(f"{name} is {value!r:.60}, expected {what}")
+    return list(value)
 
 
 def as_layers(layers):
@@ -93,6 +112,13 @@ def _layer(layer):
         ) from None
 
 
+def check_flag(name, value):
+    """True or False as they are."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r:.60}, expected True or False")
+    return value
+
+
 def check_on(on):
     if on not in ("x", "sum"):
         raise ValueError(f"on is {on!r}, expected 'x' (edit x, then add) or 'sum' (add, then edit)")
@@ -101,7 +127,7 @@ def check_on(on):
 def check_norm_kind(weight, norm_bias, kind):
     """kind: its name, or the kernels' number for it."""
     kind = next((name for name, number in NORM_KINDS.items() if number is kind), kind)
-    if kind not in NORM_KINDS:
+    if not isinstance(kind, str) or kind not in NORM_KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, NORM_KINDS))}")
     if weight is None and kind != "layer":
         raise ValueError(f"kind={kind!r} needs the norm's weight; found weight=None")
@@ -117,6 +143,6 @@ def check_projection(wanted, read):
 def check_steps(steps, step_size):
     """steps below 2^24, where fp32 still counts."""
     if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps < 1 << 24:
-        raise ValueError(f"steps is {steps!r}, expected a number of steps from 0 to {(1 << 24) - 1}")
-    if not isinstance(step_size, (int, float)) or not math.isfinite(step_size):
-        raise ValueError(f"step_size is {step_size!r}, expected a finite number")
+        raise ValueError(f"steps is {steps!r:.60}, expected a number of steps from 0 to {(1 << 24) - 1}")
+    if not isinstance(step_size, (int, float)) or not abs(step_size) <= FP32_MAX:
+        raise ValueError(f"step_size is {step_size!r:.60}, expected a finite number")

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 import torch
-from fastedit.recipes import SentenceClassifier, accuracy, load_head, predict
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 from typer.testing import CliRunner
 
 import fastedit as fe
 from fastedit.cli import app, doctor
 from fastedit.cli.train_sentences import _split, read_rows
+from fastedit.recipes import SentenceClassifier, accuracy, load_head, predict
 
 WORDS = ["the", "film", "was", "very", "quite", "good", "bad", "and", "long", "short"]
 

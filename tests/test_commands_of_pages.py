@@ -147,4 +147,4 @@ def test_the_lines_for_a_model_of_the_hub_on_recontrol(monkeypatch):
     }  # fmt: skip
     monkeypatch.setattr(names["recontrol"].Trajectories, "save", lambda self, path: None)
     exec(compile(block, "recontrol.md", "exec"), names)
-    assert isinstance(names["handle"], fe.patching.Handle) and names["trajectories"].rewards.std() > 0
+    assert isinstance(names["handle"], fe.patching.handle.Handle) and names["trajectories"].rewards.std() > 0

@@ -1,12 +1,15 @@
 """Layers of several kinds, streams of several kinds: every layer is edited, or what is left out is said."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 
 import fastedit as fe
 from bench.conformance import tiny
-from fastedit.families import find_layers
+from fastedit.families import Family, find_layers
+from fastedit.patching.layer_plan import width_at
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -110,9 +113,9 @@ def test_reading_what_layers_hand_on_leaves_no_trace():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["HrmTextForCausalLM", "XLMWithLMHeadModel", "CLIPModel"])
+@pytest.mark.parametrize("name", ["HrmTextForCausalLM", "XLMWithLMHeadModel", "CLIPModel", "FunnelForMaskedLM"])
 def test_of_two_stacks_none_is_picked(name):
-    with pytest.raises(ValueError, match=r"found 2 stacks of layers \(.*patch the submodule that holds the one you mean"):
+    with pytest.raises(ValueError, match=r"found [24] stacks of layers \(.*patch the submodule that holds the one you mean"):
         fe.patch(built(name), fe.RED())
 
 
@@ -132,3 +135,40 @@ def test_a_width_that_the_config_invents_is_refused():
     model.config.hidden_size = 77
     with pytest.raises(ValueError, match="the model's config says 77, and no weight of MambaBlock has such a side"):
         fe.patch(model, fe.Steer(torch.ones(77)))
+
+
+@pytest.mark.parametrize("name, path", [
+    ("Phi4MultimodalForCausalLM", "model.layers"), ("GitForCausalLM", "git.encoder.layer"),
+    ("LlavaForConditionalGeneration", "model.language_model.layers"),
+])  # fmt: skip
+def test_what_reads_pictures_within_the_text_s_part_is_told_by_its_config(name, path):
+    model = built(name)
+    assert [layer.module for layer in find_layers(model)] == list(model.get_submodule(path))
+
+
+def test_a_layer_narrower_inside_is_as_wide_as_it_hands_on():
+    """MobileBERT's maps of attention and FFN end in a bottleneck; neither they nor the embedding are the stream's width."""
+    model = built("MobileBertForMaskedLM")
+    assert tiny.WIDTH not in find_layers(model)[0].ends()
+    vector = torch.randn(tiny.WIDTH, generator=torch.Generator().manual_seed(1))
+    expected = hooked(model, [layer.module for layer in find_layers(model)], vector, IDS)
+    with fe.patch(model, fe.Steer(vector)), torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_of_the_config_the_embedding_and_the_maps_two_must_agree():
+    def width(name, **changes):
+        return width_at(dataclasses.replace(find_layers(built(name))[0], **changes), "block")
+
+    assert width("RwkvForCausalLM", width=48) == 32  # the config alone says 48, which is a side of some weight
+    assert width("MambaForCausalLM", width=64, embedded=64) == 64  # the maps alone say 32
+    alone = {"family": Family(name="no maps", sites={"block": ""}, final=None)}
+    assert width("MambaForCausalLM", **alone) == 32
+    with pytest.raises(ValueError, match=r"looked for one number in the model's config, its embedding .* found \[32, 64\]"):
+        width("MambaForCausalLM", width=64, **alone)
+
+
+def test_a_tuple_with_names_is_refused_when_patching():
+    """Reformer's layers hand on two streams by name: which one an edit means is not known."""
+    with pytest.raises(ValueError, match="expected hidden states 32 wide, but ReformerLayer passes on something else"):
+        fe.patch(built("ReformerModelWithLMHead"), fe.Steer(torch.ones(tiny.WIDTH)))

@@ -158,7 +158,7 @@ def subclassed(model):
 
 
 @pytest.mark.parametrize("change, edit, says", [
-    (lambda m: None, fe.Steer(torch.ones(tiny.WIDTH)), "residual stream is a sum"),
+    (lambda m: None, fe.ScaleBias(torch.full((tiny.WIDTH,), 2.0), site="block"), "residual stream is a sum"),
     (quantised, fe.RED(), "torch.int8"), (tied, fe.RED(), "tied to 1 other"),
     (subclassed, fe.RED(), "output of a Low"),
     (lambda m: m.to("meta"), fe.RED(), "meta device"),
@@ -233,3 +233,106 @@ def test_a_merged_model_generates_the_same_text():
         told.append(model.generate(**ids, max_new_tokens=24, do_sample=True))
         handle.merge() if len(told) == 1 else handle.unmerge()
     assert torch.equal(*told) and len(set(told[0][0].tolist())) > 5
+
+
+def vector(seed=3):
+    return torch.randn(tiny.WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.filterwarnings("ignore:merging gave")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_a_vector_at_block_is_a_bias_of_the_last_map(family):
+    """Behind an edit of that map, whichever is named first."""
+    steer, others = fe.Steer(vector(), site="block"), scaled_then_low_rank(random_form(), "mlp", None)
+    for edits in ([steer], [steer, *others]):
+        model = tiny.build(family)
+        before = tiny.state(model)
+        handle = fe.patch(model, edits)
+        handle.strength = 0.75
+        edited, exact = tiny.output(model, family), tiny.output(tiny.exact(model), family)
+        handle.merge()
+        tiny.assert_promise(tiny.output(model, family), edited, exact)
+        assert not any(k.startswith("fastedit") for k in model.state_dict())
+        handle.remove()
+        tiny.assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("family, edit, message", [
+    ("bert", fe.Steer(vector(), site="block"), "not proved of BertLayer"),
+    ("llama", fe.ScaleBias(torch.full((tiny.WIDTH,), 2.0), site="block"), "a sum of many maps"),
+    ("gpt2", fe.Ablate(vector() / vector().norm(), site="block"), "a sum of many maps"),
+    ("gpt2", fe.Steer(vector(), site="embed"), "not the table's row alone"),
+    ("t5", fe.Steer(vector(), site="embed"), "not the table's row alone"),
+    ("bert", fe.Steer(vector(), site="embed"), "not the table's row alone"),
+])  # fmt: skip
+def test_what_no_map_takes_is_refused(family, edit, message):
+    model = tiny.build(family)
+    handle = fe.patch(model, edit)
+    patched = tiny.state(model)
+    with pytest.raises(MergeError, match=message):
+        handle.merge()
+    tiny.assert_same_state(model, patched)
+
+
+@pytest.mark.parametrize("changes", [{"residual_multiplier": 0.5}, {}])
+def test_a_layer_that_scales_or_normalises_what_it_adds_takes_no_vector(changes):
+    from transformers import Gemma2ForCausalLM, GraniteForCausalLM
+
+    from bench.conformance import tiny as small
+
+    model = small.build(GraniteForCausalLM if changes else Gemma2ForCausalLM)
+    with pytest.raises(MergeError, match="not proved of"):
+        fe.patch(model, fe.Steer(vector(), site="block")).merge()
+
+
+def test_a_vector_at_block_does_not_reach_another_handles_edit_of_the_map():
+    model = tiny.build("llama")
+    other = fe.patch(model, fe.ScaleBias(torch.full((tiny.WIDTH,), 2.0), site="mlp", layers=[1]))
+    handle = fe.patch(model, fe.Steer(vector(), site="block"))
+    with pytest.raises(MergeError, match="would become part of what another handle's edit"):
+        handle.merge()
+    other.remove()
+    handle.merge()
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3ForCausalLM", "OlmoForCausalLM"])
+def test_an_edit_at_embed_is_in_the_table(name):
+    import transformers
+
+    from bench.conformance import tiny as small
+
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+    model = small.build(getattr(transformers, name))
+    unit = vector() / vector().norm()
+    table = model.get_input_embeddings().weight
+    before = table.detach().clone()
+    handle = fe.patch(model, [fe.Ablate(unit, site="embed"), *scaled_then_low_rank(random_form(), "embed", None)])
+    with torch.no_grad():
+        edited, plain = model(ids).logits, None
+        handle.merge()
+        torch.testing.assert_close(model(ids).logits, edited, rtol=1e-4, atol=1e-5)
+        handle.remove()
+        plain = model(ids).logits
+    assert torch.equal(table, before) and not torch.allclose(plain, edited, atol=1e-2)
+
+
+def test_a_table_that_is_the_head_too_is_left_alone():
+    model = tiny.build("llama", tie_word_embeddings=True)
+    with pytest.raises(MergeError, match="tied to 1 other"):
+        fe.patch(model, fe.Ablate(vector() / vector().norm(), site="embed")).merge()
+
+
+def test_a_setting_that_reaches_other_layers_keeps_the_order_of_undoing():
+    """The first merge gives every layer a bias by the config's setting, the second one puts numbers there."""
+    model = tiny.build("llama")
+    first = fe.patch(model, fe.Steer(vector(), site="mlp", layers=[0]))
+    second = fe.patch(model, fe.Steer(vector(4), site="mlp", layers=[1]))
+    first.merge()
+    second.merge()
+    merged = tiny.output(model, "llama")
+    with pytest.raises(MergeError, match="unmerge that one first"):
+        first.unmerge()
+    assert torch.equal(tiny.output(model, "llama"), merged)
+    second.unmerge()
+    first.unmerge()
+    assert model.config.mlp_bias is False and model.model.layers[1].mlp.down_proj.bias is None

@@ -256,7 +256,7 @@ def test_a_quantised_base_is_edited_trained_and_not_merged(how):
         torch.testing.assert_close(model(**given).logits, slow(**given).logits, rtol=1e-4, atol=1e-4)
     model(**given).logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in handle.parameters())
-    with pytest.raises(MergeError, match=r"quantised|expected a plain"):
+    with pytest.raises(MergeError, match=r"quantized|expected a plain"):
         handle.merge()
     handle.remove()
     with torch.no_grad():

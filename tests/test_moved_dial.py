@@ -159,8 +159,10 @@ def test_a_checkpoint_by_hand_refuses_what_it_cannot_know(reentrant):
     handle.strength = 1.0
     up = by_hand(model, reentrant)
     handle.strength = -1.0
-    with pytest.raises(RuntimeError, match="other strengths"):
+    with pytest.raises(RuntimeError, match="different strengths"):
         up.backward()
+    handle.strength = 0.5  # nor do the layers refuse that the refused backward did not come to
+    by_hand(model, reentrant).backward()
     model, handle = model_with("llama", "red")  # after a refusal, graphs of before it may still be about
     handle.strength = -1.0
     up = by_hand(model, reentrant)
@@ -182,3 +184,32 @@ def test_edits_that_come_or_go_before_the_backward_are_refused(family, change):
     change(model, handle)
     with pytest.raises(RuntimeError, match="between a forward and its backward"):
         loss.backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **more: fe.ScaleBias(1 + 0.3 * V, V, **more), lambda **more: fe.ScaleBias(1 + 0.3 * V, trainable=False, **more),
+        lambda **more: fe.Steer(V, site="mlp", **more), lambda **more: [fe.ScaleBias(None, V, **more), fe.Steer(V, site="mlp")],
+    ],
+)  # fmt: skip
+def test_an_edit_s_own_strength_counts_from_the_start(make, fused):
+    """Trainable or not, before any dial is turned: as one of strength 1 that is dialled there; and so do its gradients."""
+    model, given = tiny.build("llama"), tiny.inputs("llama")
+
+    def said(handle):
+        logits = model(**given).logits
+        grads = [p for p in handle.parameters() if p.requires_grad]
+        return logits, [g * 1.0 for g in torch.autograd.grad(logits.square().sum(), grads, allow_unused=True)] if grads else []
+
+    for strength in (0.0, 0.5, -1.0):
+        with fe.patch(model, make(strength=strength), fused=fused) as handle:
+            found, gradients = said(handle)
+        with fe.patch(model, make(), fused=fused) as handle:
+            full = said(handle)[0]
+            for edit, _, masters in handle._each():
+                masters.set_strength(1.0 if isinstance(edit, fe.Steer) and isinstance(make(), list) else strength)
+            expected, exact = said(handle)
+        assert torch.equal(found, expected) and not torch.allclose(found, full, atol=1e-4)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, exact, strict=True))

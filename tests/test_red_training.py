@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastedit.recipes import EditTrainer, SentenceClassifier, load_head, load_trained, save_trained
 from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
@@ -22,6 +21,7 @@ from transformers import (
 )  # fmt: skip
 
 import fastedit as fe
+from fastedit.recipes import EditTrainer, SentenceClassifier, load_head, load_trained, save_trained
 
 WIDTH, DEPTH = 16, 2
 

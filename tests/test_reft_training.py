@@ -6,7 +6,6 @@ import warnings
 import pytest
 import tiny_models as tiny
 import torch
-from fastedit.recipes import EditTrainer
 from patch_cases import handles
 from safetensors import safe_open
 from torch.nn.utils import parametrizations
@@ -14,6 +13,7 @@ from transformers import TrainingArguments
 
 import fastedit as fe
 from fastedit.patching.orthonormal_basis import TOLERANCE, retracted, tangent
+from fastedit.recipes import EditTrainer
 
 STEP = 1e-2
 

@@ -77,10 +77,10 @@ def test_banks_and_tenants_follow_too(family):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_merged_and_unloaded_under_an_edit(family, fused):
     peft = pytest.importorskip("peft")
-    targets = {"llama": ["down_proj"], "gpt2": ["c_proj"]}[family]
+    targets = {"llama": ["down_proj"], "gpt2": ["c_proj"], "t5": ["wo"]}[family]
     model = tiny.build(family)
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, fan_in_fan_out=family == "gpt2")
     adapted = peft.get_peft_model(model, config).eval()
@@ -96,14 +96,14 @@ def test_an_adapter_merged_and_unloaded_under_an_edit(family, fused):
     assert (tiny.output(model, family) - said).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_put_on_and_off_again(family):
     """The edit stays on the map that it was put on: what the adapter adds comes behind it."""
     peft = pytest.importorskip("peft")
     model = tiny.build(family)
     handle = scrambled(fe.patch(model, fe.RED()))
     said = tiny.output(model, family)
-    targets = {"llama": ["down_proj"], "gpt2": ["c_proj"]}[family]
+    targets = {"llama": ["down_proj"], "gpt2": ["c_proj"], "t5": ["wo"]}[family]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family == "gpt2")).eval()
     torch.testing.assert_close(tiny.output(model, family), said, rtol=1e-4, atol=1e-4)
     assert "another library has wrapped" in paths(handle)["mlp"]

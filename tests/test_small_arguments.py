@@ -130,3 +130,27 @@ def test_a_model_without_a_head_wants_position_ids_for_it():
         fe.capture(model, None, [batch])
     fe.capture(model, None, [batch | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}])
     assert not handles(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_what_needs_numbers_says_so_of_a_model_on_meta(family, tmp_path):
+    """`fastedit.load` would copy an edit's numbers to where there are none."""
+    edited = tiny.build(family)
+    fe.patch(edited, fe.ScaleBias()).save(tmp_path / "edit")
+    model = tiny.build(family).to("meta")
+    for needs in (
+        lambda: fe.load(model, tmp_path / "edit"), lambda: fe.capture(model, None, [[5, 6, 7]], batch_size=1),
+        lambda: fe.verify(model, fe.ScaleBias(False)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"needs numbers, and .* is on the meta device, which holds none: give"):
+            needs()
+        assert "fastedit" not in model._modules
+    handle = fe.patch(model, fe.ScaleBias())
+    given = {name: torch.ones(tensor.shape) for name, tensor in handle.named_tensors().items()}
+    for needs in (
+        lambda: handle.save(tmp_path / "other"), lambda: handle.load_tensors(given), lambda: handle.explain(torch.tensor([[5]])),
+        lambda: model.save_pretrained(tmp_path / "m"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="is on the meta device"):
+            needs()
+    assert [path.name for path in tmp_path.iterdir()] == ["edit"]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
-from fastedit.dispatch import why_not
 from fastedit.kernels import reference
 from patch_cases import handles, scrambled
 
 import fastedit as fe
+from fastedit.dispatch import why_not
 from fastedit.patching.merge import MergeError
 
 WHO = [0, 2, 1, 0, 2, None]

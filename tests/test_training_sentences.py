@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from fastedit.recipes import accuracy, predict
 from test_chat import tokenizer_of
 from transformers import BertConfig, BertModel
 
 import fastedit as fe
 from fastedit import training
+from fastedit.recipes import accuracy, predict
 from fastedit.training.sentences import correlations, with_head
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 160,

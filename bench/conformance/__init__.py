@@ -2,7 +2,8 @@
 
     make conformance                          all classes that have no row in bench/results/conformance.csv yet
     python -m bench.conformance Bamba Lfm2    those whose names hold a word, said and not kept
-    python -m bench.conformance --compile     Inductor, on a dozen classes; the others are not compiled, for time
+    python -m bench.conformance --compile     torch.compile: a dozen classes by Inductor, the others traced and run eagerly, for
+                                              time; rows of their own, in bench/results/conformance_compiled.csv
 
 Two edits at once at `block` of every layer: one of all tokens, and one of the prompt's last and the generated tokens, which
 depends on where the prompt ends; the first alone where the second is refused ("by token").
@@ -25,7 +26,7 @@ COMPILED = (
 )  # fmt: skip
 FIELDS = (
     "kind", "class", "verdict", "layers", "sites", "right", "refused", "left_out", "wrong", "difference", "note",
-    "transformers", "torch",
+    "transformers", "torch", "backend",
 )  # fmt: skip
 
 
@@ -41,22 +42,34 @@ def classes(kinds=KINDS):
     return [(kind, name) for name, kind in found.items()]
 
 
-def measure(kind, name, compiled=False):
-    """The row of one class, {field: text}."""
+def backend_of(name):
+    """What compiles a class."""
+    return "inductor" if name in COMPILED else "eager"
+
+
+def row_of(kind, name, backend=""):
+    """A row that says nothing yet."""
+    from transformers import __version__
+
+    row = dict.fromkeys(FIELDS, "") | {"kind": kind, "class": name, "backend": backend}
+    return row | {"transformers": __version__, "torch": torch.__version__.partition("+")[0]}
+
+
+def measure(kind, name, backend=""):
+    """The row of one class, {field: text}. backend: of torch.compile, for its mode alone; "" for all other modes."""
     import transformers
 
     from . import tiny
 
-    row = dict.fromkeys(FIELDS, "") | {"kind": kind, "class": name}
-    row |= {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    row = row_of(kind, name, backend)
     try:
         model = tiny.build(getattr(transformers, name))
     except Exception as error:  # whatever a class does with a config that is tiny
         return row | {"verdict": "not built", "note": _short(error)}
-    return row | checked(model, compiled)
+    return row | checked(model, backend)
 
 
-def checked(model, compiled=False):
+def checked(model, backend=""):
     """What a row says of a model."""
     import fastedit as fe
     from fastedit.families import find_layers
@@ -66,17 +79,19 @@ def checked(model, compiled=False):
         found = find_layers(model)
         layers, sites = len(found), [s for s in ("attn", "mlp") if all(layer.at(s) is not None for layer in found)]
         both = [fe.ScaleBias(False, site="block"), fe.ScaleBias(False, site="block", **token)]
-        outcome = fe.verify(model, both, modes=_modes(model, compiled), new_tokens=2)
+        outcome = fe.verify(model, both, modes=_modes(model, backend), new_tokens=2, backend=backend)
         refused = next((row.note for row in outcome.rows if row.mode == "patch"), "")
+        whole = "compile" if backend else "forward"
+        refused = refused or next((row.note for row in outcome.rows if row.mode == whole and row.verdict == "refused"), "")
         if refused:  # what must know which row is which token; an edit of all tokens may still be served
-            outcome = fe.verify(model, both[:1], modes=_modes(model, compiled), new_tokens=2)
-    except (ValueError, NotImplementedError) as error:
+            outcome = fe.verify(model, both[:1], modes=_modes(model, backend), new_tokens=2, backend=backend)
+    except Exception as error:  # an edit's refusal, or whatever a model's own code may raise
         built = {"verdict": "not built"} if layers else {"verdict": "refused"}
         return built | {"layers": layers, "note": _short(error)}
     said = {row.mode: row for row in outcome.rows}
     differences = [row.difference for row in outcome.rows if row.verdict == "right" and row.difference]
     by = {v: [m for m, row in said.items() if row.verdict == v] for v in ("right", "refused", "left out", "wrong")}
-    whole = said.get("compile" if compiled else "forward")
+    whole = said.get(whole)
     verdict = "wrong" if by["wrong"] else "refused" if whole is None or whole.verdict == "refused" else whole.verdict
     verdict = "not built" if verdict == "left out" else verdict
     refused = [f"by token: {refused}"] if refused else []
@@ -89,10 +104,10 @@ def checked(model, compiled=False):
     }  # fmt: skip
 
 
-def _modes(model, compiled):
+def _modes(model, backend):
     from fastedit.verifying.modes import named
 
-    return ["compile"] if compiled else [mode for mode in named(None, model) if mode != "compile"]
+    return ["compile"] if backend else [mode for mode in named(None, model) if mode != "compile"]
 
 
 def _short(said):

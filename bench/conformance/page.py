@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from . import KINDS
-from .__main__ import OUT, rows_of
+from .__main__ import OUT, OUT_COMPILED, rows_of
 
 PAGE = Path("docs/families.md")
 BEGIN, END = "<!-- conformance -->\n", "<!-- conformance end -->"
@@ -35,11 +35,26 @@ def text(rows):
     return "\n".join(lines) + "\n"
 
 
-def page(said, rows):
+def compiled(rows):
+    """What is said of torch.compile, in Markdown."""
+    if not rows:
+        return ""
+    lines = ["", "torch.compile alone:", "", "| backend | " + " | ".join(VERDICTS) + " | not right |"]
+    lines += ["|---" * (len(VERDICTS) + 2) + "|"]
+    for backend in ("inductor", "eager"):
+        those = [row for row in rows if row["backend"] == backend]
+        by = [sum(row["verdict"] == verdict for row in those) for verdict in VERDICTS]
+        names = ", ".join(sorted(row["class"] for row in those if row["verdict"] != "right")) or "–"
+        lines += [f"| {backend} | {' | '.join(map(str, by))} | {names} |"] if those else []
+    return "\n".join(lines) + "\n"
+
+
+def page(said, rows, rows_compiled=()):
     """The page with this part anew."""
     head, rest = said.split(BEGIN)
-    return head + BEGIN + text(rows) + END + rest.partition(END)[2]
+    return head + BEGIN + text(rows) + compiled(rows_compiled) + END + rest.partition(END)[2]
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), list(rows_of(OUT).values())), encoding="utf-8")
+    found = (list(rows_of(path).values()) for path in (OUT, OUT_COMPILED))
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), *found), encoding="utf-8")

@@ -23,6 +23,7 @@ SIZES = (
     (r".*intermediate_size|d_ff|ffn_dim|(encoder|decoder)_ffn_dim|n_inner|.*ffn_hidden_size|inner_dim|ffn_dim|mlp_dim"
      r"|.*ffn_size|inner_size|.*intermediate_dim|mlp_hidden_size|ffn_intermediate_size", INNER),
     (r"n_routed_experts|num_local_experts|num_experts|moe_num_experts|n_experts|num_routed_experts", 4),
+    (r"(.*_)?index_topk", 32),  # of scores behind a ReLU many are 0: a choice among equals would differ from mode to mode
     (r".*num_experts_per_tok|moe_k|moe_topk|num_selected_experts|.*top_?k", 2),
     (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
     (r"n_group|topk_group|num_expert_group", 1),
@@ -105,9 +106,9 @@ def _sample(kinds, number):
     return [kinds[n] for n in sorted(first + rest[: number - len(first)])]
 
 
-def tiny_config(config_class):
+def tiny_config(config_class, **more):
     default = config_class()
-    config = config_class(**kwargs_of(default))
+    config = config_class(**kwargs_of(default) | more)
     for part in _parts(config):
         part._attn_implementation = "eager"
         part._experts_implementation = "eager"
@@ -127,8 +128,12 @@ def _parts(config):
 def build(model_class, seed=0):
     """A random model in eval mode, float32, every part of which matters."""
     torch.manual_seed(seed)
-    config = tiny_config(model_class.config_class)
+    config_class = model_class.config_class
+    writes = re.search("ForCausalLM|LMHeadModel|Decoder$", model_class.__name__) and "is_decoder" in _fields(config_class)
+    config = tiny_config(config_class, **({"is_decoder": True} if writes else {}))
     model = model_class(config).eval()
+    if getattr(config, "is_encoder_decoder", False) and model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = 0
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():

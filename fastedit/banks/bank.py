@@ -9,7 +9,19 @@ Tables are allocated once (banks/tables.py). Adding an edit writes one row of ea
 compiled or captured again.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, Self
+
+import torch
+from torch import nn
+
+from ..arguments import check_flag
+from ..edits.kinds import Edit
 from ..edits.stack import Stack
+from ..hints import Folder, Layers, Site
+from ..patching.handle import Handle
 from ..patching.model_edits import Root, mark_first, root_of
 from .assignment import Assigned, Assignment, Served, by_token, check_name, dialled, flat_names
 from .entries import Entry, forms_of, places_of
@@ -47,10 +59,13 @@ class Bank:
     freeze = False  # what a Root asks of a Handle
 
     def __init__(
-        self, model, capacity, *, sites=("mlp",), rank=0, layers=None, positions=False, gates=False, host=None, folder=None,
-        fused=True, unassigned="refuse",
-    ):  # fmt: skip
+        self, model: nn.Module, capacity: int, *, sites: Sequence[Site] = ("mlp",), rank: int = 0, layers: Layers = None,
+        positions: bool = False, gates: bool = False, host: int | None = None, folder: Folder | None = None,
+        fused: bool = True, unassigned: Literal["refuse", "warn"] = "refuse",
+    ) -> None:  # fmt: skip
         Tables.check(capacity, rank)
+        for said, value in (("positions", positions), ("gates", gates), ("fused", fused)):
+            check_flag(said, value)
         if unassigned not in ("refuse", "warn"):
             raise ValueError(f"unassigned is {unassigned!r}, expected 'refuse' or 'warn'")
         root = root_of(model) or Root(model)
@@ -71,7 +86,7 @@ class Bank:
 
     # --- the edits ------------------------------------------------------------------------------------------
 
-    def add(self, name, edits):
+    def add(self, name: str, edits: Edit | Sequence[Edit] | Handle | Folder) -> None:
         """Hold an edit under a name. It is resident at once if a slot is free or an idle edit can be evicted.
 
         Args:
@@ -88,8 +103,11 @@ class Bank:
         self._books.check_new(check_name(name))
         self._books.add(self._entry_of(name, edits))
 
-    def replace(self, name, edits):
+    def replace(self, name: str, edits: Edit | Sequence[Edit] | Handle | Folder) -> None:
         """Hold another edit under a name. Assignments in force keep the old one; later assignments have the new one.
+
+        Args:
+            name: one that is held. edits: as `add`.
 
         Raises:
             KeyError: no such name. Others as `add`, and BankFullError for a pinned edit that is in use while no other
@@ -98,7 +116,7 @@ class Bank:
         self._entry(name)
         self._books.replace(self._entry_of(name, edits))
 
-    def remove(self, name):
+    def remove(self, name: str) -> None:
         """Forget a name. An assignment in force keeps the edit until it ends; its slot is not reused before.
 
         Raises:
@@ -107,7 +125,7 @@ class Bank:
         self._entry(name)
         self._books.remove(name)
 
-    def pin(self, name):
+    def pin(self, name: str) -> None:
         """Make an edit resident, and keep it so until `unpin` or `remove`.
 
         Raises:
@@ -116,13 +134,16 @@ class Bank:
         self._entry(name)
         self._books.pin(name)
 
-    def unpin(self, name):
-        """Allow an edit to be evicted again."""
+    def unpin(self, name: str) -> None:
+        """Allow the edit of a name to be evicted again. KeyError: no such name."""
         self._entry(name).pinned = False
 
-    def prefetch(self, names):
+    def prefetch(self, names: Iterable[str | Stack]) -> None:
         """Make edits, and stacks of them, resident before they are assigned. Any thread may call this while others run
         the model.
+
+        Args:
+            names: names, and fastedit.Stack of them.
 
         Raises:
             KeyError, BankFullError: as `assign`.
@@ -131,25 +152,25 @@ class Bank:
         wanted = {name if type(name) is Stack else check_name(name) for name in names}
         self._books.release(self._books.acquire(wanted).values())
 
-    def __contains__(self, name):
+    def __contains__(self, name: object) -> bool:
         return name in self._books.entries
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._books.entries)
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """The names held, least recently used first."""
         with self._books.lock:
             return list(self._books.entries)
 
     @property
-    def resident(self):
+    def resident(self) -> list[str]:
         """Names whose edits are on the device, least recently used first. `stats` counts stacks in slots."""
         with self._books.lock:
             return [entry.name for entry in self._books.resident.values() if not entry.gone and not entry.parts]
 
-    def stats(self):
+    def stats(self) -> Stats:
         """Stats, all of one moment."""
         self._alive()
         self._assigned.settle(self._books)
@@ -157,7 +178,10 @@ class Bank:
 
     # --- who is edited by what ------------------------------------------------------------------------------
 
-    def assign(self, names, strengths=None, *, tokens=None):
+    def assign(
+        self, names: Sequence[str | Stack | None] | Sequence[Sequence[str | Stack | None]],
+        strengths: float | Sequence[float | Sequence[float]] | None = None, *, tokens: torch.Tensor | None = None,
+    ) -> Assignment:  # fmt: skip
         """A context in which names[i] edits sequence i of a batch. None: not edited.
 
         It holds for this context (contextvars): for this thread or asyncio task, for tasks started in it, and for
@@ -191,13 +215,13 @@ class Bank:
         return Assignment(self, names, factors, shape)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """The device of the assignments: that of the first table."""
         return next(self.tables.buffers()).device
 
     # --- the end --------------------------------------------------------------------------------------------
 
-    def close(self):
+    def close(self) -> None:
         """Give the model back bit for bit, and free the memory. A second call does nothing.
 
         Raises:
@@ -214,10 +238,10 @@ class Bank:
             self.closed = True
         self.tables, self._books.tables, self._served = None, None, []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __repr__(self):
@@ -230,7 +254,7 @@ class Bank:
 
     def _install(self):
         root, model = self._root, self.model
-        model._modules["fastedit"] = root
+        root.put(model)
         root.handles[self.name] = self
         root.add_module(self.name, self.tables)
         try:
@@ -260,7 +284,7 @@ class Bank:
         return Entry(name, self.tables.stage(forms, gates), positions, ranks, gates)
 
 
-def banks(model):
+def banks(model: nn.Module) -> list[Bank]:
     """The banks on a model, in the order in which they were made. A copied model has banks of its own."""
     root = root_of(model)
     return [] if root is None else [bank for bank in root.handles.values() if isinstance(bank, Bank)]

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
+from ..arguments import as_list
 from ..edits.form import at_strength, fold_all
 from ..edits.gates import outside_kernels
 from ..edits.kinds import Edit
 from ..edits.per_layer import Spot
-from ..edits.sites import MODEL_SITES
+from ..edits.sites import MODEL_SITES, check_site
 from ..edits.stack import check_gates, check_positions, steepest
 from ..patching import edit_folder as store
 from ..patching.handle import Handle
@@ -179,7 +180,8 @@ def places_of(layers, sites, wanted):
     Raises:
         ValueError: no such site or layer, or weights without memory yet (meta).
     """
-    sites = (sites,) if isinstance(sites, str) else tuple(dict.fromkeys(sites))
+    sites = [sites] if isinstance(sites, str) else as_list("sites", sites, "the name of a site, or a list of them")
+    sites = tuple(dict.fromkeys(map(check_site, sites)))
     if not sites:
         raise ValueError("sites is empty: the bank would serve nothing")
     found, devices = [], {}

@@ -6,23 +6,28 @@
 Forward hooks pass each site's output to `Moments` and keep nothing. The forward ends after the deepest layer.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import inspect
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..edits.kinds import Edit
 from ..edits.sites import check_site
 from ..families import Input
 from ..files.edit_file import replace
 from ..files.sealed import Damaged, open_tensors, parse_json, read_regular, seal_tensors
-from ..patching.eval_mode import evaluating
+from ..hints import Folder, Layers, Site, Texts
+from ..patching.eval_mode import check_data, evaluating
 from ..patching.layer_plan import choose, device_at, width_at
 from ..patching.model_edits import Root, root_of
 from ..texts.batches import Windows
@@ -35,7 +40,7 @@ from .truncated_forward import forward_until
 logger = logging.getLogger("fastedit")
 
 
-class Captured(Mapping):
+class Captured(Mapping[int, Moments]):
     """{layer number: Moments}. names: the groups' labels, in the order of the Moments' rows. sequences: how many.
 
     left_out: {layer number: (attention sinks left out, of how many tokens)} of a mean over tokens.
@@ -45,17 +50,18 @@ class Captured(Mapping):
         self.moments, self.names, self.site, self.at, self.sequences = moments, names, site, at, sequences
         self.left_out = left_out
 
-    def __getitem__(self, layer):
+    def __getitem__(self, layer: int) -> Moments:
         return self.moments[layer]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self.moments)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.moments)
 
-    def plot(self, axes=None):
-        """Draw the norm of each group's mean and the spread around it, by layer. Returns [matplotlib axes]."""
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draw the norm of each group's mean and the spread around it, by layer. Returns [matplotlib axes], new ones for
+        axes=None."""
         from ..plots.moments import draw
 
         return draw(self, axes)
@@ -68,10 +74,12 @@ class Captured(Mapping):
 
 
 def capture(
-    model, tokenizer, data, *, layers=None, site="block", at="last token", groups=None, group_names=None,
-    batch_size=16, max_length=None, resume=None, save_every=60.0, rows=None, processes=None, progress=None,
-    suffix=None, spans=None, sinks=SINKS,
-):  # fmt: skip
+    model: nn.Module, tokenizer: Any, data: Texts, *, layers: Layers = None, site: Site = "block",
+    at: str = "last token", groups: Iterable[Any] | None = None, group_names: Sequence[Any] | None = None,
+    batch_size: int = 16, max_length: int | None = None, resume: Folder | None = None, save_every: float = 60.0,
+    rows: Folder | None = None, processes: Any = None, progress: bool | None = None, suffix: str | None = None,
+    spans: Sequence[tuple[int, int]] | None = None, sinks: float | None = SINKS,
+) -> Captured:  # fmt: skip
     """Moments of hidden states per layer and group, in one pass over the data.
 
     Sequences of similar lengths share a batch, padded on the right. The model runs without gradients, in eval mode, as
@@ -111,7 +119,7 @@ def capture(
         TypeError, ValueError: something that cannot be captured: a site or layer that does not exist, a text too long,
         a folder that holds another pass.
     """
-    check_at(at), check_sinks(sinks)
+    check_at(at), check_sinks(sinks), check_data(model, "a capture")
     chosen = _choose(model, layers, site)
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     windows = Windows(

@@ -1,8 +1,16 @@
 """Count, mean and variance of hidden states that come in batches, or from several processes. Only sums are stored."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import torch
 
 from .. import ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _NAMES = ("count", "mean", "m2")
 
@@ -16,9 +24,15 @@ class Moments:
         direction = moments.mean()[1] - moments.mean()[0]
 
     However the rows are cut into batches or processes, mean and variance differ by float64's rounding alone.
+
+    Args:
+        width: of the rows. groups: how many. device: of the sums; the CPU by default.
+
+    Raises:
+        ValueError: width or groups below 1.
     """
 
-    def __init__(self, width, groups=1, device=None):
+    def __init__(self, width: int, groups: int = 1, device: torch.device | str | None = None) -> None:
         if width < 1 or groups < 1:
             raise ValueError(f"width is {width} and groups {groups}, expected numbers from 1 on")
         self._count = torch.zeros(groups, dtype=torch.int64, device=device)
@@ -26,19 +40,23 @@ class Moments:
         self._m2 = torch.zeros_like(self._mean)
 
     @property
-    def width(self):
+    def width(self) -> int:
+        """Of the rows."""
         return self._mean.shape[1]
 
     @property
-    def groups(self):
+    def groups(self) -> int:
+        """How many groups there are."""
         return len(self._count)
 
     @property
-    def count(self):
+    def count(self) -> torch.Tensor:
         """(groups,) int64."""
         return self._count.clone()
 
-    def update(self, hidden, group=None, mask=None):
+    def update(
+        self, hidden: torch.Tensor, group: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> Moments:
         """Add the rows of hidden (…, width). group and mask are as in fastedit.ops.moments. Returns self."""
         if hidden.shape[-1:] != (self.width,):
             raise ValueError(f"hidden has shape {tuple(hidden.shape)}, expected (…, {self.width})")
@@ -46,25 +64,27 @@ class Moments:
         self._add(*(t.to(self._mean.device) for t in found))
         return self
 
-    def merge(self, other):
-        """Add another's rows. Returns self."""
+    def merge(self, other: Moments) -> Moments:
+        """Add the rows of other, Moments of the same groups and width. Returns self. ValueError for anything else."""
         if not isinstance(other, Moments) or other._mean.shape != self._mean.shape:
             shape = tuple(other._mean.shape) if isinstance(other, Moments) else type(other).__name__
             raise ValueError(f"cannot merge {shape} into Moments of (groups, width) {tuple(self._mean.shape)}")
         self._add(*(t.to(self._mean.device) for t in (other._count, other._mean, other._m2)))
         return self
 
-    def mean(self):
+    def mean(self) -> torch.Tensor:
         """(groups, width) float64. NaN for a group without rows."""
         return torch.where(self._count[:, None] > 0, self._mean, torch.nan)
 
-    def variance(self, correction=1):
+    def variance(self, correction: int = 1) -> torch.Tensor:
         """M2 / (count − correction), (groups, width) float64. NaN if the divisor is 0 or less."""
         left = (self._count - correction)[:, None]
         return torch.where(left > 0, self._m2 / left, torch.nan)
 
-    def all_reduce(self, process_group=None):
+    def all_reduce(self, process_group: ProcessGroup | None = None) -> Moments:
         """Merge the moments of all processes of torch.distributed, with the same bits in each. Returns self.
+
+        process_group: None for the default one.
 
         They are gathered and merged in the order of ranks. A sum of counts, means and M2 would not be exact.
         """
@@ -81,12 +101,12 @@ class Moments:
             self._add(*found)
         return self
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """{"count", "mean", "m2"}: copies."""
         return {"count": self._count.clone(), "mean": self._mean.clone(), "m2": self._m2.clone()}
 
-    def load_state_dict(self, state):
-        """Take a state_dict's numbers. ValueError for other names, shapes or dtypes, before any is taken."""
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take the numbers of state, a state_dict. ValueError for other names, shapes or dtypes, before any is taken."""
         if set(state) != set(_NAMES):
             raise ValueError(f"the state has {', '.join(sorted(state))}; expected {', '.join(_NAMES)}")
         for name, mine in zip(_NAMES, (self._count, self._mean, self._m2), strict=True):

@@ -1,4 +1,4 @@
-"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantisation; and how a
+"""A model for a command: by folder, Hub id or the name smollm2; its device, dtype, device map and quantization; and how a
 Trainer is told of them.
 """
 

@@ -130,7 +130,7 @@ def cast(
     device_map: DeviceMap = None,
     quantize: Quantize = None,
 ):
-    """Steer under a condition (CAST, arXiv 2409.05907): the condition is found by F1, the behaviour is given.
+    """Steer under a condition (CAST, arXiv 2409.05907): the condition is found by F1, the behavior is given.
 
     **Example:** `fastedit cast smollm2 --opens sport.txt --closed other.txt --behaviour happy --chat --out happy-sport`
     """

@@ -28,7 +28,7 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
     _check(mode, student, teacher_steps)
     if quantize is not None and teacher == "full" and teacher_steps != 0:
         raise typer.BadParameter(
-            "quantised weights do not train: --teacher lora, or --teacher-steps 0 with a ready teacher"
+            "quantized weights do not train: --teacher lora, or --teacher-steps 0 with a ready teacher"
         )
     steps, batch, lr, tokens, kind = (
         p if v is None else v for v, p in zip((steps, batch_size, lr, None, fitted), PUBLISHED[mode], strict=True)

@@ -1,12 +1,19 @@
 """Directions from two sets of texts: contrast of means, PCA of paired differences, linear probes."""
 
+from __future__ import annotations
+
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from ..arguments import as_list
 from ..capturing.capture import capture
 from ..capturing.rows_on_disk import Rows
+from ..hints import Folder, Layers, Site, Texts
 from ..texts.sinks import SINKS
 from .directions import Directions
 
@@ -15,10 +22,12 @@ POSITIVE, NEGATIVE = "positive", "negative"
 
 
 def contrast(
-    model, tokenizer, positive, negative, *, method="mean", layers=None, site="block", at="last token",
-    probe="logistic", centre=False, held_out=0.25, seed=0, batch_size=16, max_length=None, resume=None, progress=None,
-    suffix=None, spans=None, sinks=SINKS,
-):  # fmt: skip
+    model: nn.Module, tokenizer: Any, positive: Texts, negative: Texts, *,
+    method: Literal["mean", "pca", "probe"] = "mean", layers: Layers = None, site: Site = "block", at: str = "last token",
+    probe: Literal["logistic", "mass-mean"] = "logistic", centre: bool = False, held_out: float = 0.25, seed: int = 0,
+    batch_size: int = 16, max_length: int | None = None, resume: Folder | None = None, progress: bool | None = None,
+    suffix: str | None = None, spans: Sequence[tuple[int, int]] | None = None, sinks: float | None = SINKS,
+) -> Directions:  # fmt: skip
     """Directions that lead from the negative texts to the positive ones, one per layer.
 
     method "mean": v = mean(h | positive) − mean(h | negative) (CAA, arXiv 2312.06681; ActAdd, arXiv 2308.10248), in one
@@ -99,9 +108,7 @@ def _checked(positive, negative, method, at, probe, held_out):
         raise ValueError("at is 'all tokens', expected one row per text: 'last token', 'mean', 'last 4', 'response', …")
     sets = []
     for name, texts in ((POSITIVE, positive), (NEGATIVE, negative)):
-        if isinstance(texts, str):
-            raise TypeError(f"{name} is one text, expected a list of them")
-        sets.append(list(texts))
+        sets.append(as_list(name, texts, "a list of texts"))
         if not sets[-1]:
             raise ValueError(f"{name} is empty: a contrast needs texts on both sides")
     if method == "pca" and (len(sets[0]) != len(sets[1]) or len(sets[0]) < 2):
@@ -110,7 +117,7 @@ def _checked(positive, negative, method, at, probe, held_out):
             f"{len(sets[0])} positive and {len(sets[1])} negative texts"
         )
     if method == "probe":
-        if not 0 < held_out < 1:
+        if not isinstance(held_out, (int, float)) or not 0 < held_out < 1:
             raise ValueError(f"held_out is {held_out!r}, expected a share between 0 and 1")
         if min(map(len, sets)) < 4:
             raise ValueError(f"a probe needs 4 texts on each side, found {len(sets[0])} and {len(sets[1])}")

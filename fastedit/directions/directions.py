@@ -4,14 +4,17 @@
     fastedit.patch(model, fastedit.Steer(directions, layers=range(8, 16), strength=2.0))
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +22,7 @@ from ..edits.kinds import orthonormal_rows
 from ..edits.per_layer import as_values
 from ..files.edit_file import replace
 from ..files.sealed import Damaged, open_tensors, parse_json, read_regular, seal_tensors
+from ..hints import Array, Folder
 from . import gguf_file
 
 FILE = "directions.safetensors"
@@ -34,7 +38,7 @@ class DirectionsFileError(ValueError):
     do."""
 
 
-class Directions(Mapping):
+class Directions(Mapping[int, torch.Tensor]):
     """{layer number: fp32 vector (width,)}, which `Steer`, `Ablate` and the other edits take as it is.
 
     Arithmetic gives new Directions, without the statistics: a + b, a − b (a layer that one side lacks counts as zero
@@ -49,7 +53,10 @@ class Directions(Mapping):
         floating or not of one width.
     """
 
-    def __init__(self, vectors, statistics=None, about=None):
+    def __init__(
+        self, vectors: Mapping[int, Array], statistics: Mapping[int, Mapping[str, Any]] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(vectors, Mapping) or not vectors:
             raise ValueError(f"vectors is {vectors!r:.60}, expected a mapping from layer number to vector")
         for layer in vectors:
@@ -62,20 +69,22 @@ class Directions(Mapping):
         self.statistics, self.about = dict(statistics or {}), dict(about or {})
 
     @property
-    def width(self):
+    def width(self) -> int:
+        """Of each vector."""
         return next(iter(self._vectors.values())).shape[0]
 
     @property
-    def layers(self):
+    def layers(self) -> tuple[int, ...]:
+        """The layers' numbers, in ascending order."""
         return tuple(self._vectors)
 
-    def __getitem__(self, layer):
+    def __getitem__(self, layer: int) -> torch.Tensor:
         return self._vectors[layer]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self._vectors)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._vectors)
 
     def __eq__(self, other):
@@ -87,7 +96,7 @@ class Directions(Mapping):
 
     # --- arithmetic -----------------------------------------------------------------------------------------
 
-    def __add__(self, other):
+    def __add__(self, other: Directions) -> Directions:
         if not isinstance(other, Directions):
             return NotImplemented
         self._same_width(other)
@@ -95,13 +104,13 @@ class Directions(Mapping):
         layers = {*self, *other}
         return self._derived({layer: self.get(layer, zero) + other.get(layer, zero) for layer in layers})
 
-    def __sub__(self, other):
+    def __sub__(self, other: Directions) -> Directions:
         return self + -other if isinstance(other, Directions) else NotImplemented
 
-    def __neg__(self):
+    def __neg__(self) -> Directions:
         return self._map(torch.neg)
 
-    def __mul__(self, factor):
+    def __mul__(self, factor: float) -> Directions:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
         if not math.isfinite(factor):
@@ -110,19 +119,19 @@ class Directions(Mapping):
 
     __rmul__ = __mul__
 
-    def __truediv__(self, factor):
+    def __truediv__(self, factor: float) -> Directions:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
         return self * (1 / factor)
 
-    def normalised(self):
+    def normalised(self) -> Directions:
         """Every vector at length 1. ValueError for one that is zero."""
         for layer, vector in self.items():
             if not vector.any():
                 raise ValueError(f"the vector of layer {layer} is zero: it has no direction; leave the layer out")
         return self._map(lambda vector: (vector.double() / vector.double().norm()).float())
 
-    def project_out(self, *others):
+    def project_out(self, *others: Directions) -> Directions:
         """The part of each vector orthogonal to the span of the others' vectors at its layer, in float64.
 
         Raises:
@@ -141,19 +150,19 @@ class Directions(Mapping):
             left[layer] = (vector.double() - (vector.double() @ basis.T) @ basis).float()
         return self._derived(left)
 
-    def at(self, *layers):
+    def at(self, *layers: int) -> Directions:
         """These layers alone, with their statistics. KeyError for one that is not there."""
         kept = {layer: self[layer] for layer in layers}
         return Directions(kept, {k: v for k, v in self.statistics.items() if k in kept}, self.about)
 
-    def best(self, by="accuracy"):
-        """The layer where a statistic is largest. KeyError if no layer has it."""
+    def best(self, by: str = "accuracy") -> int:
+        """The layer where the statistic `by` is largest. KeyError if no layer has it."""
         known = {layer: found[by] for layer, found in self.statistics.items() if found.get(by) is not None}
         if not known:
             raise KeyError(f"no layer has the statistic {by!r}")
         return max(known, key=known.get)
 
-    def window(self, count):
+    def window(self, count: int) -> tuple[int, ...]:
         """(layer, …): `count` neighboring layers to steer at, the earliest of those that separate the classes best.
 
         Best is the mean held-out accuracy if probes give one, within one text held out. Else it is the mean separation,
@@ -174,7 +183,7 @@ class Directions(Mapping):
         at = next(at for at, mean in enumerate(means) if mean >= max(means) - slack - 1e-12)
         return self.layers[at : at + count]
 
-    def relative(self, share):
+    def relative(self, share: float) -> Directions:
         """Vectors as long as `share` × the residual's norm at their layer, given by the statistic "residual".
 
         Raises:
@@ -202,8 +211,8 @@ class Directions(Mapping):
         if other.width != self.width:
             raise ValueError(f"directions of width {self.width} and of width {other.width} do not go together")
 
-    def plot(self, axes=None):
-        """Draw accuracy, where probes give one, and separation by layer. Returns [matplotlib axes].
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draw accuracy, where probes give one, and separation by layer. Returns [matplotlib axes], new ones for axes=None.
 
         Raises:
             ValueError: directions without statistics.
@@ -214,7 +223,7 @@ class Directions(Mapping):
 
     # --- files ----------------------------------------------------------------------------------------------
 
-    def save(self, folder):
+    def save(self, folder: Folder) -> Path:
         """Write directions.safetensors. A crash leaves the old file or the new one. Of two writers the last wins,
         whole.
 
@@ -240,8 +249,8 @@ class Directions(Mapping):
         return folder
 
     @classmethod
-    def load(cls, folder):
-        """What `save` wrote, checked. DirectionsFileError says what is wrong with it."""
+    def load(cls, folder: Folder) -> Directions:
+        """What `save` wrote to a folder, checked. DirectionsFileError says what is wrong with it."""
         path = Path(folder) / FILE
         try:
             if not path.exists():
@@ -257,11 +266,11 @@ class Directions(Mapping):
                 raise
             raise DirectionsFileError(f"{path} {error}; save it again") from None
 
-    def save_gguf(self, path, *, model=None):
+    def save_gguf(self, path: Folder, *, model: str | None = None) -> Path:
         """Write a control vector for llama.cpp. A crash leaves the old file or the new one. Returns the Path.
 
         Args:
-            model: llama.cpp's name of the architecture, for the file's model_hint. By default `about["type"]`.
+            path: of the file. model: llama.cpp's name of the architecture, for the file's model_hint. By default `about["type"]`.
 
         Raises:
             ValueError: there is a vector at layer 0, which llama.cpp cannot add, or the directions are of another site
@@ -277,8 +286,8 @@ class Directions(Mapping):
         return gguf_file.write(path, dict(self), model or self.about.get("type") or "unknown")
 
     @classmethod
-    def load_gguf(cls, path):
-        """Directions from a control vector's file, of llama.cpp or repeng.
+    def load_gguf(cls, path: Folder) -> Directions:
+        """Directions from the file at path, a control vector of llama.cpp or repeng.
 
         Raises:
             DirectionsFileError: it is not a GGUF file or not a control vector, or it holds a tensor that is no vector.

@@ -1,15 +1,21 @@
 """Dose: the strength at which an edit changes the distribution of the next tokens by a stated amount."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
+from ..arguments import as_list, check_whole
 from ..edits.kinds import Edit
+from ..hints import Texts
 from ..patching.eval_mode import evaluating
 from ..patching.handle import Handle, patch
 from ..texts.batches import Windows
@@ -33,9 +39,10 @@ class Dose:
 
 
 def calibrate(
-    model, edit, prompts, *, target_kl, tokenizer=None, tolerance=0.01, largest=LARGEST, batch_size=16, max_length=None,
-    new_tokens=None, seed=0,
-):  # fmt: skip
+    model: nn.Module, edit: Handle | Edit | Sequence[Edit], prompts: Texts, *, target_kl: float, tokenizer: Any = None,
+    tolerance: float = 0.01, largest: float = LARGEST, batch_size: int = 16, max_length: int | None = None,
+    new_tokens: int | None = None, seed: int = 0,
+) -> Dose:  # fmt: skip
     """The strength at which the mean KL(p without the edit ‖ p with it) of the token after each prompt is `target_kl`.
 
     With `new_tokens` the mean also covers the tokens of a continuation. The model without the edit samples one after
@@ -47,11 +54,13 @@ def calibrate(
     in the strength, it finds one of several strengths. It starts from small ones.
 
     Args:
+        model: a causal language model. tokenizer: for texts and messages.
         edit: a Handle on the model, which is left at the strength found. Or an Edit, or a list of them, patched
             meanwhile.
         prompts: texts or chat messages (with tokenizer=), lists of token ids, or ready batches.
         target_kl: nats. tolerance: how far off the KL may be, as a share of the target.
         largest: the strength at which the search ends.
+        batch_size: prompts of one length per forward. max_length: cut texts to so many tokens.
         new_tokens: the largest length of a continuation. None for the token after the prompt alone. seed: of the
             sampling.
 
@@ -219,8 +228,11 @@ class _Continued(_Meter):
 
 
 def _batches(model, prompts, tokenizer, batch_size, max_length):
-    """[(inputs, tokens)]: prompts of one length per batch, so that only the last column makes logits."""
-    prompts = prompts if isinstance(prompts, str) else list(prompts)
+    """[(inputs, tokens)]: prompts of one length to a batch, so that the last column alone makes logits."""
+    check_whole("batch_size", batch_size)
+    if max_length is not None:
+        check_whole("max_length", max_length)
+    prompts = as_list("prompts", prompts, "a list of texts, token ids or batches")
     windows = Windows(tokenizer, prompts, batch_size=1, max_length=max_length)
     singles = [batch for window in windows for batch in window]
     if not singles:

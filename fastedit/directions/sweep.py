@@ -4,17 +4,24 @@
     print(found); found.heat_map("sweep.png"); fastedit.patch(model, found.edit(found.best()))
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from ..arguments import as_list, check_whole
 from ..edits.kinds import Steer
 from ..files.edit_file import replace
+from ..hints import Folder, Site
 from ..patching.handle import patch
 from .directions import Directions
 from .dose import calibrate
@@ -41,9 +48,11 @@ class Cell:
 
 
 def sweep(
-    model, directions, measure, *, doses, layers=None, unit="strength", site="block", control=False, seed=0, resume=None,
-    progress=None, **calibration,
-):  # fmt: skip
+    model: nn.Module, directions: Directions, measure: Callable[[Any], torch.Tensor | Sequence[float]], *,
+    doses: Iterable[float], layers: Iterable[int | Sequence[int]] | None = None,
+    unit: Literal["strength", "residual", "kl"] = "strength", site: Site = "block", control: bool = False, seed: int = 0,
+    resume: Folder | None = None, progress: bool | None = None, **calibration: Any,
+) -> Sweep:  # fmt: skip
     """Steer at several sets of layers with several doses, and let `measure` judge each.
 
     Args:
@@ -52,6 +61,7 @@ def sweep(
             share.
         doses: numbers. The grid also has one cell without an edit.
         layers: a list of layer numbers, each alone, or of ranges or tuples, each together. None for every layer alone.
+        site: where in a layer the directions are added; "block" by default.
         unit: of the doses. "strength": of the edit, as it is. "residual": times the residual's norm
             (`Directions.relative`). "kl": the mean KL that `fastedit.calibrate` reaches. Its other arguments are passed
             on (prompts=, tokenizer=, new_tokens=, …).
@@ -66,7 +76,7 @@ def sweep(
         TypeError, ValueError: no doses, a unit or layer that does not exist, a measure that gives no finite numbers, a
         folder that holds another grid, and what `calibrate` refuses.
     """
-    grid, doses = _checked(directions, layers, doses, unit, calibration)
+    grid, doses = _checked(directions, layers, doses, unit, seed, calibration)
     key = {
         "directions": _digest(directions), "site": site, "unit": unit, "control": control, "seed": seed,
         "calibration": {name: repr(value) for name, value in sorted(calibration.items()) if name != "tokenizer"},
@@ -128,33 +138,35 @@ def _summary(values):
 class Sweep:
     """What `sweep` found. base: the Cell without an edit. cells: the others, by layers, then by doses."""
 
-    def __init__(self, directions, site, unit, base, cells):
+    def __init__(self, directions: Directions, site: Site, unit: str, base: Cell, cells: list[Cell]) -> None:
         self.directions, self.site, self.unit, self.base, self.cells = directions, site, unit, base, cells
 
-    def best(self, largest=True):
+    def best(self, largest: bool = True) -> Cell:
         """The Cell with the largest mean, or the smallest."""
         return (max if largest else min)(self.cells, key=lambda cell: cell.mean)
 
-    def edit(self, cell):
+    def edit(self, cell: Cell) -> Steer:
         """The Steer of a cell, at the strength at which it was measured."""
         own = self.directions.at(*cell.layers)
         if self.unit == "residual":
             return Steer(own.relative(cell.dose), site=self.site)
         return Steer(own, site=self.site, strength=cell.strength)
 
-    def plot(self, axes=None):
-        """Draw the means, one row per set of layers and one column per dose. Returns matplotlib axes."""
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the means into matplotlib axes, or new ones: one row per set of layers and one column per dose.
+        Returns the axes.
+        """
         from ..plots.sweep import draw
 
         return draw(self, layers_text, axes)
 
-    def heat_map(self, path):
-        """`plot` into a file: PNG, SVG or PDF by the name's end."""
+    def heat_map(self, path: Folder) -> None:
+        """`plot` into the file at path: PNG, SVG or PDF by the name's end."""
         from ..plots.sweep import write
 
         write(self, layers_text, path)
 
-    def json(self):
+    def json(self) -> dict[str, Any]:
         """JSON-able: the unit, the cell without an edit and the others."""
         return {"unit": self.unit, "base": asdict(self.base), "cells": [asdict(cell) for cell in self.cells]}
 
@@ -176,7 +188,7 @@ def layers_text(layers):
     return ",".join(map(str, layers))
 
 
-def _checked(directions, layers, doses, unit, calibration):
+def _checked(directions, layers, doses, unit, seed, calibration):
     if not isinstance(directions, Directions):
         raise TypeError(f"directions is {type(directions).__name__}, expected fastedit.Directions")
     if unit not in UNITS:
@@ -185,11 +197,13 @@ def _checked(directions, layers, doses, unit, calibration):
         raise TypeError(f"{', '.join(calibration)}: of unit='kl' alone, and unit is {unit!r}")
     if unit == "kl" and "prompts" not in calibration:
         raise ValueError("unit='kl' needs prompts=, on which fastedit.calibrate measures")
-    doses = list(doses)
+    check_whole("seed", seed, least=0)
+    doses = as_list("doses", doses, "a list of numbers")
     if not doses or not all(isinstance(d, (int, float)) and not isinstance(d, bool) and math.isfinite(d) for d in doses):
         raise ValueError(f"doses is {doses!r:.60}, expected one finite number or more")
-    grid = directions.layers if layers is None else list(layers)
-    grid = [(chosen,) if isinstance(chosen, int) else tuple(chosen) for chosen in grid]
+    what = "layer numbers, or ranges or tuples of them"
+    grid = directions.layers if layers is None else as_list("layers", layers, f"a list of {what}")
+    grid = [(chosen,) if isinstance(chosen, int) else tuple(as_list("layers", chosen, what)) for chosen in grid]
     missing = sorted({layer for chosen in grid for layer in chosen} - set(directions))
     if missing or not grid or not all(grid):
         found = f"layers {missing} have no direction; there are {directions.layers}" if missing else "an empty set of layers"

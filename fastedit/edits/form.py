@@ -6,6 +6,9 @@
 (tests prove its properties in float64) and is differentiable.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -40,22 +43,24 @@ class Form:
             _check_shape("offset", self.offset, (self.rank,))
 
     @property
-    def width(self):
+    def width(self) -> int | None:
         """Width of the hidden states, or None for the empty form, which changes nothing."""
         return next((getattr(self, f.name).shape[-1] for f in fields(self) if getattr(self, f.name) is not None), None)
 
     @property
-    def rank(self):
+    def rank(self) -> int:
+        """Of the low-rank part, 0 for none."""
         return 0 if self.read is None else self.read.shape[0]
 
-    def tensors(self):
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """(scale, bias, read, offset, write), as the ops take them."""
         return self.scale, self.bias, self.read, self.offset, self.write
 
-    def numel(self):
+    def numel(self) -> int:
+        """How many numbers its tensors hold."""
         return sum(t.numel() for t in self.tensors() if t is not None)
 
-    def __call__(self, hidden):
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the form by its definition, in hidden's own dtype: hidden (…, width). For proofs, not for speed."""
         out = hidden if self.scale is None else self.scale * hidden
         out = out if self.bias is None else out + self.bias
@@ -71,7 +76,7 @@ def _check_shape(name, tensor, shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def at_strength(form, strength):
+def at_strength(form: Form, strength: float) -> Form:
     """The form at a static strength c: 1 + c(scale − 1), c·bias, c·write. Strength 1 gives the form itself."""
     if isinstance(strength, (int, float)) and strength == 1:
         return form
@@ -84,7 +89,7 @@ def at_strength(form, strength):
     )
 
 
-def fold(first, second):
+def fold(first: Form, second: Form) -> Form:
     """One form that equals `second` applied after `first`. Its rank is the sum of their ranks.
 
         scale = s₂s₁                      bias = s₂b₁ + b₂
@@ -124,7 +129,7 @@ def fold(first, second):
     return Form(scale, bias, torch.cat(reads), _stack_offsets(offsets, reads), torch.cat(writes))
 
 
-def fold_all(forms):
+def fold_all(forms: Iterable[Form]) -> Form:
     """One form for a stack of forms, applied in order. An empty stack gives the empty form."""
     folded = Form()
     for form in forms:
@@ -132,7 +137,9 @@ def fold_all(forms):
     return folded
 
 
-def merge(form, weight, bias=None):
+def merge(
+    form: Form, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight', bias') of the linear map h = x @ weightᵀ + bias with the form after it.
 
         W' = diag(s) W + writeᵀ (read W)       m' = s⊙m + b + (m @ readᵀ + offset) @ write
@@ -152,7 +159,9 @@ def merge(form, weight, bias=None):
     return merged, added
 
 
-def merge_input(form, weight, bias=None):
+def merge_input(
+    form: Form, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight', bias') of the linear map x @ weightᵀ + bias with the form before it, on x.
 
         W' = W diag(s) + (W writeᵀ) read       m' = m + W (b + writeᵀ offset)

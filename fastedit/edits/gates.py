@@ -6,12 +6,16 @@ A gate is a coefficient g in [0, 1] per row: h' = h + c · g(h) · (…). Gates 
 and ~ (1 − g). On hard gates these are and, or and not. Gates are frozen: nothing in them trains.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 
 from ..arguments import as_number
+from ..hints import Site, Values
 from .per_layer import PerLayer
 from .sites import check_site
 
@@ -22,13 +26,13 @@ DECIDE = ("token", "prompt", "prompt mean")
 class Rule:
     """A gate, or a combination of several."""
 
-    def __and__(self, other):
+    def __and__(self, other: Rule) -> Rule:
         return _Both("and", self, other)
 
-    def __or__(self, other):
+    def __or__(self, other: Rule) -> Rule:
         return _Both("or", self, other)
 
-    def __invert__(self):
+    def __invert__(self) -> Rule:
         return _Not(self)
 
 
@@ -57,8 +61,10 @@ class Gate(Rule):
     """
 
     def __init__(
-        self, condition, threshold=0.0, *, kind="dot", decide="token", sharpness=None, layer=None, site=None
-    ):  # fmt: skip
+        self, condition: Values | None, threshold: float | Iterable[float] | Mapping[int, float] = 0.0, *,
+        kind: Literal["dot", "cosine", "cast"] = "dot", decide: Literal["token", "prompt", "prompt mean"] = "token",
+        sharpness: float | None = None, layer: int | str | None = None, site: Site | None = None,
+    ) -> None:  # fmt: skip
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, KINDS))}")
         if decide not in DECIDE:

@@ -7,33 +7,29 @@ Every edit is an instance of the normal form (docs/design.md, 1),
 and only writes down those tensors for each layer. `fastedit.patch` copies them into fp32 masters on the model. The edit
 object itself never changes and may be used again.
 
-Arguments that all edits take:
-    site: "mlp", "attn", "block", "q", "k", "v", "ffn_in", "embed" or "final" (fastedit/edits/sites.py).
-    layers: None for every layer, or layer numbers: an int, a range, a slice, a list. Negative numbers count from the
-        end. A model with two stacks is numbered through, encoder first; "decoder" or "decoder.3" also work. "embed"
-        and "final" belong to the model: leave layers out, or name a stack.
-    positions: which tokens, as fastedit/edits/positions.py lists: None or "all", "prompt", "generated", "first 4",
-        "last 4", …
-    strength: c, a number. `handle.strength` multiplies it at run time.
-    keep_norm: scale each edited row back to its former length: h'·‖h‖/‖h'‖. Such an edit rides on no add.
-
-`edit.when(gate)` is the same edit behind a gate (edits/gates.py).
+What all edits take is described in shared_arguments.py. `edit.when(gate)` is the same edit behind a gate (edits/gates.py).
 
 A value that may differ by layer is one of these: one tensor for all layers; a tensor with a leading layer dimension (as
 many as the model has layers, or as the edit names); a mapping from layer number to tensor; or an object that has such a
 mapping as `directions` or `vectors`.
 """
 
+from __future__ import annotations
+
 import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
-from ..arguments import MAX_RANK, as_layers, as_number
+from ..arguments import MAX_RANK, as_layers, as_number, check_flag
+from ..hints import Layers, Site, Values, WhichTokens
 from .form import Form
-from .gates import check_rule
+from .gates import Rule, check_rule
 from .per_layer import PerLayer
 from .plane_rotation import turn, turned, turned_back, turned_form
 from .positions import positions as as_positions
+from .shared_arguments import completed
 from .sites import check_site
 
 TENSORS = ("scale", "bias", "read", "offset", "write")
@@ -42,10 +38,11 @@ TENSORS = ("scale", "bias", "read", "offset", "write")
 class Edit:
     """What all edits share: where they act and how strongly. A subclass gives the tensors of a layer (`values`).
 
-    names: of its tensors. rank: of its low-rank part, 0 for none.
+    Args:
+        names: of its tensors. rank: of its low-rank part, 0 to 64.
     """
 
-    default_site = "block"
+    default_site: ClassVar[Site] = "block"
     trainable = False
     allowed_names = TENSORS
     options = ()  # attributes that config() records besides the tensors
@@ -57,18 +54,24 @@ class Edit:
     stage = None  # the class of what runs it (patching/site.py), for an edit that is no normal form
     gate = None  # a gates.Rule
 
-    def __init__(self, names, rank=0, *, site=None, layers=None, positions=None, strength=1.0, keep_norm=False):
+    def __init__(
+        self, names: Sequence[str], rank: int = 0, *, site: Site | None = None, layers: Layers = None,
+        positions: WhichTokens = None, strength: float = 1.0, keep_norm: bool = False,
+    ) -> None:  # fmt: skip
         self.site = check_site(self.default_site if site is None else site)
         self.layers = as_layers(layers)
         self.positions = as_positions(positions)
         if rank > MAX_RANK:
             raise ValueError(f"{type(self).__name__} has rank {rank}, but the kernels take up to {MAX_RANK}")
         self.strength, self.names, self.rank = as_number("strength", strength), tuple(names), rank
-        if not isinstance(keep_norm, bool):
-            raise TypeError(f"keep_norm is {keep_norm!r}, expected True or False")
-        self.neutral, self.keep_norm = False, keep_norm
+        self.neutral, self.keep_norm = False, check_flag("keep_norm", keep_norm)
 
-    def when(self, gate):
+    def __init_subclass__(cls) -> None:
+        """Complete the docstring with the arguments that all edits take, so that help() of each kind is whole."""
+        super().__init_subclass__()
+        cls.__doc__ = completed(cls.__dict__.get("__doc__"), cls.__init__, cls.default_site)
+
+    def when(self, gate: Rule) -> Self:
         """The same edit behind a gate: a fastedit.Gate, or several combined by &, | and ~.
 
         An edit that has a gate already is then behind both. h' = h + c · g · (…), with one number g per row.
@@ -117,7 +120,7 @@ class Edit:
     def check(self):
         """Raise ValueError for options from a file that make no sense."""
 
-    def config(self):
+    def config(self) -> dict[str, Any]:
         """A JSON-able description. With the tensors of `Handle.named_tensors` it is the whole edit."""
         described = {
             "kind": type(self).__name__, "site": self.site,
@@ -138,17 +141,24 @@ class Edit:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
 
+Edit.__doc__ = completed(Edit.__doc__, Edit.__init__, "its kind's default")
+
+
 class ScaleBias(Edit):
     """h' = scale ⊙ h + bias: RED (arXiv 2402.15179, Eq. 3), and with scale alone (IA)³ on outputs.
 
-    scale, bias: values (width,), None for the identity (ones, zeros), or False for none at all.
-    trainable: True by default.
+    Args:
+        scale, bias: values (width,), None for the identity (ones, zeros), or False for none at all.
     """
 
     default_site = "mlp"
     trainable = True
 
-    def __init__(self, scale=None, bias=None, *, trainable=True, **where):
+    def __init__(
+        self, scale: Values | Literal[False] | None = None, bias: Values | Literal[False] | None = None, *,
+        trainable: bool = True, site: Site | None = None, layers: Layers = None,
+        positions: WhichTokens = None, strength: float = 1.0, keep_norm: bool = False,
+    ) -> None:  # fmt: skip
         self.given = {
             name: None if value is None else PerLayer(name, value, (1,))
             for name, value in (("scale", scale), ("bias", bias))
@@ -156,8 +166,11 @@ class ScaleBias(Edit):
         }
         if not self.given:
             raise ValueError("scale and bias are both False: nothing is left of the edit")
-        self.trainable = bool(trainable)
-        super().__init__(self.given, **_layers_of(where, *self.given.values()))
+        self.trainable = check_flag("trainable", trainable)
+        super().__init__(
+            self.given, site=site, layers=_layers_of(layers, *self.given.values()), positions=positions,
+            strength=strength, keep_norm=keep_norm,
+        )  # fmt: skip
 
     def values(self, spot, width):
         return {n: _neutral(n, 0, width) if v is None else v.at(spot) for n, v in self.given.items()}
@@ -167,18 +180,28 @@ class RED(ScaleBias):
     """Representation editing (arXiv 2402.15179, Eq. 3): trainable scale (ones) and bias (zeros) on the FFN's output.
 
     Acts on every layer, with 2 · width parameters per layer.
+
+    Args:
+        scale, bias: values (width,) to start from, None for the identity (ones, zeros), or False for none at all.
     """
 
 
 class Steer(Edit):
     """h' = h + c · v: steering and control vectors, CAA, ActAdd, RepE.
 
-    vectors: values (width,).
+    Args:
+        vectors: v, values (width,), such as fastedit.Directions.
     """
 
-    def __init__(self, vectors, **where):
+    def __init__(
+        self, vectors: Values, *, site: Site | None = None, layers: Layers = None,
+        positions: WhichTokens = None, strength: float = 1.0, keep_norm: bool = False,
+    ) -> None:  # fmt: skip
         self.vectors = PerLayer("vectors", vectors, (1,))
-        super().__init__(("bias",), **_layers_of(where, self.vectors))
+        super().__init__(
+            ("bias",), site=site, layers=_layers_of(layers, self.vectors), positions=positions,
+            strength=strength, keep_norm=keep_norm,
+        )  # fmt: skip
 
     def values(self, spot, width):
         return {"bias": self.vectors.at(spot)}
@@ -187,14 +210,21 @@ class Steer(Edit):
 class Ablate(Edit):
     """h' = h − Σ (h·v̂) v̂ over an orthonormal basis of the directions' span: directional ablation.
 
-    directions: values (width,) or (k, width). (k, width) means k directions at every layer, not one per layer. Linearly
-        dependent directions count once. For one direction per layer pass a mapping from layer numbers, or
-        (layers, 1, width).
+    Args:
+        directions: values (width,) or (k, width), k up to 64. (k, width) means k directions at every layer, not one per
+            layer. Linearly dependent directions count once. For one direction per layer pass a mapping from layer
+            numbers, or (layers, 1, width).
     """
 
-    def __init__(self, directions, **where):
+    def __init__(
+        self, directions: Values, *, site: Site | None = None, layers: Layers = None,
+        positions: WhichTokens = None, strength: float = 1.0, keep_norm: bool = False,
+    ) -> None:  # fmt: skip
         bases = PerLayer("directions", directions, (1, 2)).map(orthonormal_rows)
-        super().__init__(("read", "write"), rank=max(len(b) for b in bases.all()), **_layers_of(where, bases))
+        super().__init__(
+            ("read", "write"), max(len(b) for b in bases.all()), site=site, layers=_layers_of(layers, bases), positions=positions,
+            strength=strength, keep_norm=keep_norm,
+        )  # fmt: skip
         self.bases = bases
 
     def values(self, spot, width):
@@ -206,17 +236,24 @@ class Ablate(Edit):
 class Clamp(Edit):
     """h' = h + (value − h·v̂) v̂: the component along the unit direction v̂ becomes `value`.
 
-    direction: values (width,), normalized here. value: a number, in units of h.
+    Args:
+        direction: v, values (width,), normalized here. value: a finite number, in units of h.
     """
 
     options = ("value",)
 
-    def __init__(self, direction, value, **where):
+    def __init__(
+        self, direction: Values, value: float, *, site: Site | None = None, layers: Layers = None,
+        positions: WhichTokens = None, strength: float = 1.0, keep_norm: bool = False,
+    ) -> None:  # fmt: skip
         self.directions, self.value = (
             PerLayer("direction", direction, (1,)).map(orthonormal_rows),
             as_number("value", value),
         )
-        super().__init__(("read", "offset", "write"), rank=1, **_layers_of(where, self.directions))
+        super().__init__(
+            ("read", "offset", "write"), 1, site=site, layers=_layers_of(layers, self.directions), positions=positions,
+            strength=strength, keep_norm=keep_norm,
+        )  # fmt: skip
 
     def values(self, spot, width):
         unit = self.directions.at(spot)
@@ -226,17 +263,24 @@ class Clamp(Edit):
 class Amplify(Edit):
     """h' = h + (factor − 1)(h·v̂) v̂: the component along the unit direction v̂ is multiplied by `factor`.
 
-    direction: values (width,), normalized here. factor: a number. 1 changes nothing, 0 ablates.
+    Args:
+        direction: v, values (width,), normalized here. factor: a finite number. 1 changes nothing, 0 ablates.
     """
 
     options = ("factor",)
 
-    def __init__(self, direction, factor, **where):
+    def __init__(
+        self, direction: Values, factor: float, *, site: Site | None = None, layers: Layers = None,
+        positions: WhichTokens = None, strength: float = 1.0, keep_norm: bool = False,
+    ) -> None:  # fmt: skip
         self.directions, self.factor = (
             PerLayer("direction", direction, (1,)).map(orthonormal_rows),
             as_number("factor", factor),
         )
-        super().__init__(("read", "write"), rank=1, **_layers_of(where, self.directions))
+        super().__init__(
+            ("read", "write"), 1, site=site, layers=_layers_of(layers, self.directions), positions=positions,
+            strength=strength, keep_norm=keep_norm,
+        )  # fmt: skip
 
     def values(self, spot, width):
         unit = self.directions.at(spot)
@@ -246,15 +290,20 @@ class Amplify(Edit):
 class Rotate(Edit):
     """h' = h + z (Rot(angle) − I)ᵀ V, z = h Vᵀ: rotate h in a plane (angular steering).
 
-    plane: values (2, width). V is its Gram–Schmidt basis. The rotation goes from the first row toward the second.
-    angle: radians.
-    trainable: whether plane and angle train. The plane's basis then stays orthonormal (patching/orthonormal_basis.py).
+    If plane and angle train, the plane's basis stays orthonormal (patching/orthonormal_basis.py).
+
+    Args:
+        plane: values (2, width). V is its Gram–Schmidt basis. The rotation goes from the first row toward the second.
+        angle: radians.
     """
 
     options = ("angle",)
     allowed_names = (*TENSORS, "plane", "angle")
 
-    def __init__(self, plane, angle, *, trainable=False, **where):
+    def __init__(
+        self, plane: Values, angle: float, *, trainable: bool = False, site: Site | None = None, layers: Layers = None,
+        positions: WhichTokens = None, strength: float = 1.0, keep_norm: bool = False,
+    ) -> None:  # fmt: skip
         planes = PerLayer("plane", plane, (2,))
         if any(len(p) != 2 for p in planes.all()):
             raise ValueError(f"plane has {len(planes.all()[0])} rows, expected the 2 directions that span it")
@@ -262,8 +311,11 @@ class Rotate(Edit):
         if any(len(p) != 2 for p in self.planes.all()):
             raise ValueError("the plane's two directions are parallel: they span a line, not a plane")
         names = ("plane", "angle") if trainable else ("read", "write")
-        super().__init__(names, rank=2, **_layers_of(where, self.planes))
-        self.trainable = bool(trainable)
+        super().__init__(
+            names, 2, site=site, layers=_layers_of(layers, self.planes), positions=positions,
+            strength=strength, keep_norm=keep_norm,
+        )  # fmt: skip
+        self.trainable = check_flag("trainable", trainable)
 
     @property
     def derive(self):
@@ -296,10 +348,14 @@ class Rotate(Edit):
 class LowRank(Edit):
     """h' = h + (h @ readᵀ + offset) @ write, frozen: any low-rank edit, given by its factors.
 
-    read, write: values (rank, width). offset: values (rank,), or None for 0.
+    Args:
+        read, write: values (rank, width), rank 1 to 64. offset: values (rank,), or None for 0.
     """
 
-    def __init__(self, read, offset, write, **where):
+    def __init__(
+        self, read: Values, offset: Values | None, write: Values, *, site: Site | None = None, layers: Layers = None,
+        positions: WhichTokens = None, strength: float = 1.0, keep_norm: bool = False,
+    ) -> None:  # fmt: skip
         self.given = {"read": PerLayer("read", read, (2,))}
         if offset is not None:
             self.given["offset"] = PerLayer("offset", offset, (1,))
@@ -310,7 +366,10 @@ class LowRank(Edit):
             raise ValueError(
                 f"read, offset and write have ranks {sorted(ranks)}, expected one rank throughout"
             )
-        super().__init__(self.given, rank=ranks.pop(), **_layers_of(where, *self.given.values()))
+        super().__init__(
+            self.given, ranks.pop(), site=site, layers=_layers_of(layers, *self.given.values()), positions=positions,
+            strength=strength, keep_norm=keep_norm,
+        )  # fmt: skip
 
     def values(self, spot, width):
         return {name: value.at(spot) for name, value in self.given.items()}
@@ -332,11 +391,10 @@ def orthonormal_rows(directions):
         if rest.norm() > 1e-6 * row.norm():
             basis.append(rest / rest.norm())
     if not basis:
-        raise ValueError("the directions are all zero: there is nothing to normalise")
+        raise ValueError("the directions are all zero: there is nothing to normalize")
     return torch.stack(basis).float()
 
 
-def _layers_of(where, *values):
-    """`where` with layers= taken from a mapping's keys, unless it is given."""
-    named = next((v.layers for v in values if v is not None and v.layers is not None), None)
-    return where if named is None or where.get("layers") is not None else {**where, "layers": named}
+def _layers_of(layers, *values):
+    """layers=, or those that a mapping among the values names."""
+    return next((v.layers for v in values if v is not None and v.layers is not None), None) if layers is None else layers

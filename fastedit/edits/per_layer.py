@@ -25,6 +25,9 @@ def as_values(name, value):
         tensor = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} is {value!r:.60}, expected a tensor, or what torch.as_tensor takes") from None
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        where = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        raise TypeError(f"{name} is {where}, expected a dense tensor with numbers in it")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype such as float32")
     tensor = tensor.to("cpu", torch.float32, copy=True)

@@ -1,8 +1,11 @@
 """Representation finetuning (arXiv 2404.03592): LoReFT, and its relatives without the constraint."""
 
+from __future__ import annotations
+
 import torch
 
 from ..arguments import MAX_RANK
+from ..hints import Layers, Site, WhichTokens
 from .form import Form
 from .kinds import Edit, orthonormal_rows
 
@@ -11,14 +14,22 @@ class DiReFT(Edit):
     """h' = h + W₂ᵀ(W₁ h + c), trainable (arXiv 2404.03592, DiReFT): W₁ = read, c = offset, W₂ = write.
 
     Starts as the identity, as LoRA does: read random (uniform, ±1/√width), offset and write zero.
-    rank: 1 to 64. seed: of the private generator that draws the start; layers differ.
+
+    Args:
+        rank: 1 to 64.
     """
 
     trainable = True
 
-    def __init__(self, rank, *, seed=0, **where):
+    def __init__(
+        self, rank: int, *, seed: int = 0, site: Site | None = None, layers: Layers = None, positions: WhichTokens = None,
+        strength: float = 1.0, keep_norm: bool = False,
+    ) -> None:  # fmt: skip
         self.seed = seed
-        super().__init__(("read", "offset", "write"), rank=_check_rank(rank), **where)
+        super().__init__(
+            ("read", "offset", "write"), _check_rank(rank),
+            site=site, layers=layers, positions=positions, strength=strength, keep_norm=keep_norm,
+        )  # fmt: skip
 
     def values(self, spot, width):
         zeros = torch.zeros(self.rank, width)
@@ -30,15 +41,23 @@ class NoReFT(Edit):
 
     Its masters are source = W, offset = c and write = R, trained separately. The normal form reads W − R.
     Starts as the identity: W = R random (uniform, ±1/√width), c zero.
-    rank: 1 to 64. seed: of the private generator that draws the start; layers differ.
+
+    Args:
+        rank: 1 to 64.
     """
 
     trainable = True
     allowed_names = ("source", "offset", "write")
 
-    def __init__(self, rank, *, seed=0, **where):
+    def __init__(
+        self, rank: int, *, seed: int = 0, site: Site | None = None, layers: Layers = None, positions: WhichTokens = None,
+        strength: float = 1.0, keep_norm: bool = False,
+    ) -> None:  # fmt: skip
         self.seed = seed
-        super().__init__(self.allowed_names, rank=_check_rank(rank), **where)
+        super().__init__(
+            self.allowed_names, _check_rank(rank),
+            site=site, layers=layers, positions=positions, strength=strength, keep_norm=keep_norm,
+        )  # fmt: skip
 
     def values(self, spot, width):
         start = _uniform(self, spot, width)
@@ -66,7 +85,8 @@ class LoReFT(NoReFT):
     any optimizer. Its gradient is tangent to the manifold of orthonormal bases, and the first forward after a step (or
     a state_dict, or a save) brings R back onto it, all layers at once. Starts as the identity: W = R random, c zero.
 
-    rank: 1 to 64, at most the site's width. seed: of the private generator that draws the start; layers differ.
+    Args:
+        rank: 1 to 64, at most the site's width.
     """
 
     constrained = "write"

@@ -20,7 +20,7 @@ layer and the last, under whose names their tensors are saved."""
 
 
 def check_site(site):
-    if site not in SITES:
+    if not isinstance(site, str) or site not in SITES:
         known = "; ".join(f"{name!r}: {meaning}" for name, meaning in SITES.items())
-        raise ValueError(f"there is no site {site!r}; the sites are {known}")
+        raise ValueError(f"there is no site {site!r:.60}; the sites are {known}")
     return site

@@ -6,7 +6,10 @@ A combination is folded when it is first used and then has a slot of its own. So
 one pass (docs/design.md, 2).
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 
 from .form import at_strength, fold_all
 
@@ -23,7 +26,7 @@ class Stack:
 
     __slots__ = ("names", "strengths")
 
-    def __init__(self, *names):
+    def __init__(self, *names: str) -> None:
         if len(names) == 1 and isinstance(names[0], (list, tuple)):
             raise TypeError(f"Stack takes the names themselves: Stack({', '.join(map(repr, names[0]))})")
         for name in names:
@@ -33,8 +36,8 @@ class Stack:
             raise ValueError("Stack() was given no names; a sequence that is not edited is None")
         self.names, self.strengths = names, (1.0,) * len(names)
 
-    def at(self, strengths):
-        """The same stack with a strength for each part.
+    def at(self, strengths: Sequence[float]) -> Stack:
+        """The same stack with a strength for each part: strengths[i] of names[i].
 
         Raises:
             ValueError: not one finite number per part.

@@ -1,9 +1,11 @@
 """Where a model's layers and their sites are: the table, then a search by structure, then a refusal."""
 
+from dataclasses import replace
+
 from ..edits.sites import SITES
 from . import bert, gpt2, llama, mixture, parallel, residual, t5
-from .family import Family, Input, Layer, Part, PostNorm, PreNormLayer, PreNormSublayer, submodule
-from .search import stacks_of, stream_width
+from .family import Family, Input, Layer, Part, PostNorm, PreNormLayer, PreNormSublayer, outputs_of, submodule
+from .search import embedding_width, stacks_of, stream_width
 from .steps import ParallelLayer, ResidualLayer, Step
 from .unknown import family_of_unknown
 
@@ -26,6 +28,7 @@ __all__ = [
     "Step",
     "alternatives",
     "find_layers",
+    "outputs_of",
     "register",
     "submodule",
 ]
@@ -74,13 +77,25 @@ def find_layers(model):
     layers = []
     stacks = stacks_of(model, _family)
     for stack, path in stacks:
-        modules, width = model.get_submodule(path), stream_width(model, path)
+        modules, width, embedded = model.get_submodule(path), stream_width(model, path), embedding_width(model, path)
         members = [(module, _family(module) or family_of_unknown(module, width)) for module in modules]
         for number, (module, family) in enumerate(members):
             last = number + 1 == len(members) and stack == stacks[-1][0]
             final = _final(model, path, members) if last else None
-            layers.append(Layer(f"{stack}.{number}", len(layers), module, family, number == 0, final, width))
-    return layers
+            layers.append(Layer(f"{stack}.{number}", len(layers), module, family, number == 0, final, width, embedded))
+    return _seen(model, layers)
+
+
+def _seen(model, layers):
+    """The layers, with what they hand on where the config, the embedding and their maps do not agree on a width."""
+    if not any(e.width and e.ends() and e.width not in e.ends() | {e.embedded} for e in layers):
+        return layers
+    from . import probe  # which knows swapped classes, and they the families
+
+    shapes = probe.output_shapes(model, layers) or {}
+    widths = {index: {shape and shape[-1] for shape in found} for index, found in shapes.items()}
+    seen = {index: next(iter(found)) for index, found in widths.items() if len(found) == 1}
+    return [replace(layer, handed=seen.get(layer.index)) for layer in layers]
 
 
 def alternatives(family):

@@ -164,8 +164,9 @@ def _has(layer, path):
 class Layer:
     """One layer of a model, as found. name: "layers.3", "decoder.0". index: over all stacks.
 
-    first: whether it is the first of its stack, whose input is `embed`. final: the module whose output is `final`, for
-    the last layer of the last stack; None for others. width: of the residual stream, by the model's config.
+    first: whether it is its stack's first, whose input is `embed`. final: the module whose output is `final`, of
+    the last layer of the last stack; None of others. width: of the residual stream, by the model's config; embedded: of what
+    the model embeds tokens in; handed: of what the layer hands on, where that was seen (probe.py). None: not known.
     """
 
     name: str
@@ -175,6 +176,8 @@ class Layer:
     first: bool = False
     final: nn.Module | None = None
     width: int | None = None
+    embedded: int | None = None
+    handed: int | None = None
 
     def at(self, site):
         """The module whose output, or input, the site is. None if this layer has no such site."""
@@ -204,6 +207,10 @@ class Layer:
         found = [module for _, _, module in self.links(owner, site)]
         return tuple(m for m in found if not isinstance(m, nn.ModuleList))
 
+    def ends(self):
+        """The widths of the linear maps into the residual stream that are known."""
+        return {outputs_of(m) for m in (self.at("attn"), self.at("mlp")) if m is not None} - {None}
+
     def links(self, owner, site):
         """((holder, name, module), …) of the modules on the way between a site and `owner`, from outside."""
         path = self.family.sites[site]
@@ -217,6 +224,12 @@ class Layer:
 
 def _inside(inner, outer):
     return inner != outer and (not outer or inner.startswith(outer + "."))
+
+
+def outputs_of(module):
+    """How many outputs a linear map has, or None."""
+    sizes = (getattr(module, name, None) for name in ("out_features", "nf"))
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def submodule(module, path):

@@ -33,24 +33,42 @@ def stacks_of(model, family_of):
 
 
 def stream_width(model, path):
-    """Width of the residual stream of the stack at `path`, by the nearest config around it and by the embedding.
-
-    None if neither gives it.
-    """
-    around, module = [model], model
-    for part in path.split(".")[:-1] if path else ():
-        module = module._modules[part]
-        around.append(module)
-    for module in reversed(around):
-        config = getattr(module, "config", None)
-        if config is None:
-            continue
+    """Width of the residual stream of the stack at `path` by the config nearest around it; None if none says."""
+    for config in _configs_around(model, path):
         for part in _parts(config, path):
             for name in _WIDTHS:
                 width = _read(part, name)
                 if isinstance(width, int) and not isinstance(width, bool):
                     return width
     return None
+
+
+def _configs_around(model, path):
+    """The configs of the modules that hold what is at `path`, the nearest first."""
+    found = (getattr(module, "config", None) for module in _around(model, path))
+    return [config for config in found if config is not None]
+
+
+def embedding_width(model, path):
+    """How wide the nearest module around the stack at `path` that says so embeds its tokens; None if none says."""
+    for module in _around(model, path):
+        try:
+            table = module.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        width = getattr(table, "embedding_dim", None)
+        if isinstance(width, int):
+            return width
+    return None
+
+
+def _around(model, path):
+    """The modules that hold what is at `path`, the nearest first."""
+    around, module = [model], model
+    for part in path.split(".")[:-1] if path else ():
+        module = module._modules[part]
+        around.append(module)
+    return around[::-1]
 
 
 def _parts(config, path):
@@ -77,6 +95,8 @@ def _outermost(model):
         if not isinstance(module, nn.ModuleList) or not len(module) or any(path.startswith(f"{p}.") for p in found):
             continue
         if id(module) in seen or not all(any(True for _ in m.children()) for m in module):
+            continue
+        if any(type(m).forward is nn.Module.forward for m in module):  # a list of lists: what is never called is no layer
             continue
         if any(True for _ in module.parameters()):
             found[path] = module
@@ -110,7 +130,7 @@ def _named(model, found):
     if getattr(config, "is_encoder_decoder", config is None):
         sides = {}
         for path in found:
-            side = [part for part in path.split(".") if part in _SIDES]
+            side = [side for part in path.split(".") for side in _SIDES if part == side or part.endswith(f"_{side}")]
             sides.setdefault(side[-1] if side else None, []).append(path)
         if set(sides) == set(_SIDES) and all(len(paths) == 1 for paths in sides.values()):
             return [(side, sides[side][0]) for side in _SIDES]
@@ -125,11 +145,14 @@ def _named(model, found):
 
 
 def _of_text(model, found):
-    """The stacks in the part that writes the text, for a model that also reads images or sound and names that part."""
+    """Of a model that reads images or sound beside text, and says which part writes the text, the stacks in that part; where
+    all of the model is that part, those that have the model's own config around them, as others have one for pictures."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
-    if text is config or not hasattr(model, "get_decoder") or not model.can_generate():
+    if config is None or not hasattr(model, "get_decoder") or not model.can_generate():
         return []
+    if text is config:
+        return [p for p in found if type(_configs_around(model, p)[0]) is type(config)]
     writes = model.get_decoder()
     path = next((p for p, m in model.named_modules() if m is writes), "")
     return [p for p in found if path and p.startswith(f"{path}.")]

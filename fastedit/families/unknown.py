@@ -2,9 +2,7 @@
 
 import re
 
-from torch import nn
-
-from .family import Family, Input
+from .family import Family, Input, outputs_of
 
 _ATTENTION = re.compile(r"attn|attention", re.I)
 _FFN = re.compile(r"(.*_)?(mlp|ffn|feed_?forward|moe)", re.I)
@@ -36,7 +34,7 @@ def family_of_unknown(layer, width=None):
 def _last(part, name, width):
     """The path of a part's last linear map: the only one by its name or its width, else the one defined last."""
     paths = _linears(part)
-    fitting = [p for p in paths if _outputs(part.get_submodule(p)) == width]
+    fitting = [p for p in paths if outputs_of(part.get_submodule(p)) == width]
     named = [p for p in fitting if _LAST.fullmatch(p.rpartition(".")[2])]
     if len(named) != 1 and (not fitting or fitting[-1] != paths[-1]):
         return None
@@ -50,13 +48,7 @@ def _experts(module):
 
 def _linears(module):
     """Paths of the linear maps in a module, in the order they were defined; "" for the module itself."""
-    return [path for path, m in module.named_modules() if _outputs(m) is not None]
-
-
-def _outputs(module):
-    if isinstance(module, nn.Linear) or hasattr(module, "out_features"):
-        return module.out_features
-    return module.nf if hasattr(module, "nf") else None
+    return [path for path, m in module.named_modules() if outputs_of(m) is not None]
 
 
 def _width(layer):
@@ -64,9 +56,9 @@ def _width(layer):
     widths = [
         p.shape[0]
         for m in layer.modules()
-        if not list(m.children()) and _outputs(m) is None
+        if not list(m.children()) and outputs_of(m) is None
         for p in m.parameters(recurse=False)
         if p.dim() == 1
     ]
-    widths = widths or [_outputs(layer.get_submodule(path)) for path in _linears(layer)]
+    widths = widths or [outputs_of(layer.get_submodule(path)) for path in _linears(layer)]
     return max(set(widths), key=widths.count) if widths else None

@@ -5,9 +5,12 @@ in the order in which it ran. Then each neighbor's own edit is taken out of forc
 What cannot be adopted is named with the reason and stays in force.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import warnings
+from typing import Any, Literal
 
 from ..edits.kinds import LowRank, ScaleBias, Steer
 from ..families import find_layers
@@ -26,7 +29,7 @@ _LOOKED_FOR = (
 )
 
 
-def adopt(model, *, positions=None, fused=True):
+def adopt(model: Any, *, positions: Literal["all", "call"] | None = None, fused: bool = True) -> AdoptedHandle:
     """Take over the edits that other libraries have put on a model. Returns an AdoptedHandle.
 
     Served are PEFT's (IA)³, pyvene's and pyreft's interventions, repeng's control vectors, steering-vectors' hooks and

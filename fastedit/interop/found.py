@@ -78,7 +78,7 @@ def _check_finite(forms):
                 raise Refusal(f"its {name} holds values that are NaN or infinite")
 
 
-# --- the trial: the neighbour's own code against the forms, in float64 on small random rows ---------------------
+# --- the trial: the neighbor's own code against the forms, in float64 on small random rows ---------------------
 
 
 class _Inner(nn.Module):

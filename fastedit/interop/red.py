@@ -6,18 +6,22 @@
 Each key begins with the path of the linear map whose output it edits.
 """
 
+from __future__ import annotations
+
 import logging
+import os
 import pickle
 import zipfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..edits.kinds import RED, ScaleBias
 from ..families import find_layers
 from ..files.edit_file import EditFileError
 from ..files.sealed import Damaged, open_regular
-from ..patching.handle import patch
+from ..patching.handle import Handle, patch
 
 __all__ = ["load_red_checkpoint"]
 
@@ -27,7 +31,7 @@ _LIMIT = 1 << 30  # of a 70B model with both vectors on five linear maps a layer
 _PARTS = {"activation_scaling": ("scale", 1.0), "activation_bias": ("bias", 0.0)}
 
 
-def load_red_checkpoint(model, path, *, freeze=False):
+def load_red_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, freeze: bool = False) -> Handle:
     """Patch a model with a RED checkpoint of its authors' code. Returns the Handle.
 
     Args:
@@ -38,7 +42,7 @@ def load_red_checkpoint(model, path, *, freeze=False):
         EditFileError: not such a file, or one that does not fit this model. Nothing has changed.
     """
     path = Path(path)
-    path = path / FILE if path.is_dir() else path
+    path = path / FILE if os.path.isdir(path) else path
     found = _grouped(path, read_state(path, f"{FILE} as RED's training code saves it"))
     sites = _sites(model)
     edits = {}

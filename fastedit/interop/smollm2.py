@@ -8,6 +8,8 @@ The folder is replaced by one rename, so a crash leaves none or a whole one. Che
 is then made again.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import importlib.util
@@ -18,6 +20,11 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 NAME = "smollm2"  # what the command line takes in place of a folder or a Hub id
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -30,7 +37,9 @@ INSTALL = (
 )
 
 
-def chat_model(*, dtype=None, device=None, cache=None):
+def chat_model(
+    *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, cache: str | os.PathLike[str] | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:  # Any: checkers refuse generate() on transformers' own classes
     """(model, tokenizer): SmolLM2-135M-Instruct, a Llama of 30 layers × 576 with 49,152 tokens and a chat template.
 
     The first call takes about half a minute and writes 540 MB. Later calls take a second or two.

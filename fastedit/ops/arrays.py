@@ -12,7 +12,10 @@ The native module takes arrays as they are. Three kinds are copied or viewed fir
 that are not evenly spaced, a DLPack exporter. The result is then taken, or refused with the reason.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -25,14 +28,24 @@ except ImportError as error:
         f"fastedit.arrays needs the native kernels, which this install lacks ({error}); see `fastedit doctor`"
     ) from error
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+Array: TypeAlias = "np.ndarray | Any"  # CuPy's where the rows are
 
-def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, slot=None, strength=None,
-         gate=None, rule=None, return_projection=False):  # fmt: skip
+
+def edit(
+    hidden: ArrayLike, scale: ArrayLike | None = None, bias: ArrayLike | None = None, read: ArrayLike | None = None,
+    offset: ArrayLike | None = None, write: ArrayLike | None = None, *, slot: ArrayLike | None = None,
+    strength: ArrayLike | None = None, gate: ArrayLike | None = None, rule: ArrayLike | None = None,
+    return_projection: bool = False,
+) -> Array:  # fmt: skip
     """h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write), as `fastedit.ops.edit`.
 
     hidden (…, width); scale, bias (width,); read, write (rank, width); offset (rank,). slot int32 and strength fp32,
     one per row; strength may also be a float. gate (width,) with rule (3,) = (threshold, sharpness or 0, 1 for the
-    cosine else 0), each with a leading slot dimension if there are slots. Returns h', or (h', z (…, rank)).
+    cosine else 0), each with a leading slot dimension if there are slots. Returns h', or with return_projection
+    (h', z (…, rank)). Raises TypeError, ValueError for a wrong dtype or shape, IndexError for a slot out of range on the
+    host, before anything runs.
     """
     done = _native.try_edit(hidden, scale, bias, read, offset, write, slot, strength, return_projection, gate, rule)
     if done is not None:
@@ -42,9 +55,18 @@ def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, s
     return done if return_projection else done[0]
 
 
-def edit_add(x, residual, scale=None, bias=None, read=None, offset=None, write=None, *, on="x", slot=None,
-             strength=None, gate=None, rule=None, return_projection=False):  # fmt: skip
-    """residual + E(x) (on="x") or E(residual + x) (on="sum"), as `fastedit.ops.edit_add`. One dtype for both."""
+def edit_add(
+    x: ArrayLike, residual: ArrayLike, scale: ArrayLike | None = None, bias: ArrayLike | None = None,
+    read: ArrayLike | None = None, offset: ArrayLike | None = None, write: ArrayLike | None = None, *,
+    on: Literal["x", "sum"] = "x", slot: ArrayLike | None = None, strength: ArrayLike | None = None,
+    gate: ArrayLike | None = None, rule: ArrayLike | None = None, return_projection: bool = False,
+) -> Array:  # fmt: skip
+    """residual + E(x) (on="x") or E(residual + x) (on="sum"), as `fastedit.ops.edit_add`.
+
+    x, residual (…, width), of one dtype. scale, bias, read, offset, write, slot, strength, gate, rule: as `edit`.
+    Returns residual' as x is, or with return_projection (residual', z (…, rank)). Raises TypeError, ValueError for a wrong
+    dtype or shape, before anything runs.
+    """
     check_on(on)
     rows, residual, *form = _plain(
         x=x, residual=residual, scale=scale, bias=bias, read=read, offset=offset, write=write, slot=slot
@@ -57,10 +79,20 @@ def edit_add(x, residual, scale=None, bias=None, read=None, offset=None, write=N
     return done if return_projection else done[0]
 
 
-def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, offset=None, write=None, *,
-                  norm_bias=None, kind="rms", eps=1e-6, on="x", slot=None, strength=None, gate=None,
-                  rule=None):  # fmt: skip
-    """(residual', normed): edit_add, then an RMS, "gemma" or "layer" norm, as `fastedit.ops.edit_add_norm`."""
+def edit_add_norm(
+    x: ArrayLike, residual: ArrayLike, weight: ArrayLike | None = None, scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None, read: ArrayLike | None = None, offset: ArrayLike | None = None,
+    write: ArrayLike | None = None, *, norm_bias: ArrayLike | None = None,
+    kind: Literal["rms", "gemma", "layer"] = "rms", eps: float = 1e-6, on: Literal["x", "sum"] = "x",
+    slot: ArrayLike | None = None, strength: ArrayLike | None = None, gate: ArrayLike | None = None,
+    rule: ArrayLike | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(residual', normed): edit_add, then a norm of residual', as `fastedit.ops.edit_add_norm`.
+
+    x, residual (…, width), of one dtype; weight (width,) in it. kind: "rms", "gemma" (times 1 + weight) or "layer", which
+    alone may have norm_bias (width,) and may lack weight. eps: added to the variance. on, scale, bias, read, offset,
+    write, slot, strength, gate, rule: as `edit_add`. Raises TypeError, ValueError for a wrong dtype, shape or kind.
+    """
     check_on(on)
     check_norm_kind(weight, norm_bias, kind)
     rows, residual, weight, norm_bias, *form = _plain(
@@ -75,15 +107,22 @@ def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, of
     )[:2]  # fmt: skip
 
 
-def project(hidden, read, offset=None):
-    """z = hidden @ readᵀ + offset, (…, rank) fp32, as `fastedit.ops.project`."""
+def project(hidden: ArrayLike, read: ArrayLike, offset: ArrayLike | None = None) -> Array:
+    """z = hidden @ readᵀ + offset, (…, rank) fp32, as `fastedit.ops.project`.
+
+    hidden (…, width), fp32, fp16 or bf16; read (rank, width) fp32, rank 1 to 64; offset (rank,) fp32 or None. Raises
+    TypeError, ValueError for a wrong dtype or shape.
+    """
     done = _native.try_project(hidden, read, offset)
     return _native.project(*_plain(hidden=hidden, read=read, offset=offset)) if done is None else done
 
 
-def moments(hidden, group=None, groups=None):
+def moments(
+    hidden: ArrayLike, group: ArrayLike | None = None, groups: int | None = None
+) -> tuple[Array, Array, Array]:
     """(count (groups,) int64, mean, m2 (groups, width) float64) of each group's rows, as `fastedit.ops.moments`.
 
+    hidden (…, width), fp32, fp16 or bf16.
     group int32, one per row. A number outside 0 to groups − 1 leaves the row out. groups: None for the largest number +
     1.
     """
@@ -101,9 +140,13 @@ def moments(hidden, group=None, groups=None):
     return count, *(pair.astype(np.float64).sum(0) for pair in (mean, m2))  # high and low parts
 
 
-def value_ascent(hidden, weight, bias, head, *, steps, step_size, weight2=None, bias2=None, gram=None):
+def value_ascent(
+    hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike, head: ArrayLike, *, steps: int, step_size: float,
+    weight2: ArrayLike | None = None, bias2: ArrayLike | None = None, gram: ArrayLike | None = None,
+) -> Array:  # fmt: skip
     """h + u after u ← u + a ∇V(h + u), `steps` times, as `fastedit.ops.value_ascent`. On the host only.
 
+    hidden (…, width); weight (units, width), bias (units,), head (units,) or (units2,), fp32. steps, step_size: n and a.
     V(h) = head · relu(weight h + bias), or with a second hidden layer (weight2 (units2, units), bias2). gram: weight
     weightᵀ, to be kept for further calls. It is computed here if None.
     """
@@ -115,10 +158,13 @@ def value_ascent(hidden, weight, bias, head, *, steps, step_size, weight2=None, 
     return _native.value_ascent(*given, steps, step_size)
 
 
-def edit_backward(grad, hidden, scale=None, bias=None):
+def edit_backward(
+    grad: ArrayLike, hidden: ArrayLike, scale: ArrayLike | None = None, bias: ArrayLike | None = None
+) -> tuple[Array, Array | None, Array | None]:
     """(d_hidden, d_scale, d_bias) of `edit` with scale and bias, for the gradient `grad` of h'.
 
-    d_scale and d_bias are fp32, or None where the parameter is None.
+    grad, hidden (…, width), of one dtype; scale, bias (width,) fp32. d_scale and d_bias are fp32, or None where the
+    parameter is None.
     """
     grad, hidden, scale, bias = _plain(grad=grad, hidden=hidden, scale=scale, bias=bias)
     _same(hidden, grad, "grad")

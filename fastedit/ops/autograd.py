@@ -1,7 +1,7 @@
 """Autograd of the ops, once for both faces: the eager autograd.Function and the registered operators.
 
-An op's setup decides what is saved (bias-only training saves no hidden states), its backward calls the fused backward for
-exactly the gradients that are wanted. Formulas: DESIGN.md 2, Backward. Where a gradient of gradients is wanted
+An op's setup decides what is saved (bias-only training saves no hidden states). Its backward calls the fused backward
+for exactly the gradients that are wanted. Formulas: docs/design.md, 4. If a gradient of gradients is wanted
 (create_graph=True), the backward is the reference's, in operations that autograd sees.
 
 The eager Functions take ctx in forward. With a setup_context, torch inspects forward's signature at every call (119 µs
@@ -22,7 +22,7 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def gradients(op, *args):
-    """The gradients of a backward op (arguments.SCHEMAS), None for those not wanted; its operator's while tracing."""
+    """The gradients of a backward op (arguments.SCHEMAS), None for those not wanted. While tracing, its operator's."""
     if not torch.compiler.is_compiling():
         if torch.is_grad_enabled() or transformed():  # it is to be differentiated itself, or its gradients may have tangents
             return run(op, *args, backend=load("reference"))
@@ -52,7 +52,7 @@ def _recovers(needs, scale, bias, slot, coefficient):
 
 
 def _at_input(d_read, d_write, write, coefficient, grad_z, z):
-    """d_read = qᵀ h from qᵀ h', q = k (G @ writeᵀ) + dz: less k (qᵀ z) write, where qᵀ z = write d_writeᵀ + dzᵀ z."""
+    """d_read = qᵀ h from qᵀ h': subtract k (qᵀ z) write. q = k (G @ writeᵀ) + dz, qᵀ z = write d_writeᵀ + dzᵀ z."""
     write = write.to(d_read.dtype)  # the reference's sums of float64 rows are float64
     mixed = write @ d_write.mT.to(write.dtype)
     if grad_z is not None:
@@ -112,7 +112,7 @@ def _edit_op(streams, norms):
 
 
 def _through_edit(ctx, grad, x, residual, form, grad_z, z, need_x, need_residual):
-    """(d_x, d_residual, the form's, ()) where the op ends in the edit or the add."""
+    """(d_x, d_residual, the form's, ()) if the op ends in the edit or the add."""
     x_dtype, residual_dtype = ctx.dtypes
     dtype = torch.promote_types(*ctx.dtypes) if ctx.on_sum else x_dtype
     if ctx.on_sum and x is not None and x_dtype is not residual_dtype:
@@ -131,7 +131,7 @@ def _through_edit(ctx, grad, x, residual, form, grad_z, z, need_x, need_residual
 def _through_norm(
     ctx, grad_residual, grad_normed, out, weight, mean, rstd, x, residual, form, grad_z, z, need_x, need_residual
 ):  # fmt: skip
-    """(d_x, d_residual, the form's, the norm's two) where a norm comes behind."""
+    """(d_x, d_residual, the form's, the norm's two) if a norm follows."""
     mean = mean if ctx.kind == 2 else None
     if (torch.is_grad_enabled() or transformed()) and not torch.compiler.is_compiling():
         rows = out.reshape(-1, out.shape[-1])

@@ -33,7 +33,18 @@ def check(op, given):
         _check_norm(rows, given)
 
 
+def check_tensor(value, name):
+    """A dense torch.Tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name} is {value!r:.60}, a {type(value).__name__}, expected a torch.Tensor; fastedit.arrays takes NumPy's arrays"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} has the layout {value.layout}, expected a dense tensor; use {name}.to_dense()")
+
+
 def _check_rows(rows, name):
+    check_tensor(rows, name)
     if rows.dtype not in _ROW_DTYPES:
         raise TypeError(f"{name} has dtype {rows.dtype}, expected float32, bfloat16, float16 or float64")
     if rows.dim() == 0:
@@ -56,7 +67,8 @@ def _check_form(hidden, given, read_only):
     if (read is None and (write is not None or offset is not None)) or (read is not None and write is None and not read_only):
         missing = "read" if read is None else "write"
         raise ValueError(f"read, offset and write belong together: {missing} is None (offset alone may be)")
-    if read is not None:
+    if read is not None or read_only:
+        check_tensor(read, "read")
         sizes["rank"] = read.shape[-2] if read.dim() >= 2 else 0
         if not 1 <= sizes["rank"] <= MAX_RANK:
             raise ValueError(
@@ -74,6 +86,7 @@ def _check_form(hidden, given, read_only):
         if given.get(name) is not None:
             _check_parameter(name, given[name], (*lead, *(sizes[d] for d in dims)), hidden)
     if rule is not None:
+        check_tensor(rule, "rule")
         if rule.shape != (*lead, 3):
             raise ValueError(
                 f"rule has shape {tuple(rule.shape)}, expected {(*lead, 3)}: threshold, sharpness or 0 for a hard gate, 1 for "
@@ -82,6 +95,7 @@ def _check_form(hidden, given, read_only):
         _check_placement("rule", rule, hidden)
     strength = given.get("coefficient")
     if strength is not None:
+        check_tensor(strength, "strength")
         if strength.numel() != 1 or strength.dim() > 1:
             _check_per_row("strength", strength, hidden, None)
         _check_placement("strength", strength, hidden)
@@ -91,11 +105,11 @@ def _slots(hidden, slot, *parameters):
     """(slots,), once slot is found to be one a row and, where looking stalls nothing, in range."""
     _check_per_row("slot", slot, hidden, torch.int32)
     some = next((p for p in parameters if p is not None), None)
-    if some is None or some.dim() < 2:
+    if not isinstance(some, torch.Tensor) or some.dim() < 2:
         raise ValueError("slot is given, so the parameters need a leading slot dimension, e.g. scale (slots, width)")
     slots = some.shape[0]
     if slots == 0:
-        raise ValueError("slot is given, but the parameters hold no slots (leading dimension 0)")
+        raise ValueError("slot is given, but the parameters hold no slots (leading dimension 0), expected one or more")
     if slot.is_cpu and type(slot) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         wrong = ((slot < -1) | (slot >= slots)).reshape(-1).nonzero()
         if len(wrong):
@@ -107,6 +121,7 @@ def _slots(hidden, slot, *parameters):
 
 
 def _check_parameter(name, parameter, shape, hidden):
+    check_tensor(parameter, name)
     if parameter.shape != shape:
         wanted = f"({', '.join(map(str, shape))})"
         raise ValueError(
@@ -130,6 +145,7 @@ def _check_placement(name, parameter, hidden):
 
 
 def _check_per_row(name, tensor, hidden, dtype):
+    check_tensor(tensor, name)
     if tensor.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, expected one number per row: {tuple(hidden.shape[:-1])}"
@@ -138,7 +154,7 @@ def _check_per_row(name, tensor, hidden, dtype):
     if dtype is not None and tensor.dtype != dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}; use {name}.int()")
     if tensor.device != hidden.device:
-        raise ValueError(f"{name} is on {tensor.device} and the hidden states on {hidden.device}")
+        raise ValueError(f"{name} is on {tensor.device} and the hidden states on {hidden.device}; move one with .to()")
 
 
 def _check_norm(x, given):
@@ -147,6 +163,7 @@ def _check_norm(x, given):
         parameter = given[name]
         if parameter is None:
             continue
+        check_tensor(parameter, name)
         if parameter.shape != x.shape[-1:]:
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected ({x.shape[-1]},) as the rows' width")
         if parameter.dtype != residual:

@@ -1,8 +1,8 @@
 """The native module's backends, `cpu` and `cuda`: its functions of tensors, named as in fastedit.kernels.reference.
 
-`try_*` are for calls that only ask, and get what fastedit.ops returns: None where autograd, a transform, a tracer or another
-backend must see the call, or where an argument is not as a kernel takes it. Nothing is done then. `bound` is such a call that
-is held ready, with the facts under which it is right.
+`try_*` are for calls that may be declined. They return what fastedit.ops returns. They return None, and do nothing, if
+autograd, a transform, a tracer or another backend must see the call, or if a kernel cannot take an argument as it is.
+`bound` is such a call held ready, with the facts under which it is right.
 """
 
 import types

@@ -10,13 +10,15 @@ result. If that returns None, Python finds out why:
 - an argument is wrong: the checks name it.
 """
 
+import math
+
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from ..arguments import NORM_KINDS, TAKES, check_norm_kind, check_on, check_projection
+from ..arguments import FP32_MAX, NORM_KINDS, TAKES, as_number, check_norm_kind, check_on, check_projection
 from ..kernels import reference
 from .autograd import FUNCTIONS
-from .checks import check, check_ascent, check_group
+from .checks import check, check_ascent, check_group, check_tensor
 from .native import try_edit, try_edit_add, try_edit_add_norm, try_project
 from .parameter_changes import transformed
 from .registered import OPERATORS, ascend
@@ -63,7 +65,7 @@ def edit(
         done = try_edit(hidden, scale, bias, read, offset, write, slot, strength, return_projection, gate, rule)
         if done is not None:
             return done
-    form = (scale, bias, read, offset, write, slot, _coefficient(strength, hidden))
+    form = (scale, bias, read, offset, write, slot, _coefficient(strength, hidden, "hidden"))
     out, z = _seen("edit", (hidden,), form, gate=gate, rule=rule, want_z=return_projection)
     return (out, z) if return_projection else out
 
@@ -79,8 +81,8 @@ def edit_add(
 
     Args:
         x, residual: the same shape (…, width); dtypes promote as in PyTorch's add.
-        Others: as `edit`. A gate sees what the edit is given: x, or the sum in fp32. Without parameters this is the
-            plain add.
+        scale, bias, read, offset, write, slot, strength, gate, rule, return_projection: as `edit`. A gate sees what the
+            edit is given: x, or the sum in fp32. Without parameters this is the plain add.
 
     Returns:
         residual' (…, width), rounded once; or (residual', z).
@@ -96,7 +98,7 @@ def edit_add(
         if done is not None:
             return done
     check_on(on)
-    form = (scale, bias, read, offset, write, slot, _coefficient(strength, x))
+    form = (scale, bias, read, offset, write, slot, _coefficient(strength, x, "x"))
     out, z = _seen("edit_add", (x, residual), form, on_sum, gate=gate, rule=rule, want_z=return_projection)
     return (out, z) if return_projection else out
 
@@ -117,7 +119,7 @@ def edit_add_norm(
         eps: added to the variance.
         return_residual: False if only the norm is read (BERT's post-norm). This saves the store, and returns None in
             its place unless a gradient is needed.
-        Others: as `edit_add`.
+        on, scale, bias, read, offset, write, slot, strength, gate, rule, return_projection: as `edit_add`.
 
     Returns:
         (residual', normed), both (…, width); or (residual', normed, z).
@@ -125,7 +127,7 @@ def edit_add_norm(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, before anything runs.
     """
-    on_sum, code = on == "sum", NORM_KINDS.get(kind)
+    on_sum, code = on == "sum", NORM_KINDS.get(kind) if isinstance(kind, str) else None
     if not is_dynamo_compiling() and code is not None and (on_sum or on == "x"):
         done = try_edit_add_norm(
             x, residual, weight, norm_bias, scale, bias, read, offset, write, slot, strength, on_sum, code, eps,
@@ -135,7 +137,7 @@ def edit_add_norm(
             return done
     check_on(on)
     check_norm_kind(weight, norm_bias, kind)
-    form = (scale, bias, read, offset, write, slot, _coefficient(strength, x))
+    form = (scale, bias, read, offset, write, slot, _coefficient(strength, x, "x"))
     out, normed, z, *_ = _seen(
         "edit_add_norm", (x, residual, weight, norm_bias), form, on_sum, code, eps, gate=gate, rule=rule,
         want_z=return_projection, want_residual=return_residual,
@@ -191,6 +193,8 @@ def moments(hidden, group=None, mask=None, groups=None):
     groups = check_group(hidden, group, mask, groups, traced)
     if mask is not None:
         group = torch.where(mask, 0 if group is None else group, -1).to(torch.int32)
+    elif group is None and groups > 1:
+        group = torch.zeros(hidden.shape[:-1], dtype=torch.int32, device=hidden.device)
     if traced:
         return OPERATORS["moments"](hidden, group, groups)
     return run("moments", hidden, group, groups)
@@ -228,7 +232,7 @@ def value_ascent(hidden, value_net, steps, step_size):
 
 
 def _traced(tensor):
-    """True where the call must stay visible: torch.compile, export, fake and functional tensors."""
+    """True if the call must stay visible: torch.compile, export, fake and functional tensors."""
     return type(tensor) not in PLAIN or torch.compiler.is_compiling()
 
 
@@ -241,20 +245,20 @@ def _needs_grad(tensors):
     return False
 
 
-def _coefficient(strength, hidden):
+def _coefficient(strength, hidden, name):
     """strength as the kernels see it: None (1 for every row) or an fp32 tensor."""
     if strength is None or isinstance(strength, torch.Tensor):
         return strength
-    if isinstance(strength, (int, float)) and strength == 1.0:
+    if not isinstance(strength, float) or FP32_MAX < abs(strength) < math.inf:
+        strength = as_number("strength", strength)
+    if strength == 1.0:
         return None
+    check_tensor(hidden, name)
     return torch.full((1,), float(strength), dtype=torch.float32, device=hidden.device)
 
 
 def _seen(op, rows, form, *how, gate=None, rule=None, want_z=False, want_residual=True):
-    """An op for whoever has to see it: a tracer, a transform, autograd; else for another backend, or to be refused.
-
-    rows: what stands before the form among its arguments; how: what stands behind.
-    """
+    """An op for whoever must see it: a tracer, a transform, autograd. Else for another backend, or to be refused."""
     traced = _traced(rows[0])
     looked_at = not traced and transformed()
     learns = not (traced or looked_at) and _needs_grad((*rows, *form, gate, rule))
@@ -281,7 +285,7 @@ def _seen(op, rows, form, *how, gate=None, rule=None, want_z=False, want_residua
 
 
 def _given_to_edit(op, rows, how):
-    """The hidden states that an edit is given: of the sum, as a kernel has it, in fp32."""
+    """The hidden states that an edit is given. On the sum they are fp32, as in a kernel."""
     if op == "edit" or not how[0]:
         return rows[0]
     x, residual = rows[:2]

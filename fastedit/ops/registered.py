@@ -1,7 +1,7 @@
 """The ops as registered operators `torch.ops.fastedit.*`: what torch.compile, export and opcheck see.
 
-One implementation for every device, and shapes without data from the reference itself; autograd is added by ops/autograd.py.
-Operators return tensors only, so an absent output is an empty tensor (0,).
+There is one implementation for every device. Shapes without data come from the reference itself. ops/autograd.py adds
+autograd. Operators return tensors only, so an absent output is an empty tensor (0,).
 """
 
 import torch
@@ -14,17 +14,17 @@ library = torch.library.Library("fastedit", "DEF")
 
 
 def one_gradient(on_sum, needs, x_dtype, residual_dtype):
-    """on="sum": x and the residual share one gradient, which an operator may return only once (as d_x)."""
+    """on="sum": x and the residual share one gradient, and an operator may return a tensor only once (here as d_x)."""
     return on_sum and needs[0] and needs[7] and x_dtype == residual_dtype
 
 
 def version_of(tensor):
-    """Goes up with every change in place; 0 for inference tensors, which have no count."""
+    """A number that goes up with every change in place. 0 for inference tensors, which have no count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _called(op, args, backend=None):
-    """The operator's results: run's, all of them, none of them None."""
+    """The operator's results: all of run's, none of them None."""
     given = dict(zip(TAKES[op], args, strict=False))
     if "needs" in given:
         args = [tuple(a) if isinstance(a, (list, tuple)) else a for a in args]
@@ -51,11 +51,11 @@ def _ascended_like(hidden, *_):
 
 
 def ascend(hidden, weight, bias, weight2, bias2, head, gram, version, steps, step_size):
-    """value_ascent; version: the first weight's when its Gram matrix was made, −1 where that is not to be asked."""
+    """value_ascent. version: the first weight's when its Gram matrix was made, −1 if it is not to be checked."""
     if version not in (-1, version_of(weight)):
         raise RuntimeError(
             "the value net's first weight has changed since its Gram matrix was made, which a compiled function cannot "
-            "make anew: call value_net.gram() after each change"
+            "make again: call value_net.gram() after each change"
         )
     if steps == 0 or hidden.numel() == 0:
         return hidden.clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
-"""An op on whichever backend serves it: what the eager functions, autograd and the registered operators run.
+"""An op on whichever backend serves it. The eager functions, autograd and the registered operators run this.
 
-The native module is asked first. Else the arguments are checked, laid out as every backend takes them ((rows, width) with a
-unit inner stride, a view wherever strides allow one) and the results brought back into the callers' shapes.
+The native module is asked first. If it declines, the arguments are checked and laid out as every backend takes them:
+(rows, width) with a unit inner stride, a view wherever strides allow one. The results get the callers' shapes again.
 """
 
 import math
@@ -16,14 +16,12 @@ from .native import ASKED
 _ROWS = {"hidden", "x", "residual", "grad", "grad_residual", "grad_normed", "residual_out", "grad_z", "z"}
 _RESULT_ROWS = {"out", "normed", "z", "d_hidden", "d_x", "d_residual"}
 _ONE_A_ROW = {"slot", "coefficient", "group"}
+MAX_DIMS = 16  # that the native module takes (csrc/tensors.h)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def run(op, *arguments, backend=None):
-    """The results of an op (arguments.GIVES), None for those that are absent; one result by itself.
-
-    backend: the one to ask, or None for the one that serves.
-    """
+    """The results of an op (arguments.GIVES), None for absent ones. A single result comes by itself."""
     asked = ASKED.get(op) if backend is None else None
     results = None if asked is None else asked(*arguments)
     given = dict(zip(TAKES[op], arguments, strict=False))
@@ -56,11 +54,12 @@ def _laid(name, value, backend):
         return value.reshape(-1).contiguous()
     if name not in _ROWS:
         return value.contiguous()
-    return value if backend.any_shape and value.is_contiguous() else flat(value)
+    whole = backend.any_shape and value.is_contiguous() and value.dim() <= MAX_DIMS
+    return value if whole else flat(value)
 
 
 def _rows(given):
-    """The leading rows, and their width: grad_z has none of its own."""
+    """The leading rows and their width, because grad_z has no width of its own."""
     names = ("hidden", "x", "residual_out", "grad", "grad_z")
     some = next(given[n] for n in names if given.get(n) is not None)
     wide = next((given[n] for n in (*names[:-1], "read") if given.get(n) is not None), some)
@@ -68,7 +67,7 @@ def _rows(given):
 
 
 def _serving(given):
-    """The backend for these arguments; rows of no elements, whose pointers are null, have nothing for a kernel."""
+    """The backend for these arguments. Rows without elements have null pointers and nothing for a kernel to do."""
     rows, width = _rows(given)
     if not (width and rows.numel()):
         return load("reference")
@@ -83,7 +82,8 @@ def _serving(given):
 
 
 def _shaped(name, result, given):
-    """Rows with the leading shape of the rows given, parameters' gradients as the parameters; a shared coefficient's summed."""
+    """Rows with the leading shape of the given rows, parameters' gradients shaped as the parameters. A shared
+    coefficient's gradient is summed."""
     if name in _RESULT_ROWS:
         rows, _ = _rows(given)
         return result if result.dim() == rows.dim() else result.view(*rows.shape[:-1], result.shape[-1])

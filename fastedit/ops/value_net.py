@@ -1,5 +1,10 @@
 """The value of a hidden state: the MLP that RE-Control ascends (arXiv 2406.05954), with one or two hidden layers."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import nn
 
@@ -16,13 +21,13 @@ class ValueNet(nn.Module):
 
     Args:
         width: of the hidden states it reads.
-        units: of the hidden layers, one number or two. Initialized as nn.Linear is.
+        device: of the parameters. units: of the hidden layers, one number or two. Initialized as nn.Linear is.
 
     Raises:
         ValueError: widths below 1, or not one or two hidden layers.
     """
 
-    def __init__(self, width, units=4096, device=None):
+    def __init__(self, width: int, units: int | Sequence[int] = 4096, device: torch.device | str | None = None) -> None:
         super().__init__()
         sizes = (width, *((units,) if isinstance(units, int) else units))
         if len(sizes) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in sizes):
@@ -41,8 +46,8 @@ class ValueNet(nn.Module):
         self.gram_version = -1
 
     @classmethod
-    def from_sequential(cls, module):
-        """The net of an nn.Sequential of Linear, ReLU, Linear (, ReLU, Linear to 1), as fp32 copies of its weights.
+    def from_sequential(cls, module: Iterable[nn.Module]) -> ValueNet:
+        """The net of module, an nn.Sequential of Linear, ReLU, Linear (, ReLU, Linear to 1), as fp32 copies of its weights.
 
         Dropout is left out, as in evaluation. Raises ValueError for any other layer, order or output.
         """
@@ -62,7 +67,7 @@ class ValueNet(nn.Module):
         return net
 
     @classmethod
-    def from_released(cls, path):
+    def from_released(cls, path: str | os.PathLike[str]) -> ValueNet:
         """The net in a file of RE-Control's authors, or in a file like it: fc1, fc2 (, fc3), the last to one value.
 
         path: .safetensors, or a PyTorch file of a state dict. Reading it runs no code of it.
@@ -88,9 +93,15 @@ class ValueNet(nn.Module):
         return cls.from_sequential(nn.Sequential(*layers))
 
     @classmethod
-    def from_tensors(cls, weight, bias, weight2, bias2, head, offset):
-        """The frozen net on these fp32 tensors themselves, without copies. weight2 and bias2 None for one hidden
-        layer."""
+    def from_tensors(
+        cls, weight: torch.Tensor, bias: torch.Tensor, weight2: torch.Tensor | None, bias2: torch.Tensor | None,
+        head: torch.Tensor, offset: torch.Tensor,
+    ) -> ValueNet:  # fmt: skip
+        """The frozen net on these fp32 tensors themselves, without copies.
+
+        weight (units, width), bias (units,); weight2 (units2, units) and bias2 (units2,), None for one hidden layer;
+        head (units2,) or (units,); offset (1,).
+        """
         net = cls.__new__(cls)
         nn.Module.__init__(net)
         net._grams, net.gram_version = {}, -1
@@ -100,10 +111,11 @@ class ValueNet(nn.Module):
         return net
 
     @property
-    def width(self):
+    def width(self) -> int:
+        """Of the hidden states that it reads."""
         return self.weight.shape[1]
 
-    def forward(self, hidden):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """V of each row (…, width), (…): fp32, differentiable. fp64 for fp64 rows."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         z = torch.relu(nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), self.bias.to(dtype)))
@@ -111,14 +123,14 @@ class ValueNet(nn.Module):
             z = torch.relu(nn.functional.linear(z, self.weight2.to(dtype), self.bias2.to(dtype)))
         return z @ self.head.to(dtype) + self.offset.to(dtype)
 
-    def tensors(self):
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """(weight, bias, weight2, bias2, head), without gradients."""
         return tuple(
             t if t is None else t.detach() for t in (self.weight, self.bias, self.weight2, self.bias2, self.head)
         )
 
-    def gram(self, dtype=torch.float32):
-        """weight @ weightᵀ (units, units), summed in fp64 and rounded once. Kept until the weight changes.
+    def gram(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """weight @ weightᵀ (units, units), summed in fp64 and rounded once to dtype. Kept until the weight changes.
 
         Under torch.compile the existing one is used, and the compiled function checks it.
         """

@@ -45,7 +45,7 @@ def swapped_class(base, recipe):
     }
     if recipe == PLANNED:
         members |= {n: functools.wraps(getattr(base, n))(_asked(base, n)) for n in _ENTRIES if hasattr(base, n)}
-        members["__call__"] = _labelled(base)
+        members["__call__"] = _called(base)
     if hasattr(base, "gradient_checkpointing"):
         members[_CHECKPOINT] = property(_checkpoint_of, _set_checkpoint)
     return type(base.__name__, (base,), members)
@@ -101,14 +101,19 @@ def _asked(base, name):
     return method
 
 
-def _labelled(base):
-    """A call, not a forward: TRL puts a forward of its own on the instance, and passes the labels to that."""
+def _called(base):
+    """A call, and not a forward: TRL puts a forward of its own on the instance, and gives that the labels. Without labels,
+    within `generate`, which knows the mask, nothing is kept."""
+    names = tuple(inspect.signature(base.forward).parameters)[1:]
 
     def __call__(self, *args, **kwargs):
         state, labels = self.__dict__.get(STATE), kwargs.get("labels")
-        if labels is None or state is None or state.rows is None or not state.rows.answers:
+        rows = None if state is None else state.rows
+        if rows is None or not rows.answers or (labels is None and not torch.compiler.is_compiling() and rows.running):
             return base.__call__(self, *args, **kwargs)
-        return state.rows.labelled(labels, base.__call__, self, *args, **kwargs)
+        given = {} if labels is None else {"labels": labels}
+        given["attention_mask"] = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+        return rows.called(given, base.__call__, self, *args, **kwargs)
 
     return __call__
 

@@ -1,19 +1,24 @@
 """Edits read from disk and put on a model: `load`. saving.py writes them."""
 
+from __future__ import annotations
+
 import math
 import re
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from ..arguments import check_flag
 from ..edits.config import from_config
 from ..families import find_layers
 from ..files.edit_file import JSON, EditFileError, read, write
+from ..hints import Folder
 from . import control  # noqa: F401, a kind of edit that files may hold
 from . import state_dicts as states
 from . import trained_beside as kept
 from .base_model import check_base, describe_base
-from .handle import patch
+from .handle import Handle, patch
 from .layer_plan import find, width_at
 from .model_edits import root_of
 from .saving import save
@@ -23,7 +28,9 @@ __all__ = ["EditFileError", "describe_base", "fetch", "load", "read", "rebuild",
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def load(model, folder, *, freeze=False, revision=None, head=True):
+def load(
+    model: nn.Module, folder: Folder, *, freeze: bool = False, revision: str | None = None, head: bool = True
+) -> Handle:
     """Patch a model with the edits saved in a folder or Hub repo, and restore what was trained beside them.
 
     Args:
@@ -39,6 +46,7 @@ def load(model, folder, *, freeze=False, revision=None, head=True):
     Raises:
         EditFileError: the files are not a whole, sound edit, or do not fit this model. Nothing has changed.
     """
+    check_flag("head", head), check_flag("freeze", freeze)
     folder = fetch(folder, revision)
     if not (folder / JSON).exists() and (saved := states.find(folder)) is not None:
         return _load_state(model, saved, freeze, head)

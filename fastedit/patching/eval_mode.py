@@ -21,3 +21,20 @@ def evaluating(model):
         for module, training in modes:
             if module.training is not training:
                 object.__setattr__(module, "training", training)
+
+
+def check_data(model, what):
+    """Refuse a model on the meta device, but for weights that accelerate brings when they are needed.
+
+    Raises:
+        ValueError: a weight has no data; `what` needs it.
+    """
+    for path, module in model.named_modules():
+        if "_hf_hook" in module.__dict__:
+            continue
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_meta:
+                raise ValueError(
+                    f"{what} needs numbers, and {path}.{name} is on the meta device, which holds none: give the model its "
+                    "weights first, by from_pretrained, load_state_dict(assign=True), or to_empty and load_state_dict"
+                )

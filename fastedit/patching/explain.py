@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .eval_mode import check_data
 from .report import _ranges
 from .rows.row_plan import NOWHERE
 from .site import Stage
@@ -107,6 +108,7 @@ def explain(handle, inputs):
     if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
         raise TypeError(f"inputs is {inputs!r:.60}, expected input_ids (batch, tokens), or a mapping with what the model takes")
     root, model = handle._root, handle.model
+    check_data(model, "to explain a forward")
     root.look()
     stacks = {(site.layer, site.site): site.masters for site in root.sites.values()}
     fused = [(m, m.fused) for masters in stacks.values() for m in masters]

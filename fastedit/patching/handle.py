@@ -8,8 +8,14 @@ Edits live in one submodule, `model.fastedit`, with one child per handle. So par
 wrappers see them. Each (layer, site) has one `Site` with the edits of all handles there, in order.
 """
 
+from __future__ import annotations
+
 import math
+import os
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -18,19 +24,26 @@ from torch.distributed.fsdp import FSDPModule
 from ..edits.kinds import Edit
 from ..ops.parameter_changes import advise_rate, optimizer_steps
 from . import saving
+from .eval_mode import check_data
 from .heads import heads
 from .layer_plan import device_at, plan, width_at
 from .merge import MergeError, merge_handle
 from .model_edits import Root, mark_first, root_of
-from .probe_readings import readings
+from .probe_readings import Readings, readings
 from .report import report
 from .rows.generating import check_lengths, check_mask
 from .rows.tenants import Assignment, Tenancy, check_count, check_tenant
 
+if TYPE_CHECKING:
+    from .explain import Explanation
+    from .report import Report
+
 RATES = "Published: RED 1e-3 to 2e-2, LoReFT and its kin 4e-4 to 4e-3, a vector 5e-4 or more."
 
 
-def patch(model, edits, *, freeze=False, fused=True, tenants=None):
+def patch(
+    model: nn.Module, edits: Edit | Sequence[Edit], *, freeze: bool = False, fused: bool = True, tenants: int | None = None
+) -> Handle:
     """Put edits on a model, in place. Returns the Handle that dials, saves, merges and removes them.
 
     Args:
@@ -83,7 +96,7 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
     return kind(model, root, edits, members, freeze, fused, tenancy)
 
 
-def handles(model):
+def handles(model: nn.Module) -> list[Handle]:
     """The handles on a model, in the order in which they were patched. A copied model has handles of its own."""
     root = root_of(model)
     return [] if root is None else [handle for handle in root.handles.values() if isinstance(handle, Handle)]
@@ -101,7 +114,7 @@ class Handle:
         for masters in [*(m for _, _, m in self._each()), *self._sensors()]:
             masters.fused = fused
         mark_first((layer, masters) for _, layer, masters in self._each())
-        model._modules["fastedit"] = root
+        root.put(model)
         root.handles[self.name] = self
         self._tree = self._build_tree()
         root.add_module(self.name, self._tree)
@@ -117,14 +130,14 @@ class Handle:
 
     # --- what it holds --------------------------------------------------------------------------------------
 
-    def config(self):
+    def config(self) -> list[dict[str, Any]]:
         """One JSON-able description per edit, layers resolved. `fastedit.edits.config.from_config` reads it back."""
         return [
             {**edit.config(), "layers": [layer.index for layer, _ in members]}
             for edit, members in zip(self.edits, self._members, strict=True)
         ]
 
-    def named_tensors(self, *, tenant=None):
+    def named_tensors(self, *, tenant: int | None = None) -> dict[str, torch.Tensor]:
         """{"0.layers.3.mlp.scale": tensor}: edit number, layer, site, name. The fp32 masters, detached.
 
         With tenants, a tensor has the shape (tenants, …). `tenant=` selects the tensors of one tenant. Masters laid out
@@ -140,22 +153,27 @@ class Handle:
         check_tenant(tenant, self._tenants().count)
         return {name: tensor[tenant] for name, tensor in found.items()}
 
-    def load_tensors(self, tensors):
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy tensors into the masters, in place. `tensors` has exactly the names of `named_tensors`.
 
         Raises:
             KeyError, ValueError, TypeError: names, shapes, dtypes or values that do not fit. Nothing has changed.
         """
         self._changeable()
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"tensors is {tensors!r:.60}, expected a mapping from names to tensors")
+        check_data(self._tree, "to take an edit's tensors")
         own = dict(self._named())
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or extra:
             raise KeyError(
                 f"expected {len(own)} tensors and found {len(tensors)}; "
                 f"missing: {', '.join(missing[:3]) or 'none'}; "
-                f"not of this handle: {', '.join(extra[:3]) or 'none'}"
+                f"not of this handle: {', '.join(map(str, extra[:3])) or 'none'}"
             )
         for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} is {type(tensor).__name__}, expected a float32 tensor")
             if tensor.shape != own[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
             if not tensor.is_floating_point():
@@ -172,11 +190,11 @@ class Handle:
 
                     distributed.copy_into(own[name], tensor)
 
-    def parameters(self):
+    def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable masters."""
         return self._tree.parameters()
 
-    def never_moved(self):
+    def never_moved(self) -> bool:
         """Whether the edits should train and still have their initial values. False if that is not known."""
         if self._start is None or not any(masters.trainable for _, _, masters in self._each()):
             return False
@@ -190,11 +208,11 @@ class Handle:
             return None  # mps has no fp64
         return [torch.stack([t.sum(dtype=torch.float64), t.square().sum(dtype=torch.float64)]) for t in found]
 
-    def num_parameters(self):
+    def num_parameters(self) -> int:
         """How many numbers the edits hold, frozen ones included."""
         return sum(tensor.numel() for _, tensor in self._named())
 
-    def print_trainable_parameters(self):
+    def print_trainable_parameters(self) -> None:
         """Print how many numbers train, in the edits and in the whole model, as PEFT's models do."""
         mine = sum(p.numel() for p in self.parameters() if p.requires_grad)
         model = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
@@ -205,12 +223,12 @@ class Handle:
         )
 
     @property
-    def strength(self):
+    def strength(self) -> float:
         """A factor on every edit's own strength, 1 as patched. Setting it needs no new trace or capture."""
         return self._strength
 
     @strength.setter
-    def strength(self, value):
+    def strength(self, value: float) -> None:
         if isinstance(value, (bool, str)):
             raise TypeError(f"strength is {value!r}, expected a number")
         try:
@@ -228,7 +246,7 @@ class Handle:
                 masters.set_strength(value * edit.strength)
         self._strength = value
 
-    def prompt(self, lengths):
+    def prompt(self, lengths: int | Sequence[int] | torch.Tensor | None) -> None:
         """Say how long the prompts are, for forwards on a filled cache. Positions such as "generated" depend on it.
 
         lengths: in real tokens: an int for every sequence, or whole numbers (sequences,). For packed rows one per
@@ -238,7 +256,7 @@ class Handle:
         self._alive()
         self._root.rows.lengths = check_lengths(lengths)
 
-    def mask(self, mask):
+    def mask(self, mask: torch.Tensor | Sequence[Sequence[float]] | None) -> None:
         """Say where edits with positions="mask" act, in all later forwards and calls of `generate`.
 
         mask: (sequences, columns), bool, or fp32 as a factor on the edit. Columns beyond it are not edited. None takes
@@ -249,7 +267,7 @@ class Handle:
         self._root.rows.mask = mask if mask is None else mask.to(next(self._each())[2].dial.device)
 
     @property
-    def readings(self):
+    def readings(self) -> Readings:
         """What the probes among the edits read in this thread's last forward: a list of fp32 tensors, one per Probe.
 
         Each is (layers, batch, tokens, probes). Within a call of `generate` the forwards are joined by token, except
@@ -257,7 +275,7 @@ class Handle:
         """
         return readings(self._members)
 
-    def save(self, folder, *, tenant=None):
+    def save(self, folder: str | os.PathLike[str], *, tenant: int | None = None) -> Path:
         """Write the edits to a folder (fastedit.store), with the head or adapter that was trained beside them.
 
         With tenants, `tenant=` selects the one to save, as an ordinary edit. Over several processes
@@ -266,8 +284,9 @@ class Handle:
         return saving.save(self, folder, tenant=tenant)
 
     def push_to_hub(
-        self, repo, *, base_model=None, training=None, private=None, token=None, message="Upload an edit", tenant=None
-    ):
+        self, repo: str, *, base_model: str | None = None, training: dict[str, Any] | None = None, private: bool | None = None,
+        token: str | None = None, message: str = "Upload an edit", tenant: int | None = None,
+    ) -> str:  # fmt: skip
         """Save the edits to a Hub repo "user/name", with a model card. `fastedit.load(model, "user/name")` reads them.
 
         Args:
@@ -286,10 +305,10 @@ class Handle:
             self, repo, base_model=base_model, training=training, tenant=tenant, private=private, token=token, message=message
         )
 
-    def plot(self, axes=None):
+    def plot(self, axes: Any = None) -> list[Any]:
         """Draw what the edits hold, a row per layer: scale − 1 and bias by feature, or the norms of low-rank factors.
 
-        Returns matplotlib axes, one per picture.
+        Returns matplotlib axes, one per picture; new ones for axes=None.
         """
         from ..plots.edits import draw
 
@@ -297,7 +316,7 @@ class Handle:
 
     # --- tenants --------------------------------------------------------------------------------------------
 
-    def assign(self, tenants):
+    def assign(self, tenants: Sequence[int | None] | torch.Tensor) -> Assignment:
         """A context in which tenants[i] edits sequence i of a batch and trains on it. None or −1: no tenant.
 
         Args:
@@ -310,7 +329,7 @@ class Handle:
         """
         return Assignment(self._tenants(), tenants)
 
-    def tenant(self, tenant):
+    def tenant(self, tenant: int) -> list[Edit]:
         """One tenant's present edits, as ordinary edits. They can be patched onto any model of this shape."""
         mine = self.named_tensors(tenant=check_tenant(tenant, self._tenants().count))
         held = [{} for _ in self.edits]
@@ -325,11 +344,11 @@ class Handle:
             raise ValueError("this handle holds one edit for everyone: patch with tenants= to train several in a batch")
         return self.tenancy
 
-    def report(self):
+    def report(self) -> Report:
         """Each edit's site, path (fused, or plain and why), backend, parameters and bytes. Print it."""
         return report(self)
 
-    def explain(self, inputs):
+    def explain(self, inputs: torch.Tensor | Mapping[str, Any]) -> Explanation:
         """Run a forward and say which tokens of which rows were edited, by which edit, how strongly, behind which gate.
 
         Args:
@@ -349,26 +368,27 @@ class Handle:
     # --- merge ----------------------------------------------------------------------------------------------
 
     @property
-    def merged(self):
+    def merged(self) -> bool:
         """Whether the edits are in the weights now."""
         return self._merged is not None
 
-    def merge(self, *, fp32=False):
+    def merge(self, *, fp32: bool = False) -> None:
         """Put the edits, at their present strength, into the weights of the linear maps they follow.
 
         While merged the model is an ordinary one: its state dict holds no edits, and `save_pretrained` saves the merged
-        weights. An existing bias is changed. A missing bias is added. If the config has a setting for it (Llama:
-        mlp_bias, attention_bias), the setting is set, and zeros fill the other biases that it implies, so that
-        `from_pretrained` reloads it. T5, Mistral and Qwen2 have no such setting. A warning says so: such a model runs
-        but does not reload its new biases.
+        weights. A vector at `block` is then part of the FFN's output, which edits at `mlp` patched later act on. An existing
+        bias is changed. A missing one is added; where the config has a setting for it (Llama: mlp_bias, attention_bias) that
+        is set, and zeros fill the biases it implies elsewhere, so that `from_pretrained` reloads it. T5, Mistral and Qwen2
+        have no such setting: a warning says so, and such a model runs but does not reload its new biases.
 
         Args:
             fp32: keep a layer in float32 if its own dtype would lose more than 2 % of the edit to rounding
                 (reload such a model with dtype=torch.float32).
 
         Raises:
-            MergeError: `block`, `embed` and `final` edits; quantized, adapted or tied weights; another handle's edits
-                in front; too much rounding. The model is as it was.
+            MergeError: `final` edits; `block` edits but a vector whose layer adds its FFN's output as it is; `embed` edits
+                but where a table's rows enter the first layer as they are; quantised, adapted or tied weights, another
+                handle's edits in front, or too much rounding; the model is as it was.
         """
         self._alive()
         if self.merged:
@@ -379,7 +399,7 @@ class Handle:
         del self._root._modules[self.name]
         self._root.merged.append(self)
 
-    def unmerge(self):
+    def unmerge(self) -> None:
         """Restore the original weights bit for bit, and put the edits in force again.
 
         Raises:
@@ -405,12 +425,12 @@ class Handle:
             masters.to(device_at(layer, edit.site))
 
     def _modules(self):
-        """The modules whose weights a merge changes. Several sites may share one."""
-        return {layer.at(edit.site) for edit, layer, _ in self._each()}
+        """Those whose weights the merge changed: several sites may share one, and a config's flag reaches other layers."""
+        return {module for module, *_ in self._merged.parameters}
 
     # --- undo -----------------------------------------------------------------------------------------------
 
-    def remove(self):
+    def remove(self) -> None:
         """Give the model back bit for bit. A merge is undone too. A second call does nothing."""
         if self.removed:
             return
@@ -420,10 +440,10 @@ class Handle:
         self._root.drop(self.model, self.name)
         self.removed = True
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.remove()
 
     def __repr__(self):

@@ -5,7 +5,7 @@ import itertools
 
 from ..edits.per_layer import Spot
 from ..edits.sites import MODEL_SITES
-from ..families import Input, Part
+from ..families import Input, Part, outputs_of
 from .masters import join, masters_of
 from .rows.gate_sensors import Gating, Sensor
 
@@ -184,37 +184,36 @@ def input_width(module, layer):
 
 
 def site_width(module, layer):
-    """The width of the hidden states at a site: a linear map's outputs, else the residual stream's width.
+    """How wide the hidden states at a site are: a linear map's outputs, else the residual stream's width.
 
-    The latter comes from the model's config and is checked against the layer's own maps and norms.
+    That is what the layer was seen to hand on, if the model's config says the same; else the config's, checked against the
+    layer's own maps and norms and the embedding.
 
     Raises:
         ValueError: the config gives no width and the layer has no linear map, or they contradict each other.
     """
-    if _outputs(module) is not None:
-        return _outputs(module)
-    ends = {_outputs(m) for m in (layer.at("attn"), layer.at("mlp")) if m is not None} - {None}
-    sizes = {size for p in layer.module.parameters() for size in p.shape} if layer.width else ()
-    if layer.width is None:
+    if outputs_of(module) is not None:
+        return outputs_of(module)
+    said = layer.width
+    if layer.handed is not None and said in (None, layer.handed):
+        return layer.handed
+    ends = layer.ends()
+    if said is None:
         found = ends or _commonest(layer.module)
     else:
-        found = ends if ends and layer.width not in ends else {layer.width}
-        if layer.width not in sizes:
+        if not any(said in p.shape for p in layer.module.parameters()):
             raise ValueError(
-                f"the width of layer {layer.name} is not known: the model's config says {layer.width}, and no weight of "
+                f"the width of layer {layer.name} is not known: the model's config says {said}, and no weight of "
                 f"{type(layer.module).__name__} has such a side; its maps into the stream say {sorted(ends) or 'nothing'}"
             )
+        doubted = said not in ends if ends else layer.embedded is not None
+        found = {said} if not doubted or said == layer.embedded else ends or {said, layer.embedded}
     if len(found) != 1:
         raise ValueError(
-            f"the width of layer {layer.name} was not found: looked for one number in the model's config and in the linear "
-            f"maps and norms of {type(layer.module).__name__}, found {sorted(found) or 'none'}"
+            f"the width of layer {layer.name} was not found: looked for one number in the model's config, its embedding and the "
+            f"linear maps and norms of {type(layer.module).__name__}, found {sorted(found) or 'none'}"
         )
     return found.pop()
-
-
-def _outputs(module):
-    sizes = (getattr(module, name, None) for name in ("out_features", "nf"))
-    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def _commonest(module):

@@ -42,7 +42,7 @@ class Masters(InFp32):
                 self.register_buffer(name, tensor)
         self.register_buffer("dial", torch.full((1,), edit.strength, device=device), persistent=False)
         self.strength, self.first, self.runs = edit.strength, False, Runs()
-        self.dialled = not self.trainable
+        self.dialled = not self.trainable or edit.strength != 1.0
         self._note()
         self.whole = None  # fastedit.distributed.whole, for masters laid out over several processes
 
@@ -128,7 +128,7 @@ class DerivedMasters(Masters):
         self.derive, self.pull_back, self.constrained = edit.derive, edit.pull_back, edit.constrained
         self.direct = True
         self.group, self.seen, self.kept = [self], (), None
-        self.steps, self.settled = None, None  # of optimisers, when last settled; the masters then, of a whole batch
+        self.steps, self.settled = None, None  # of optimizers, when last settled; the masters then, of a whole batch
 
     def settle(self):
         """Retract and derive, if a master has changed since the last time."""

@@ -2,15 +2,15 @@
 
     W' = diag(s) W + writeᵀ (read W)        m' = s ⊙ m + bias + (m @ readᵀ + offset) @ write
 
-For q, k and v of a fused projection this acts on their rows. For `ffn_in` it acts on the other side
-(form.merge_input). It is computed in float64 and rounded once to the weight's dtype.
-
-The formula is exact in real numbers but not in bf16: with s = 1 ± 1e-3 not one bf16 weight changes. So the rounding is
-measured. A merge that would lose more than LIMIT of the edit is refused, or keeps those layers in fp32 if the caller
-asks for it.
+(for q, k and v of a fused projection on their rows of it; for `ffn_in`, on the other side, form.merge_input; for `embed` on
+each row of the table, and for a vector at `block` on the FFN's last map, where that is proved: merged_places.py), computed in
+float64 and rounded once to the weight's dtype. Exact in real numbers, not in bf16: with s = 1 ± 1e-3 not one bf16 weight
+changes. So the rounding is measured, and a merge that would lose more than LIMIT of the edit is refused, or those layers are
+kept in fp32 where the caller asks for it.
 """
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,15 +18,20 @@ from torch import nn
 from ..edits.form import Form, at_strength, fold_all, merge, merge_input
 from ..families import Input, Part, mixture, submodule
 from ..families.own_class import base_of
+from .merged_places import map_behind_block, table_behind_embed
 
 LIMIT = 0.02  # of the edit, as the change it makes to outputs for inputs of unit variance
 
 
-_NO_MAP = {
-    "block": "the residual stream is a sum of many maps, none of which the edit alone follows",
-    "embed": "what enters the first layer is a sum of embeddings, or behind a norm, and not one linear map's output",
-    "final": "it follows a norm, or a sum, and not a linear map",
-}
+@dataclass
+class _Place:
+    """Where a stack of edits is merged. at: the site of the map that takes them; None for the table of embeddings."""
+
+    layer: object
+    site: str
+    masters: list
+    at: str | None
+    module: nn.Module
 
 
 class MergeError(ValueError):
@@ -89,12 +94,12 @@ def merge_handle(handle, fp32):
     stacks = {}
     for edit, layer, masters in handle._each():
         stacks.setdefault((layer, edit.site), []).append(masters)
-    for (layer, site), masters in stacks.items():
-        _check(handle, layer, site, masters)
+    places = [_check(handle, layer, site, masters) for (layer, site), masters in stacks.items()]
+    places.sort(key=lambda place: place.site == "block")  # behind what the map that takes it is edited by itself
     merged = Merged()
     try:
-        added = [_merge_one(merged, layer, site, masters, fp32) for (layer, site), masters in stacks.items()]
-        _make_reloadable(merged, handle, {site for (_, site), new in zip(stacks, added, strict=True) if new})
+        added = [_merge_one(merged, place, fp32) for place in places]
+        _make_reloadable(merged, handle, {place.at for place, new in zip(places, added, strict=True) if new})
     except BaseException:
         merged.undo()
         raise
@@ -102,12 +107,8 @@ def merge_handle(handle, fp32):
 
 
 def _check(handle, layer, site, masters):
+    """The _Place of a stack, or a MergeError that says why it has none."""
     where = f"site {site!r} of layer {layer.name}"
-    if site in _NO_MAP:
-        raise MergeError(
-            f"{where}: {_NO_MAP[site]}; merge edits on 'mlp', 'attn', 'q', 'k', 'v' or 'ffn_in', or leave this one "
-            "to run"
-        )
     placed = next((m.positions for m in masters if m.positions), None)
     if placed is not None:
         raise MergeError(f"{where}: weights act on every token, this edit on {str(placed)!r}; leave it to run")
@@ -122,9 +123,9 @@ def _check(handle, layer, site, masters):
         raise MergeError(
             f"{where}: another handle's edits, probes or gates come first; merge or remove that handle before this one"
         )
-    module = layer.at(site)
+    at, module = _map_of(handle, layer, site, masters, where)
     base = base_of(module)
-    if not is_linear(base) and not is_conv1d(module):
+    if at is not None and not is_linear(base) and not is_conv1d(module):
         of = "input" if isinstance(layer.place(site), Input) else "output"
         if site == "mlp" and (layer.family is mixture.FAMILY or hasattr(module, "experts")):
             raise MergeError(
@@ -132,8 +133,8 @@ def _check(handle, layer, site, masters):
                 "summed, so that no one map follows the whole; leave it to run"
             )
         raise MergeError(
-            f"{where} is the {of} of a {base.__name__}, expected a plain nn.Linear or Conv1D: quantised "
-            "weights and adapters are not approximated; dequantise, or merge the adapter into its base first"
+            f"{where} is the {of} of a {base.__name__}, expected a plain nn.Linear or Conv1D: quantized "
+            "weights and adapters are not approximated; dequantize, or merge the adapter into its base first"
         )
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_meta:
@@ -149,6 +150,23 @@ def _check(handle, layer, site, masters):
         raise MergeError(
             f"{where}: its weight is tied to {holders - 1} other module(s), which would change too; untie it"
         )
+    return _Place(layer, site, masters, at, module)
+
+
+def _map_of(handle, layer, site, masters, where):
+    """(site of the map that takes the edits, that map); (None, the table) at `embed`."""
+    if site == "final":
+        raise MergeError(f"{where}: it follows a norm, or a sum, and not a linear map; leave it to run")
+    if site == "embed":
+        table, why = table_behind_embed(handle, layer)
+        if why is not None:
+            raise MergeError(f"{where}: {why}; leave it to run")
+        return None, table
+    if site == "block":
+        site, why = map_behind_block(handle, layer, masters)
+        if why is not None:
+            raise MergeError(f"{where}: {why}; merge edits on 'mlp', 'attn', 'q', 'k', 'v' or 'ffn_in', or leave this one to run")
+    return site, layer.at(site)
 
 
 def is_linear(base):
@@ -161,27 +179,30 @@ def is_conv1d(module):
     return base_of(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
-def _merge_one(merged, layer, site, masters, fp32):
-    """Merge a stack into its linear map. Returns whether that gained a bias."""
-    module = layer.at(site)
+def _merge_one(merged, place, fp32):
+    """Merge a stack into its linear map, or into the table; whether that gained a bias."""
+    layer, site, masters, module = place.layer, place.site, place.masters, place.module
     transposed = is_conv1d(module)
     weight, bias = module.weight, module._parameters.get("bias")
     with torch.inference_mode(False), torch.no_grad():
         form = fold_all([at_strength(_wide(m.form()), m.strength) for m in masters])
         old, old_bias = weight.data.double(), None if bias is None else bias.data.double()
-        new, new_bias = _with_form(form, layer, site, old.T if transposed else old, old_bias)
-        new = new.T if transposed else new
+        if place.at is None:
+            new, new_bias = form(old), None
+        else:
+            new, new_bias = _with_form(form, layer, place.at, old.T if transposed else old, old_bias)
+            new = new.T if transposed else new
         if old_bias is None and new_bias is not None and not new_bias.any():
             new_bias = None
         change = _size(new - old, new_bias, old_bias)
         dtype = weight.dtype
         lost = _lost(new, new_bias, dtype, change)
-        if lost > LIMIT and fp32:
+        if lost > LIMIT and fp32 and place.at is not None:
             dtype, lost = torch.float32, _lost(new, new_bias, torch.float32, change)
         if lost > LIMIT:
             advice = (
                 "leave it to run"
-                if fp32
+                if fp32 or place.at is None
                 else "merge(fp32=True) keeps such layers in float32, or leave it to run"
             )
             raise MergeError(

@@ -53,6 +53,13 @@ class Root(nn.Module):
     def new_name(self, kind="patch"):
         return next(f"{kind}{n}" for n in range(len(self.handles) + 1) if f"{kind}{n}" not in self.handles)
 
+    def put(self, model):
+        """Be the submodule of a model that holds its edits, if it is not yet."""
+        if "fastedit" not in model._modules:
+            model._modules["fastedit"] = self
+            if hasattr(model, states.SAVE):
+                model.__dict__[states.SAVE] = states.Saving(model)
+
     def drop(self, model, name):
         """Forget a handle or a bank whose sites are empty already. The last one takes everything off the model."""
         del self._modules[name], self.handles[name]
@@ -62,6 +69,8 @@ class Root(nn.Module):
             self.frozen = []
         if not self.handles:
             del model._modules["fastedit"]
+            if isinstance(model.__dict__.get(states.SAVE), states.Saving):
+                del model.__dict__[states.SAVE]
 
     def _shapes(self, model):
         known = {}
@@ -126,6 +135,9 @@ class Root(nn.Module):
                 placed = any(m.needs_plan for site in sites.values() for m in site.masters)
                 stack = self._stack_of(layer) if placed else None
                 self.installed[layer.name] = Installation(layer, sites, verdicts, fused, stack)
+        runs = [m.runs for site in self.sites.values() for m in site.masters if hasattr(m, "runs")]
+        for one in runs:
+            one.beside = runs
         link([self.installed[layer.name] for layer in self.layers if layer.name in self.installed])
         self.watch = Watch(self, model)
 

@@ -47,7 +47,7 @@ def _project(rows, read, offset):
     return ops.project(rows, read, offset)
 
 
-class Readings(list):
+class Readings(list[torch.Tensor]):
     """[(layers, batch, tokens, probes)], a tensor for each Probe. layers: the layer numbers of each."""
 
     def __init__(self, found=(), layers=()):

@@ -81,11 +81,12 @@ _NEVER = object()
 class Runs:
     """The values of the forwards that a checkpoint made by hand may compute again, since the last time it did.
 
-    Forwards in inference mode are never computed again and do not count.
+    Forwards in inference mode are never computed again and do not count. beside: those of the same model's other edits, which
+    a refused backward does not come to.
     """
 
     def __init__(self):
-        self.last, self.all, self.settled = _NEVER, [], False
+        self.last, self.all, self.settled, self.beside = _NEVER, [], False, ()
 
     def note(self, value):
         """A forward had `value`. Called if it is not `last`."""
@@ -106,6 +107,8 @@ class Runs:
         """
         self.settled, self.last = True, _NEVER
         if self.all != [value]:
+            for runs in self.beside:
+                runs.settled, runs.last = True, _NEVER
             raise RuntimeError(
                 f"a checkpoint made by hand computes a forward again, but earlier forwards had different {what}, and it "
                 "is not known which of them this one had. Use model.gradient_checkpointing_enable(), which carries them; or call "

@@ -1,11 +1,13 @@
-"""The residual add of a layer, with the edits and the norm that ride on it; and what it holds ready for the next call.
+"""The residual add of a layer, with the edits and the norm that ride on it, and what it holds ready for the next call.
 
-A forward without gradients is one call of `native.bound`: an op, its arguments, and the facts under which they are right
-(whose parameter it is, that nobody hooked in, the strength). A fact that does not hold any more sends the call the long
-way, which makes ready anew. Under torch.compile and export a layer's own forward runs, and edits are plain PyTorch after
-their sites: the compiler fuses scale, bias and norm into what stands around them, where an operator it cannot see into would
-hold it up (a compiled decode step of a 64-wide Llama took 0.82 of the unedited eager one's time with operators, 0.49 under a
-compiled hook), and every thing that a fused forward looks up would cost it a guard.
+A forward without gradients is one call of `native.bound`: an op, its arguments, and the facts under which they are
+right (whose parameter it is, that there are no hooks, the strength). If a fact no longer holds, the call takes the long
+way, which prepares the call again.
+
+Under torch.compile and export a layer's own forward runs, and edits are plain PyTorch after their sites. The compiler
+fuses scale, bias and norm with the operations around them. An opaque operator would prevent that: a compiled decode
+step of a 64-wide Llama took 0.82 of the unedited eager one's time with operators, and 0.49 with a compiled hook.
+Besides, everything that a fused forward looks up would cost the compiler a guard.
 """
 
 import torch
@@ -25,7 +27,7 @@ _NO_GLOBAL_HOOKS = tuple((nn_module, f"_global{name}", NOTHING) for name in _HOO
 
 
 def edit(hidden, tensors, strength, looks=None):
-    """E(hidden) in an op of its own; tensors, strength and looks as `add` has them."""
+    """E(hidden) in an op of its own. tensors, strength and looks as in `add`."""
     strength, gate, rule = _looked(looks, strength, hidden)
     if torch.compiler.is_compiling():
         return _expressed(hidden, tensors, strength)
@@ -33,10 +35,12 @@ def edit(hidden, tensors, strength, looks=None):
 
 
 def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, looks=None):
-    """residual + E(x), or where on_sum E(residual + x); with a Norm that fits, (that, its norm).
+    """residual + E(x), or if on_sum E(residual + x). With a Norm that fits: (that, its norm).
 
-    tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one a row. looks: None, or what
-    has a gate for the kernel: gate() is its two tensors, say(rows) its g for a compiler to see (rows/gate_sensors.py).
+    tensors: (scale, bias, read, offset, write) of the edit. strength: None, one element, or one per row. looks: None,
+        or an
+    object with a gate for the kernel (rows/gate_sensors.py). Its gate() is two tensors. Its say(rows) is g, for a
+    compiler to see.
     """
     strength, gate, rule = _looked(looks, strength, x, residual, on_sum)
     given = {"on": "sum" if on_sum else "x", "slot": slot_of(tensors, x), "strength": strength, "gate": gate, "rule": rule}
@@ -50,7 +54,7 @@ def add(x, residual, tensors, strength, on_sum, norm=None, want_residual=True, l
 
 
 def _expressed(hidden, tensors, strength):
-    """The reference's own operations, for a compiler to see; fp32 also under autocast."""
+    """The reference's own operations, for a compiler to see. They are fp32 also under autocast."""
     strength = None if strength is None else strength.reshape(-1)
     slot = slot_of(tensors, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -60,8 +64,11 @@ def _expressed(hidden, tensors, strength):
 
 
 def _looked(looks, strength, x, residual=None, on_sum=False):
-    """(strength, gate, rule): a kernel looks by itself; a compiler and autograd are given the strength with the gate in it,
-    made of what the edit is given: x, or the sum as a kernel has it, in fp32. A hard gate has no gradient to compute."""
+    """(strength, gate, rule). A kernel evaluates the gate itself. A compiler and autograd get the strength times the
+    gate.
+
+    The gate sees what the edit is given: x, or the sum in fp32, as in a kernel. A hard gate has no gradient to compute.
+    """
     if looks is None:
         return strength, None, None
     learns = torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad))
@@ -91,7 +98,7 @@ class Norm:
         return held["weight"], held.get("bias")
 
     def fits(self, x, residual):
-        """Whether the module may be passed over in this call, for the norm of residual + x."""
+        """Whether the module may be skipped in this call, for the norm of residual + x."""
         if not (holds(self.facts) and holds(_NO_GLOBAL_HOOKS)):
             return False
         dtype = _sum_dtype(x, residual)
@@ -130,8 +137,10 @@ class Add:
         return self.__dict__ | {"ready": {}}
 
     def __call__(self, x, residual, norm=None, want_residual=True):
-        """residual'; with a Norm (residual', its norm of that): None for a residual' that nobody reads, and for a norm whose
-        module must be called."""
+        """residual'. With a Norm: (residual', its norm).
+
+        The first is None for a residual' that nothing reads, the second for a norm whose module must be called.
+        """
         if self.apart is None or x.dtype is not self.apart:
             done = bound(self.ready.get(norm), x, residual)
             if done is not None:

@@ -15,6 +15,7 @@ from .. import __version__
 from ..files.edit_file import write
 from . import trained_beside as kept
 from .base_model import describe_base
+from .eval_mode import check_data
 from .model_edits import root_of
 
 
@@ -37,6 +38,7 @@ def save(handle, folder, *, base_model=None, training=None, tenant=None):
         raise ValueError(
             f"this handle holds {handle.tenancy.count} tenants, and a saved edit is one tenant's: save(folder, tenant=0), …"
         )
+    check_data(handle._tree, "to save an edit")
     tensors = {name: tensor.detach().cpu() for name, tensor in handle.named_tensors(tenant=tenant).items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

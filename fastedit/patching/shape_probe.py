@@ -16,8 +16,6 @@ from .eval_mode import evaluating
 BATCH, TOKENS = 2, 5
 
 
-
-
 def check(layer, site, width, shapes, by_token, reads):
     """Check that an edit at a site of a layer acts on what it should.
 
@@ -56,8 +54,8 @@ def output_shapes(model, layers):
     """{layer index: [shape of what the layer passes on, one per call]} in a forward of BATCH sequences of TOKENS
     tokens.
 
-    None if the model could not be run, or does not run on token ids. A shape is None if the output is neither a tensor
-    nor a tuple that starts with one.
+    A shape is None where it is no tensor, nor a tuple that starts with one; of a tuple with names (Reformer's two streams) it
+    is not known which one is meant.
     """
     names = _names(model)
     if names is None:
@@ -86,7 +84,7 @@ def _run(model, layers, names, device):
     where = device or next(iter(held.values())).device
     ids = torch.ones(BATCH, TOKENS, dtype=torch.long, device=where)
     found = {layer.index: [] for layer in layers}
-    with _bare(model), evaluating(model), torch.random.fork_rng(devices=_devices(held)), torch.no_grad():
+    with bare(model):
         hooks = [layer.module.register_forward_hook(_keeper(found[layer.index])) for layer in layers]
         try:
             given = dict.fromkeys(names, ids)
@@ -109,15 +107,23 @@ def _devices(held):
 
 def _keeper(shapes):
     def keep(module, args, output):
-        output = output[0] if isinstance(output, (tuple, list)) and output else output
+        output = output[0] if type(output) in (tuple, list) and output else output
         shapes.append(tuple(output.shape) if isinstance(output, torch.Tensor) else None)
 
     return keep
 
 
 @contextlib.contextmanager
-def _bare(model):
-    """The model without hooks. Afterwards its modules keep what they kept before (recurrent states, for example)."""
+def bare(model):
+    """The model in eval mode, without gradients and without anyone's hooks; what its modules keep of a forward (recurrent
+    states, say) and the random state are as they were afterwards."""
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    with _hookless(model), evaluating(model), torch.random.fork_rng(devices=_devices(held)), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def _hookless(model):
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
         for module, held in before:

@@ -129,8 +129,9 @@ class Stage:
         return _with_norm_of(hidden, edited) if self.keep_norm else edited
 
     def standing(self):
-        """((*tensors, strength, gate, rule), facts) for forwards without gradients, right while the facts hold; None where
-        each forward has something of its own to say.
+        """((*tensors, strength, gate, rule), facts) for forwards without gradients, right while the facts hold.
+
+        None if each forward has something of its own to say.
         """
         masters = self.masters
         if self.positions is not None or self.keep_norm or (self.gating is not None and self.looks is None):
@@ -270,7 +271,7 @@ class Site:
                 return done
         if isinstance(output, torch.Tensor):
             return self._late(output)
-        if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
+        if type(output) in (tuple, list) and output and isinstance(output[0], torch.Tensor):
             return type(output)((self._late(output[0]), *output[1:]))
         raise TypeError(
             f"site {self.site!r} of layer {self.layer.name}: {type(module).__name__} returned "

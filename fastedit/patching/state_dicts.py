@@ -1,9 +1,13 @@
-"""Edits in a model's own state dict: what a Trainer's checkpoint or `save_pretrained` of a patched model holds.
+"""Edits where a model is saved: in a Trainer's checkpoint in the model's own state dict, by `save_pretrained` beside it.
 
-The masters' tensors are `fastedit.<handle>.<name>`. One more entry, `fastedit._extra_state`, is bytes of JSON: each
-handle's edits, strength and base, and the names of the parameters that were trained beside them.
+`model.save_pretrained(folder)` of a patched model writes the model without its edits, which loads everywhere, and what
+`handle.save(folder)` would write beside it, for `fastedit.load(model, folder)`. A call that gives a state_dict, as those of a
+Trainer do, whose checkpoints are loaded into the patched model again, saves that: beside the masters' tensors,
+`fastedit.<handle>.<name>`, there is one more, `fastedit._extra_state`: bytes of JSON with each handle's edits, strength and
+base, and the names of the parameters that were trained along.
 """
 
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,19 +15,59 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files.edit_file import EditFileError
+from ..files.edit_file import JSON, EditFileError
 from .base_model import describe_base
+from .eval_mode import check_data
 from .trained_beside import beside
 
-KEY = "_extra_state"
+KEY, SAVE = "_extra_state", "save_pretrained"
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
+class Saving:
+    """In the place of a patched model's `save_pretrained`.
+
+    Raises:
+        ValueError: several handles, or tenants, whose edits are no one edit; nothing is written.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, save_directory, *args, **kwargs):
+        own = getattr(type(self.model), SAVE)
+        if "state_dict" in kwargs:
+            return own(self.model, save_directory, *args, **kwargs)
+        check_data(self.model, "to save the model")
+        active = _active(self.model._modules["fastedit"])
+        if len(active) > 1 or any(handle.tenancy is not None for handle in active):
+            raise ValueError(
+                f"{type(self.model).__name__}.save_pretrained would write one edit beside the model, which holds "
+                f"{len(active)} handles{'' if len(active) > 1 else ' of several tenants'}: save each with handle.save(folder), "
+                "and the model after handle.remove(); or merge them"
+            )
+        if not active and (Path(save_directory) / JSON).exists():
+            raise ValueError(
+                f"{save_directory} holds an edit beside a model, and this model's edits are in its weights (merged) or in a "
+                f"bank: fastedit.load would put that edit on top; choose another folder, or delete {JSON} there"
+            )
+        if "state_dict" in inspect.signature(own).parameters:
+            kept = {key: value for key, value in self.model.state_dict().items() if not key.startswith("fastedit.")}
+            kwargs["state_dict"] = kept
+        done = own(self.model, save_directory, *args, **kwargs)
+        if active and kwargs.get("is_main_process", True):
+            active[0].save(save_directory)
+        return done
+
+
+def _active(root):
+    """The handles whose edits run. A Bank has no tenancy."""
+    return [h for h in root.handles.values() if hasattr(h, "tenancy") and h.name in root._modules]
+
+
 def note(root):
-    """What is saved about a model's handles, as a uint8 tensor. None without handles, or with tenants."""
-    active = [  # a Bank has no tenancy
-        h for h in root.handles.values() if h.name in root._modules and getattr(h, "tenancy", "bank") is None
-    ]
+    """What is saved of a model's handles as a uint8 tensor, or None: no handles, or those of several tenants."""
+    active = [h for h in _active(root) if h.tenancy is None]
     if not active:
         return None
     found = [

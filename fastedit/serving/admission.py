@@ -24,6 +24,7 @@ import threading
 import time
 from pathlib import Path
 
+from ..arguments import FP32_MAX
 from ..edits.stack import check_gates, check_positions, steepest
 from ..files.edit_file import JSON, EditFileError, write
 from .contents import read_contents
@@ -76,8 +77,8 @@ def wanted(extra_args, most=MAX_NAMES):
     if len(strengths) != len(names):
         raise Refused(f"{STRENGTH} has {len(strengths)} numbers for {len(names)} edits, expected one, or one each")
     for number in strengths:
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= 1e300:
-            raise Refused(f"{STRENGTH} is {number!r:.40}, expected a finite number")
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= FP32_MAX:
+            raise Refused(f"{STRENGTH} is {number!r:.40}, expected a finite number, which float32 holds")
     return list(zip(names, map(float, strengths), strict=True))
 
 

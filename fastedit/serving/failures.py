@@ -153,7 +153,7 @@ def clean(runner, blocks):
     number = runner.kv_cache_config.num_blocks
     for cache in _tensors(runner.kv_caches):
         where = [dim for dim in range(min(2, cache.dim())) if cache.shape[dim] == number]
-        if len(where) != 1 or cache.dtype == torch.uint8:  # laid out otherwise, or quantised as bytes: all of it
+        if len(where) != 1 or cache.dtype == torch.uint8:  # laid out otherwise, or quantized as bytes: all of it
             _finite(cache, runner)
             continue
         index = torch.tensor(sorted(blocks), device=cache.device)

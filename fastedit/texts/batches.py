@@ -4,11 +4,13 @@ data."""
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ..arguments import check_whole
 from .chat import CHATS, encode, encode_row, prompt_ids, read_conversation
 from .picking import has_span
 
@@ -45,8 +47,11 @@ class Windows:
     ):  # fmt: skip
         if isinstance(data, str):
             raise TypeError(f"the data is one text ({data[:30]!r}…), expected a list of texts or batches")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}, expected a whole number from 1 on")
+        if not isinstance(data, Iterable) or getattr(data, "shape", None) == ():
+            raise TypeError(f"the data is {data!r:.60}, expected an iterable of texts, token ids or batches")
+        check_whole("batch_size", batch_size)
+        if max_length is not None:
+            check_whole("max_length", max_length)
         self.tokenizer, self.data, self.batch_size = tokenizer, data, batch_size
         self.max_length, self.limit = max_length, limit
         self.at, self.suffix, self.spans = at, suffix, _checked_spans(data, at, suffix, spans)
@@ -118,7 +123,7 @@ class Windows:
     def _ids_and_span(self, item, number):
         kind = kind_of(item, number)
         if kind == "token ids":
-            ids = list(map(int, item))
+            ids = _token_ids(item, number)
             if self.at in ("suffix", "response"):
                 raise ValueError(f"item {number} is token ids, of which {self.at!r} is not known: use at='span' with spans=")
             return ids, None if self.at != "span" else _within(self.spans[number], len(ids), f"item {number}", "tokens")
@@ -180,6 +185,13 @@ class Windows:
                 raise ValueError(f"batch {index} has {len(labels)} groups for {len(ids)} sequences")
             group = torch.tensor([self._number(label, index) for label in labels], dtype=torch.int32)
         return Batch(inputs, tokens, group, torch.full((len(ids),), index))
+
+
+def _token_ids(item, number):
+    try:
+        return [operator.index(one) for one in (item.tolist() if hasattr(item, "tolist") else item)]
+    except TypeError:
+        raise TypeError(f"item {number} is {item!r:.60}, expected token ids, which are whole numbers") from None
 
 
 def _named(data, groups, names):

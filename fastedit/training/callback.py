@@ -5,14 +5,19 @@ SFTTrainer(model=model, peft_config=LoraConfig(...), callbacks=[EditCallback(han
 handle = fastedit.load(fresh_model, "out/checkpoint-500")
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import TrainerCallback
 
 from ..files.edit_file import JSON, EditFileError
+from ..hints import Folder
 from ..patching import edit_folder as store
 from ..patching import trained_beside as kept
+from ..patching.handle import Handle
 
 DECOUPLED = ("AdamW",)  # torch's optimizers whose weight decay is none of the gradient's
 
@@ -36,7 +41,9 @@ class EditCallback(TrainerCallback):
             decay with an optimizer whose decay is not known. EditFileError: resumed, and there is no edit to restore.
     """
 
-    def __init__(self, handle, *, decay=None, resume=None):
+    def __init__(
+        self, handle: Handle, *, decay: Literal["identity"] | None = None, resume: Folder | None = None
+    ) -> None:
         if decay not in (None, "identity"):
             raise ValueError(f"decay is {decay!r}, expected None or 'identity'")
         if decay and any(set(edit.names) - {"scale", "bias"} for edit in handle.edits if edit.trainable):

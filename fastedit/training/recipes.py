@@ -8,18 +8,24 @@ A plain Trainer saves the whole model, edits included. EditTrainer saves what tr
 scale toward 0.
 """
 
+from __future__ import annotations
+
 import contextlib
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from ..files.edit_file import JSON, EditFileError
+from ..hints import Folder
 from ..patching import edit_folder as store
 from ..patching import trained_beside as kept
 from ..patching.eval_mode import evaluating
+from ..patching.handle import Handle
 from ..patching.trained_beside import HEAD
 
 __all__ = [
@@ -41,7 +47,9 @@ class EditTrainer(Trainer):
         ValueError: checkpoints="edit" under FSDP or DeepSpeed, which shard what it would save.
     """
 
-    def __init__(self, *, handle, checkpoints="edit", model=None, **others):
+    def __init__(
+        self, *, handle: Handle, checkpoints: Literal["edit", "model"] = "edit", model: nn.Module | None = None, **others: Any
+    ) -> None:
         if checkpoints not in ("edit", "model"):
             raise ValueError(f"checkpoints is {checkpoints!r}, expected 'edit' or 'model'")
         self.handle, self.checkpoints = handle, checkpoints
@@ -94,16 +102,23 @@ def _edits_as_adapters(handle):
         model._hf_peft_config_loaded = False
 
 
-def save_trained(model, handle, folder, *, base_model=None, training=None):
-    """`store.save` with a summary of the training: the edit, and every other parameter that trains.
+def save_trained(
+    model: nn.Module, handle: Handle, folder: Folder, *, base_model: str | None = None, training: dict[str, Any] | None = None
+) -> Path:
+    """Write the edit and every other parameter of the model that trains (fastedit/patching/trained_beside.py).
 
-    See fastedit/patching/trained_beside.py.
+    Args:
+        model: the handle's, or one around it. handle: from `fastedit.patch`. folder: made if it is not there.
+        base_model: id of the base, for edit.json. training: a JSON-able summary, kept there too.
+
+    Returns:
+        The folder's Path.
     """
     return store.save(handle, folder, base_model=base_model, training=training)
 
 
-def load_trained(model, handle, folder):
-    """Copy back, in place, what `save_trained` wrote for this model and this handle's edits.
+def load_trained(model: nn.Module, handle: Handle, folder: Folder) -> None:
+    """Copy back, in place, what `save_trained` wrote to a folder for this model and this handle's edits.
 
     Raises:
         EditFileError: the files are damaged, or of other edits or another head. Nothing has changed.
@@ -119,7 +134,7 @@ def load_trained(model, handle, folder):
     kept.copy_head(head, own)
 
 
-def load_head(model, folder):
+def load_head(model: nn.Module, folder: Folder) -> None:
     """Copy head.safetensors of a folder into the model's parameters of the same names, in place.
 
     Raises:
@@ -137,14 +152,20 @@ class SentenceClassifier(nn.Module):
 
     forward(input_ids (batch, tokens), attention_mask, token_type_ids=None, labels=None) → {"logits": (batch, labels)} and,
     with labels, "loss": their cross-entropy, or for floating labels the mean squared error of the one output.
+
+    Args:
+        encoder: a model with `last_hidden_state` and a config, such as AutoModel gives. labels: how many outputs.
     """
 
-    def __init__(self, encoder, labels):
+    def __init__(self, encoder: nn.Module, labels: int) -> None:
         super().__init__()
         self.encoder, self.config = encoder, encoder.config
         self.classifier = nn.Linear(encoder.config.hidden_size, labels)
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         pooled = self.pooled(states, attention_mask)
@@ -155,17 +176,25 @@ class SentenceClassifier(nn.Module):
             return {"loss": nn.functional.mse_loss(logits.float()[:, 0], labels.float()), "logits": logits}
         return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
 
-    def pooled(self, states, attention_mask):
-        """(batch, tokens, width) → (batch, width)"""
+    def pooled(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """states (batch, tokens, width) → (batch, width): their mean where attention_mask is 1."""
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         return (states * mask).sum(1) / mask.sum(1)
 
 
-def fit(model, handle, rows, tokenizer, *, lr, epochs, batch_size, seed, callbacks=(), **arguments):
+def fit(
+    model: nn.Module, handle: Handle | None, rows: Sequence[tuple[Any, float]], tokenizer: Any, *, lr: float, epochs: float,
+    batch_size: int, seed: int, callbacks: Iterable[Any] = (), **arguments: Any,
+) -> None:  # fmt: skip
     """Train what is trainable on (text, label) rows, without checkpoints.
 
     AdamW without weight decay, linear schedule after 6 % of warm-up (RED, arXiv 2402.15179), batches of similar length.
-    handle: None to train without an edit. arguments: further TrainingArguments.
+
+    Args:
+        model: returns "loss" and "logits", such as SentenceClassifier. handle: None to train without an edit.
+        rows: (text or pair of texts, label). tokenizer: for them, 128 tokens at most.
+        lr: of AdamW. epochs, batch_size: of the training. seed: of the order of rows and dropout.
+        callbacks: for the Trainer. arguments: further TrainingArguments.
     """
     defaults = {
         "learning_rate": lr, "num_train_epochs": epochs, "per_device_train_batch_size": batch_size,
@@ -188,8 +217,9 @@ def fit(model, handle, rows, tokenizer, *, lr, epochs, batch_size, seed, callbac
         trainer.train()
 
 
-def tokenized(rows, tokenizer, max_length=128):
-    """(text, label) rows as the dicts that Trainer batches. A text may be a pair of texts."""
+def tokenized(rows: Sequence[tuple[Any, float]], tokenizer: Any, max_length: int = 128) -> list[dict[str, Any]]:
+    """(text, label) rows as the dicts that Trainer batches, cut to max_length tokens of the tokenizer. A text may be a pair
+    of texts."""
     texts = _tokens([text for text, _ in rows], tokenizer, max_length)
     return [
         {**{name: values[n] for name, values in texts.items()}, "labels": label} for n, (_, label) in enumerate(rows)
@@ -206,9 +236,15 @@ def _tokens(texts, tokenizer, max_length, **options):
 
 
 @torch.inference_mode()
-def predict(model, texts, tokenizer, batch_size=64, max_length=128):
-    """Logits (texts, labels) in the texts' order, in batches of similar length, in eval mode. Texts or pairs of
-    texts."""
+def predict(
+    model: nn.Module, texts: Sequence[Any], tokenizer: Any, batch_size: int = 64, max_length: int = 128
+) -> torch.Tensor:
+    """Logits (texts, labels), fp32 on the CPU, in the texts' order.
+
+    Args:
+        model: returns "logits", such as SentenceClassifier; run in eval mode. tokenizer: of its encoder.
+        texts: texts, or pairs of texts. batch_size: of similar length in one forward. max_length: tokens of each.
+    """
     order = sorted(range(len(texts)), key=lambda i: len("".join(texts[i])))
     device, found = next(model.parameters()).device, [None] * len(texts)
     for start in range(0, len(order), batch_size):
@@ -221,6 +257,6 @@ def predict(model, texts, tokenizer, batch_size=64, max_length=128):
     return torch.stack(found)
 
 
-def accuracy(logits, labels):
-    """Share of rows whose largest logit is at their label."""
+def accuracy(logits: torch.Tensor, labels: Sequence[int] | torch.Tensor) -> float:
+    """The share of rows, 0 to 1, whose largest value in logits (rows, labels) is at their number in labels."""
     return (logits.argmax(-1) == torch.as_tensor(labels)).double().mean().item()

@@ -3,10 +3,14 @@
 DPOTrainer(model=model, ref_model=Reference(handle), ...)      # TRL's, with no second model
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,8 +18,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ..files.edit_file import EditFileError, replace
+from ..hints import Folder, Row
 from ..patching.eval_mode import evaluating
-from ..patching.handle import handles
+from ..patching.handle import Handle, handles
 from .adapters import without_adapters
 from .batches import Padded, response_logps
 
@@ -25,7 +30,7 @@ _FORMAT = "fastedit reference 1"
 
 
 @contextlib.contextmanager
-def at_strength(handle, strength):
+def at_strength(handle: Handle, strength: float) -> Iterator[None]:
     """A handle at another strength for a while.
 
     Its dials are other tensors meanwhile, so the backward of an earlier forward is not affected. The backward of a
@@ -48,7 +53,7 @@ def at_strength(handle, strength):
 
 
 @contextlib.contextmanager
-def at_zero(model):
+def at_zero(model: nn.Module) -> Iterator[None]:
     """A model without what trains on it: trainable edits at strength 0, adapters off, eval mode, no gradients.
 
     Handles whose edits do not train are part of the base and stay in force.
@@ -70,7 +75,7 @@ class Reference(nn.Module):
     without the adapter but with the edit.
     """
 
-    def __init__(self, handle):
+    def __init__(self, handle: Handle) -> None:
         super().__init__()
         self.__dict__["handle"] = handle
 
@@ -78,7 +83,7 @@ class Reference(nn.Module):
         with at_zero(self.handle.model):
             return super().__call__(*args, **kwargs)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.handle.model(*args, **kwargs)
 
     def __getattr__(self, name):
@@ -111,10 +116,18 @@ def rows_digest(rows):
     return hashlib.sha256(json.dumps([[row["chosen"], row["rejected"]] for row in rows]).encode()).hexdigest()
 
 
-def store_reference(handle, rows, path, pad, *, batch_size=8, progress=None):
+def store_reference(
+    handle: Handle, rows: Sequence[Row], path: Folder, pad: int, *, batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """The reference's log-probabilities of every pair, written to a safetensors file. Returns rows that hold them.
 
     If the file is there for the same weights and rows, it is read. For others it is written again.
+
+    Args:
+        handle: whose model at strength 0 is the reference. rows: encoded pairs (`training.responses.encode_pairs`).
+        path: of the file. pad: the id to pad with. batch_size: pairs per forward.
+        progress: called with (pairs done, of how many).
     """
     digests = {"format": _FORMAT, "model": model_digest(handle.model), "rows": rows_digest(rows)}
     path = Path(path)

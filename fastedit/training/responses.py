@@ -8,11 +8,17 @@
 The edit is told where each prompt ends, so positions such as "last 4" are the prompt's in training as in generation.
 """
 
+from __future__ import annotations
+
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
+from ..hints import Folder, Row
+from ..patching.handle import Handle
 from ..texts.chat import encode_preference, encode_row
 from . import losses
 from .batches import Padded, as_features, response_logps, token_logps
@@ -55,7 +61,9 @@ class PreferenceTrainer(ResponseTrainer):
         others: as for EditTrainer. Rows that hold "reference" (`store_reference`) need no reference forward.
     """
 
-    def __init__(self, *, loss="dpo", beta=0.1, orpo_weight=0.1, **given):
+    def __init__(
+        self, *, loss: Literal["dpo", "bipo", "orpo", "reps"] = "dpo", beta: float = 0.1, orpo_weight: float = 0.1, **given: Any
+    ) -> None:
         if loss not in losses.LOSSES:
             raise ValueError(f"loss is {loss!r}, expected one of {', '.join(losses.LOSSES)}")
         self.loss, self.beta, self.orpo_weight = loss, beta, orpo_weight
@@ -106,13 +114,21 @@ class PreferenceTrainer(ResponseTrainer):
 # --- from rows ----------------------------------------------------------------------------------------------------------
 
 
-def sft(handle, tokenizer, rows, *, evaluate=None, lr=2e-3, epochs=3, batch_size=8, prompt=None, response=None, columns=None,
-        seed=0, callbacks=(), output_dir=None, resume=None, **arguments):  # fmt: skip
+def sft(
+    handle: Handle, tokenizer: Any, rows: Sequence[Row], *, evaluate: Sequence[Row] | None = None, lr: float = 2e-3,
+    epochs: float = 3, batch_size: int = 8, prompt: int | None = None, response: int | None = None,
+    columns: tuple[str, str] | None = None, seed: int = 0, callbacks: Iterable[Any] = (), output_dir: Folder | None = None,
+    resume: Folder | bool | None = None, **arguments: Any,
+) -> ResponseTrainer:  # fmt: skip
     """Train a handle on the responses of rows (fastedit/texts/chat.py). Returns the Trainer.
 
     Args:
+        handle: from `fastedit.patch(..., freeze=True)` on a causal language model. tokenizer: of that model.
+        rows: {"messages": [...]}, or {"prompt", "response"} with a text or a list of messages as prompt.
         evaluate: held-out rows. With them `Trainer.evaluate()` returns "eval_loss", the mean −log p of a response
             token.
+        lr: of AdamW, on a cosine. epochs, batch_size: of the training.
+        seed: of the order of rows and of dropout. callbacks: for the Trainer.
         prompt, response: the most tokens of each. A longer prompt loses its beginning, a longer response its end.
         columns: (prompt, response) columns' names, if they are not the usual ones.
         output_dir: folder of checkpoints, one per epoch. None for none. resume: a checkpoint to continue from, or True
@@ -129,15 +145,33 @@ def sft(handle, tokenizer, rows, *, evaluate=None, lr=2e-3, epochs=3, batch_size
     )  # fmt: skip
 
 
-def prefer(handle, tokenizer, pairs, *, loss="dpo", beta=0.1, orpo_weight=0.1, evaluate=None, lr=2e-3, epochs=3, batch_size=8,
-           prompt=None, response=None, stored=None, seed=0, callbacks=(), output_dir=None, resume=None, progress=None,
-           **arguments):  # fmt: skip
+def prefer(
+    handle: Handle, tokenizer: Any, pairs: Sequence[Row], *, loss: Literal["dpo", "bipo", "orpo", "reps"] = "dpo",
+    beta: float = 0.1, orpo_weight: float = 0.1, evaluate: Sequence[Row] | None = None, lr: float = 2e-3, epochs: float = 3,
+    batch_size: int = 8, prompt: int | None = None, response: int | None = None, stored: Folder | None = None, seed: int = 0,
+    callbacks: Iterable[Any] = (), output_dir: Folder | None = None, resume: Folder | bool | None = None,
+    progress: Callable[[int, int], None] | None = None, **arguments: Any,
+) -> PreferenceTrainer:  # fmt: skip
     """Train a handle on preferences. Returns the Trainer.
 
     Args:
         stored: a file for the reference's log-probabilities of `pairs`. It is made first if it is not there, and tied
             to model and rows by digests. By default the reference runs in each step.
-        others: as in `sft`. The losses are in fastedit/training/losses.py.
+        handle: from `fastedit.patch(..., freeze=True)` on a causal language model.
+        pairs: rows {"prompt", "chosen", "rejected"}; a prompt is a text or a list of messages.
+        loss: "dpo" (arXiv 2305.18290), "bipo" (arXiv 2406.00045), "orpo" (arXiv 2403.07691) or "reps"
+            (fastedit/training/losses.py). beta: of DPO and BiPO. orpo_weight: λ of ORPO.
+        progress: called with (pairs done, of how many) while `stored` is made.
+        tokenizer: of the handle's model.
+        evaluate: held-out rows, for `Trainer.evaluate()`. lr: of AdamW. epochs, batch_size: of the training.
+        prompt, response: the most tokens of each. A longer prompt loses its beginning, a longer response its end.
+        seed: of the order of rows and of dropout. callbacks: for the Trainer.
+        output_dir: folder of checkpoints, one per epoch. None for none. resume: a checkpoint to continue from, or True
+            for the last.
+        arguments: further TrainingArguments, such as gradient_accumulation_steps, gradient_checkpointing, bf16.
+
+    Raises:
+        ValueError: a row that cannot be learned, by number, before any training; a loss that there is not; a Control.
     """
     if loss in losses.WITH_REFERENCE and any(edit.stage is not None for edit in handle.edits):
         raise ValueError("a Control has no gradient: train a value net with fastedit.methods.recontrol")

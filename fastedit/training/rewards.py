@@ -9,7 +9,11 @@
 Loss: −log σ(r_chosen − r_rejected), r the head on the state of `final` at the response's last token (arXiv 2203.02155).
 """
 
+from __future__ import annotations
+
 import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +22,9 @@ from torch.nn import functional as F
 from ..capturing.truncated_forward import forward_until
 from ..edits.kinds import Edit
 from ..families import find_layers
+from ..hints import Folder, Row
 from ..patching.eval_mode import evaluating
-from ..patching.handle import handles
+from ..patching.handle import Handle, handles
 from ..patching.layer_plan import choose
 from ..patching.model_edits import root_of
 from ..texts.chat import encode, prompt_ids
@@ -35,7 +40,7 @@ class RewardModel(nn.Module):
             `model` after this, with freeze=True, or load one: `fastedit.load(model, folder)`.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         if hasattr(model, "score"):
             raise ValueError(f"{type(model).__name__} has a head `score` already; give a model without one")
@@ -45,7 +50,7 @@ class RewardModel(nn.Module):
         nn.init.normal_(model.score.weight, std=1 / (width + 1))
         self.config = model.config
 
-    def forward(self, input_ids, attention_mask, **_):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
         found, root = [], root_of(self.model)
         layers = find_layers(self.model) if root is None else root.layers
         place = [(choose(Edit((), site="final"), layers)[0], "final", lambda hidden: found.append(hidden[:, -1]))]
@@ -58,11 +63,13 @@ class RewardModel(nn.Module):
             root.rows.labelled(torch.full_like(input_ids, -100), forward_until, self.model, place, given)
         return {"rewards": self.model.score(found[0].float())[:, 0]}
 
-    def scorer(self, tokenizer, batch_size=8):
+    def scorer(self, tokenizer: Any, batch_size: int = 8) -> Callable[[Sequence[Any], Sequence[str]], list[float]]:
         """A function (prompts, responses) → [float], as RE-Control's `reward=` and a report take; prompts as in training.
 
         While it scores, the handles that were on the model at this call act at their present strength, and no others.
         Outside of it they are at strength 0, so the model answers as it would without them.
+
+        tokenizer: of the model. batch_size: rows per forward.
         """
         mine = [(handle, handle.strength) for handle in handles(self.model)]
         for handle, _ in mine:
@@ -92,7 +99,7 @@ class RewardModel(nn.Module):
                 found += self(**given)["rewards"].tolist()
         return found
 
-    def remove(self):
+    def remove(self) -> None:
         """Take the head off the model."""
         del self.model.score
 
@@ -153,14 +160,26 @@ def spread_of(rewards):
     return torch.sigmoid(apart[first, second]).mean()
 
 
-def fit_reward(reward, handle, tokenizer, pairs, *, evaluate=None, shifted=(), ascent=0.0, lr=2e-3, epochs=2, batch_size=8,
-               prompt=None, response=None, seed=0, callbacks=(), output_dir=None, resume=None, **arguments):  # fmt: skip
+def fit_reward(
+    reward: RewardModel, handle: Handle, tokenizer: Any, pairs: Sequence[Row], *, evaluate: Sequence[Row] | None = None,
+    shifted: Sequence[Row] = (), ascent: float = 0.0, lr: float = 2e-3, epochs: float = 2, batch_size: int = 8,
+    prompt: int | None = None, response: int | None = None, seed: int = 0, callbacks: Iterable[Any] = (),
+    output_dir: Folder | None = None, resume: Folder | bool | None = None, **arguments: Any,
+) -> RewardTrainer:  # fmt: skip
     """Train a RewardModel and the handle on its model. Returns the Trainer.
 
     Args:
+        reward: a RewardModel. handle: from `fastedit.patch(reward.model, ..., freeze=True)`.
+        pairs: rows {"prompt", "chosen", "rejected"}; a prompt is a text or a list of messages.
         shifted: rows {"prompt", "response"} of another distribution, without labels, two or more. ascent: MetaRM's η, 0
             for none.
-        others: as in `training.sft`.
+        tokenizer: of the handle's model.
+        evaluate: held-out rows, for `Trainer.evaluate()`. lr: of AdamW. epochs, batch_size: of the training.
+        prompt, response: the most tokens of each. A longer prompt loses its beginning, a longer response its end.
+        seed: of the order of rows and of dropout. callbacks: for the Trainer.
+        output_dir: folder of checkpoints, one per epoch. None for none. resume: a checkpoint to continue from, or True
+            for the last.
+        arguments: further TrainingArguments, such as gradient_accumulation_steps, gradient_checkpointing, bf16.
 
     Raises:
         ValueError: a bad row, by number; a handle that is not on the reward's model; shifted rows without ascent, or

@@ -8,31 +8,42 @@
 `GLUE` holds the settings of the RED paper (arXiv 2402.15179) for RoBERTa-base, for **GLUE["sst2"] and the like.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
 import torch
 from torch import nn
 
-from ..patching.handle import patch
+from ..edits.kinds import Edit
+from ..patching.handle import Handle, patch
 from .recipes import SentenceClassifier, fit
 
 _PUBLISHED = {"sst2": 1e-3, "mrpc": 5e-3, "cola": 5e-3, "rte": 8e-3}
-GLUE = {task: {"head": "token", "lr": lr, "epochs": 40} for task, lr in _PUBLISHED.items()}
+GLUE: dict[str, dict[str, Any]] = {task: {"head": "token", "lr": lr, "epochs": 40} for task, lr in _PUBLISHED.items()}
 HEADS = ("mean", "token")
+Text: TypeAlias = str | tuple[str, str]
 
 
 class TokenHead(SentenceClassifier):
     """The RED paper's head on GLUE: token 0, Dropout .5, Linear (d, d), tanh, Dropout .5, Linear (d, labels).
 
     Called and trained as SentenceClassifier is.
+
+    Args:
+        encoder, labels: as of SentenceClassifier. dropout: the share.
     """
 
-    def __init__(self, encoder, labels, dropout=0.5):
+    def __init__(self, encoder: nn.Module, labels: int, dropout: float = 0.5) -> None:
         super().__init__(encoder, labels)
         width = encoder.config.hidden_size
         self.classifier = nn.Sequential(
             nn.Dropout(dropout), nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, labels)
         )
 
-    def pooled(self, states, attention_mask):
+    def pooled(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Token 0 of states (batch, tokens, width). attention_mask does not matter."""
         return states[:, 0]
 
 
@@ -47,14 +58,22 @@ def with_head(encoder, outputs, head="mean"):
 
 
 def classify(
-    encoder, tokenizer, rows, edits, *, labels=None, head="mean", lr=2e-2, epochs=2, batch_size=32, seed=0, **options
-):
+    encoder: nn.Module, tokenizer: Any, rows: Sequence[tuple[Text, int]], edits: Edit | Sequence[Edit], *,
+    labels: int | None = None, head: Literal["mean", "token"] = "mean", lr: float = 2e-2, epochs: float = 2,
+    batch_size: int = 32, seed: int = 0, **options: Any,
+) -> tuple[SentenceClassifier, Handle]:  # fmt: skip
     """Fit edits and a new head to (text, label number) rows. Returns (model, handle).
 
     Args:
         encoder: a model with `last_hidden_state`, such as AutoModel gives. It is patched in place.
+        rows: (text, label number from 0 on).
         labels: how many. By default the largest label + 1. head: "mean" or "token", the RED paper's.
+        tokenizer: of the encoder. edits: as for `fastedit.patch`.
+        lr: of AdamW. epochs, batch_size: of the training. seed: of the head's start, the order of rows and dropout.
         options: further TrainingArguments, and callbacks.
+
+    Returns:
+        (model, handle): the encoder under its head, and the handle on it.
 
     Raises:
         ValueError: no rows, or a label that is not a number from 0 on. Nothing has been patched.
@@ -69,8 +88,19 @@ def classify(
     return _fit(encoder, tokenizer, rows, edits, labels or max(2, count), head, lr, epochs, batch_size, seed, options)
 
 
-def pairs(encoder, tokenizer, rows, edits, **options):
-    """`classify` for ((text, other text), label number) rows."""
+def pairs(
+    encoder: nn.Module, tokenizer: Any, rows: Sequence[tuple[tuple[str, str], int]], edits: Edit | Sequence[Edit],
+    **options: Any,
+) -> tuple[SentenceClassifier, Handle]:  # fmt: skip
+    """Fit edits and a new head to ((text, other text), label number) rows. Returns (model, handle).
+
+    Args:
+        encoder, tokenizer, edits, options: as of `classify`, its keyword arguments among the options.
+        rows: ((text, other text), label number from 0 on).
+
+    Raises:
+        ValueError: a row without two texts, and what `classify` refuses. Nothing has been patched.
+    """
     for number, row in enumerate(rows, 1):
         text = row[0]
         if isinstance(text, str) or len(text) != 2 or not all(isinstance(t, str) for t in text):
@@ -78,9 +108,26 @@ def pairs(encoder, tokenizer, rows, edits, **options):
     return classify(encoder, tokenizer, rows, edits, **options)
 
 
-def regress(encoder, tokenizer, rows, edits, *, head="mean", lr=2e-2, epochs=2, batch_size=32, seed=0, **options):
-    """Fit edits and a head of one output to (text or pair, number) rows by mean squared error. Returns (model,
-    handle)."""
+def regress(
+    encoder: nn.Module, tokenizer: Any, rows: Sequence[tuple[Text, float]], edits: Edit | Sequence[Edit], *,
+    head: Literal["mean", "token"] = "mean", lr: float = 2e-2, epochs: float = 2, batch_size: int = 32,
+    seed: int = 0, **options: Any,
+) -> tuple[SentenceClassifier, Handle]:  # fmt: skip
+    """Fit edits and a head of one output to (text or pair, number) rows by mean squared error.
+
+    Args:
+        encoder: a model with `last_hidden_state`, such as AutoModel gives. It is patched in place.
+        rows: (text, number), or ((text, other text), number). head: "mean" or "token", the RED paper's.
+        tokenizer: of the encoder. edits: as for `fastedit.patch`.
+        lr: of AdamW. epochs, batch_size: of the training. seed: of the head's start, the order of rows and dropout.
+        options: further TrainingArguments, and callbacks.
+
+    Returns:
+        (model, handle): the encoder under its head, and the handle on it.
+
+    Raises:
+        ValueError: no rows, or a value that is no number. Nothing has been patched.
+    """
     _check(rows)
     try:
         rows = [(text, float(value)) for text, value in rows]

@@ -7,15 +7,24 @@ The reference (reference.py) is plain hooks on whole sequences, one request at a
 edits'. Imports `patching` and below. Read `reference.py` first, then `modes.py`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
+from ..arguments import check_whole
+from ..edits.kinds import Edit
 from ..families import find_layers
+from ..hints import Folder
 from ..patching.edit_folder import load
-from ..patching.eval_mode import evaluating
+from ..patching.eval_mode import check_data, evaluating
 from ..patching.handle import patch
 from ..patching.model_edits import root_of
 from . import modes as _modes
@@ -28,7 +37,10 @@ _SHARE = 4  # how much larger than the model's own difference the edited one may
 _EFFECT = 20  # and how much larger than what is allowed what the edits do should be
 
 
-def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="inductor", seed=0):
+def verify(
+    model: nn.Module, edits: Edit | Sequence[Edit] | Folder, inputs: Sequence[Any] | None = None, *,
+    modes: Sequence[str] | None = None, new_tokens: int = 4, backend: str = "inductor", seed: int = 0,
+) -> Outcome:  # fmt: skip
     """Run a model with edits in several modes and compare each with the slow reference.
 
     Args:
@@ -46,10 +58,14 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
         An Outcome: print it. `ok` is False if something is wrong.
 
     Raises:
-        ValueError, TypeError: inputs or modes that make no sense; a patched model; edits that change nothing at all.
+        ValueError, TypeError: inputs or modes that make no sense; a patched model; a model that runs in no mode; edits that
+            change nothing at all.
     """
     if root_of(model) is not None:
         raise ValueError("the model is patched: remove its handles, verify puts the edits on and takes them off itself")
+    check_data(model, "to verify")
+    check_whole("new_tokens", new_tokens)
+    check_whole("seed", seed, least=0)
     wanted = _modes.named(modes, model)
     requests = made(model, seed) if inputs is None else as_requests(inputs, model)
     settings = _modes.Settings(new_tokens, backend, seed)
@@ -64,12 +80,15 @@ def verify(model, edits, inputs=None, *, modes=None, new_tokens=4, backend="indu
             _stir(handle, seed)
             slow, bare = Reference(handle), Reference(None)
             rows = [_layers_row(model, handle)]
-            edited = {name: _modes.attempt(name, model, requests, settings) for name in wanted}
+            told = replace(settings, handle=handle)
+            edited = {name: _modes.attempt(name, model, requests, told) for name in wanted}
         finally:
             handle.remove()
             if "compile" in wanted:
                 torch.compiler.reset()
         rows += [_compare(name, model, plain[name], edited[name], slow, bare) for name in wanted]
+    if rows[0].verdict == "right" and all(row.verdict == "left out" for row in rows[1:]):
+        raise ValueError(f"no mode could be compared: {rows[1].mode}: {rows[1].note}")
     if not any(row.effect for row in rows) and not any(row.verdict in ("refused", "wrong") for row in rows):
         raise ValueError("the edits changed nothing in any mode that the model has: there is nothing to verify")
     return Outcome(model, rows)
@@ -116,12 +135,13 @@ def _layers_row(model, handle):
     stacks = {layer.name.partition(".")[0] for layer in found}
     config = getattr(model, "config", None)
     try:
-        said = None if config is None or len(stacks) > 1 else config.get_text_config().num_hidden_layers
-    except AttributeError:
-        said = None
-    runs = max((len(shapes) for shapes in handle._root.shapes.values()), default=1)
-    if any(n != len(found) for n in every) or (every and said is not None and said != len(found) * max(runs, 1)):
-        return Row("layers", "wrong", note=f"edits of every layer are at {every} of {len(found)}, the config says {said}")
+        text = None if config is None or len(stacks) > 1 else config.get_text_config()
+        said = {n for n in (getattr(text, name, None) for name in ("num_hidden_layers", "num_layers")) if n is not None}
+    except Exception:  # a config whose layers differ refuses to name one number for all of them
+        said = set()
+    runs = sum(len(handle._root.shapes.get(layer.index, ())) or 1 for layer in found)  # shared weights run several times
+    if any(n != len(found) for n in every) or (every and said and not said & {len(found), runs}):
+        return Row("layers", "wrong", note=f"edits of every layer are at {every} of {len(found)}, the config says {sorted(said)}")
     return Row("layers", "right", note=f"{len(found)} found")
 
 

@@ -6,6 +6,7 @@ import torch
 
 from ..families.own_class import base_of
 
+_ANY_SIZE = 64  # of pictures, for a model that takes all sizes
 LENGTHS = (9, 6)  # of two random requests: different, so that batches of them are padded
 
 
@@ -27,7 +28,10 @@ def as_requests(inputs, model):
         if isinstance(request, dict) or hasattr(request, "items"):
             request = dict(request)
         else:
-            ids = torch.as_tensor(request)
+            try:
+                ids = torch.as_tensor(request)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"a request is {request!r:.60}, expected token ids, or a dictionary of arguments") from None
             if ids.dim() != 1 or ids.is_floating_point() or not len(ids):
                 raise ValueError(f"a request has shape {tuple(ids.shape)} and dtype {ids.dtype}, expected token ids (tokens,)")
             request = {"input_ids": ids[None]}
@@ -52,7 +56,8 @@ def made(model, seed):
             found = [r | {"decoder_input_ids": r["input_ids"][:, :4].clone()} for r in found]
         return found
     if takes(model, "pixel_values"):
-        channels, size = (getattr(model.config, n, None) for n in ("num_channels", "image_size"))
+        seeing = getattr(model.config, "vision_config", None) or model.config
+        channels, size = getattr(seeing, "num_channels", None), getattr(seeing, "image_size", None) or _ANY_SIZE
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         if isinstance(channels, int) and isinstance(height, int):
             dtype = next(model.parameters()).dtype

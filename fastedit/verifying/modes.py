@@ -6,15 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import as_list
 from .inputs import takes
 from .reference import output_of, tensor_of
 
 
 @dataclass
 class Settings:
+    """handle: of the edits, None of the model without them."""
+
     new_tokens: int
     backend: str
     seed: int
+    handle: object = None
 
 
 @dataclass
@@ -66,7 +70,10 @@ def forward(model, requests, settings):
 
 
 def batch(model, requests, settings):
-    """All requests in one batch, padded on the right under a mask."""
+    """All requests in one batch, padded on the right under a mask; of a model that takes none, as long as the shortest."""
+    if not takes(model, "attention_mask") and "input_ids" in requests[0]:
+        shortest = min(_prompt(given) for given in requests)
+        requests = [{k: v[:, :shortest] if k.endswith("input_ids") else v for k, v in given.items()} for given in requests]
     names = [name for name in requests[0] if isinstance(requests[0][name], torch.Tensor)]
     together, masks = {}, {}
     for name in names:
@@ -142,25 +149,38 @@ def compiled(model, requests, settings):
 
 
 def checkpointing(model, requests, settings):
-    """The gradient that reaches the embeddings, with the layers computed again in the backward."""
+    """The gradient that reaches the embeddings, with the layers computed again in the backward. A model that answers prompts is
+    told where they end: before each request's last two tokens."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     if not trained:
         raise ValueError("no layer of it can be checkpointed")
-    dropouts = [(m, k, v) for m in trained for k, v in vars(m).items() if "dropout" in k and isinstance(v, float)]
+    dropouts = [(m, k, v) for m in trained for k, v in vars(m).items() if "drop" in k and isinstance(v, float)]
     try:
         for module in trained:
             object.__setattr__(module, "training", True)
         for module, name, _ in dropouts:
             setattr(module, name, 0.0)
-        found = [_gradient(model, given, settings.seed) for given in requests]
+        lengths = [_trained_prompt(model, given) for given in requests]
+        found = []
+        for given, length in zip(requests, lengths, strict=True):
+            if settings.handle is not None and length != _prompt(given):
+                settings.handle.prompt(length)
+            found.append(_gradient(model, given, settings.seed))
     finally:
+        if settings.handle is not None:
+            settings.handle.prompt(None)
         for module in trained:
             object.__setattr__(module, "training", False)
         for module, name, value in dropouts:
             setattr(module, name, value)
         model.gradient_checkpointing_disable()
-    return [Said(given, _prompt(given), None, g, settings.seed) for given, g in zip(requests, found, strict=True)]
+    return [Said(*each, None, g, settings.seed) for *each, g in zip(requests, lengths, found, strict=True)]
+
+
+def _trained_prompt(model, given):
+    answers = hasattr(model, "prepare_inputs_for_generation") and not getattr(model.config, "is_encoder_decoder", False)
+    return max(_prompt(given) - 2, 1) if answers else _prompt(given)
 
 
 def _gradient(model, given, seed):
@@ -172,7 +192,9 @@ def _gradient(model, given, seed):
         return kept[-1]
 
     frozen = [p for p in model.parameters() if p.requires_grad]
-    hook = model.get_input_embeddings().register_forward_hook(keep)
+    head = model.get_output_embeddings()  # which may have the same weight
+    table = model.get_input_embeddings().weight
+    hooks = [m.register_forward_hook(keep) for m in model.modules() if getattr(m, "weight", None) is table and m is not head]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -181,9 +203,12 @@ def _gradient(model, given, seed):
             weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).to(logits)
             (logits * weights).sum().backward()
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
+    if kept[0].grad is None:
+        raise ValueError("no gradient reaches the embeddings")
     return kept[0].grad
 
 
@@ -237,11 +262,12 @@ def named(modes, model):
         ValueError: no such mode.
     """
     if modes is not None:
-        modes = [modes] if isinstance(modes, str) else list(modes)
+        modes = [modes] if isinstance(modes, str) else as_list("modes", modes, "names of modes")
         unknown = [mode for mode in modes if mode not in MODES]
         if unknown or not modes:
             known = ", ".join(MODES)
-            raise ValueError(f"there is no mode {unknown[0]!r}; the modes are {known}" if unknown else "modes is empty")
+            wrong = f"there is no mode {unknown[0]!r}; the modes are" if unknown else "modes is empty, expected some of"
+            raise ValueError(f"{wrong} {known}")
         return modes
     text = takes(model, "input_ids")
     generates = text and hasattr(model, "generate") and getattr(model, "can_generate", lambda: True)()

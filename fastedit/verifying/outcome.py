@@ -1,6 +1,10 @@
 """What `verify` found: one row per mode."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,18 +32,18 @@ class Row:
 class Outcome:
     """rows: one Row per mode. ok: nothing is wrong. Printed as a table."""
 
-    def __init__(self, model, rows):
+    def __init__(self, model: object, rows: Sequence[Row]) -> None:
         self.name, self.rows = type(model).__name__, rows
 
     @property
-    def ok(self):
+    def ok(self) -> bool:
         return not any(row.verdict == "wrong" for row in self.rows)
 
-    def json(self):
+    def json(self) -> dict[str, Any]:
         """A JSON-able description."""
         return {"model": self.name, "ok": self.ok, "rows": [asdict(row) for row in self.rows]}
 
-    def table(self):
+    def table(self) -> Table:
         """A rich Table."""
         table = Table(title=f"{self.name}: edits against plain hooks on whole sequences", title_justify="left")
         for head, justify in (("mode", "left"), ("verdict", "left"), ("difference", "right"), ("allowed", "right"),

@@ -37,7 +37,7 @@ class Reference:
     """
 
     def __init__(self, handle):
-        self.parts = []
+        self.parts, self._said = [], []
         if handle is None:
             return
         for sensor in handle._sensors():
@@ -59,9 +59,16 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, model, given, prompt):
-        """(tokens, …) of one request. prompt: how many of its tokens are the prompt."""
+        """(tokens, …) of one request; prompt: how many of its tokens are the prompt. Modes that generate mostly say the same
+        sequences: each is run once."""
+        key = [prompt, *(_bits(name, value) for name, value in given.items())]
+        for known, said in self._said:
+            if known == key:
+                return said
         with self.hooked(given, prompt):
-            return output_of(model, given)[0]
+            said = output_of(model, given)[0]
+        self._said.append((key, said))
+        return said
 
     @contextlib.contextmanager
     def hooked(self, given, prompt):
@@ -76,6 +83,13 @@ class Reference:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _bits(name, value):
+    """What tells one argument from another."""
+    if not isinstance(value, torch.Tensor):
+        return name, value
+    return name, value.shape, value.dtype, value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def output_of(model, given):

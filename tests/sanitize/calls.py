@@ -2,6 +2,8 @@
 
     python tests/sanitize/calls.py CALLS SECONDS     CALLS on one thread for all instruction sets, then two threads
 
+Refuses to run on a module without sanitizers, whose calls would show nothing.
+
 Shapes are small and odd, arrays begin at odd places of their memory, and each has an end of its own, so that a read or
 write outside of any of them is seen. Results are only asked to be finite. Imports NumPy alone.
 """
@@ -9,6 +11,7 @@ write outside of any of them is seen. Results are only asked to be finite. Impor
 import sys
 import threading
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -141,6 +144,8 @@ def crowd(seconds):
 
 
 def main(calls, seconds):
+    if b"__asan_init" not in Path(_native.__file__).read_bytes():
+        raise SystemExit(f"{_native.__file__} was built without AddressSanitizer: see make sanitize")
     usual, done, seed = _native.instruction_set(), 0, 0
     available = SETS[: SETS.index(usual) + 1]
     for name in available:

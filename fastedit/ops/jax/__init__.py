@@ -13,6 +13,10 @@ batched arguments are rows run once over the whole batch. Calls with batched par
 parameter gradients, run once per element. XLA does not split these calls over devices (docs/frameworks.md).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
 try:
     import jax.numpy as jnp
 except ImportError as error:
@@ -28,11 +32,19 @@ from ...arguments import NORM_KINDS, check_norm_kind, check_on, check_projection
 from . import functions
 from .checks import as_form, as_parameter, as_read, as_residual, as_rows
 
+if TYPE_CHECKING:
+    from jax import Array
+    from jax.typing import ArrayLike
+Result: TypeAlias = "Array | Any"  # a tuple with return_projection
+
 __all__ = ["edit", "edit_add", "edit_add_norm", "project"]
 
 
-def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, slot=None, strength=None,
-         return_projection=False):  # fmt: skip
+def edit(
+    hidden: ArrayLike, scale: ArrayLike | None = None, bias: ArrayLike | None = None, read: ArrayLike | None = None,
+    offset: ArrayLike | None = None, write: ArrayLike | None = None, *, slot: ArrayLike | None = None,
+    strength: ArrayLike | None = None, return_projection: bool = False,
+) -> Result:  # fmt: skip
     """h' = h + k · ((scale − 1) ⊙ h + bias + (h @ readᵀ + offset) @ write), as `fastedit.ops.edit`.
 
     Args:
@@ -61,11 +73,16 @@ def edit(hidden, scale=None, bias=None, read=None, offset=None, write=None, *, s
     return (out, z) if return_projection else out
 
 
-def edit_add(x, residual, scale=None, bias=None, read=None, offset=None, write=None, *, on="x", slot=None,
-             strength=None, return_projection=False):  # fmt: skip
+def edit_add(
+    x: ArrayLike, residual: ArrayLike, scale: ArrayLike | None = None, bias: ArrayLike | None = None,
+    read: ArrayLike | None = None, offset: ArrayLike | None = None, write: ArrayLike | None = None, *,
+    on: Literal["x", "sum"] = "x", slot: ArrayLike | None = None, strength: ArrayLike | None = None,
+    return_projection: bool = False,
+) -> Result:  # fmt: skip
     """residual + E(x) (on="x") or E(residual + x) (on="sum"), as `fastedit.ops.edit_add`.
 
-    x and residual (…, width) share a dtype, or x is bfloat16 and residual float32 (on="x"). Others as `edit`.
+    x and residual (…, width) share a dtype, or x is bfloat16 and residual float32 (on="x"). scale, bias, read, offset,
+    write, slot, strength, return_projection: as `edit`.
     Returns residual' in residual's dtype, or (residual', z).
     """
     x, residual, form = _add(x, residual, scale, bias, read, offset, write, on, slot, strength, return_projection)
@@ -76,14 +93,20 @@ def edit_add(x, residual, scale=None, bias=None, read=None, offset=None, write=N
     return (out, z) if return_projection else out
 
 
-def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, offset=None, write=None, *,
-                  norm_bias=None, kind="rms", eps=1e-6, on="x", slot=None, strength=None, return_projection=False,
-                  return_residual=True):  # fmt: skip
+def edit_add_norm(
+    x: ArrayLike, residual: ArrayLike, weight: ArrayLike | None = None, scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None, read: ArrayLike | None = None, offset: ArrayLike | None = None,
+    write: ArrayLike | None = None, *, norm_bias: ArrayLike | None = None,
+    kind: Literal["rms", "gemma", "layer"] = "rms", eps: float = 1e-6, on: Literal["x", "sum"] = "x",
+    slot: ArrayLike | None = None, strength: ArrayLike | None = None, return_projection: bool = False,
+    return_residual: bool = True,
+) -> tuple[Result, ...]:  # fmt: skip
     """(residual', normed): edit_add, then a norm of the stored residual', as `fastedit.ops.edit_add_norm`.
 
     weight and norm_bias (width,) in the residual's dtype. kind is "rms", "gemma" or "layer" (then weight may be None,
     and norm_bias may be given). eps is a Python number. return_residual=False returns None in place of residual', and
-    stores it only if a gradient is taken. With return_projection: (residual', normed, z).
+    stores it only if a gradient is taken. With return_projection: (residual', normed, z). x, residual, on, scale, bias,
+    read, offset, write, slot, strength: as `edit_add`.
     """
     check_norm_kind(weight, norm_bias, kind)
     x, residual, form = _add(x, residual, scale, bias, read, offset, write, on, slot, strength, return_projection)
@@ -103,8 +126,12 @@ def edit_add_norm(x, residual, weight=None, scale=None, bias=None, read=None, of
     return (out, normed, z) if return_projection else (out, normed)
 
 
-def project(hidden, read, offset=None):
-    """z = hidden @ readᵀ + offset, (…, rank) float32, as `fastedit.ops.project`. Arguments as `edit`."""
+def project(hidden: ArrayLike, read: ArrayLike, offset: ArrayLike | None = None) -> Array:
+    """z = hidden @ readᵀ + offset, (…, rank) float32, as `fastedit.ops.project`.
+
+    hidden (…, width); read (rank, width) float32, rank 1 to 64; offset (rank,) float32 or None. A wrong dtype or shape
+    raises TypeError or ValueError while tracing.
+    """
     hidden = as_rows(hidden, "hidden")
     rank = as_read(read).shape[-2]
     read = as_parameter(read, "read", (rank, hidden.shape[-1]))

@@ -182,7 +182,7 @@ class Rows:
     def __init__(self):
         self.running = {}  # by thread: [Generation], the innermost last
         self.told = {"lengths": [], "mask": []}
-        self.labels, self.answers = {}, False  # labels by thread, of a forward; whether the model writes answers to prompts
+        self.calls, self.answers = {}, False  # {name: what the whole model was given}, by thread; whether it answers prompts
         self.traced = Seen()
 
     def __getstate__(self):
@@ -250,23 +250,28 @@ class Rows:
             return _NOTHING if generation is None else Seen(generation)
         return Seen(generation, self.lengths, self.mask)
 
-    # --- labels -----------------------------------------------------------------------------------------------------------
+    # --- what the whole model was given ---------------------------------------------------------------------------------
 
-    def labelled(self, labels, function, /, *args, **kwargs):
-        """function(...), whose forwards in this thread know these labels (sequences, columns)."""
+    def called(self, given, function, /, *args, **kwargs):
+        """function(...), whose forwards in this thread know what the model around them was given: {"labels",
+        "attention_mask": (sequences, columns)}."""
         key = _thread()
-        before = self.labels.get(key)
-        self.labels[key] = labels
+        before = self.calls.get(key)
+        self.calls[key] = given if before is None else before | given
         try:
             return function(*args, **kwargs)
         finally:
-            self.labels.pop(key)
+            self.calls.pop(key)
             if before is not None:
-                self.labels[key] = before
+                self.calls[key] = before
 
-    def labels_now(self):
-        """The labels of the forward that runs in this thread, or None."""
-        return self.labels.get(_thread())
+    def labelled(self, labels, function, /, *args, **kwargs):
+        """`called`, with labels alone."""
+        return self.called({"labels": labels}, function, *args, **kwargs)
+
+    def call_now(self):
+        """What the model around this thread's forward was given; {} where that is not known."""
+        return self.calls.get(_thread(), _NOT_SAID)
 
     # --- generate ---------------------------------------------------------------------------------------------------------
 
@@ -308,8 +313,11 @@ class Rows:
         )
 
 
+_NOT_SAID = {}
+
+
 def _thread():
-    """Whose labels. Under torch.compile, which knows no threads, everyone's."""
+    """Whose call: under torch.compile, which knows no threads, everyone's."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 

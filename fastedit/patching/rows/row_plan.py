@@ -28,6 +28,7 @@ from .prompt_decisions import Decisions
 
 NOWHERE = 0  # a coefficient that is 0 in every row; None is 1 in every row
 INPUTS = ("input_ids", "inputs_embeds")
+_ALONE = {}
 _PROMPT, _GENERATED = Positions(prompt=True), Positions(generated=True)
 
 
@@ -36,9 +37,9 @@ class Stack:
 
     def __init__(self, name, owner, rows):
         self.name, self.owner, self.rows = name, owner, rows
-        self.encodes = (
-            name == "encoder" or "Encoder" in type(owner).__name__ or getattr(owner, "is_decoder", None) is False
-        )
+        decodes = getattr(getattr(owner, "config", None), "is_decoder", False)  # BertGenerationEncoder may be a decoder
+        named = "Encoder" in type(owner).__name__ and not decodes
+        self.encodes = name == "encoder" or named or getattr(owner, "is_decoder", None) is False
         self.plans, self.traced = {}, None  # by thread; and under torch.compile, which has no threads
         self.decisions = Decisions()
 
@@ -120,8 +121,13 @@ class RowPlan:
         self.behind, self.unsure, self._checked, self._packing = False, None, False, False
         self.cache, self._cache_name = cache_in(given)
         self._offset = self._locate(stack.name)
-        labels = None if stack.encodes else stack.rows.labels_now()
+        call = _ALONE if stack.encodes else stack.rows.call_now()
+        labels = call.get("labels")
         self.labels = labels if labels is not None and labels.shape == self.shape else None
+        if "attention_mask" in call and (self.unread or mask is None):  # made ready for the layers, or kept from them
+            told = call["attention_mask"]
+            self.unread = told is not None and not (isinstance(told, torch.Tensor) and told.dim() == 2)
+            self.attention_mask = None if self.unread else told
         self.trains = stack.owner.training and stack.rows.answers and torch.is_grad_enabled()
         self.made = {}
         self.measured, self.decided = {}, {}  # by gates in this forward: of each token, of each sequence

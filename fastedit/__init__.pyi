@@ -1,0 +1,54 @@
+# What fastedit/__init__.py loads on first use, for type checkers and editors; tests/test_types.py compares the two.
+
+from . import families as families
+from . import interop as interop
+from . import methods as methods
+from . import ops as ops
+from . import store as store
+from .banks.bank import Bank as Bank
+from .banks.bank import BankFullError as BankFullError
+from .capturing.capture import Captured as Captured
+from .capturing.capture import capture as capture
+from .capturing.moments import Moments as Moments
+from .directions.contrast import contrast as contrast
+from .directions.directions import Directions as Directions
+from .directions.directions import DirectionsFileError as DirectionsFileError
+from .directions.dose import Dose as Dose
+from .directions.dose import calibrate as calibrate
+from .directions.sweep import Sweep as Sweep
+from .directions.sweep import sweep as sweep
+from .edits.form import Form as Form
+from .edits.form import fold as fold
+from .edits.form import merge as merge
+from .edits.gates import Gate as Gate
+from .edits.kinds import RED as RED
+from .edits.kinds import Ablate as Ablate
+from .edits.kinds import Amplify as Amplify
+from .edits.kinds import Clamp as Clamp
+from .edits.kinds import Edit as Edit
+from .edits.kinds import LowRank as LowRank
+from .edits.kinds import Rotate as Rotate
+from .edits.kinds import ScaleBias as ScaleBias
+from .edits.kinds import Steer as Steer
+from .edits.probes import Probe as Probe
+from .edits.red_plus import REDPlus as REDPlus
+from .edits.reft import DiReFT as DiReFT
+from .edits.reft import LoReFT as LoReFT
+from .edits.reft import NoReFT as NoReFT
+from .edits.stack import Stack as Stack
+from .interop.adopt import adopt as adopt
+from .interop.red import load_red_checkpoint as load_red_checkpoint
+from .interop.smollm2 import chat_model as chat_model
+from .ops import arrays as arrays
+from .ops import dispatch as dispatch
+from .ops import jax as jax
+from .ops.value_net import ValueNet as ValueNet
+from .patching import distributed as distributed
+from .patching.edit_folder import EditFileError as EditFileError
+from .patching.edit_folder import load as load
+from .patching.handle import Handle as Handle
+from .patching.handle import patch as patch
+from .training import recipes as recipes
+from .verifying import verify as verify
+
+__version__: str

@@ -1,0 +1,1 @@
+from .ops.arrays import *  # noqa: F403

@@ -1,0 +1,1 @@
+from .ops.dispatch import *  # noqa: F403

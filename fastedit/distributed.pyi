@@ -1,0 +1,1 @@
+from .patching.distributed import *  # noqa: F403

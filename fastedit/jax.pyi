@@ -1,0 +1,1 @@
+from .ops.jax import *  # noqa: F403

@@ -1,0 +1,1 @@
+from .training.recipes import *  # noqa: F403

@@ -1,0 +1,1 @@
+from .patching.edit_folder import *  # noqa: F403

@@ -1,0 +1,85 @@
+"""make arguments: the campaign over all ops and all targets; a CSV row each."""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from .. import table
+from . import models, ops
+
+FIELDS = ("call", "calls", "served", "refused", "findings", "wall_s")
+SHOWN = 5  # findings of one call
+
+
+def campaign(strategy, run, about, count, number=0):
+    """({calls, served, refused, findings}, what was found) of `count` drawn calls."""
+    row, found = dict.fromkeys(FIELDS[1:5], 0), []
+
+    @seed(number)
+    @settings(
+        max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+    )
+    @given(strategy)
+    def one(drawn):
+        why, served = run(drawn)
+        row["calls"] += 1
+        row["served" if served else "refused"] += 1
+        if why is not None:
+            row["findings"] += 1
+            if len(found) < SHOWN:
+                found.append(f"{why}\n    {about(drawn)}")
+
+    one()
+    return row, found
+
+
+def over_ops(name, count, number=0):
+    return campaign(ops.calls(name), ops.run, repr, count, number)
+
+
+def over_models(world, name, count, number=0):
+    def run(drawn):
+        why, served = models.run(world, name, drawn[0])
+        if world.changed():
+            world.__init__(world.folder)  # the next call begins with a sound one
+        return why, served
+
+    return campaign(models.calls(name), run, lambda drawn: f"{name}({models.about(drawn[0])})", count, number)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tools.argued", description=__doc__)
+    parser.add_argument("--calls", type=int, default=100_000, help="of each op")
+    parser.add_argument("--model-calls", type=int, default=1_000, help="of each function that takes a model")
+    parser.add_argument("--only", nargs="*", help="names of ops and targets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a CSV, one row a function")
+    asked = parser.parse_args()
+    logging.disable(logging.CRITICAL), warnings.simplefilter("ignore"), torch.set_num_threads(1)
+    rows = []
+
+    def record(name, campaign, *arguments):
+        if asked.only and name not in asked.only:
+            return
+        begun = time.monotonic()
+        row, found = campaign(*arguments)
+        rows.append({"call": name} | row | {"wall_s": round(time.monotonic() - begun, 1)})
+        print(rows[-1], *found, sep="\n", flush=True)
+
+    for name in ops.OPS:
+        record(name, over_ops, name, asked.calls, asked.seed)
+    with models.world() as world:
+        for name in models.TARGETS:
+            record(name, over_models, world, name, asked.model_calls, asked.seed)
+    table(rows, asked.out)
+    return 1 if any(row["findings"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
