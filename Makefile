@@ -19,8 +19,8 @@ OUT ?= bench/results
 PYTEST_ARGS ?=
 JOBS ?= 2  # test files at a time
 
-# The first python3 that is 3.11 to 3.13 and can make a virtual environment. Override: make test PYTHON=...
-USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# The first python3 that is 3.11 or newer and can make a virtual environment. Override: make test PYTHON=...
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c '$(USABLE)' 2>/dev/null && { echo "$$p"; break; }; done)
 
@@ -96,10 +96,10 @@ conformance: $(STAMPS)/fastedit
 
 # A process a file: an engine in a process leaves its threads and its memory behind.
 serving-test: $(SERVING)/.stamp
-	for file in tests/serving/test_*.py; do $(SERVING)/bin/python -m pytest $$file $(PYTEST_ARGS) || exit 1; done
+	for file in tests/serving/test_*.py; do $(SERVING)/bin/python -m pytest --timeout 1800 $$file $(PYTEST_ARGS) || exit 1; done
 
 serving-test-short: $(SERVING)/.stamp
-	for file in engine soak server; do $(SERVING)/bin/python -m pytest tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
+	for file in engine soak server; do $(SERVING)/bin/python -m pytest --timeout 1800 tests/serving/test_$$file.py $(PYTEST_ARGS) || exit 1; done
 
 # Campaigns (docs/reliability.md): the full sizes by default; N=1000 for a short one.
 fuzz: $(STAMPS)/fastedit
@@ -164,12 +164,12 @@ sanitize: $(STAMPS)/fastedit $(STAMPS)/sanitize
 		kernels/cpu/edit*.cpp kernels/cpu/project.cpp kernels/cpu/moments.cpp kernels/cpu/value_ascent.cpp \
 		kernels/cpu/isa.cpp -o $(VENV)/threads && $(VENV)/threads
 	$(UNDER_SANITIZERS) tests/sanitize/calls.py $(CALLS) $(SECONDS_OF_THREADS)
-	$(UNDER_SANITIZERS) -m pytest -q -p no:cacheprovider $(BAD_INPUTS)
+	$(UNDER_SANITIZERS) -m pytest -q --capture=sys -p no:cacheprovider $(BAD_INPUTS)
 
 # The build, 3,000 calls, five seconds of threads and the bad inputs.
 sanitize-short: $(STAMPS)/fastedit $(STAMPS)/sanitize
 	$(UNDER_SANITIZERS) tests/sanitize/calls.py 3000 5
-	$(UNDER_SANITIZERS) -m pytest -q -p no:cacheprovider $(BAD_INPUTS)
+	$(UNDER_SANITIZERS) -m pytest -q --capture=sys -p no:cacheprovider $(BAD_INPUTS)
 
 $(STAMPS)/sanitize: $(STAMPS)/native
 	FASTEDIT_CUDA=OFF FASTEDIT_NATIVE=ON FASTEDIT_SANITIZE=address,undefined $(BIN)/$(INSTALL) --no-build-isolation --no-deps \

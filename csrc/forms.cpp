@@ -10,7 +10,7 @@ namespace fastedit {
 
 namespace {
 
-// One number a row of `lead` (…, width): shaped as they are, or flat.
+// One number per row of `lead` (…, width): shaped as they are, or flat.
 bool one_a_row(const View& v, const View& lead) {
   bool same = v.ndim == lead.ndim - 1;
   for (int i = 0; same && i < v.ndim; ++i) same = v.shape[i] == lead.shape[i];
@@ -21,10 +21,7 @@ bool one_a_row(const View& v, const View& lead) {
 void read_strength(const Call& call, PyObject* object, const View& lead, FormViews& v, Form& form) {
   if (PyFloat_Check(object) || PyLong_Check(object)) {
     const double number = PyFloat_AsDouble(object);
-    if (number == -1.0 && PyErr_Occurred()) {
-      PyErr_Clear();
-      refuse("strength is an integer too large for a float, expected a finite number");
-    }
+    if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
     if (number == 1.0) return;
     v.strength = static_cast<float>(number);
     if (!call.host() || (std::isfinite(number) && !std::isfinite(v.strength))) {

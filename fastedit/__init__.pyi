@@ -37,6 +37,8 @@ from .edits.reft import LoReFT as LoReFT
 from .edits.reft import NoReFT as NoReFT
 from .edits.stack import Stack as Stack
 from .interop.adopt import adopt as adopt
+from .interop.folders import load_adapter as load_adapter
+from .interop.peft_folder import save_peft as save_peft
 from .interop.red import load_red_checkpoint as load_red_checkpoint
 from .interop.smollm2 import chat_model as chat_model
 from .ops import arrays as arrays

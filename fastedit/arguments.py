@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 FP32_MAX = 3.4028234663852886e38
 MAX_RANK = 64  # of an edit: what the kernels keep of a row in registers
+MOST_GROUPS = 1 << 20
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
 
 # Every op by the names of its arguments and results: the schema of its operator under torch.compile, and what the faces and
@@ -62,8 +63,15 @@ def as_number(name, value):
 
 
 def check_whole(name, value, least=1):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
         raise ValueError(f"{name} is {value!r:.60}, expected a whole number from {least} on")
+
+
+def groups_of(largest):
+    """How many groups there are where the largest number says it; one stray number takes no gigabytes."""
+    if largest >= MOST_GROUPS:
+        raise ValueError(f"group has the number {largest}, expected less than {MOST_GROUPS} where groups= does not say how many")
+    return max(largest + 1, 1)
 
 
 def as_list(name, value, what):
@@ -146,3 +154,18 @@ def check_steps(steps, step_size):
         raise ValueError(f"steps is {steps!r:.60}, expected a number of steps from 0 to {(1 << 24) - 1}")
     if not isinstance(step_size, (int, float)) or not abs(step_size) <= FP32_MAX:
         raise ValueError(f"step_size is {step_size!r:.60}, expected a finite number")
+
+
+def check_target(value_net, target):
+    """A net of several outputs has a target, one finite number for each output."""
+    if target is None:
+        if value_net.outputs > 1:
+            raise ValueError(
+                f"the value net has {value_net.outputs} outputs: give target=, a number for each, or value_net.mixed(weights)"
+            )
+        return
+    numbers = target if isinstance(target, (list, tuple)) else [target]
+    if len(numbers) != value_net.outputs or any(
+        isinstance(n, bool) or not isinstance(n, (int, float)) or not math.isfinite(n) for n in numbers
+    ):
+        raise ValueError(f"target is {target!r}, expected a finite number for each of {value_net.outputs} output(s)")

@@ -41,7 +41,8 @@ SLOW = (  # from eighty seconds of processor time to ten
 # Files and tests of some seconds of processor time each, nine minutes in all: compilers, emulated thread orders, processes
 # that train together. `make test` leaves them out, `make test-long` runs them, .ci/run both.
 LONG = (
-    "cuda_streams", "cuda_build", "distributed", "instruction_sets", "instructions",
+    "cuda_streams", "cuda_build", "distributed", "instruction_sets", "instructions", "threads",
+    "traced::test_each_prefix_of_a_save",
     "triton_aot::test_activations_move_128_bits_and_nothing_is_fp64",
     "triton_aot::test_products_are_six_of_bf16_and_summed_in_fp32",
     "triton_gate_aot::test_a_gated_edit_is_one_launch_of_wide_accesses_in_fp32",

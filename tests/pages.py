@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>(?:\{?[\w-]+\}?[^\n]*)?)\n(?P<code>.*?)^(?P=indent)```", re.S | re.M)
-_COMMAND = re.compile(r"^ {4}(fastedit [^\n]*(?:\\\n[^\n]*)*)", re.M)
+_COMMAND = re.compile(r"^ {4}(fastedit (?:[^\n]*\\\n)*[^\n]*)", re.M)
 
 
 class Block(NamedTuple):
@@ -41,5 +41,5 @@ def commands(page):
     found = _COMMAND.findall(text)
     for match in _FENCE.finditer(text):
         if match["language"] in ("", "sh", "bash", "console"):
-            found += re.findall(r"^(fastedit [^\n]*(?:\\\n[^\n]*)*)", match["code"], re.M)
+            found += re.findall(r"^(fastedit (?:[^\n]*\\\n)*[^\n]*)", match["code"], re.M)
     return found

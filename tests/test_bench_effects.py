@@ -1,5 +1,6 @@
 """The effects study (bench/effects): its statistics, its CSVs, its controls; figures are the study's own business."""
 
+import csv
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import fastedit as fe  # noqa: E402
 from bench import report  # noqa: E402
 from bench.effects import chat, rahf, recontrol, sst2, statistics, steering, stories  # noqa: E402
 from bench.effects.rows import Rows  # noqa: E402
+from bench.training import smollm2  # noqa: E402
 from fastedit import examples  # noqa: E402
 
 
@@ -227,3 +229,18 @@ def test_every_table_of_the_methods_page_is_known_and_of_the_csvs():
     names = [line[len("<!-- table: "):-len(" -->")] for line in text.splitlines() if line.startswith("<!-- table: ")]
     assert names == ["chat", "chat gates", "steering", "re-control", "sst2", "rahf"] and text.count("<!-- end -->") == len(names)
     assert report.filled(text, ROOT / "bench" / "results") == text
+
+
+def test_the_table_of_sft_takes_each_method_s_best_rate_and_draws_rows_alike(tmp_path):
+    rows = [[2.0 * n, 1.0 * n, n] for n in (4, 9, 7, 5)]  # a gain of 1 nat a token in every row
+    half = [[a, (a + b) / 2, n] for a, b, n in rows]
+    with open(tmp_path / "sft.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(smollm2.FIELDS)
+        for method, rate, gain, losses in (("lora", 1e-3, 1.0, rows), ("red", 5e-3, 0.2, rows), ("red", 2e-2, 0.5, half)):
+            writer.writerow((method, rate, 1234, 32, 2.0, 2.0 - gain, gain, 1.0, 256, 4, json.dumps(losses)))
+    lines = smollm2.markdown(tmp_path / "sft.csv").splitlines()
+    assert lines[2:] == [
+        "| lora | 1,234 | 1 | 0.001 | 1.000 (1.000–1.000) |  |",
+        "| red | 1,234 | 2 | 0.02 | 0.500 (0.500–0.500) | 0.50 (0.50–0.50) |",
+    ]  # fmt: skip

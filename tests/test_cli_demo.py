@@ -154,6 +154,22 @@ def test_the_chat_half_on_a_tiny_model(tmp_path, monkeypatch):
     assert sorted(one + other) == list("abcdefgh") and one != list("abcd")
 
 
+@pytest.mark.slow
+def test_the_steered_share_lies_above_its_controls_at_equal_kl(chat_model, tmp_path):
+    from rich.console import Console
+
+    from fastedit.cli import demo_chat
+    from fastedit.cli.progress import bars
+
+    console = Console(record=True, width=160)
+    with bars(console) as progress:
+        facts = demo_chat.run(console, progress, tmp_path, model=chat_model)
+    low, _ = facts["replies"]["+dose"]["interval"]
+    for control in ("none", "random", "shuffled"):
+        assert low > facts["replies"][control]["interval"][1], facts["replies"]
+    assert facts["replies"]["-dose"]["happier"] < facts["replies"]["none"]["happier"]
+
+
 def test_the_examples_keep_their_rules():
     from fastedit import examples
 

@@ -129,7 +129,7 @@ def test_evaluate_of_a_trained_head(encoder, trained, tmp_path):  # noqa: F811
     one, two = json.loads(
         invoke("evaluate", encoder, data, "--edit", folder, "--strength", 1, "--strength", 0, "--json", "--device", "cpu")
     )
-    assert one["rows"] == 60 and one["accuracy"] > 0.9 > two["accuracy"]
+    assert one["rows"] == 60 and one["accuracy"] > two["accuracy"] + 0.2
     tsv(tmp_path / "bad.tsv", [("fine", "great")])
     assert "label 'great'" in refused("evaluate", encoder, tmp_path / "bad.tsv", "--edit", folder)
 

@@ -113,7 +113,7 @@ def test_pairs_and_regression(encoder, tmp_path):  # noqa: F811
     output = invoke("predict", tmp_path / "p", rows[0][0], "--other", rows[0][1], "--model", encoder)
     assert output.split("\t")[0] in ("positive", "negative")
     assert "as many --other as texts" in invoke("predict", tmp_path / "p", "x", "--model", encoder, code=2)
-    numbers = tsv(tmp_path / "n.tsv", [(text, "1.5" if kind == "positive" else "-1") for text, kind in reviews(80)])
+    numbers = tsv(tmp_path / "n.tsv", [(text, "1.5" if kind == "positive" else "-1") for text, kind in reviews()])
     invoke(
         "train",
         encoder,
@@ -123,13 +123,13 @@ def test_pairs_and_regression(encoder, tmp_path):  # noqa: F811
         "--out",
         tmp_path / "n",
         "--epochs",
-        12,
+        20,
         "--lr",
         0.03,
         "--batch-size",
         16,
     )
-    assert note(tmp_path / "n")["pearson"] > 0.3
+    assert note(tmp_path / "n")["pearson"] > 0.5
     assert float(invoke("predict", tmp_path / "n", "good", "--model", encoder).split("\t")[0]) > 0
 
 

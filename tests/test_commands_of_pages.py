@@ -64,7 +64,7 @@ def roberta(folder):
 
 
 BIG = {
-    "meta-llama/Llama-3.1-8B-Instruct": llama(16), "meta-llama/Meta-Llama-3-8B-Instruct": llama(3), "./model": llama(10),
+    "meta-llama/Llama-3.1-8B-Instruct": llama(16), "meta-llama/Meta-Llama-3-8B-Instruct": llama(3), "./model": llama(3),
     "Qwen/Qwen2.5-0.5B-Instruct": qwen, "FacebookAI/roberta-base": roberta, "./encoder": roberta,
 }  # fmt: skip
 
@@ -89,7 +89,7 @@ def here(tmp_path, monkeypatch):
         "premise\thypothesis\tlabel\n" + "".join(f"a {a} dog\tit is {a}\t{b}\n" for a, b in marks)
     )
     (tmp_path / "my_rewards.py").write_text("def helpful(prompts, responses):\n    return [len(r) for r in responses]\n")
-    chat = llama(6)(tmp_path / "chat")
+    chat = llama(10)(tmp_path / "chat")
     for name in ("target", "aligned"):
         (tmp_path / name).symlink_to(chat)
     monkeypatch.setattr(smollm2, "chat_folder", lambda: chat)

@@ -118,7 +118,7 @@ def test_a_card_of_the_users_own_is_kept_and_other_files_stay(server, tmp_path):
 def test_a_card_holds_no_markup_of_the_file(tmp_path):
     model = tiny.build("llama")
     handle = fe.patch(model, fe.RED())
-    handle.save(tmp_path, training={"note": "a | b\n# <script>alert(1)</script>"})
+    fe.store.save(handle, tmp_path, training={"note": "a | b\n# <script>alert(1)</script>"})
     header, tensors = fe.store.read(tmp_path)
     header["base"]["model"] = "x`\n---\n<b>"
     text = hub.card(header, tensors, "anna/edit")

@@ -30,7 +30,6 @@ class Exporter:
         array, self.array = self.array, None
         capsule = array.__dlpack__()
         del array
-        gc.collect()
         self.trash = [np.full(32, np.nan, np.float32) for _ in range(64)]  # on what was freed, if it was
         return capsule
 
@@ -64,7 +63,6 @@ def test_arguments_and_results_outlive_each_other():
     """Temporaries as arguments, results kept after them, and arguments after results."""
     for _ in range(50):
         out = ops.edit(torch.full((6, 32), 2.0), torch.full((32,), 3.0), torch.full((32,), 1.0))
-        gc.collect()
         assert (out == 7).all()
         x = torch.ones(6, 32)
         ops.edit_add(x, x, SCALE.clone(), strength=torch.full((6,), 0.5))
@@ -136,6 +134,8 @@ def test_many_dimensions(dims):
         torch.autograd.grad(ops.edit(rows, read=form[0], write=form[1]).square().sum(), form) for rows in (h, H)
     )
     torch.testing.assert_close((d_read, d_write), exact)
+    if dims > 32:
+        return  # which NumPy 1 has not
     if dims > 16:
         with pytest.raises(ValueError, match=f"has {dims} dimensions, expected at most 16"):
             arrays.edit(h.numpy(), SCALE.numpy())

@@ -233,7 +233,7 @@ def test_a_checkpoint_by_hand_is_computed_again_where_that_is_sure(reentrant):
         assert not torch.allclose(states.grad, expected, rtol=1e-2)
     with bank.assign(["anna"] * 2):
         _, outside = loss()
-    with pytest.raises(RuntimeError, match="other assignments"):
+    with pytest.raises(RuntimeError, match="different assignments"):
         outside.backward()
     with bank.assign(["anna"] * 2):
         states, again = loss()

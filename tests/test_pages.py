@@ -148,7 +148,7 @@ def test_the_blocks_of_a_page_run(page, whole, tmp_path, monkeypatch):
 
 def test_what_is_not_run_says_why():
     left = [b for page in pages.pages() for b in pages.blocks(page) if b.code.startswith("# needs ")]
-    assert left and all(re.match(r"# needs [\w ,.]+\n", b.code) for b in left), left
+    assert left and all(re.match(r"# needs [\w ,.-]+\n", b.code) for b in left), left
     for page in OWN:
         assert pages.blocks(page)
 

@@ -87,22 +87,129 @@ class Released(nn.Module):
         return layers[-1](x)
 
 
-@pytest.mark.parametrize("sizes", [(32, 48, 1), (32, 48, 24, 1)])
+@pytest.mark.parametrize("sizes", [(32, 48, 1), (32, 48, 24, 1), (32, 16, 16, 8, 5)])
 def test_the_authors_files_load(sizes, tmp_path):
     torch.manual_seed(0)
     made, states = Released(*sizes), torch.randn(5, 32)
     torch.save({f"module.{k}": v for k, v in made.state_dict().items()}, tmp_path / "net.pth")
     net = fe.ValueNet.from_released(tmp_path / "net.pth")
-    torch.testing.assert_close(net(states), made(states)[:, 0])
-    torch.save(Released(32, 48, 5).state_dict(), tmp_path / "five.pth")
-    with pytest.raises(ValueError, match="has 5 outputs, expected 1"):
-        fe.ValueNet.from_released(tmp_path / "five.pth")
-    torch.save(Released(32, 8, 8, 8, 1).state_dict(), tmp_path / "deep.pth")
+    torch.testing.assert_close(net(states), made(states)[:, 0] if sizes[-1] == 1 else made(states))
+    torch.save(Released(32, 8, 8, 8, 8, 1).state_dict(), tmp_path / "deep.pth")
     with pytest.raises(ValueError, match="expected weight and bias of fc1, fc2"):
         fe.ValueNet.from_released(tmp_path / "deep.pth")
     torch.save(made, tmp_path / "pickled.pth")
     with pytest.raises(ValueError, match="could not be read as a state dict"):
         fe.ValueNet.from_released(tmp_path / "pickled.pth")
+
+
+# --- three hidden layers, several outputs, target scores ----------------------------------------------------------------
+
+
+def climbed(net, hidden, steps, step_size, target=None):
+    """The autograd loop on what is ascended."""
+    u = torch.zeros_like(hidden)
+    for _ in range(steps):
+        moved = (hidden + u).requires_grad_()
+        values = net(moved).view(len(hidden), -1)
+        height = values.sum() if target is None else -0.5 * (values - torch.tensor(target, dtype=torch.float64)).square().sum()
+        (gradient,) = torch.autograd.grad(height, moved)
+        u = u + step_size * gradient
+    return hidden + u
+
+
+@pytest.mark.parametrize("units", [12, (12, 8), (12, 8, 6)])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_ascents_are_those_of_the_autograd_loop(units, outputs):
+    torch.manual_seed(0)
+    net, hidden = fe.ValueNet(32, units, outputs=outputs), torch.randn(7, 32, dtype=torch.float64)
+    target = [0.7, -0.2, 1.5][:outputs]
+    for aim in (None, target) if outputs == 1 else (target,):
+        found = fe.ops.value_ascent(hidden, net, 9, 0.5, aim)
+        torch.testing.assert_close(found, climbed(net, hidden, 9, 0.5, aim), rtol=1e-12, atol=1e-12)
+        assert fe.ops.value_ascent(hidden.float(), net, 9, 0.5, aim).dtype is torch.float32
+    if outputs > 1:
+        weights = [1.0, 0.0, -2.0]
+        torch.testing.assert_close(net.mixed(weights)(hidden), net(hidden) @ torch.tensor(weights, dtype=torch.float64))
+        with pytest.raises(ValueError, match=r"has 3 outputs: give target="):
+            fe.ops.value_ascent(hidden, net, 9, 0.5)
+    for wrong in ([1.0] * 4, float("nan"), ["a"] * outputs, [True] * outputs):
+        with pytest.raises(ValueError, match="expected a finite number for each"):
+            fe.ops.value_ascent(hidden, net, 9, 0.5, wrong)
+
+
+def test_a_target_is_met_by_the_last_token_s_state_and_saved(tmp_path):
+    model, given = model_of(), {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+    torch.manual_seed(0)
+    net, seen = fe.ValueNet(32, (24, 16, 8), outputs=3), []
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(3.0)  # else three layers of fresh weights hardly depend on the state
+        plain = net(model.model(**given).last_hidden_state[:, -1])
+    target = [float(plain[0, 0]) + 0.3, None, float(plain[0, 2]) - 0.2]
+    handle = fe.patch(model, recontrol.Control(net, 0.1, 1000, target=target))
+    handle.save(tmp_path)
+    fresh = model_of()
+    loaded = fe.load(fresh, tmp_path)
+    for patched in (model, fresh):
+        with torch.no_grad():
+            seen.append(net(patched.model(**given).last_hidden_state[:, -1]))
+    assert torch.equal(*seen)
+    torch.testing.assert_close(seen[0][:, [0, 2]], torch.tensor([target[0], target[2]]).expand(2, 2), rtol=0, atol=1e-3)
+    assert recontrol.value_net(loaded).outputs == 2
+    with pytest.raises(ValueError, match="leaves every output alone"):
+        recontrol.Control(net, target=[None] * 3)
+    header, tensors = fe.store.read(tmp_path)
+    for name in ("format", "version", "tensors"):
+        del header[name]
+    for wrong in ([1.0], ["x", 1.0], [], 3.0):
+        header["edits"][0]["target"] = wrong
+        fe.store.write(tmp_path, header, tensors)
+        with pytest.raises(fe.EditFileError, match=r"target|head"):
+            fe.load(model_of(), tmp_path)
+
+
+def test_several_rewards_are_fitted_each_on_its_own():
+    model, tokenizer = model_of(), tokenizer_of()
+
+    def both(prompts, responses):
+        return [[float(text.count("a")), len(text) / 10] for text in responses]
+
+    data = recontrol.collect(model, tokenizer, PROMPTS, both, **ASK)
+    assert data.rewards.shape == (10, 2)
+    values = torch.randn(len(data.states), 2)
+    together = recontrol.td_targets(values, data.lengths, data.rewards, 0.9)
+    for n in range(2):
+        alone = recontrol.td_targets(values[:, n], data.lengths, data.rewards[:, n], 0.9)
+        assert torch.equal(together[:, n], alone)
+    torch.manual_seed(0)
+    net = fe.ValueNet(32, (16, 16, 8), outputs=2)
+    found = recontrol.fit(net, data, lam=0.9, lr=1e-2, epochs=10)
+    assert found.error < found.epochs[0]["error"]
+    with pytest.raises(ValueError, match=r"1 output\(s\), and the rewards are 2 number"):
+        recontrol.fit(fe.ValueNet(32, 16), data)
+    with pytest.raises(ValueError, match="compares one reward"):
+        recontrol_report.report(None, tokenizer, PROMPTS, both, net)
+    ragged = iter([[[1.0], [1.0, 2.0]] * 2] * 9)
+    with pytest.raises(ValueError, match="expected one finite number for each"):
+        recontrol.collect(model, tokenizer, PROMPTS, lambda p, r: next(ragged), **ASK)
+
+
+def test_messages_go_through_the_template_and_rewards_get_their_text():
+    model, tokenizer, seen = tiny.build("llama", vocab_size=160).eval(), tokenizer_of("smollm2"), []
+
+    def score(prompts, responses):
+        seen.append(prompts)
+        return [1.0] * len(prompts)
+
+    chats = [[{"role": "user", "content": text}] for text in ("ab", "c")]
+    found = recontrol.collect(model, tokenizer, chats, score, max_new_tokens=2)
+    assert seen == [["ab", "c"]] and found.prompts == chats
+    written = [fe.chat.render(tokenizer, chat, prompt=True) for chat in chats]
+    by_hand = recontrol.collect(model, tokenizer, written, score, max_new_tokens=2)
+    assert torch.equal(found.states, by_hand.states)
+    score.takes_messages = True
+    recontrol.collect(model, tokenizer, chats, score, max_new_tokens=2)
+    assert seen[-1] == chats
 
 
 def reranked_slowly(model, tokenizer, prompt, net, k, weight, steps):

@@ -238,28 +238,28 @@ def test_a_bomb_is_refused_before_it_grows(tmp_path):
     assert path.stat().st_size < 4096
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(fe.EditFileError, match="announces 2,147,483,648 numbers and holds fewer"):
-        interop_red._grouped(path, interop_red._read(path))
+        interop_red._grouped(path, interop_red.read_state(path, "RED"))
     with zipfile.ZipFile(small(tmp_path)) as archive:
         parts = {part: archive.read(part) for part in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in parts.items():
             archive.writestr(name, content + bytes(50 << 20 if name.endswith("data/0") else 0))
     with pytest.raises(fe.EditFileError, match="compressed archive"):
-        interop_red._read(path)
+        interop_red.read_state(path, "RED")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
 
 
 def test_flipped_bits_of_numbers_are_refused(tmp_path):
     path = small(tmp_path)
     whole, loaded = path.read_bytes(), 0
-    expected = interop_red._grouped(path, interop_red._read(path))
+    expected = interop_red._grouped(path, interop_red.read_state(path, "RED"))
     draw = random.Random(0)
     for _ in range(300):
         content = bytearray(whole)
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
         try:
-            found = interop_red._grouped(path, interop_red._read(path))
+            found = interop_red._grouped(path, interop_red.read_state(path, "RED"))
         except fe.EditFileError:
             continue
         loaded += 1  # in bytes that say nothing: padding, dates
@@ -272,12 +272,12 @@ def test_only_regular_files_are_read(tmp_path):
     path = tmp_path / "delta_vector.pth"
     path.symlink_to("/dev/zero")
     with pytest.raises(fe.EditFileError, match="is not a regular file"):
-        interop_red._read(path)
+        interop_red.read_state(path, "RED")
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(fe.EditFileError, match="is not a regular file"):
-        interop_red._read(path)
+        interop_red.read_state(path, "RED")
     path.unlink()
     torch.save(state(["model.layers.{}.mlp.down_proj"]), path, _use_new_zipfile_serialization=False)
     with pytest.raises(fe.EditFileError, match=r"is not an archive of torch\.save"):
-        interop_red._read(path)
+        interop_red.read_state(path, "RED")

@@ -218,3 +218,12 @@ def test_gradients_take_what_autograd_gives():
     )
     assert torch.equal(d_hidden, torch.full_like(h, 2.0))
     torch.testing.assert_close(d_scale, H.sum(0))
+
+
+@pytest.mark.parametrize("want", [False, True])
+def test_a_strength_that_the_first_call_declines_gives_the_same_results(want):
+    x, residual, weight = torch.randn(3, 4), torch.randn(3, 4), torch.ones(4)
+    form = {"scale": torch.full((4,), 2.0)} | ({"read": torch.ones(2, 4), "write": torch.ones(2, 4)} if want else {})
+    plain = ops.edit_add_norm(x, residual, weight, return_projection=want, **form)
+    again = ops.edit_add_norm(x, residual, weight, return_projection=want, strength=np.float32(1), **form)
+    assert len(plain) == len(again) == 2 + want and all(map(torch.equal, plain, again))

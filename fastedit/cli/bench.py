@@ -49,10 +49,9 @@ def _prefill(model, ids):
 def _decode(model, ids):
     """One token behind the prompt's cache, which is cut back after each call."""
     cache = model(ids[:, :-1], use_cache=True).past_key_values
-    length = ids.shape[1] - 1
 
     def step():
         model(ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(length)
+        cache.crop(-1)  # how many to drop
 
     return step

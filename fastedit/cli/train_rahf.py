@@ -25,11 +25,7 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
         batch_size, micro_batch, alpha,
         evaluate, rows, chat, seed, device, dtype, device_map, quantize, checkpointing, resume):  # fmt: skip
     console = Console()
-    _check(mode, student, teacher_steps)
-    if quantize is not None and teacher == "full" and teacher_steps != 0:
-        raise typer.BadParameter(
-            "quantized weights do not train: --teacher lora, or --teacher-steps 0 with a ready teacher"
-        )
+    _check(mode, student, teacher, teacher_steps, quantize)
     steps, batch, lr, tokens, kind = (
         p if v is None else v for v, p in zip((steps, batch_size, lr, None, fitted), PUBLISHED[mode], strict=True)
     )
@@ -54,8 +50,6 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
                     epochs=teacher_epochs, lr=teacher_lr, batch_size=batch_size, micro_batch=micro_batch, rank=rank, seed=seed,
                     **cpu,
                 )  # fmt: skip
-                loaded.save_pretrained(Path(out) / "model")
-                tokenizer.save_pretrained(Path(out) / "model")
             module, keep, collator = _student(student, rank, loaded, rejected, tokenizer, alpha, tokens, seed)
             given = rahf.rows_of(pairs, kind, seed)
             with rahf.teacher(module.model):
@@ -82,21 +76,30 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from None
     where = f"{out}/model" if teacher_steps != 0 else model
-    console.print(f"distance to the target pattern {before:.4g} before, [bold]{after:.4g}[/] after {steps} steps")
+    _tell(console, summary, where, out)
+
+
+def _tell(console, told, where, out):
+    """Losses and margins of the summary, and what to do next."""
     console.print(
-        f"log P(chosen) − log P(rejected) on {len(held)} held-out pairs: {means[0]:.4g} for the teacher, [bold]{means[1]:.4g}[/] "
-        f"with the student; positive in {100 * shares[0]:.0f} % and {100 * shares[1]:.0f} %",
+        f"distance to the target pattern {told['loss_before']:.4g} before, [bold]{told['loss_after']:.4g}[/] after "
+        f"{told['steps']} steps"
+    )
+    console.print(
+        f"log P(chosen) − log P(rejected) on {told['held_out']} held-out pairs: {told['margin_before']:.4g} for the teacher, "
+        f"[bold]{told['margin_after']:.4g}[/] "
+        f"with the student; positive in {100 * told['preferred_before']:.0f} % and {100 * told['preferred_after']:.0f} %",
         highlight=False,
     )
     hint = (
         f"fastedit generate {where} --edit {out} --prompt '…'"
-        if student != "lora"
+        if told["student"] != "lora"
         else "peft.PeftModel.from_pretrained"
     )
     console.print(f"saved {out}, for the model {where}; try it with: {hint}", markup=False)
 
 
-def _check(mode, student, teacher_steps):
+def _check(mode, student, teacher, teacher_steps, quantize):
     if mode not in PUBLISHED or student not in STUDENTS:
         raise typer.BadParameter(
             f"mode is {mode!r} and student {student!r}, expected scit or dual, and {', '.join(STUDENTS)}"
@@ -104,6 +107,10 @@ def _check(mode, student, teacher_steps):
     if mode == "dual" and teacher_steps == 0:
         raise typer.BadParameter(
             "dual trains a model of chosen and one of rejected responses: --teacher-steps from 1 on"
+        )
+    if quantize is not None and teacher == "full" and teacher_steps != 0:
+        raise typer.BadParameter(
+            "quantized weights do not train: --teacher lora, or --teacher-steps 0 with a ready teacher"
         )
 
 
@@ -141,13 +148,17 @@ def read_pairs(path):
 
 
 def _teach(model, tokenizer, pairs, mode, by, progress, out, resume, checkpointing, **given):
+    """(the model to fit a student on, the one of rejected responses or None); the first and the tokenizer go to OUT/model."""
     from ..methods import rahf_teachers
     from .progress import TrainingBar
 
-    return rahf_teachers.teach(
+    chosen, rejected = rahf_teachers.teach(
         model, tokenizer, pairs, mode, by=by, output_dir=Path(out) / "teachers", resume=resume, checkpointing=checkpointing,
         callbacks=lambda name: [TrainingBar(progress, f"{mode}: {name}")], **given,
     )  # fmt: skip
+    chosen.save_pretrained(Path(out) / "model")
+    tokenizer.save_pretrained(Path(out) / "model")
+    return chosen, rejected
 
 
 def _last(out, resume):

@@ -13,29 +13,21 @@ from .loading import SIZES, load_model
 from .texts import as_chat, read_texts
 
 DEFAULTS = {
-    "reward": None, "samples": 4, "max_new_tokens": 64, "units": 4096, "lam": 0.0, "step_size": 0.5, "ascent_steps": 30,
-    "lr": 1e-4, "epochs": 100, "batch_size": 512, "rows": None, "chat": False, "seed": 0,
+    "reward": None, "samples": 4, "max_new_tokens": 64, "units": "4096", "lam": 0.0, "step_size": 0.5, "ascent_steps": 30,
+    "target": None, "lr": 1e-4, "epochs": 100, "batch_size": 512, "rows": None, "chat": False, "seed": 0,
     **{name: value for name, value in SIZES.items() if name not in ("accumulate", "checkpointing")},
 }  # fmt: skip
 GENERATED_TOGETHER = 16  # sequences per forward
 
 
 def run(
-    model, data, out, *, reward, samples, max_new_tokens, units, lam, step_size, ascent_steps, lr, epochs, batch_size, rows,
-    chat, seed, device, dtype, device_map, quantize, resume,
+    model, data, out, *, reward, samples, max_new_tokens, units, lam, step_size, ascent_steps, target, lr, epochs, batch_size,
+    rows, chat, seed, device, dtype, device_map, quantize, resume,
 ):  # fmt: skip
     console = Console()
     trained = reward.partition(":")[2] if reward and reward.startswith("edit:") else None
     score = None if trained else find_reward(reward)
-    prompts = read_texts(data)
-    if any(isinstance(prompt, dict) for prompt in prompts):
-        raise typer.BadParameter(f"{data} holds rows with responses, expected prompts alone")
-    prompts = as_chat(prompts) if chat else prompts
-    random.Random(seed).shuffle(prompts)
-    prompts = prompts[:rows]
-    if len(prompts) < 2:
-        raise typer.BadParameter(f"{data} has {len(prompts)} prompt to use, expected 2 or more: some are held out")
-    held_out = prompts[: max(1, min(32, len(prompts) // 10))]
+    prompts, held_out = _prompts(data, rows, chat, seed)
     loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
     import torch
 
@@ -55,32 +47,40 @@ def run(
     try:
         with bars(console) as progress:
             found = recontrol.collect(
-                loaded, tokenizer, prompts[len(held_out) :], score, samples=samples, seed=seed,
+                loaded, tokenizer, prompts, score, samples=samples, seed=seed,
                 progress=_bar(progress, "collecting"), folder=states, **ask,
             )  # fmt: skip
             torch.manual_seed(seed)
-            net = fastedit.ValueNet(found.width, units, device=next(loaded.parameters()).device)
-            control = recontrol.Control(net, step_size, ascent_steps)  # what is wrong with a and n, before the training
+            net = fastedit.ValueNet(found.width, _units(units), device=next(loaded.parameters()).device)
+            recontrol.Control(net, step_size, ascent_steps, target=target)  # mistakes are said before the training
             fitted = recontrol.fit(
                 net, found, lam=lam, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed,
                 progress=_bar(progress, "fitting"),
             )  # fmt: skip
-            control = recontrol.Control(net, step_size, ascent_steps)
+            control = recontrol.Control(net, step_size, ascent_steps, target=target)
             with fastedit.patch(loaded, control) as handle:
-                rows = recontrol_report.report(
+                report = recontrol_report.report(
                     handle, tokenizer, held_out, score, net, samples=4, max_new_tokens=max_new_tokens, seed=seed + 1,
                     batch_size=GENERATED_TOGETHER,
                 )  # fmt: skip
-                earned = [row["reward"] for row in rows[:2]]
+                earned = [row["reward"] for row in report[:2]]
                 summary = {
-                    "task": "control", "method": "recontrol", "reward": reward, "prompts": len(prompts) - len(held_out),
+                    "task": "control", "method": "recontrol", "reward": reward, "prompts": len(prompts),
                     "samples": samples, "max_new_tokens": max_new_tokens, "lam": lam, "lr": lr, "epochs": fitted.best,
                     "batch_size": batch_size, "seed": seed, "error": fitted.error, "held_out": len(held_out),
-                    "reward_before": earned[0], "reward_after": earned[1], "report": rows,
+                    "reward_before": earned[0], "reward_after": earned[1], "report": report,
                 }  # fmt: skip
                 fastedit.store.save(handle, out, base_model=model, training=summary)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
+    _tell(console, found, fitted, held_out, report)
+    console.print(f"saved {out}; try it with: fastedit generate {model} --edit {out} --prompt '…'", markup=False)
+
+
+def _tell(console, found, fitted, held_out, report):
+    """What was sampled and fitted, and the rewards of held-out prompts without and with the control."""
+    from fastedit.methods import recontrol_report
+
     start = fitted.epochs[0]["error"]
     console.print(
         f"{len(found):,} responses of {len(found.states):,} tokens, mean reward {found.rewards.mean():.4g}; held-out error "
@@ -88,10 +88,24 @@ def run(
         highlight=False,
     )
     console.print(
-        f"mean reward on {len(held_out)} held-out prompts: {earned[0]:.4g} without, [bold]{earned[1]:.4g}[/] with"
+        f"mean reward on {len(held_out)} held-out prompts: {report[0]['reward']:.4g} without, "
+        f"[bold]{report[1]['reward']:.4g}[/] with"
     )
-    console.print(recontrol_report.table(rows), markup=False, highlight=False)
-    console.print(f"saved {out}; try it with: fastedit generate {model} --edit {out} --prompt '…'", markup=False)
+    console.print(recontrol_report.table(report), markup=False, highlight=False)
+
+
+def _prompts(data, rows, chat, seed):
+    """(prompts to sample responses of, prompts held out: a tenth, 32 at most)."""
+    prompts = read_texts(data)
+    if any(isinstance(prompt, dict) for prompt in prompts):
+        raise typer.BadParameter(f"{data} holds rows with responses, expected prompts alone")
+    prompts = as_chat(prompts) if chat else prompts
+    random.Random(seed).shuffle(prompts)
+    prompts = prompts[:rows]
+    if len(prompts) < 2:
+        raise typer.BadParameter(f"{data} has {len(prompts)} prompt to use, expected 2 or more: some are held out")
+    count = max(1, min(32, len(prompts) // 10))
+    return prompts[count:], prompts[:count]
 
 
 def find_reward(name, flag="--reward"):
@@ -114,6 +128,15 @@ def find_reward(name, flag="--reward"):
     if not callable(found):
         raise typer.BadParameter(f"{flag} {name!r} is {type(found).__name__}, expected a function")
     return found
+
+
+def _units(text):
+    """4096 of "4096", (3072, 3072, 3072) of "3072,3072,3072"."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--units is {text!r}, expected a number, or up to three with commas") from None
+    return found[0] if len(found) == 1 else found
 
 
 def counting(word):

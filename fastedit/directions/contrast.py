@@ -14,6 +14,7 @@ from ..arguments import as_list
 from ..capturing.capture import capture
 from ..capturing.rows_on_disk import Rows
 from ..hints import Folder, Layers, Site, Texts
+from ..texts.picking import check_at
 from ..texts.sinks import SINKS
 from .directions import Directions
 
@@ -100,11 +101,11 @@ def contrast(
 
 
 def _checked(positive, negative, method, at, probe, held_out):
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
     if probe not in ("logistic", "mass-mean"):
         raise ValueError(f"probe is {probe!r}, expected 'logistic' or 'mass-mean'")
-    if at == "all tokens":
+    if check_at(at) == "all tokens":
         raise ValueError("at is 'all tokens', expected one row per text: 'last token', 'mean', 'last 4', 'response', …")
     sets = []
     for name, texts in ((POSITIVE, positive), (NEGATIVE, negative)):

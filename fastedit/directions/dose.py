@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments import as_list, check_whole
+from ..arguments import FP32_MAX, as_list, check_whole
 from ..edits.kinds import Edit
 from ..hints import Texts
 from ..patching.eval_mode import evaluating
@@ -73,8 +73,8 @@ def calibrate(
         TypeError, ValueError: something that is not an edit, an empty set of prompts, numbers out of range.
     """
     for name, value in (("target_kl", target_kl), ("tolerance", tolerance), ("largest", largest)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value!r}, expected a number above 0")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= FP32_MAX:
+            raise ValueError(f"{name} is {value!r:.60}, expected a finite number above 0")
     if new_tokens is not None and (isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1):
         raise ValueError(f"new_tokens is {new_tokens!r}, expected None, or a whole number from 1 on")
     batches = _batches(model, prompts, tokenizer, batch_size, max_length)

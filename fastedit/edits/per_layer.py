@@ -30,6 +30,8 @@ def as_values(name, value):
         raise TypeError(f"{name} is {where}, expected a dense tensor with numbers in it")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype such as float32")
+    if tensor.dim() and not tensor.shape[-1]:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected one number or more in its last dimension")
     tensor = tensor.to("cpu", torch.float32, copy=True)
     if not tensor.isfinite().all():
         raise ValueError(

@@ -8,9 +8,9 @@ one pass (docs/design.md, 2).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+from ..arguments import as_number
 from .form import at_strength, fold_all
 
 
@@ -66,10 +66,7 @@ def finite(strength):
     """
     if isinstance(strength, (list, tuple, str)):
         raise TypeError(f"a strength is {strength!r:.60}, expected a number; a list of them is for a Stack, one per part")
-    number = float(strength)
-    if not math.isfinite(number):
-        raise ValueError(f"a strength is {strength!r}, expected finite numbers")
-    return number
+    return as_number("a strength", strength)
 
 
 def stacked(parts, strengths):

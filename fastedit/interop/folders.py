@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from torch import nn
 
 from ..edits.form import Form
 from ..families import find_layers
 from ..files.edit_file import EditFileError
 from ..files.sealed import Damaged, parse_json, read_regular, stored_header
+from ..hints import Folder, WhichTokens
 from ..patching import edit_folder
 from ..patching.handle import Handle, patch_as
 from .adopt import edits_of
@@ -37,7 +39,9 @@ _COMPONENTS = {  # of pyvene, whose outputs are ours
 _PATH = re.compile(r"(.+)\.(output|input)")
 
 
-def load_adapter(model, folder, *, positions=None, revision=None, fused=True):
+def load_adapter(
+    model: nn.Module, folder: Folder, *, positions: WhichTokens = None, revision: str | None = None, fused: bool = True
+) -> Handle:
     """Patch a model with an adapter that PEFT or pyreft has saved. Returns the Handle; its edits are frozen.
 
     Args:

@@ -9,12 +9,14 @@ from ..edits.form import at_strength, fold_all
 from ..families import Input, Part
 from ..families.own_class import base_of
 from ..files.edit_file import replace
+from ..hints import Folder
 from ..patching.base_model import describe_base
+from ..patching.handle import Handle
 from ..patching.merge import is_conv1d, is_linear
 from .folders import PEFT_CONFIG, PEFT_PREFIX, PEFT_TENSORS
 
 
-def save_peft(handle, folder, *, task_type=None):
+def save_peft(handle: Handle, folder: Folder, *, task_type: str | None = None) -> Path:
     """Write a handle's edits, at their present strength, as an (IA)³ adapter that PEFT loads. Returns the folder's Path.
 
     Served are scales alone, on every token, at the output or input of a linear map: (IA)³, and RED whose bias is zero.

@@ -42,10 +42,11 @@ def td_targets(values, lengths, rewards, lam=0.0):
 
     Args:
         values: (steps,) V of every state, trajectories one after another. lengths: (n,) int64. rewards: (n,).
+            Of a net of several outputs (steps, outputs) and (n, outputs), each output on its own.
     """
     ends = lengths.to(values.device).cumsum(0) - 1
     rewards = rewards.to(values.device, values.dtype)
-    following = values.detach().roll(-1)
+    following = values.detach().roll(-1, 0)
     following[ends] = rewards
     if lam == 0:
         return following
@@ -171,7 +172,7 @@ class _Data:
             states, lengths, rewards = self.take(part)
             values, count = net(states), len(states)
             loss += td_loss(values, lengths, rewards, lam).item() * count
-            error += (values - rewards.repeat_interleave(lengths.to(self.device))).square().mean().item() * count
+            error += (values - rewards.repeat_interleave(lengths.to(self.device), 0)).square().mean().item() * count
             steps += count
         return {"held_out": loss / steps, "error": error / steps}
 
@@ -188,6 +189,9 @@ def _check(net, trajectories, lam, epochs, batch_size, held_out):
         raise TypeError(f"net is {type(net).__name__}, expected a fastedit.ValueNet")
     if net.width != trajectories.width:
         raise ValueError(f"the value net reads states of width {net.width}, and these are {trajectories.width} wide")
+    outputs = trajectories.rewards.shape[1] if trajectories.rewards.dim() == 2 else 1
+    if net.outputs != outputs:
+        raise ValueError(f"the value net has {net.outputs} output(s), and the rewards are {outputs} number(s) a response")
     if not 0 <= lam <= 1 or not 0 <= held_out < 1:
         raise ValueError(f"lam is {lam!r} and held_out {held_out!r}, expected 0 ≤ lam ≤ 1 and 0 ≤ held_out < 1")
     if not isinstance(epochs, int) or not isinstance(batch_size, int) or epochs < 1 or batch_size < 1:

@@ -29,6 +29,8 @@ def report(
         samples: n of best of n and of reranked samples; also of the sampled ways, where each response counts.
         k, weight: of reranked tokens, see `rerank_tokens`.
     """
+    if net.outputs != 1:
+        raise ValueError(f"the report compares one reward, and the value net has {net.outputs} outputs: see ValueNet.mixed")
     model, dial = handle.model, handle.strength
     ask = {"samples": samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     try:

@@ -37,7 +37,8 @@ logger = logging.getLogger("fastedit")
 
 @dataclass
 class Trajectories:
-    """n responses. states: (sum of lengths, width), in the model's dtype. lengths: (n,) int64. rewards: (n,) fp32.
+    """n responses. states: (sum of lengths, width), in the model's dtype. lengths: (n,) int64. rewards: (n,) fp32, or
+    (n, outputs) of a reward that gives several numbers.
 
     prompts, responses: their texts; a prompt may be a list of messages. [] if unknown.
 
@@ -54,10 +55,12 @@ class Trajectories:
     def __post_init__(self):
         if self.states.dim() != 2 or not self.states.is_floating_point():
             raise TypeError(f"states is {self.states.dtype} {tuple(self.states.shape)}, expected floating (steps, width)")
-        if self.lengths.dim() != 1 or self.lengths.dtype is not torch.int64 or self.rewards.shape != self.lengths.shape:
+        if self.lengths.dim() != 1 or self.lengths.dtype is not torch.int64 or (
+            self.rewards.dim() not in (1, 2) or self.rewards.shape[:1] != self.lengths.shape
+        ):
             raise ValueError(
                 f"lengths is {self.lengths.dtype} {tuple(self.lengths.shape)} and rewards {tuple(self.rewards.shape)}, "
-                "expected int64 (responses,) and one reward each"
+                "expected int64 (responses,) and one reward each, or (responses, outputs)"
             )
         if not len(self.lengths) or int(self.lengths.min()) < 1 or int(self.lengths.sum()) != len(self.states):
             raise ValueError(f"lengths sum to {int(self.lengths.sum())}, each from 1 on, for {len(self.states)} states")
@@ -129,8 +132,8 @@ def collect(
     Args:
         model, tokenizer: a causal language model and its tokenizer, which needs a padding token.
         prompts: texts, or lists of messages, which go through the tokenizer's chat template.
-        reward: any function (prompts, responses) → one number each. It is called with a batch of texts. For messages it gets
-            the last one's text, or the messages themselves if it has the attribute `takes_messages`.
+        reward: any function (prompts, responses) → one number each, or lists of as many numbers each. It is called with a
+            batch of texts. For messages it gets the last one's text, or themselves if it has the attribute `takes_messages`.
         samples: responses per prompt. temperature: 0 for the likeliest token.
         dtype: of the kept states. By default the model's own.
         progress: called as progress(done, total), in responses, after each batch.
@@ -241,9 +244,13 @@ def rewards_of(reward, prompts, responses):
     as_they_are = getattr(reward, "takes_messages", False)
     found = reward(prompts if as_they_are else [plain(prompt) for prompt in prompts], responses)
     found = found.tolist() if isinstance(found, torch.Tensor) else list(found)
-    if len(found) != len(responses) or not all(isinstance(r, (int, float)) and math.isfinite(r) for r in found):
+    rows = [r if isinstance(r, (list, tuple)) else [r] for r in found]
+    numbers = all(isinstance(n, (int, float)) and math.isfinite(n) for row in rows for n in row)
+    kinds = {len(r) if isinstance(r, (list, tuple)) else None for r in found}
+    if len(found) != len(responses) or not numbers or len(kinds) != 1 or 0 in kinds:
         raise ValueError(
             f"reward gave {found!r:.80} for {len(responses)} responses, expected one finite number for each"
+            " (or a list of them, as long for each)"
         )
     return found
 

@@ -1,5 +1,6 @@
 # What ops/__init__.py loads on first use, with types; tests/test_types.py compares the two.
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 from torch import Tensor
@@ -66,4 +67,6 @@ def project(hidden: Tensor, read: Tensor, offset: Tensor | None = None) -> Tenso
 def moments(
     hidden: Tensor, group: Tensor | None = None, mask: Tensor | None = None, groups: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]: ...
-def value_ascent(hidden: Tensor, value_net: ValueNet, steps: int, step_size: float) -> Tensor: ...
+def value_ascent(
+    hidden: Tensor, value_net: ValueNet, steps: int, step_size: float, target: float | Sequence[float] | None = None
+) -> Tensor: ...

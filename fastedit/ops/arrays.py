@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from ..arguments import NORM_KINDS, check_norm_kind, check_on, check_steps
+from ..arguments import NORM_KINDS, check_norm_kind, check_on, check_steps, groups_of
 
 try:
     from .. import _native
@@ -131,7 +131,7 @@ def moments(
     if group is None:
         count, groups = library.full(1, math.prod(hidden.shape[:-1]), np.int64), 1
     else:
-        groups = groups or max(int(group.max(initial=0)) + 1, 1)
+        groups = groups or groups_of(int(group.max(initial=0)))
         if library is not np:
             order = _sorted(library, group.reshape(-1), groups)
     first, mean, m2 = _native.moments(hidden, group, groups, order)

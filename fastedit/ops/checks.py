@@ -5,7 +5,7 @@ From metadata alone, but for slots in host memory. The native module has checks 
 
 import torch
 
-from ..arguments import MAX_RANK, check_norm_kind, check_projection, check_steps
+from ..arguments import MAX_RANK, check_norm_kind, check_projection, check_steps, check_target, groups_of
 from .value_net import ValueNet
 
 _ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -190,10 +190,10 @@ def check_group(hidden, group, mask, groups, traced):
     largest = int(group.max()) if group.numel() else -1
     if groups is not None and largest >= groups:
         raise IndexError(f"group has the number {largest}, expected −1 (left out) or 0 to {groups - 1}")
-    return groups or max(largest + 1, 1)
+    return groups or groups_of(largest)
 
 
-def check_ascent(hidden, value_net, steps, step_size):
+def check_ascent(hidden, value_net, steps, step_size, target=None):
     _check_rows(hidden, "hidden")
     if not isinstance(value_net, ValueNet):
         raise TypeError(
@@ -206,4 +206,5 @@ def check_ascent(hidden, value_net, steps, step_size):
         raise ValueError(
             f"hidden is on {hidden.device} and the value net on {value_net.weight.device}; move one with .to()"
         )
+    check_target(value_net, target)
     check_steps(steps, step_size)

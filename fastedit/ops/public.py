@@ -137,6 +137,7 @@ def edit_add_norm(
             return done
     check_on(on)
     check_norm_kind(weight, norm_bias, kind)
+    eps = eps if isinstance(eps, float) else as_number("eps", eps)
     form = (scale, bias, read, offset, write, slot, _coefficient(strength, x, "x"))
     out, normed, z, *_ = _seen(
         "edit_add_norm", (x, residual, weight, norm_bias), form, on_sum, code, eps, gate=gate, rule=rule,
@@ -201,7 +202,7 @@ def moments(hidden, group=None, mask=None, groups=None):
 
 
 @torch.no_grad()
-def value_ascent(hidden, value_net, steps, step_size):
+def value_ascent(hidden, value_net, steps, step_size, target=None):
     """Gradient ascent on a value net, from each row by itself: u ← u + a ∇V(h + u), `steps` times; h' = h + u.
 
     This is RE-Control's control at test time (arXiv 2406.05954), without autograd. The steps stay in the first hidden
@@ -213,6 +214,9 @@ def value_ascent(hidden, value_net, steps, step_size):
         value_net: a fastedit.ValueNet of that width, on the same device. Its Gram matrix is computed at the first call,
             and again when its first weight has changed. Under torch.compile the caller does that: value_net.gram().
         steps, step_size: n and a of the paper.
+        target: a number, or one for each output of the net. Then −½ Σ (V − target)² is ascended, towards these values. A net
+            of several outputs needs it, or `value_net.mixed(weights)`. Targets, and nets of three hidden layers, take a
+            product of the first layer's size for each step, and no kernel.
 
     Returns:
         h' in hidden's shape and dtype, contiguous.
@@ -220,7 +224,9 @@ def value_ascent(hidden, value_net, steps, step_size):
     Raises:
         TypeError, ValueError: a wrong dtype, width, device or number, before anything runs.
     """
-    check_ascent(hidden, value_net, steps, step_size)
+    check_ascent(hidden, value_net, steps, step_size, target)
+    if target is not None or value_net.weight3 is not None:
+        return value_net.ascended(hidden, steps, float(step_size), target)
     traced = _traced(hidden)
     gram = value_net.gram(torch.float64 if hidden.dtype is torch.float64 else torch.float32)
     version = value_net.gram_version if traced and not torch.compiler.is_exporting() else -1  # a weight exported has no past

@@ -29,9 +29,12 @@ def run(op, *arguments, backend=None):
         if "needs" not in given:
             check(op, given)
         serving = backend or _serving(given)
-        results = getattr(serving, op)(*(_laid(name, value, serving) for name, value in given.items()))
+        flattened = not (serving.any_shape and all(_whole(given.get(name)) for name in _ROWS))
+        results = getattr(serving, op)(*(_laid(name, value, flattened) for name, value in given.items()))
     elif op == "edit" or op == "edit_add":
         return results if given["want_z"] else (results, None)
+    elif op == "edit_add_norm" and not given.get("want_stats"):
+        return *results, *(None,) * (5 - len(results))
     names = GIVES[op]
     if len(names) == 1:
         return _shaped(names[0], results, given)
@@ -47,15 +50,19 @@ def flat(tensor):
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _laid(name, value, backend):
+def _whole(value):
+    """Whether rows can stay as they are, of any shape. Else all rows of a call are flattened, so that they agree."""
+    return value is None or (value.is_contiguous() and value.dim() <= MAX_DIMS)
+
+
+def _laid(name, value, flattened):
     if not isinstance(value, torch.Tensor):
         return value
     if name in _ONE_A_ROW:
         return value.reshape(-1).contiguous()
     if name not in _ROWS:
         return value.contiguous()
-    whole = backend.any_shape and value.is_contiguous() and value.dim() <= MAX_DIMS
-    return value if whole else flat(value)
+    return flat(value) if flattened else value
 
 
 def _rows(given):

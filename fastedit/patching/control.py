@@ -2,21 +2,22 @@
 
     u ← u + a ∇V(h + u), n times;  h' = h + u              (RE-Control, arXiv 2406.05954)
 
+or, towards target scores, with −½ Σ (V − target)² in place of V.
+
 This is an edit on `final` like any other: the same handle patches, stacks, dials, saves and removes it. It has no
 normal form, so it is a stage of its own (`Ascending`). It acts only on rows that a next token is predicted from.
 """
 
 import itertools
+import math
 import weakref
 
 import torch
 
 from .. import ops
-from ..arguments import check_steps
+from ..arguments import check_steps, check_target
 from ..edits.kinds import Edit
-from ..ops.value_net import ValueNet
-
-NAMES = ("weight", "bias", "weight2", "bias2", "head", "offset")  # a ValueNet's parameters
+from ..ops.value_net import NAMES, ValueNet
 
 _stages, _numbers = weakref.WeakValueDictionary(), itertools.count()  # what a compiled graph knows a stage by
 _library = torch.library.Library("fastedit", "FRAGMENT")
@@ -67,7 +68,8 @@ class Ascending:
 
     def ascend(self, hidden):
         options = self.control.options
-        return ops.value_ascent(hidden, self._net(), options["steps"], options["step_size"] * self.control.strength)
+        step_size = options["step_size"] * self.control.strength
+        return ops.value_ascent(hidden, self._net(), options["steps"], step_size, options["target"])
 
     def _net(self):
         """A ValueNet on the masters' own memory, so that it sees what is copied into them. A new one if they were
@@ -153,6 +155,8 @@ class Control(Edit):
         value_net: a fastedit.ValueNet of the model's width (`fastedit.methods.recontrol.fit`). Its present values are
             copied onto the model, in fp32 whatever the model's dtype.
         step_size, steps: a and n. fastedit/methods/recontrol.py has the published ones.
+        target: scores to steer to instead of upwards: a number for each output of the net, None for one that is left alone.
+            A net of several outputs needs it, or `value_net.mixed(weights)`.
         strength: as in every edit.
 
     Raises:
@@ -161,10 +165,10 @@ class Control(Edit):
 
     default_site = "final"
     allowed_names = NAMES
-    options = ("units", "step_size", "steps")
+    options = ("units", "step_size", "steps", "target")
     stage = Ascending
 
-    def __init__(self, value_net, step_size=0.5, steps=30, *, strength=1.0):
+    def __init__(self, value_net, step_size=0.5, steps=30, *, target=None, strength=1.0):
         if not isinstance(value_net, ValueNet):
             raise TypeError(
                 f"value_net is {type(value_net).__name__}, expected a fastedit.ValueNet; ValueNet.from_sequential takes an "
@@ -178,8 +182,8 @@ class Control(Edit):
         for name, tensor in self.given.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"the value net's {name} holds values that are NaN or infinite")
-        self.units = [len(self.given[name]) for name in ("bias", "bias2") if name in self.given]
-        self.step_size, self.steps = step_size, steps
+        self.units = [len(bias) for _, bias in value_net.hidden_layers]
+        self.step_size, self.steps, self.target = step_size, steps, self._aimed(value_net, target)
         super().__init__(self.given, strength=strength)
         self.check()
 
@@ -189,13 +193,31 @@ class Control(Edit):
             raise ValueError(f"step_size is {self.step_size!r}, expected a finite number")
         check_steps(self.steps, self.step_size)
         units = self.units
-        if not isinstance(units, list) or not all(isinstance(n, int) and n > 0 for n in units) or len(units) not in (1, 2):
-            raise ValueError(f"Control: units is {units!r:.60}, expected one or two numbers from 1 on")
-        names = [name for name in NAMES if len(units) == 2 or name not in ("weight2", "bias2")]
+        if not isinstance(units, list) or not all(isinstance(n, int) and n > 0 for n in units) or len(units) not in (1, 2, 3):
+            raise ValueError(f"Control: units is {units!r:.60}, expected one to three numbers from 1 on")
+        target = self.target
+        if target is not None and (not isinstance(target, list) or not target or not all(map(_is_finite, target))):
+            raise ValueError(f"Control: target is {target!r:.60}, expected a list of finite numbers")
+        names = [name for name in NAMES if name[-1] not in "23" or int(name[-1]) <= len(units)]
         if list(self.names) != names:
             raise ValueError(f"Control: tensors is {list(self.names)!r}, expected {names} for {len(units)} hidden layer(s)")
         if self.site != "final" or self.positions is not None or self.keep_norm or self.gate is not None or self.rank:
             raise ValueError("Control: it acts on 'final', where a next token is predicted, and takes no other place or gate")
+
+    def _aimed(self, net, target):
+        """The target as a list; outputs that are left alone are taken out of what was given."""
+        if target is None:
+            check_target(net, None)
+            return None
+        target = list(target) if isinstance(target, (list, tuple)) else [target]
+        kept = [n for n, value in enumerate(target) if value is not None]
+        check_target(net, [0.0 if value is None else value for value in target])
+        if not kept:
+            raise ValueError("target leaves every output alone: give a number for one of them")
+        if len(kept) < len(target):
+            rows = self.given["head"][kept]
+            self.given["head"], self.given["offset"] = rows[0] if len(kept) == 1 else rows, self.given["offset"][kept]
+        return [float(target[n]) for n in kept]
 
     def when(self, gate):
         raise TypeError("a Control has no coefficient for a gate to decide; use handle.strength")
@@ -212,6 +234,14 @@ class Control(Edit):
         return torch.zeros(self.shape(name, width))
 
     def shape(self, name, width):
-        first, last = self.units[0], self.units[-1]
-        shapes = {"weight": (first, width), "bias": (first,), "weight2": (last, first), "bias2": (last,), "head": (last,)}
-        return shapes.get(name, (1,))
+        sizes, outputs = [width, *self.units], len(self.target or [0.0])
+        if name == "head":
+            return (sizes[-1],) if outputs == 1 else (outputs, sizes[-1])
+        if name == "offset":
+            return (outputs,)
+        place = int(name[-1]) if name[-1] in "23" else 1
+        return (sizes[place], sizes[place - 1]) if name.startswith("weight") else (sizes[place],)
+
+
+def _is_finite(value):
+    return isinstance(value, float) and math.isfinite(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def load(
     """
     check_flag("head", head), check_flag("freeze", freeze)
     folder = fetch(folder, revision)
-    if not (folder / JSON).exists() and (saved := states.find(folder)) is not None:
+    if not os.path.exists(folder / JSON) and (saved := states.find(folder)) is not None:
         return _load_state(model, saved, freeze, head)
     header, edits, tensors, strength = _opened(model, folder)
     handle = patch(model, edits, freeze=freeze)
@@ -132,7 +133,7 @@ def _layers(model):
 def fetch(folder, revision=None, patterns=("edit*.safetensors", "head*.safetensors", JSON)):
     """The local folder of an edit: itself, or a Hub repo's snapshot of the files of these patterns."""
     path = Path(folder)
-    if path.exists() or not _REPO.fullmatch(str(folder)):
+    if os.path.exists(path) or not _REPO.fullmatch(str(folder)):
         return path
     from huggingface_hub import snapshot_download
 

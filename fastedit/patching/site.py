@@ -148,7 +148,7 @@ class Stage:
             facts += m.sources()
             if self.only is None or isinstance(m, DerivedMasters):
                 facts += [(t, None, stamp(t)) for _, _, t in m.sources()]
-                facts.append((changes, "_steps", optimizer_steps()))
+                facts += [(changes, "_steps", optimizer_steps()), (m, "kept", getattr(m, "kept", None))]
         return (*tensors, strength, *gate), tuple(facts)
 
     def fold(self, grad, then=None):
@@ -195,8 +195,10 @@ class Ride:
                       *((holder._modules, name, module) for holder, name, module in links))  # fmt: skip
         if dropout is not None:  # facts for forwards to come: more is let through in `now`
             self.open = self.facts
-            owner = getattr(dropout, "owner", dropout)
-            self.facts += ((owner, "training", NOTHING), (getattr(dropout, "module", dropout), "_forward_hooks", NOTHING))
+            owner, module = getattr(dropout, "owner", dropout), getattr(dropout, "module", dropout)
+            self.facts += (owner, "training", NOTHING),
+            if module is not None:  # None: a function of a probability, which nobody can hook
+                self.facts += (module, "_forward_hooks", NOTHING),
 
     def now(self, dtype):
         dropout = self.dropout

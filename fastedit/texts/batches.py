@@ -50,6 +50,7 @@ class Windows:
         if not isinstance(data, Iterable) or getattr(data, "shape", None) == ():
             raise TypeError(f"the data is {data!r:.60}, expected an iterable of texts, token ids or batches")
         check_whole("batch_size", batch_size)
+        batch_size = min(batch_size, 1 << 32)  # islice counts no further than its machine
         if max_length is not None:
             check_whole("max_length", max_length)
         self.tokenizer, self.data, self.batch_size = tokenizer, data, batch_size
@@ -215,6 +216,8 @@ def kind_of(item, index):
         return "rows" if {"prompt", *CHATS} & item.keys() else "ready batches"
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):
         return "messages"
+    if not isinstance(item, Iterable) or getattr(item, "shape", None) == ():
+        raise TypeError(f"item {index} is {item!r:.60}, expected a text, messages, a row, token ids or a batch")
     return "token ids"
 
 
@@ -277,4 +280,4 @@ def _content(item, index):
     if isinstance(item, Mapping):
         ids = item.get("input_ids")
         return repr(ids.tolist() if isinstance(ids, torch.Tensor) else index).encode()
-    return repr(list(map(int, item))).encode()
+    return repr(_token_ids(item, index)).encode()

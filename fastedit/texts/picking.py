@@ -11,9 +11,9 @@ AT = (*FIXED, "last K", "response", "suffix", "span")
 
 
 def check_at(at):
-    """`at`, or ValueError. "last 4" is the mean of a text's last four tokens."""
-    if at not in AT[:4] and at not in AT[5:] and last_of(at) is None:
-        raise ValueError(f"at is {at!r}, expected one of {', '.join(map(repr, AT))} (K a number from 1 on)")
+    """`at` as it is, or ValueError. "last 4" is the mean of a text's last four tokens."""
+    if not isinstance(at, str) or (at not in AT[:4] and at not in AT[5:] and last_of(at) is None):
+        raise ValueError(f"at is {at!r:.60}, expected one of {', '.join(map(repr, AT))} (K a number from 1 on)")
     return at
 
 

@@ -228,6 +228,9 @@ def form_of(given, rows):
     width, lead = rows.shape[-1], tuple(rows.shape[:-1])
     slot, tensors = given.get("slot"), {name: given.get(name) for name in FORM}
     some = ()
+    for each in (slot, given.get("strength")):
+        if held(each) and each.dim() == 1 and tuple(each.shape) != lead and len(each) == math.prod(lead):
+            raise Unsaid("one a row, already flat")
     if slot is not None:
         need(held(slot) and slot.dtype is torch.int32 and tuple(slot.shape) == lead, "slot")
         first = next((tensors[n] for n in ("scale", "bias", "read") if tensors[n] is not None), None)
@@ -483,7 +486,7 @@ def run(call):
     except Exception as error:
         return f"{type(error).__name__} (wrong: {allowed}): {error!s:.200}", False
     for name, tensor in before.items():
-        if not torch.equal(tensor.nan_to_num(7.0) if tensor.is_floating_point() else tensor, _now(call.given[name])):
+        if not torch.equal(_now(tensor), _now(call.given[name])):
             return f"{name} was changed", True
     if allowed is None:
         return None, True
@@ -494,7 +497,7 @@ def run(call):
 
 def _now(tensor):
     tensor = tensor.detach()
-    return tensor.nan_to_num(7.0) if tensor.is_floating_point() else tensor
+    return tensor.double().nan_to_num(7.0) if tensor.is_floating_point() else tensor  # float8 has no nan_to_num
 
 
 def says_enough(text):
@@ -506,5 +509,5 @@ WORDS = (
     "expected", "needs", "need a", "belong", "use ", "move", "same", "given without", "takes", "reads", "supported", "makes",
     "the model has", "there is n", "holds", "is empty", "wide", "leave it out", "add ", "are all", "go together", "pass ",
     "allow ", "measure at", "not reached", "looked for", "this bank does not serve", "out of range in self", "should be",
-    "an empty set", "have no direction", "not a plain state dict",
+    "an empty set", "leave layers", "have no direction", "not a plain state dict",
 )  # fmt: skip

@@ -393,7 +393,7 @@ class RowPlan:
     def _mask(self, columns, batch, device):
         mask = self.mask
         if mask is None:
-            raise RuntimeError("positions='mask': no mask was given; call handle.mask(mask) before the forward")
+            raise RuntimeError("positions='mask': no mask was given, expected one; call handle.mask(mask) before the forward")
         if isinstance(mask, Elsewhere):
             raise mask.refuse()
         mask = self._told(mask.to(device, torch.float32), batch, "handle.mask's mask")
