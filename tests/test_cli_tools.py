@@ -156,7 +156,8 @@ def test_evaluate_of_a_language_model(model, directions, tmp_path):
     kl = sum(float((p.exp() * (p - q)).sum()) for (p, _), (q, _) in zip(plain, other, strict=True)) / count
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6) and rows[1]["kl"] == pytest.approx(kl, rel=1e-4)
     assert rows[0]["tokens"] == rows[1]["tokens"] == count
-    assert [torch.tensor(row["perplexity"]).log().item() for row in rows] == pytest.approx(loss, rel=1e-4)
+    assert [row["loss"] for row in rows] == pytest.approx(loss, rel=1e-4)
+    assert rows[1]["loss_without"] == pytest.approx(loss[0], rel=1e-4)
 
 
 def test_sweep_saves_the_best(model, directions, tmp_path):

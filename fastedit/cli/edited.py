@@ -72,7 +72,7 @@ def _with_head(model, data, folder, note, strengths, columns, loading):
 
 
 def _language(model, data, folder, strengths, loading):
-    """Perplexity with and without the edit, and the mean KL between them, over the tokens of texts."""
+    """Loss (nats per token) with and without the edit, and the mean KL between them, over the tokens of texts."""
     import fastedit
 
     texts = read_texts(data)
@@ -89,8 +89,8 @@ def _language(model, data, folder, strengths, loading):
             raise typer.BadParameter(f"{data} holds no text of two tokens or more")
         mean = {name: total[name] / total["tokens"] for name in ("with", "without", "kl")}
         found.append({
-            "strength": strength, "tokens": total["tokens"], "perplexity": math.exp(mean["with"]),
-            "perplexity_without": math.exp(mean["without"]), "kl": mean["kl"],
+            "strength": strength, "tokens": total["tokens"], "loss": mean["with"], "loss_without": mean["without"],
+            "kl": mean["kl"], "perplexity": math.exp(mean["with"]) if mean["with"] < 700 else None,
         })  # fmt: skip
     return found
 

@@ -67,7 +67,7 @@ def evaluate(
     dtype: Dtype = None,
     as_json: Json = False,
 ):
-    """Say how good an edit is on held-out data: accuracy or correlations of a trained head, else perplexity and KL.
+    """Say how good an edit is on held-out data: accuracy or correlations of a trained head, else loss, perplexity and KL.
 
     KL: from the model without the edit to the one with it, nats per token of the texts: the dose.
 
