@@ -195,8 +195,10 @@ class Ride:
                       *((holder._modules, name, module) for holder, name, module in links))  # fmt: skip
         if dropout is not None:  # facts for forwards to come: more is let through in `now`
             self.open = self.facts
-            owner = getattr(dropout, "owner", dropout)
-            self.facts += ((owner, "training", NOTHING), (getattr(dropout, "module", dropout), "_forward_hooks", NOTHING))
+            owner, module = getattr(dropout, "owner", dropout), getattr(dropout, "module", dropout)
+            self.facts += ((owner, "training", NOTHING),)
+            if module is not None:
+                self.facts += ((module, "_forward_hooks", NOTHING),)
 
     def now(self, dtype):
         dropout = self.dropout
