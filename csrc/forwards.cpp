@@ -92,8 +92,8 @@ py::object edit_add_norm(Call& call, const Given& given) {
   View weight, norm_bias, normed, mean, rstd;
   call.parameter(weight, given[2], "weight", {a.add.width}, added.residual.dtype);
   call.parameter(norm_bias, given[3], "norm_bias", {a.add.width}, added.residual.dtype);
-  a.kind = given.has(12) ? static_cast<int>(given.integer(12)) : RMS;
-  a.eps = given.has(13) ? given.number(13) : 1e-6f;
+  a.kind = given.count > 12 ? static_cast<int>(given.integer(12)) : RMS;
+  a.eps = given.count > 13 ? given.number(13) : 1e-6f;
   if (a.kind < RMS || a.kind > LAYER || (a.kind != LAYER && (!weight.given() || norm_bias.given()))) {
     refuse("the norm's kind does not fit its weight and bias");
   }

@@ -227,3 +227,16 @@ def test_a_strength_that_the_first_call_declines_gives_the_same_results(want):
     plain = ops.edit_add_norm(x, residual, weight, return_projection=want, **form)
     again = ops.edit_add_norm(x, residual, weight, return_projection=want, strength=np.float32(1), **form)
     assert len(plain) == len(again) == 2 + want and all(map(torch.equal, plain, again))
+
+
+def test_numbers_that_the_first_call_does_not_take_and_numbers_that_are_none():
+    """A strength that only Python can read goes the long way, where the norm's statistics are not wanted."""
+    expected = ops.edit_add_norm(H, H, ONE, TWO, strength=0.5)
+    for strength in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+        for one, other in zip(ops.edit_add_norm(H, H, ONE, TWO, strength=strength), expected, strict=True):
+            assert torch.equal(one, other)
+    _, _, z = ops.edit_add_norm(H, H, ONE, None, None, READ, None, READ, strength=np.float32(0.5), return_projection=True)
+    assert torch.equal(z, ops.project(H, READ))
+    for eps in (None, torch.float32, "1"):
+        with pytest.raises(ValueError, match="eps"):
+            ops.edit_add_norm(H, H, ONE, TWO, eps=eps)

@@ -56,8 +56,8 @@ class Counter(dispatch.TorchDispatchMode):
             finally:
                 self._inside = False
             if out is not None:  # None: it was only asked, and nothing ran
-                if args and isinstance(args[0], tuple):  # a call held ready: (function, arguments, facts, …)
-                    args = (args[0][1], *args[1:])
+                if args and isinstance(args[0], tuple):  # held ready: (op, its arguments, facts, …), then the rows
+                    args = (*args[1:], *args[0][1])
                 self._add((args, kwargs), out)
             return out
 

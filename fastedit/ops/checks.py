@@ -5,7 +5,7 @@ From metadata alone, but for slots in host memory. The native module has checks 
 
 import torch
 
-from ..arguments import MAX_RANK, check_norm_kind, check_projection, check_steps, check_target, groups_of
+from ..arguments import MAX_RANK, as_number, check_norm_kind, check_projection, check_steps, check_target, groups_of
 from .value_net import ValueNet
 
 _ROW_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -169,6 +169,8 @@ def _check_norm(x, given):
         if parameter.dtype != residual:
             raise TypeError(f"the norm's {name} has dtype {parameter.dtype} and the residual {residual}, expected the same dtype")
     check_norm_kind(given["weight"], given["norm_bias"], given["kind"])
+    if type(given["eps"]) is not float:
+        as_number("eps", given["eps"])
 
 
 def check_group(hidden, group, mask, groups, traced):

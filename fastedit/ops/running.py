@@ -33,8 +33,9 @@ def run(op, *arguments, backend=None):
         results = getattr(serving, op)(*(_laid(name, value, flattened) for name, value in given.items()))
     elif op == "edit" or op == "edit_add":
         return results if given["want_z"] else (results, None)
-    elif op == "edit_add_norm" and not given.get("want_stats"):
-        return *results, *(None,) * (5 - len(results))
+    elif op == "edit_add_norm" and not given["want_stats"]:
+        out, normed, *z = results
+        results = (out, normed, *(z or (None,)), None, None)
     names = GIVES[op]
     if len(names) == 1:
         return _shaped(names[0], results, given)
