@@ -249,7 +249,7 @@ def test_what_is_assigned_is_checked():
         ([], {}, "given no names"), ("anna", {}, "one name per sequence"), (torch.zeros(2), {}, "one name per sequence"),
         ([1, 2], {}, "name is 1, expected a string"), (["anna", ["ben"]], {}, "lists beside names"),
         ([["anna"], ["ben", None]], {}, "different lengths"), (["anna"], {"strengths": [1, 2]}, "2 strengths for 1 names"),
-        (["anna"], {"strengths": float("nan")}, "expected finite"), (["anna"], {"tokens": torch.ones(2, 2)}, "integers"),
+        (["anna"], {"strengths": float("nan")}, "expected a finite"), (["anna"], {"tokens": torch.ones(2, 2)}, "integers"),
         (["anna"], {"tokens": torch.tensor([[0, 1]])}, "numbers from 0 to 1"),
         ([["anna"]], {"tokens": torch.tensor([[0]])}, "plain list"),
     ):  # fmt: skip
