@@ -152,7 +152,7 @@ bench: $(STAMPS)/fastedit
 # libstdc++ is loaded first, so that the sanitizers see its exceptions; what malloc gives is NaN, too.
 CALLS ?= 100000
 SECONDS_OF_THREADS ?= 30
-BAD_INPUTS := tests/test_thin_face.py tests/test_native_inputs.py tests/test_arrays.py tests/test_neighbours.py
+BAD_INPUTS := tests/ops/test_thin_face.py tests/ops/test_native_inputs.py tests/ops/test_arrays.py tests/interop/test_neighbours.py
 PRELOADED = $(shell for l in libasan libubsan libstdc++; do $(CXX) -print-file-name=$$l.so; done)
 WHERE = import os, numpy, pytest, torch; print(os.pathsep.join(dict.fromkeys(os.path.dirname(os.path.dirname(m.__file__)) \
 	for m in (numpy, pytest, torch))))

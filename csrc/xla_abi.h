@@ -2,7 +2,7 @@
 //
 // Facts alone (order and types of fields, codes, the rule for versions), under names of our own, from openxla/xla,
 // xla/ffi/api/c_api.h and xla/ffi/ffi_registry.cc (Apache-2.0), interface versions 0.1 to 0.3, which agree on
-// everything below; jaxlib 0.10.2 carries 0.3. tests/test_xla_abi.py holds this file against the header of the jaxlib
+// everything below; jaxlib 0.10.2 carries 0.3. tests/kernels/test_xla_abi.py holds this file against the header of the jaxlib
 // that is installed. Structs only grow at their ends, and each says how large it is.
 #pragma once
 #include <cstddef>

@@ -1,4 +1,4 @@
-# What fastedit/__init__.py loads on first use, for type checkers and editors; tests/test_types.py compares the two.
+# What fastedit/__init__.py loads on first use, for type checkers and editors; tests/pages/test_types.py compares the two.
 
 from . import families as families
 from . import interop as interop

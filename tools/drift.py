@@ -74,7 +74,7 @@ def run(lane, age, folder, options):
         return row, ["the tested version: nothing to run"]
     report = place / "tests.xml"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
-    files = [str(ROOT / "tests" / f"{name}.py") for name in lane.tests]
+    files = [str(path) for name in lane.tests for path in sorted((ROOT / "tests").rglob(f"{name}.py"))]
     line = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", f"--junitxml={report}", *files, *options]
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
     row["wall_s"] = round(time.monotonic() - begun, 1)

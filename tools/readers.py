@@ -1,4 +1,4 @@
-"""Every reader of files, with sound files to start from: what tools/fuzz.py and tests/test_fuzzed.py feed.
+"""Every reader of files, with sound files to start from: what tools/fuzz.py and tests/files/test_fuzzed.py feed.
 
 A mutated file rarely has its checksum, and would test that alone: `Reader.repair` makes one as its writer would.
 """

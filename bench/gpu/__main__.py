@@ -66,7 +66,8 @@ def steps(options):
     )
     if rehearse:  # everything up to the compiler
         build = (*module, "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--dry-run")
-    files = [f"tests/test_{name}.py" for name in (TESTS[:1] if rehearse else TESTS)]
+    names = TESTS[:1] if rehearse else TESTS
+    files = [str(path.relative_to(ROOT)) for name in names for path in sorted((ROOT / "tests").rglob(f"test_{name}.py"))]
     pytest = (*module, "pytest", "-q", "-m", "gpu", *files, "-p", "no:cacheprovider")
     workers = () if rehearse else ("-n", "12")
     native = (

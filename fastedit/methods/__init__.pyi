@@ -1,4 +1,4 @@
-# What methods/__init__.py loads on first use; tests/test_types.py compares the two.
+# What methods/__init__.py loads on first use; tests/pages/test_types.py compares the two.
 
 from . import cast as cast
 from . import inferaligner as inferaligner

@@ -1,4 +1,4 @@
-# What ops/__init__.py loads on first use, with types; tests/test_types.py compares the two.
+# What ops/__init__.py loads on first use, with types; tests/pages/test_types.py compares the two.
 
 from collections.abc import Sequence
 from typing import Literal, overload

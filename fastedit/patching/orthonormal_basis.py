@@ -10,7 +10,7 @@ in one batch.
 
 The alternative is a free matrix A with R = Q(A) (torch.nn.utils.parametrizations.orthogonal). It rebuilds R and
 differentiates through that in every layer of every forward. Per step both descend in the same directions to first
-order, and 150 steps end at most a tenth higher (tests/test_reft_training.py).
+order, and 150 steps end at most a tenth higher (tests/training/test_reft_training.py).
 
 Edelman, Arias and Smith 1998 (tangent projection, 2.2.1); Absil, Mahony and Sepulchre 2008 (QR retraction, 4.1.1).
 """

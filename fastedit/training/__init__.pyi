@@ -1,4 +1,4 @@
-# What training/__init__.py loads on first use; tests/test_types.py compares the two.
+# What training/__init__.py loads on first use; tests/pages/test_types.py compares the two.
 
 from .callback import EditCallback as EditCallback
 from .reference import Reference as Reference

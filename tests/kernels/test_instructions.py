@@ -15,7 +15,7 @@ import pytest
 
 from fastedit import _native
 
-SCRIPT = pathlib.Path(__file__).with_name("instruction_counts.py")
+SCRIPT = pathlib.Path(__file__).parents[1] / "instruction_counts.py"
 CALLS, ELEMENTS = 100, 16 * 1024
 COUNTED = {  # (op, dtype): instructions an element with g++ 12; a 4 behind the op is its rank
     ("edit_add", "fp32"): 1.003,

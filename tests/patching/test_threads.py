@@ -34,7 +34,7 @@ def test_a_torn_state_would_be_seen():
         crowd.close()
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def edited(rows):

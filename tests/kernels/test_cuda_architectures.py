@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WANTED = "80 86 89 90 100 120"
 pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 

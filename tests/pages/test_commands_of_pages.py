@@ -16,7 +16,7 @@ from transformers import BertTokenizer, Qwen2Config, Qwen2ForCausalLM
 import fastedit as fe
 from fastedit.interop import smollm2
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("methods.md", "recontrol.md", "rahf.md", "reft.md", "training.md")
 FILES = {
     "happy": "what a good day", "sad": "what a bad day", "can": "is the cat good ?", "cannot": "is the moon bad ?",

@@ -11,7 +11,7 @@ import pytest
 from fastedit.cli import doctor
 from fastedit.ops import native
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 found = pytest.mark.skipif(
     native._native is None or native._native.OPENMP is None, reason="needs kernels that find their OpenMP at load"
 )

@@ -10,7 +10,7 @@ import zoo
 import fastedit as fe
 from fastedit.edits.sites import SITES
 
-PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "families.md"
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "families.md"
 NAMES = {
     "llama": "Llama, SmolLM", "mistral": "Mistral", "qwen2": "Qwen2, Qwen2.5", "qwen3": "Qwen3", "phi3": "Phi-3, Phi-4",
     "granite": "Granite", "olmo2": "OLMo 2", "gemma": "Gemma", "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)",
@@ -55,7 +55,7 @@ def test_the_page_says_what_patching_says():
     assert set(NAMES) == set(zoo.CASES)
     torch.set_num_threads(1)  # as in test_every_family.py
     text = PAGE.read_text(encoding="utf-8")
-    assert page(text) == text, "docs/families.md is out of date: python tests/test_families_page.py writes it anew"
+    assert page(text) == text, "docs/families.md is out of date: python tests/families/test_families_page.py writes it anew"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import tiny_chat
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import fastedit as fe  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 FILES = sorted(path.name for path in FOLDER.glob("triton_interpreted*.py"))
 
 

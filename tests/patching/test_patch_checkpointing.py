@@ -35,7 +35,7 @@ def test_checkpointing_still_recomputes_on_transformers_5_17():
     folder = os.environ.get("FASTEDIT_TRANSFORMERS_517")
     if not folder:
         pytest.skip("FASTEDIT_TRANSFORMERS_517 does not name a folder with transformers 5.17")
-    here = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([folder, str(here)])}
     done = subprocess.run(
         [sys.executable, str(here / "checkpointing.py")],

@@ -8,7 +8,7 @@ import pytest
 
 from bench import slots
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSV = ROOT / "bench/results/cuda-static.csv"
 spec = importlib.util.spec_from_file_location("bench_static", ROOT / "bench/static.py")
 static = importlib.util.module_from_spec(spec)

@@ -14,7 +14,7 @@ from fastedit.capturing.rows_on_disk import Rows
 from fastedit.files import edit_file
 from fastedit.methods.trajectories import Trajectories
 
-OLD = Path(__file__).parent / "fixtures" / "version-1"
+OLD = Path(__file__).parents[1] / "fixtures" / "version-1"
 DATA = [[3, 7, 11, 2], [5, 5, 1], [9, 8, 7, 6, 5], [4, 4]]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from bench.gpu import __main__ as gpu
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STUB = """#!/bin/sh
 echo "stub $(basename "$0") $1"
 while [ "$1" != "{python}" ]; do shift; done

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "frameworks.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "frameworks.md").read_text()
 EXAMPLES = dict(re.findall(r"^## (\S[^\n]*)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE, re.S | re.M))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "adopt.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "adopt.md").read_text()
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import torch
 
 import fastedit as fe
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from fastedit import _native
 
-TESTS = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(__file__).parents[1]
 
 if not hasattr(_native, "raw") or os.uname().machine != "x86_64":
     pytest.skip("needs the native module on x86-64", allow_module_level=True)

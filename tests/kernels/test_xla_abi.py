@@ -11,7 +11,7 @@ import pytest
 
 from fastedit import _native
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 # Ours: (theirs, {our field: theirs}). Every field that we declare is named, so that none can slip.

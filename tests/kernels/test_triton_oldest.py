@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 OLDEST = os.environ.get("FASTEDIT_TRITON_36")
 
 
