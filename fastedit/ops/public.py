@@ -137,6 +137,7 @@ def edit_add_norm(
             return done
     check_on(on)
     check_norm_kind(weight, norm_bias, kind)
+    eps = eps if isinstance(eps, (int, float)) else as_number("eps", eps)
     form = (scale, bias, read, offset, write, slot, _coefficient(strength, x, "x"))
     out, normed, z, *_ = _seen(
         "edit_add_norm", (x, residual, weight, norm_bias), form, on_sum, code, eps, gate=gate, rule=rule,
