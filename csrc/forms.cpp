@@ -20,8 +20,7 @@ bool one_a_row(const View& v, const View& lead) {
 // strength: a number, one element for all rows, or one per row.
 void read_strength(const Call& call, PyObject* object, const View& lead, FormViews& v, Form& form) {
   if (PyFloat_Check(object) || PyLong_Check(object)) {
-    const double number = PyFloat_AsDouble(object);
-    if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    const double number = as_double(object);
     if (number == 1.0) return;
     v.strength = static_cast<float>(number);
     if (!call.host() || (std::isfinite(number) && !std::isfinite(v.strength))) {

@@ -146,6 +146,15 @@ bool transformed() {
 
 }  // namespace
 
+double as_double(PyObject* object) {
+  const double number = PyFloat_AsDouble(object);
+  if (number == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    refuse_type(std::string("a ") + Py_TYPE(object)->tp_name + " was given, expected a number that a float holds");
+  }
+  return number;
+}
+
 void refuse_type(std::string text) { throw Refused{PyExc_TypeError, std::move(text)}; }
 void refuse(std::string text) { throw Refused{PyExc_ValueError, std::move(text)}; }
 

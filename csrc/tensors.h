@@ -27,6 +27,8 @@ struct Refused {
 [[noreturn]] void refuse(std::string text);
 [[noreturn]] void refuse_type(std::string text);
 
+double as_double(PyObject* object);  // refuses what is no number, and integers beyond a double
+
 // What Python has called with: positional arguments, those left out None.
 struct Given {
   PyObject* const* at;
@@ -36,11 +38,7 @@ struct Given {
   bool has(Py_ssize_t i) const { return (*this)[i] != Py_None; }
   bool flag(Py_ssize_t i, bool missing = false) const { return i < count ? at[i] == Py_True : missing; }
   int64_t integer(Py_ssize_t i) const { return py::handle((*this)[i]).cast<int64_t>(); }
-  float number(Py_ssize_t i) const {
-    PyObject* object = (*this)[i];
-    if (!PyFloat_Check(object) && !PyLong_Check(object)) refuse_type("a number is expected");
-    return static_cast<float>(py::handle(object).cast<double>());
-  }
+  float number(Py_ssize_t i) const { return static_cast<float>(as_double((*this)[i])); }
 };
 
 struct View {

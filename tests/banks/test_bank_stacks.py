@@ -324,7 +324,7 @@ def test_what_is_no_stack_is_refused():
             Stack(*names)
     for names, strengths, message in (
         ([PAIR], [[1, 2, 3]], "3 strengths for the 2 parts of Stack"), ([PAIR], [0.5, 1], "2 strengths for 1 names"),
-        ([PAIR], [[1, float("inf")]], "expected a finite"), (["anna", ["ben", "cleo"]], None, r"is fastedit.Stack\("),
+        ([PAIR], [[1, float("inf")]], "expected a finite number"), (["anna", ["ben", "cleo"]], None, r"is fastedit.Stack\("),
         (PAIR, None, "expected a list with one name per sequence"), ([Stack("low", "low")], None, "has rank 4 at site 'attn'"),
     ):  # fmt: skip
         if "low" not in bank:
