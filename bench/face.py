@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from fastedit import arrays, ops
+from fastedit.verifying.timing import interleave, ratio
 
 from .machine import about
 from .models import check
 from .models.measure import Cell
 from .models.sizes import SIZES, build
-from .timing import interleave, ratio
 
 FIELDS = ("group", "call", "over", "bar", "ratio", "ratio_95", "met", "us", "machine", "torch", "commit")
 WIDTH, BLOCKS = 64, 15

@@ -29,8 +29,9 @@ def run(op, *arguments, backend=None):
         if "needs" not in given:
             check(op, given)
         serving = backend or _serving(given)
-        flattened = not (serving.any_shape and all(_whole(given.get(name)) for name in _ROWS))
-        results = getattr(serving, op)(*(_laid(name, value, flattened) for name, value in given.items()))
+        streams = [value for name, value in given.items() if name in _ROWS and value is not None]
+        whole = serving.any_shape and all(t.is_contiguous() and t.dim() <= MAX_DIMS for t in streams)  # all, or all flat
+        results = getattr(serving, op)(*(_laid(name, value, whole) for name, value in given.items()))
     elif op == "edit" or op == "edit_add":
         return results if given["want_z"] else (results, None)
     elif op == "edit_add_norm" and not given["want_stats"]:
@@ -51,19 +52,14 @@ def flat(tensor):
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _whole(value):
-    """Whether rows can stay as they are, of any shape. Else all rows of a call are flattened, so that they agree."""
-    return value is None or (value.is_contiguous() and value.dim() <= MAX_DIMS)
-
-
-def _laid(name, value, flattened):
+def _laid(name, value, whole):
     if not isinstance(value, torch.Tensor):
         return value
     if name in _ONE_A_ROW:
         return value.reshape(-1).contiguous()
     if name not in _ROWS:
         return value.contiguous()
-    return flat(value) if flattened else value
+    return value if whole else flat(value)
 
 
 def _rows(given):

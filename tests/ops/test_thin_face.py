@@ -240,3 +240,14 @@ def test_numbers_that_the_first_call_does_not_take_and_numbers_that_are_none():
     for eps in (None, torch.float32, "1"):
         with pytest.raises(ValueError, match="eps"):
             ops.edit_add_norm(H, H, ONE, TWO, eps=eps)
+
+
+def test_rows_of_which_one_alone_is_laid_out_otherwise():
+    """A backend is given all streams in their own shape, or all flat."""
+    x, residual = torch.randn(2, 10, 32), torch.randn(2, 32, 10).mT
+    assert not residual.is_contiguous()
+    for on in ("x", "sum"):
+        expected = ops.edit_add_norm(x, residual.contiguous(), ONE, TWO, on=on)
+        for one, other in zip(ops.edit_add_norm(x, residual, ONE, TWO, on=on), expected, strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(ops.edit_add(x, residual, TWO, on=on), ops.edit_add(x, residual.contiguous(), TWO, on=on))
