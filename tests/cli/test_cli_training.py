@@ -65,9 +65,9 @@ def test_recontrol_from_prompts_to_controlled_text(model, asked, tmp_path):
 
 
 def test_recontrol_with_a_reward_of_ones_own(model, asked, tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
+    (tmp_path / "my_lengths.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
     monkeypatch.chdir(tmp_path)
-    invoke("train", model, asked, "--method", "recontrol", "--reward", "my_rewards:length", "--out", "own", "--rows", 6, *QUICK)
+    invoke("train", model, asked, "--method", "recontrol", "--reward", "my_lengths:length", "--out", "own", "--rows", 6, *QUICK)
     handle = fe.load(AutoModelForCausalLM.from_pretrained(model), tmp_path / "own")
     assert recontrol.value_net(handle).weight.shape == (32, 32) and head(tmp_path / "own")["training"]["prompts"] == 5
 

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "pairs.tsv").write_text(
         "premise\thypothesis\tlabel\n" + "".join(f"a {a} dog\tit is {a}\t{b}\n" for a, b in marks)
     )
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     (tmp_path / "my_rewards.py").write_text("def helpful(prompts, responses):\n    return [len(r) for r in responses]\n")
     chat = llama(10)(tmp_path / "chat")
     for name in ("target", "aligned"):

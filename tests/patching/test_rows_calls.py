@@ -12,7 +12,6 @@ from row_models import VECTOR, build, generated, ids_of, last_layer, site_of, st
 
 import fastedit as fe
 from fastedit.families import find_layers
-from fastedit.patching import residual_add, site
 from fastedit.patching.model_edits import root_of
 
 FAMILIES = ("llama", "gpt2", "gemma3_text", "t5")
@@ -241,13 +240,8 @@ def calls_a_step(model, ids):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
-def test_python_calls_of_a_decode_step(family, monkeypatch):
-    """A plain edit adds only its own calls, and positions a number of calls a step that no layer adds to.
-
-    Both without what is held ready for the next call, which an edit at positions has not.
-    """
-    for module in (residual_add, site):
-        monkeypatch.setattr(module, "bound", lambda *_: None)
+def test_python_calls_of_a_decode_step(family):
+    """A plain edit adds only its own calls; positions add the long way, which holds no call ready, and a plan per step."""
     plain, red, placed = (build(family).float() for _ in range(3))
     everywhere = range(len(find_layers(plain)))
     fe.patch(red, fe.ScaleBias(site="block", layers=everywhere))
