@@ -38,9 +38,16 @@ SLOW = (  # from eighty seconds of processor time to ten
 )  # fmt: skip
 
 
-# Files and tests of some seconds of processor time each, nine minutes in all: compilers, emulated thread orders, processes
-# that train together. `make test` leaves them out, `make test-long` runs them, .ci/run both.
+# Files and tests of some seconds of processor time each, eleven minutes in all: compilers, emulated thread orders, processes
+# that train together, the blocks and commands of the pages. `make test` leaves them out, `make test-long` runs them, and
+# .ci/run both.
 LONG = (
+    "commands_of_pages", "pages", "method_pages", "notebooks",
+    "training_sentences::test_pairs_are_told_apart_by_their_segments",
+    "training_sentences::test_classify_learns_and_comes_back",
+    "ready_adds::test_a_compiled_patched_layer_has_few_guards_more_than_a_hooked_one",
+    "recontrol_control::test_controlled_samples_earn_more",
+    "argued::test_what_takes_a_model_is_right_or_refuses_and_changes_nothing",
     "cuda_streams", "cuda_build", "distributed", "instruction_sets", "instructions", "threads",
     "traced::test_each_prefix_of_a_save",
     "triton_aot::test_activations_move_128_bits_and_nothing_is_fp64",
