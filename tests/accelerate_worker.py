@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from distributed_worker import RESUME_AT, STEPS, batch, loss_of, model_and_handle, optimizer_of
-from test_capture import sequences
-from tiny_models import build, exact
+from tiny_models import build, exact, sequences
 
 import fastedit as fe
 

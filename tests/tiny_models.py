@@ -196,3 +196,9 @@ def quiet(call, *args, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return call(*args, **kwargs)
+
+
+def sequences(count=40, longest=12, seed=0):
+    """Lists of token ids of every length up to the longest."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (1 + i % longest,), generator=generator).tolist() for i in range(count)]

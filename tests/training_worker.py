@@ -6,7 +6,7 @@ from pathlib import Path
 import tiny_models as tiny
 import torch
 from accelerate import PartialState
-from test_chat import tokenizer_of
+from chat_tokenizers import tokenizer_of
 
 import fastedit as fe
 from fastedit import training

@@ -5,19 +5,13 @@ import types
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCABULARY, build, exact, inputs, number_of_layers, site_module
+from tiny_models import FAMILIES, build, exact, inputs, number_of_layers, sequences, site_module
 
 import fastedit as fe
 from fastedit.capturing import capture as capturing
 from fastedit.capturing.rows_on_disk import Rows
 from fastedit.texts import picking
 from fastedit.texts.batches import WINDOW
-
-
-def sequences(count=40, longest=12, seed=0):
-    """Lists of token ids of every length up to the longest."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCABULARY, (1 + i % longest,), generator=generator).tolist() for i in range(count)]
 
 
 def labels_of(data):

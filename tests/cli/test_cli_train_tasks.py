@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_chat import tokenizer_of
+from chat_tokenizers import tokenizer_of
 from test_cli import encoder, invoke, reviews, tsv  # noqa: F401 (encoder is a fixture)
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -9,7 +9,7 @@ import pytest
 
 from fastedit import _native
 
-TESTS = pathlib.Path(__file__).parents[1]
+OPS = pathlib.Path(__file__).parents[1] / "ops"
 
 if not hasattr(_native, "raw") or os.uname().machine != "x86_64":
     pytest.skip("needs the native module on x86-64", allow_module_level=True)
@@ -27,7 +27,7 @@ def test_every_instruction_set_keeps_the_numerics_promise(isa):
     finally:
         _native.set_instruction_set(usual)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "cpu", TESTS / "test_ops.py", TESTS / "test_nan.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "cpu", OPS / "test_ops.py", OPS / "test_nan.py"],
         env=os.environ | {"FASTEDIT_CPU_ISA": isa}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

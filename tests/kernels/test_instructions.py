@@ -41,7 +41,8 @@ def counts():
     cases = [(*case, str(calls)) for case in COUNTED for calls in (0, CALLS)]
     done = subprocess.run(
         ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable, SCRIPT, *sum(cases, ())],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "FASTEDIT_POISON": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     collected = dict(re.findall(r"==(\d+)== Collected : (\d+)", done.stderr))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny_models as tiny
 import torch
-from test_chat import ASKED, tokenizer_of
+from chat_tokenizers import ASKED, tokenizer_of
 from test_rahf import Letters, batch, with_lora, with_red
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, TrainerCallback

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import tiny_models as tiny
 import torch
-from test_chat import tokenizer_of
+from chat_tokenizers import tokenizer_of
 from torch import nn
 
 import fastedit as fe

@@ -12,7 +12,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from processes import HERE, accelerated, launched
-from test_capture import sequences
+from tiny_models import sequences
 
 import fastedit as fe
 

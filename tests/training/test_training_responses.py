@@ -5,7 +5,7 @@ import math
 import pytest
 import tiny_models as tiny
 import torch
-from test_chat import tokenizer_of
+from chat_tokenizers import tokenizer_of
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_chat import tokenizer_of
+from chat_tokenizers import tokenizer_of
 from transformers import BertConfig, BertModel
 
 import fastedit as fe

@@ -3,8 +3,8 @@
 import pytest
 import tiny_models as tiny
 import torch
+from chat_tokenizers import tokenizer_of
 from peft import LoraConfig
-from test_chat import tokenizer_of
 
 import fastedit as fe
 from fastedit.training import EditCallback, Reference
