@@ -100,8 +100,8 @@ def test_a_list_is_a_stack(llm, model):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({"fastedit": "nobody"}, "no edit 'nobody'"), ({"fastedit": "../red"}, "not the name"),
-        ({"fastedit": ".served"}, "not the name"), ({"fastedit": 3}, "expected an edit's name"),
+        ({"fastedit": "nobody"}, "no edit 'nobody'"), ({"fastedit": "../red"}, "not a valid name"),
+        ({"fastedit": ".served"}, "not a valid name"), ({"fastedit": 3}, "expected an edit's name"),
         ({"fastedit": "red", "fastedit_strength": "much"}, "finite number"),
         ({"fastedit": "red", "fastedit_strength": float("nan")}, "finite number"),
         ({"fastedit": ["red", "steer"], "fastedit_strength": [1.0]}, "1 numbers for 2 edits"),
