@@ -142,7 +142,7 @@ lint: $(STAMPS)/fastedit
 	@test -x $(BIN)/lint-imports || $(BIN)/pip install --quiet $(TESTED) import-linter
 	@test -x $(BIN)/pyright || $(BIN)/pip install --quiet $(TESTED) "pyright[nodejs]"
 	$(BIN)/ruff check .
-	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/python -m tools.imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMPS)/fastedit
