@@ -169,7 +169,8 @@ class SentenceClassifier(nn.Module):
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         pooled = self.pooled(states, attention_mask)
-        logits = self.classifier(pooled.to(next(self.classifier.parameters()).dtype))  # the head stays fp32 over a bf16 encoder
+        head = next(self.classifier.parameters(), pooled)  # fp32 over a bf16 encoder; nn.Identity has no parameters
+        logits = self.classifier(pooled.to(head.dtype))
         if labels is None:
             return {"logits": logits}
         if labels.is_floating_point():

@@ -63,6 +63,15 @@ def test_regress_fits_numbers():
     assert found.shape == (96, 1) and correlations(found, [value for _, value in rows])["pearson"] > 0.9
 
 
+def test_states_are_had_with_nothing_in_the_head_s_place():
+    """The demo fits its frozen head to them."""
+    model = with_head(encoder(), 2)
+    model.classifier = torch.nn.Identity()
+    ids = torch.tensor([[5, 6, 7]])
+    states = model(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+    torch.testing.assert_close(states, model.encoder(input_ids=ids).last_hidden_state.mean(1))
+
+
 def test_a_head_over_a_bf16_encoder_trains_in_fp32():
     model = with_head(encoder().to(torch.bfloat16), 2)
     loss = model(torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long), labels=torch.tensor([0, 1]))[
