@@ -65,7 +65,7 @@ def test_regress_fits_numbers():
 
 def test_states_are_had_with_nothing_in_the_head_s_place():
     """The demo fits its frozen head to them."""
-    model = with_head(encoder(), 2)
+    model = with_head(encoder(), 2).eval()
     model.classifier = torch.nn.Identity()
     ids = torch.tensor([[5, 6, 7]])
     states = model(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
