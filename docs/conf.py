@@ -29,9 +29,10 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = os.environ.get("FASTEDIT_NOTEBOOKS", "cache")  # off: make docs-short
 nb_execution_in_temp = True
-nb_execution_timeout = 600
+nb_execution_timeout = 1800  # of a cell, on a machine that does much else
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars, and warnings with paths of the machine that built the site
 
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"

@@ -220,7 +220,7 @@ def opened(session, title, port):
         served.close()
 
 
-WAIT = 120_000  # ms, for a machine that does much else
+WAIT = 600_000  # ms, for a machine that does much else
 
 
 def new_tab(browser, url, hosts):

@@ -133,4 +133,4 @@ def test_the_real_one_answers(chat_model):
     reply = said.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :])
     assert reply == "The capital of France is Paris.<|im_end|>"
     with fe.patch(model, fe.RED()) as handle:
-        assert sum("fused" in line for line in str(handle.report()).splitlines()) >= 30
+        assert sum("fused" in row["path"] for row in handle.report().rows) >= 30
