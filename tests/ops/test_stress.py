@@ -131,7 +131,8 @@ def test_backward_through_the_norm(name, kind):
 
     def gradients(norm, leaves, grad, dtype):
         leaves = [t.detach().to(dtype).requires_grad_() for t in leaves]
-        return torch.autograd.grad(norm(*leaves[:2], dict(zip(form, leaves[2:-1], strict=True)), leaves[-1]), leaves, grad.to(dtype))
+        out = norm(*leaves[:2], dict(zip(form, leaves[2:-1], strict=True)), leaves[-1])
+        return torch.autograd.grad(out, leaves, grad.to(dtype))
 
     def plain(x, residual, form, weight):
         return eager_norm(residual + eager_edit(x, form), weight, None, kind, 1e-6)
