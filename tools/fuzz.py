@@ -216,8 +216,10 @@ def _rewritten(mutate, data, most, seed):
     return (data[:1] + text + data[at[1] :])[:most]
 
 
-VALUES = (None, True, False, 0, 1, -1, 2, 16, 2**31, 2**63, 1e38, 1e999, -0.5, "", "x", "0", "F32", "I64", "a" * 300, "../x", "\ud800",
-          [], [0], [0, 0], [1, 16], {}, {"a": 1}, [[[[[]]]]], "2026-01-01", "mlp", "first 2", "cosine")  # fmt: skip
+VALUES = (
+    None, True, False, 0, 1, -1, 2, 16, 2**31, 2**63, 1e38, 1e999, -0.5, "", "x", "0", "F32", "I64", "a" * 300, "../x", "\ud800",
+    [], [0], [0, 0], [1, 16], {}, {"a": 1}, [[[[[]]]]], "mlp", "first 2", "cosine",
+)  # fmt: skip
 
 
 def _places(document):

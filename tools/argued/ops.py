@@ -1,4 +1,4 @@
-"""Calls of fastedit.ops: an argument list drawn by hypothesis, the documented contract, and the expression in float64.
+"""Calls of fastedit.ops: an argument list drawn at random, the documented contract, and the expression in float64.
 
 The contract is written down a second time here, from the docstrings: `Wrong` is what a call must not accept. What it
 does accept is compared with the plain expression in float64, whose rounding is bounded by the same expression of
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from hypothesis import strategies as st
-
 from fastedit import ValueNet, ops
+
+from . import drawing as st
 
 ROWS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FORM = ("scale", "bias", "read", "offset", "write")
