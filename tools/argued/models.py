@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 import fastedit as fe
 from fastedit.verifying.reference import Reference
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from fastedit import ValueNet, ops
 
 from . import drawing as st
