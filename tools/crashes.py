@@ -71,16 +71,16 @@ def _trajectories_of(folder):
 @functools.cache
 def _trainee():
     """A model with an edit that trains, and a head beside it, as EditTrainer saves them at a checkpoint."""
-    llama = model()
-    handle = fe.patch(llama, fe.RED(), freeze=True)
-    llama.lm_head.weight.requires_grad_(True)
-    return llama, handle
+    from transformers import LlamaForSequenceClassification
+
+    llama = LlamaForSequenceClassification(model().config)
+    return llama, fe.patch(llama, fe.RED(), freeze=True)
 
 
 def _checkpoint(folder, value):
     llama, handle = _trainee()
     with torch.no_grad():
-        for tensor in (*handle.parameters(), llama.lm_head.weight):
+        for tensor in (*handle.parameters(), llama.score.weight):
             tensor.fill_(value)
     recipes.save_trained(llama, handle, folder, training={"step": value})
 
@@ -88,7 +88,7 @@ def _checkpoint(folder, value):
 def _checkpoint_of(folder):
     llama, handle = _trainee()
     recipes.load_trained(llama, handle, folder)
-    found = {tensor.unique().item() for tensor in (*handle.parameters(), llama.lm_head.weight)}
+    found = {tensor.unique().item() for tensor in (*handle.parameters(), llama.score.weight)}
     return found | {store.read(folder)[0]["training"]["step"]}
 
 
@@ -104,7 +104,8 @@ class _At:
 
 def _resume(folder, value):
     moments = fe.Moments(512)
-    moments.load_state_dict({"count": torch.tensor([3]), **{n: torch.full((1, 512), value) for n in ("mean", "m2")}})
+    sums = {name: torch.full((1, 512), value, dtype=torch.float64) for name in ("mean", "m2")}
+    moments.load_state_dict({"count": torch.tensor([3]), **sums})
     capturing._State(folder, JOB, 0).save({1: moments}, {1: torch.tensor(int(value))}, _At(value), now=True)
 
 
@@ -121,7 +122,8 @@ def _bank(folder, value):
         bank.add(f"e{number}", fe.Steer(torch.full((WIDTH,), value + number), site="mlp"))
     for number in range(3):
         bank.prefetch([f"e{number}"])
-        assert bank.tables.tables()["bias"][0].unique().item() == value + number
+        bias = bank.tables.tensors(bank._served[0][0].name, "mlp")[1]
+        assert bias.unique().item() == value + number
     bank.close()
 
 

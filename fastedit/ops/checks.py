@@ -180,6 +180,8 @@ def check_group(hidden, group, mask, groups, traced):
         _check_per_row("mask", mask, hidden, torch.bool)
     if groups is not None and (not isinstance(groups, (int, torch.SymInt)) or groups < 1):
         raise ValueError(f"groups is {groups!r}, expected a number of groups from 1 on")
+    if type(groups) is int and groups >= 2**31:
+        raise ValueError(f"groups is {str(groups)[:30]}, expected less than 2^31")
     if group is None:
         return 1 if groups is None else groups
     _check_per_row("group", group, hidden, torch.int32)

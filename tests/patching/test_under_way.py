@@ -50,6 +50,9 @@ class Within:
 def changes(llama, folder):
     """{what is said of it: (prepares and returns what the change takes, the change)}"""
 
+    def doubled(handle):
+        handle.load_tensors({name: 2 * tensor for name, tensor in handle.named_tensors().items()})
+
     def merged():
         handle = fe.patch(llama, STEER)
         handle.merge()
@@ -58,7 +61,7 @@ def changes(llama, folder):
     return {
         "patch": (lambda: None, lambda _: fe.patch(llama, STEER)),
         "load": (lambda: None, lambda _: fe.load(llama, folder)),
-        "load_tensors": (lambda: fe.patch(llama, STEER), lambda h: h.load_tensors({n: 2 * t for n, t in h.named_tensors().items()})),
+        "load_tensors": (lambda: fe.patch(llama, STEER), doubled),
         "merge": (lambda: fe.patch(llama, STEER), lambda h: h.merge()),
         "unmerge": (merged, lambda h: h.unmerge()),
         "remove": (lambda: fe.patch(llama, STEER), lambda h: h.remove()),
@@ -211,3 +214,18 @@ def test_a_load_that_fails_under_its_own_change_leaves_nothing(tmp_path):
     with pytest.raises(fe.EditFileError):
         fe.load(llama, tmp_path)
     assert difference(before, state(llama)) is None
+
+
+@pytest.mark.parametrize("change", ["merge", "unmerge", "load_tensors"])
+def test_a_backward_does_not_take_what_a_change_after_its_forward_has_put_there(change):
+    llama = model()
+    handle = fe.patch(llama, fe.RED() if change == "load_tensors" else STEER)
+    if change == "unmerge":
+        handle.merge()
+    loss = llama(IDS, labels=IDS).loss
+    if change == "load_tensors":
+        handle.load_tensors({name: tensor + 1 for name, tensor in handle.named_tensors().items()})
+    else:
+        getattr(handle, change)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
