@@ -191,6 +191,8 @@ def check_group(hidden, group, mask, groups, traced):
         return groups
     if groups is not None and not group.is_cpu:
         return groups
+    if group.is_meta:
+        raise ValueError("groups is None: a group on meta has no numbers, so pass groups=")
     largest = int(group.max()) if group.numel() else -1
     if groups is not None and largest >= groups:
         raise IndexError(f"group has the number {largest}, expected −1 (left out) or 0 to {groups - 1}")

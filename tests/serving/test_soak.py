@@ -123,8 +123,13 @@ def test_preempted_requests_go_on_under_their_edit(world):
         scheduler._preempt_request = preempt
 
 
-NAMES = ("edit-1", "edit-2", "", "..", "../edit-1", "/etc/passwd", "edit-1/edit.json", "x" * 300, "\0", "nobody", "edit-1 ", "é", 7, None)
-STRENGTHS = (1.0, 0, -0.5, 2, 1e39, -3e38, float("nan"), float("inf"), "1", None, True, 10**400, [], [1.0], [1.0, 0.5], {}, b"1")
+NAMES = (
+    "edit-1", "edit-2", "", "..", "../edit-1", "/etc/passwd", "edit-1/edit.json", "x" * 300, "\0", "nobody", "edit-1 ", "é", 7,
+    None,
+)  # fmt: skip
+STRENGTHS = (
+    1.0, 0, -0.5, 2, 1e39, -3e38, float("nan"), float("inf"), "1", None, True, 10**400, [], [1.0], [1.0, 0.5], {}, b"1",
+)  # fmt: skip
 KEYS = ("fastedit", "fastedit_strength", "fastedit_strengths", "Fastedit", "fastedit_edit", "cache_salt", "other")
 
 
