@@ -238,8 +238,8 @@ def value_ascent(hidden, value_net, steps, step_size, target=None):
 
 
 def _traced(tensor):
-    """True if the call must stay visible: torch.compile, export, fake and functional tensors."""
-    return type(tensor) not in PLAIN or torch.compiler.is_compiling()
+    """True if the call must stay visible: torch.compile, export, torch.jit.trace, fake and functional tensors."""
+    return type(tensor) not in PLAIN or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _needs_grad(tensors):
