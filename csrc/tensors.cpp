@@ -168,7 +168,7 @@ void Call::view_of(View& v, PyObject* object, const char* name, bool ours) const
     dlpack::Tensor t;
     if (torch_.exchange->view(object, &t)) {
       PyErr_Clear();  // sparse, meta, functorch's wrappers
-      refuse_type(std::string(name) + " has no memory that a kernel can read");
+      refuse_type(std::string(name) + " has no memory that a kernel can read: expected a dense tensor on the device of the rows");
     }
     adopt(v, t, name);
     if (!ours && torch_.negative(object)) refuse_type(std::string(name) + " has its negative bit set; use resolve_neg()");

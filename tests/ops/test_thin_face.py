@@ -316,3 +316,25 @@ def test_rows_of_which_one_alone_is_laid_out_otherwise():
         for one, other in zip(ops.edit_add_norm(x, residual, ONE, TWO, on=on), expected, strict=True):
             assert torch.equal(one, other)
         assert torch.equal(ops.edit_add(x, residual, TWO, on=on), ops.edit_add(x, residual.contiguous(), TWO, on=on))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"groups": 2**31}, "less than 2.31"), ({"groups": 10**400}, "less than 2.31"),
+        ({"group": torch.zeros(3, device="meta").int()}, "on meta"),
+    ],
+)
+def test_numbers_of_groups_that_no_kernel_takes_are_refused(given, said):
+    hidden = torch.ones(3, 4, device="meta" if "group" in given else "cpu")
+    with pytest.raises(ValueError, match=said):
+        ops.moments(hidden, **{"group": torch.zeros(3).int(), **given})
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), torch.ones(2, 0), np.ones(3)], ids=["several", "none", "numpy"])
+def test_a_flag_that_is_several_numbers_is_refused(value):
+    form = {"read": torch.ones(1, 4), "write": torch.ones(1, 4)}
+    with pytest.raises(TypeError, match=r"return_projection is .* expected True or False"):
+        ops.edit(torch.ones(2, 4, requires_grad=True), **form, return_projection=value)
+    with pytest.raises(TypeError, match=r"return_projection is .* expected True or False"):
+        ops.edit_add(torch.ones(2, 4), torch.ones(2, 4), **form, return_projection=value)
