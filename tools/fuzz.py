@@ -96,7 +96,7 @@ class Feeder:
         if len(data) > 1 << 20:
             return
         content = self.reader.repair(data[1:]) if data[:1] < b"\x80" else data[1:]
-        start = time.process_time()  # of the processor: a busy machine is no finding; a hang is libFuzzer's own -timeout
+        start = time.process_time()  # of the processor: a busy machine is no finding; a hang is libFuzzer's -timeout
         try:
             loaded = self.reader.feed(content)
             spent = time.process_time() - start
@@ -166,7 +166,7 @@ def _child(asked):
                 (seeds / f"seed-{number}-{first[0]}").write_bytes(first + seed)
         words = sorted({word for seed in reader.seeds for word in re.findall(rb"[A-Za-z_][\w .]{2,30}", seed)})
         (place / "words").write_text("".join(f'"{word.decode()}"\n' for word in words))
-        options = [f"-runs={asked.inputs}", "-max_len=65536", "-len_control=0", "-timeout=10", "-rss_limit_mb=0"]
+        options = [f"-runs={asked.inputs}", "-max_len=65536", "-len_control=0", "-timeout=120", "-rss_limit_mb=0"]
         if asked.keep:
             shutil.rmtree(place / "kept", ignore_errors=True)
             (place / "kept").mkdir()
