@@ -129,6 +129,7 @@ def slots_an_element(kernel, code, rank):
     if kernel.startswith("tile_rows"):
         elements = 32 if rank else 16
         return tile_slots(main, "tile", rank, 1, WIDTH * 2 // elements) / elements
+    main = max(main.inner, key=total)  # a unit's tiles; around them a run's units
     return tile_slots(main, "unit", rank, WIDTH // 2048, 256) / (2 * 8 * WIDTH // 2048)
 
 

@@ -7,15 +7,15 @@
 // and the sums down the columns (backward_columns.h, backward_outer.h), as far as they fit (backward_sums.cu).
 //
 // Streams: grad_residual, grad_normed, residual_out, h in, each once; d_x, d_residual out.
-// Grid: a block a unit of rows (backward.h), `kUnitTile` of them at a time.
+// Grid: a block a run of units (backward.h), `kUnitTile` rows at a time.
 // A thread owns the same columns of every row: a tile's streams lie in shared memory from their arrival
 // (cp.async) to the last use, their cells are asked for the next tile as soon as they are read; a column's sums
 // stay in shared memory over the unit's rows and leave as one fp32 partial of each. Cells and sums are each
 // thread's own, so only the sums along a row need barriers. Parameters come through L1, once for a tile.
 // Where the stage does not fit (launch.h), h comes when it is needed, and total's streams from L2 again.
 // Rows of a unit are added one after another and the units by backward_sums.cu's tree: the order follows from
-// the shape, the dtypes, which sums are wanted and how much shared memory the architecture gives a block (launch.h),
-// never from the grid.
+// the shape, the dtypes, which sums are wanted and the architecture (launch.h), never from the grid, which only says
+// which block takes which run of them.
 #pragma once
 #include "backward_streams.h"
 #include "plain.h"
@@ -313,8 +313,9 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   constexpr int N = kUnitTile<V>;
   FASTEDIT_SHARED(shared);
   int64_t block = blockIdx.x;
-  if (block >= all_units(b).end) return;
-  Unit unit = find_unit(b, block);
+  if (!b.cut.pieces && block >= all_units(b).end) return;
+  Run run = find_run(b, block, gridDim.x);
+  if (b.cut.pieces && run.rows.count == 0) return;
   int rank = static_cast<int>(b.a.form.rank), turn = 0;
   LowRank low(shared, rank, N);
   const int held = b.unit_sums * b.unit.chunks * (V / 4), streams = staged_streams(b);  // of a thread
@@ -322,42 +323,54 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   uint4* stage = reinterpret_cast<uint4*>(sums + held * blockDim.x);
   sums += warp() * held * kWarp + lane();
   stage += warp() * streams * N * b.unit.chunks * kWarp + lane();
-  UnitTile<G, H, V, kFull> tile{b, unit, streams, stage, sums, 0, 0, {}, {}};
+  UnitTile<G, H, V, kFull> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
 #pragma unroll 1
   for (int c = 0; c < b.unit.chunks; ++c)
 #pragma unroll
     for (int r = 0; r < N; ++r) tile.ask_for(0, r, c);
+  auto clear = [&] {
 #pragma unroll 1
-  for (int i = 0; i < held; ++i) sums[i * kWarp] = float4{};
-  for (int j = threadIdx.x; j < rank; j += blockDim.x) low.offset[j] = 0.f;
+    for (int i = 0; i < held; ++i) sums[i * kWarp] = float4{};
+    for (int j = threadIdx.x; j < rank; j += blockDim.x) low.offset[j] = 0.f;
+  };
+  clear();
 
-  for (tile.first = 0; tile.first < unit.count; tile.first += N) {
-    tile.live = min(N, unit.count - tile.first);
+  do {
+    const int end = min(run.end, run.rows.count);
+    for (; tile.first < end; tile.first += N) {
+      tile.live = min(N, run.rows.count - tile.first);
 #pragma unroll
-    for (int r = 0; r < N; ++r) {
-      tile.edit[r] = row_edit(b.a.form, tile.row(r));
-      tile.norm[r] = {};
-      if (tile.has_norm()) tile.norm[r] = norm_row(b.a, tile.row(r));
-    }
-    wait_copies();
-    if (tile.has_norm()) tile.find_means(shared, turn);
-    if (rank) {
-      if (b.pulls) tile.pull(low.part);
-      finish_q<N>(b, low, tile.live, [&](int r) { return tile.row(r); });
-      for (int j = threadIdx.x; j < rank; j += blockDim.x)
+      for (int r = 0; r < N; ++r) {
+        tile.edit[r] = row_edit(b.a.form, tile.row(r));
+        tile.norm[r] = {};
+        if (tile.has_norm()) tile.norm[r] = norm_row(b.a, tile.row(r));
+      }
+      wait_copies();
+      if (tile.has_norm()) tile.find_means(shared, turn);
+      if (rank) {
+        if (b.pulls) tile.pull(low.part);
+        finish_q<N>(b, low, tile.live, [&](int r) { return tile.row(r); });
+        for (int j = threadIdx.x; j < rank; j += blockDim.x)
 #pragma unroll
-        for (int r = 0; r < N; ++r) low.offset[j] += low.q[j * N + r];
-    }
-    if (b.a.d_form.coefficient) tile.find_d_coefficient(shared, turn, low.pulled);
+          for (int r = 0; r < N; ++r) low.offset[j] += low.q[j * N + r];
+      }
+      if (b.a.d_form.coefficient) tile.find_d_coefficient(shared, turn, low.pulled);
 #pragma unroll 1
-    for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) tile.finish(c, low);
-  }
-  tile.leave_all(b.partials + block * b.partial_size, low.offset);
+      for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) tile.finish(c, low);
+    }
+    const int64_t next = next_in_run(b, run);
+#pragma unroll 1
+    for (; run.leaf < next; ++run.leaf) {  // this one, and those without rows behind it
+      tile.leave_all(b.partials + run.leaf * b.partial_size, low.offset);
+      clear();
+    }
+  } while (tile.first < run.rows.count);
 }
 
 template <class G, class H, int V>
 int launch_unit(const Backward& b, void* stream) {
   Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
+  if (b.cut.pieces) shape.blocks = runs(b.cut, multiprocessors());
   if constexpr (sizeof(G) == 2 && sizeof(H) == 2) {
     BackwardPart part = backward_part(b, int64_t{b.unit.threads} * b.unit.chunks * V);
     if (part == kPlainRed) return launch(unit_backward<G, H, V, kPlainRed>, shape, stream, b);

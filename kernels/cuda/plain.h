@@ -74,7 +74,7 @@ __device__ inline Backward plain(Backward b) {
   b.parts = 1;
   b.reads_h = b.unit.total_staged = b.unit.h_staged = true;
   b.taken.norm_bias = -1;
-  FASTEDIT_ASSUME(a.grad_residual && a.d_x && b.taken.bias >= 0);
+  FASTEDIT_ASSUME(a.grad_residual && a.d_x && b.taken.bias >= 0 && b.cut.pieces > 0);
   if (part == kPlainRank) {
     a.grad_normed = nullptr, a.d_residual = nullptr, b.taken.weight = -1;
   } else {

@@ -46,26 +46,36 @@ struct Alignment {
   }
 };
 
-// An attribute of the current device, asked for once; 0 where there is no device.
-template <int kAttribute>
-int device_attribute() {
+// A number that the current device has, asked for once; 0 where there is no device.
+template <class Ask>
+int of_device(Ask ask) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
   value = known[device].load(std::memory_order_relaxed);
   if (value == 0) {
-    cudaDeviceGetAttribute(&value, static_cast<cudaDeviceAttr>(kAttribute), device);
+    value = ask([device](cudaDeviceAttr attribute) {
+      int found = 0;
+      return cudaDeviceGetAttribute(&found, attribute, device) == cudaSuccess ? found : 0;
+    });
     known[device].store(value, std::memory_order_relaxed);
   }
   return value;
 }
 inline int multiprocessors() {
-  return static_cast<int>(most(1, device_attribute<cudaDevAttrMultiProcessorCount>()));
+  return static_cast<int>(most(1, of_device([](auto get) { return get(cudaDevAttrMultiProcessorCount); })));
 }
 // What a block may have of shared memory, when it asks.
 inline int shared_limit() {
-  return static_cast<int>(most(kShared, device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>()));
+  return static_cast<int>(
+      most(kShared, of_device([](auto get) { return get(cudaDevAttrMaxSharedMemoryPerBlockOptin); })));
+}
+// 90 for compute capability 9.0.
+inline int capability() {
+  return of_device([](auto get) {
+    return 10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor);
+  });
 }
 
 template <class... P, class... A>

@@ -171,9 +171,10 @@ int main() {
       CHECK(tiles * 32 * vector >= width && (tiles - 1) * 32 * vector < width);
       int64_t groups = s.blocks / tiles, resident = sms * kStreamBlocksPerSm[per_row];
       CHECK(s.blocks == groups * tiles && groups >= 1);
-      CHECK(groups == 1 || s.blocks <= resident);             // one wave
+      int64_t waves = ceil_div(s.blocks, resident);
+      CHECK(groups == 1 || waves <= 4);
       CHECK(groups <= ceil_div(rows, kStreamRows));           // no group without rows
-      CHECK(groups == ceil_div(rows, kStreamRows) || s.blocks > resident - tiles);  // a full one
+      CHECK(groups == ceil_div(rows, kStreamRows) || s.blocks > waves * resident - tiles);  // the last one is full
     }
     for (int rank : ranks) {
       int elements = tile_elements(width, vector, rank > 0);
@@ -207,10 +208,9 @@ int main() {
       CHECK(s.sums_at + columns * sums * 4 + columns / vector * 16 * tile * streams == s.shared_bytes);
       UnitShape other = unit_shape(width, vector, 0, tile, 1, 0, 0, 227 * 1024);
       CHECK(other.threads == s.threads);  // sums along a row follow the width alone
-      int64_t target = unit_target(s.threads, s.shared_bytes), unit = unit_rows(rows, target, 256);
-      CHECK(target >= 128 && target * s.threads * kUnitRegisters <= 128 * 65536);
-      CHECK(unit >= 8 && unit <= 256 && unit % 2 == 0);
-      CHECK(unit == 8 || ceil_div(rows, unit) <= target * ceil_div(rows, target * 256));  // whole waves
+      int64_t blocks = unit_blocks(s.threads, s.shared_bytes, limit), target = blocks * sms;
+      CHECK(blocks >= 1 && blocks * s.threads * kUnitRegisters <= 65536);
+      CHECK(blocks == 1 || blocks * (s.shared_bytes + 1024) <= limit + 1024);
       for (int slots : {1, 7, 256}) {
         int64_t parts = unit_parts(rows, slots, target, 256);
         CHECK(parts >= 1 && 256 % parts == 0 && 256 / parts >= 8);
