@@ -230,7 +230,7 @@ struct UnitTile {
     for (int r = 0; r < N; ++r) ask_for(first + N, r, c);
     if (a.d_x || (a.d_residual && a.on_sum)) {
       float added[N][1][V] = {};
-      if (rank && form.read) tile_combine(added, low.q, edit, form.read, rank, a.width, c);
+      if (rank && form.read) tile_combine<false>(added, low.q, edit, form.read, rank, a.width, c);
 #pragma unroll
       for (int r = 0; r < N; ++r) {
         if (new_slot(edit, r)) load_parameters(scale, form.scale, edit[r].slot * a.width + column, 1.f);

@@ -3,6 +3,7 @@
 // written as absent, so that the code for it goes. Results are the general kernel's to the bit.
 #pragma once
 #include "backward.h"
+#include "tile.h"
 
 #ifdef __CUDACC__
 #define FASTEDIT_ASSUME(fact) __builtin_assume(fact)
@@ -31,7 +32,7 @@ __device__ inline Form plain(Form form) {
   return form;
 }
 
-template <Part part>
+template <Part part, bool kLowRank, bool kWhole>
 __device__ inline EditAddNormArgs plain(EditAddNormArgs a) {
   if constexpr (part == kGeneral) return a;
   a.add.form = plain(a.add.form);
@@ -44,6 +45,8 @@ __device__ inline EditAddNormArgs plain(EditAddNormArgs a) {
   FASTEDIT_ASSUME(a.add.out);
   if (part != kPlainEdit) FASTEDIT_ASSUME(a.add.residual);
   if (kNorm) FASTEDIT_ASSUME(a.normed && a.weight);
+  if (kLowRank) FASTEDIT_ASSUME(static_cast<int>(a.add.form.rank) > 0 && a.add.form.read && a.add.form.write);
+  if (kWhole) FASTEDIT_ASSUME(a.add.form.rank % kRanks == 0);
   return a;
 }
 
