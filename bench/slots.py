@@ -39,7 +39,7 @@ class Case:
         return self.kernel.replace("{t}", kind)
 
 
-TILE, UNIT = r"tile_rows_kernel<{t}, {t}, 8, %s, false, \(Part\)%d, %s>", r"unit_backward<{t}, {t}, 8, \(BackwardPart\)%d>"
+TILE, UNIT = r"tile_rows_kernel<{t}, {t}, 8, %s, false, \(Part\)%d, %s>", r"unit_backward<{t}, {t}, 8, \(BackwardPart\)%d, %s>"
 CASES = (
     Case("edit", "forward", 0, r"stream_rows<{t}, {t}, 8, false, false>", 2),
     Case("edit_add", "forward", 0, r"stream_rows<{t}, {t}, 8, true, false>", 3),
@@ -51,9 +51,9 @@ CASES = (
     Case("edit_add_norm", "forward", 4, TILE % ("16, true", 4, "true"), 4),
     Case("edit_add_norm on the sum", "forward", 4, TILE % ("16, true", 5, "true"), 4),
     Case("edit", "backward", 0, r"column_sums<{t}, {t}, 8, false, true>", 3),
-    Case("edit_add_norm", "backward", 0, UNIT % 1, 6),
-    Case("edit", "backward", 4, UNIT % 3, 3),
-    Case("edit_add_norm", "backward", 4, UNIT % 2, 6),
+    Case("edit_add_norm", "backward", 0, UNIT % (1, "false"), 6),
+    Case("edit", "backward", 4, UNIT % (3, "true"), 3),
+    Case("edit_add_norm", "backward", 4, UNIT % (2, "true"), 6),
 )
 DTYPES = {"bf16": "Brain", "f16": "Half"}
 

@@ -30,7 +30,7 @@ __device__ inline int staged_streams(const Backward& b) {
   return b.unit.total_staged ? of_total + of_h : 0;
 }
 
-template <class G, class H, int V, bool kFull>
+template <class G, class H, int V, bool kFull, bool kWhole>
 struct UnitTile {
   static constexpr int N = kUnitTile<V>;
   using Streams = RowStreams<G, H, V, true>;
@@ -149,7 +149,7 @@ struct UnitTile {
         total_of(total, s, gain);
 #pragma unroll
         for (int g = 0; g < kTogether; ++g) {
-          if (from + g >= rank) break;
+          if (!kWhole && from + g >= rank) break;
 #pragma unroll
           for (int r = 0; r < N; ++r) {
             if (new_slot(edit, r)) {
@@ -162,7 +162,7 @@ struct UnitTile {
         }
       }
       float all = warp_sum_of_eight(sum);
-      if (lane() < 8 && from + lane() / N < rank) part[(from * N + lane()) * warps() + warp()] = all;
+      if (lane() < 8 && (kWhole || from + lane() / N < rank)) part[(from * N + lane()) * warps() + warp()] = all;
     }
   }
 
@@ -230,7 +230,7 @@ struct UnitTile {
     for (int r = 0; r < N; ++r) ask_for(first + N, r, c);
     if (a.d_x || (a.d_residual && a.on_sum)) {
       float added[N][1][V] = {};
-      if (rank && form.read) tile_combine<false>(added, low.q, edit, form.read, rank, a.width, c);
+      if (rank && form.read) tile_combine<kWhole>(added, low.q, edit, form.read, rank, a.width, c);
 #pragma unroll
       for (int r = 0; r < N; ++r) {
         if (new_slot(edit, r)) load_parameters(scale, form.scale, edit[r].slot * a.width + column, 1.f);
@@ -270,12 +270,25 @@ struct UnitTile {
         add_to(sum++, c, [&](int r, int v, float held) { return fmaf(g[r][v], unit[r][v], held); });
       if (b.taken.norm_bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + g[r][v]; });
     }
+    if (b.taken.read >= 0) add_ranks(sum, c, rank, low.q, h);
+    if (b.taken.write >= 0) add_ranks(sum, c, rank, low.kz, total);
+  }
+  // Σ_r weight[j N + r] value[r] for each rank j, to the sums from `sum` on.
+  __device__ void add_ranks(int& sum, int c, int rank, const float* weight, const float (&value)[N][V]) const {
+    constexpr int K = kWhole ? kRanks : 1;
+    const float* end = weight + rank * N;
 #pragma unroll 1
-    for (int j = 0; b.taken.read >= 0 && j < rank; ++j)
-      add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.q[j * N + r], h[r][v], held); });
-#pragma unroll 1
-    for (int j = 0; b.taken.write >= 0 && j < rank; ++j)
-      add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.kz[j * N + r], total[r][v], held); });
+    do {  // the rank is not 0
+      float weights[K * N];
+      if constexpr (kWhole) load_shared(weights, weight);
+      else
+#pragma unroll
+        for (int r = 0; r < N; ++r) weights[r] = weight[r];
+#pragma unroll
+      for (int g = 0; g < K; ++g)
+        add_to(sum + g, c, [&](int r, int v, float held) { return fmaf(weights[g * N + r], value[r][v], held); });
+      weight += K * N, sum += K;
+    } while (weight < end);
   }
 
   // The sums of add_to's number `sum` onwards, to the unit's partials.
@@ -306,9 +319,9 @@ struct UnitTile {
   }
 };
 
-template <class G, class H, int V, BackwardPart part>
+template <class G, class H, int V, BackwardPart part, bool kWhole>
 __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward given) {
-  const Backward b = plain<part>(given);
+  const Backward b = plain<part, kWhole>(given);
   constexpr bool kFull = part != kGeneralBackward;
   constexpr int N = kUnitTile<V>;
   FASTEDIT_SHARED(shared);
@@ -323,7 +336,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   uint4* stage = reinterpret_cast<uint4*>(sums + held * blockDim.x);
   sums += warp() * held * kWarp + lane();
   stage += warp() * streams * N * b.unit.chunks * kWarp + lane();
-  UnitTile<G, H, V, kFull> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
+  UnitTile<G, H, V, kFull, kWhole> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
 #pragma unroll 1
   for (int c = 0; c < b.unit.chunks; ++c)
 #pragma unroll
@@ -365,29 +378,6 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
       clear();
     }
   } while (tile.first < run.rows.count);
-}
-
-template <class G, class H, int V>
-int launch_unit(const Backward& b, void* stream) {
-  Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
-  if (b.cut.pieces) shape.blocks = runs(b.cut, multiprocessors());
-  if constexpr (sizeof(G) == 2 && sizeof(H) == 2) {
-    BackwardPart part = backward_part(b, int64_t{b.unit.threads} * b.unit.chunks * V);
-    if (part == kPlainRed) return launch(unit_backward<G, H, V, kPlainRed>, shape, stream, b);
-    if (part == kPlainRankNorm) return launch(unit_backward<G, H, V, kPlainRankNorm>, shape, stream, b);
-    if (part == kPlainRank) return launch(unit_backward<G, H, V, kPlainRank>, shape, stream, b);
-  }
-  return launch(unit_backward<G, H, V, kGeneralBackward>, shape, stream, b);
-}
-
-template <class G, class H, int V>
-int run_unit(const Backward& b, void* stream) {
-  int error = launch_unit<G, H, V>(b, stream);
-  for (Backward next = b; !error && next.left.vectors();) {
-    error = next_launch(next);
-    if (!error) error = launch_unit<G, H, V>(next, stream);
-  }
-  return error;
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ inline BackwardPart backward_part(const Backward& b, int64_t columns) {
   return !rank ? norm && b.taken.scale >= 0 ? kPlainRed : kGeneralBackward : norm ? kPlainRankNorm : kPlainRank;
 }
 
-template <BackwardPart part>
+template <BackwardPart part, bool kWhole>
 __device__ inline Backward plain(Backward b) {
   if constexpr (part == kGeneralBackward) return b;
   EditAddNormBackwardArgs& a = b.a;
@@ -88,7 +88,7 @@ __device__ inline Backward plain(Backward b) {
     FASTEDIT_ASSUME(b.taken.scale >= 0 && a.form.scale);
   } else {
     b.pulls = true;
-    FASTEDIT_ASSUME(a.form.rank > 0 && a.form.read && a.form.write);
+    FASTEDIT_ASSUME(static_cast<int>(a.form.rank) > 0 && a.form.read && a.form.write);
   }
   return b;
 }

@@ -146,6 +146,16 @@ __device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, 
   }
 }
 
+// Of a single slot, before the rows: else a block's first tile waits three times, for rows, parameters and weight. A
+// thread's V columns are a sector of 32 bytes in fp32.
+template <class R, int V>
+__device__ inline void ask_for_parameters(const EditAddNormArgs& a) {
+  int column = tile_column<V>(0);
+  if (a.add.form.scale) prefetch(a.add.form.scale + column);
+  if (a.add.form.bias) prefetch(a.add.form.bias + column);
+  prefetch(static_cast<const R*>(a.weight) + column);
+}
+
 template <class X, class R, int V, int E, bool kLowRank, bool kGated, Part part, bool kWhole>
 __global__ void __launch_bounds__(kLowRank || E == 8 ? 512 : 1024, kLowRank || E == 16 ? 1 : 2)
     tile_rows_kernel(const EditAddNormArgs given) {
@@ -155,6 +165,8 @@ __global__ void __launch_bounds__(kLowRank || E == 8 ? 512 : 1024, kLowRank || E
   FASTEDIT_SHARED(shared);
   const EditAddArgs& add = a.add;
   int turn = 0;
+  wait_for_kernel_before();
+  if constexpr (kFull && !kLowRank && C == 1) ask_for_parameters<R, V>(a);  // others have no register left for it
   for (int64_t first = int64_t{blockIdx.x} * N; first < add.rows; first += int64_t{gridDim.x} * N) {
     Pack<X, V> x[N][C] = {};
     Pack<R, V> residual[N][C] = {};
@@ -201,7 +213,7 @@ int64_t summed(const Form& form) {
 
 template <class X, class R, int V, int E, bool kLowRank, bool kWhole>
 int run_plain(const EditAddNormArgs& a, Part part, const Shape& shape, void* stream) {
-  auto run = [&](auto kernel) { return launch(kernel, shape, stream, a); };
+  auto run = [&](auto kernel) { return launch_early(kernel, shape, stream, a); };
   if constexpr (kLowRank) {
     if (part == kPlainEdit) return run(tile_rows_kernel<X, R, V, E, true, false, kPlainEdit, kWhole>);
     if (part == kPlainAdd) return run(tile_rows_kernel<X, R, V, E, true, false, kPlainAdd, kWhole>);
@@ -223,7 +235,7 @@ int run_tiles(const EditAddNormArgs& a, void* stream) {
     }
     if (part) return run_plain<X, R, V, E, kLowRank, false>(a, part, shape, stream);
   }
-  return launch(tile_rows_kernel<X, R, V, E, kLowRank, kGated, kGeneral, false>, shape, stream, a);
+  return launch_early(tile_rows_kernel<X, R, V, E, kLowRank, kGated, kGeneral, false>, shape, stream, a);
 }
 
 template <class X, class R, int V, bool kGated>

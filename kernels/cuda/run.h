@@ -99,4 +99,24 @@ int launch(void (*kernel)(P...), const Shape& shape, void* stream, const A&... a
   return cudaGetLastError();
 }
 
+// The same for a kernel that calls wait_for_kernel_before() (vec.h). Compiled with FASTEDIT_PDL, which is off until a GPU
+// has shown a gain, it is launched while the kernel before it ends, where the architecture has that.
+template <class... P, class... A>
+int launch_early(void (*kernel)(P...), const Shape& shape, void* stream, const A&... args) {
+#if defined(FASTEDIT_PDL) && defined(__CUDACC__)
+  if (capability() >= 90 && shape.blocks > 0 && shape.blocks <= kMaxBlocks && shape.shared_bytes <= kShared) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)), config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early, config.numAttrs = 1;
+    int error = cudaLaunchKernelEx(&config, kernel, args...);
+    return error ? (cudaGetLastError(), error) : cudaGetLastError();
+  }
+#endif
+  return launch(kernel, shape, stream, args...);
+}
+
 }  // namespace fastedit::cuda

@@ -163,6 +163,8 @@ void copy_async(P* to, const void* from) {
   emulator::count(from, sizeof(P), false);
   emulator::copy_later(to, from, sizeof(P));
 }
+inline void prefetch(const void*) {}
+inline void wait_for_kernel_before() {}
 inline void wait_copies() { emulator::copy_now(); }
 
 inline float __uint_as_float(uint32_t bits) { return emulator::float_of(bits); }
