@@ -1,13 +1,16 @@
 """python -m bench.effects: see the package."""
 
 import argparse
+import importlib
 from pathlib import Path
 
 from .. import report
 from . import __doc__ as about
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("chat", "steering", "sst2", "recontrol", "rahf")  # all but the first need --data
+ON_CHAT = ("chat", "preferred", "gated", "valued", "aligned", "roles", "traits")  # need the chat model alone
+WITH_DATA = ("truth", "concepts", "steering", "sst2", "recontrol", "rahf")  # need --data
+PARTS = (*ON_CHAT, *WITH_DATA)
 
 
 def main():
@@ -23,16 +26,14 @@ def main():
 
 
 def measure(options):
-    from . import chat, rahf, recontrol, sst2, steering
-
-    parts = {"steering": steering, "sst2": sst2, "recontrol": recontrol, "rahf": rahf}
     for name in options.only:
-        if name == "chat":
-            chat.run(options.out)
+        part = importlib.import_module(f".{name}", __package__)
+        if name in ON_CHAT:
+            part.run(options.out)
         elif options.data is None or not options.data.is_dir():
             print(f"{name}: skipped, it needs the models and texts that docs/effects.md lists; give their folder by --data")
         else:
-            parts[name].run(options.data, options.out)
+            part.run(options.data, options.out)
 
 
 if __name__ == "__main__":
