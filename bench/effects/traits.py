@@ -2,8 +2,7 @@
 
 Fixed before the first run:
     lexicon    ubpl.build on the happy sentences of fastedit/examples against the sad ones (z ≥ 0.5, two occurrences; 80 texts
-               reach no 1.96), and the
-               strengths that it gives. It has not seen moods.json
+               reach no 1.96), and the strengths that it gives. It has not seen moods.json
     weight     that of 0.2 and 0.5 nats a token, on what the model says by itself after the first 8 prompts
     controls   as many other words of both sets of sentences, drawn by seed, with the same strengths, at the same KL; asking for
                it in the system turn; no edit

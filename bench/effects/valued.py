@@ -4,7 +4,8 @@ Fixed before the first run:
     reward     happy words less sad words of a reply (moods.json)
     value net  256 units, λ = 0.9, Adam at 1e-3, batches of 64, on eight replies to each of the first 20 prompts of
                fastedit/examples; another net and other replies for each seed
-    control    30 steps of 0.5 times the strength that gives 0.2 nats a token on continuations of 8 of those prompts
+    control    30 steps of 0.5 times the strength that moves the next token by 0.2 nats, the mean over 256 of the states behind
+               those replies' tokens
     controls   the same with a net that was not trained, at the same KL; asking for it in the system turn; the best of
                the four replies without an edit by the reward itself, and the best by the trained net
     tested     on the other 12 prompts, four replies each, 16 tokens, temperature 0.8, the same random numbers in every cell
@@ -17,15 +18,16 @@ import json
 import torch
 
 import fastedit as fe
-from fastedit import examples
+from fastedit import examples, ops
 from fastedit.methods import recontrol
 from fastedit.methods.recontrol_report import best_of, log_p
 
 from . import chat
-from .onchat import TOKENS, Loaded, as_chats, calibrated, mean, rounded
+from .onchat import TOKENS, Loaded, as_chats, mean, rounded
 from .rows import Rows
 
-SEEDS, FITTED, LEARNT, SAMPLES, UNITS, STEPS, STEP_SIZE, DOSE = (0, 1, 2), 20, 8, 4, 256, 30, 0.5, 0.2
+SEEDS, FITTED, LEARNT, SAMPLES, UNITS, STEPS, STEP_SIZE = (0, 1, 2), 20, 8, 4, 256, 30, 0.5
+DOSE, STATES = 0.2, 256
 KEYS, FIELDS = ("way", "seed"), ("strength", "rewards", "log_p", "replies", "example")
 WAYS = {
     "none": "no edit", "control": "control, 0.2 nats", "random": "untrained net, 0.2 nats", "asked": "asked in the system turn",
@@ -82,10 +84,32 @@ def measured(model, tokenizer, seed):
     with torch.no_grad():
         yield "value", told(plain, of=best_of(nets["control"](ends), SAMPLES))
     for way, net in nets.items():
-        with fe.patch(model, recontrol.Control(net.requires_grad_(False), STEP_SIZE, STEPS)) as handle:
-            strength = calibrated(model, tokenizer, handle, as_chats(fitted), DOSE)
+        strength = strength_of(model, net.requires_grad_(False), learnt.states.float(), seed)
+        with fe.patch(model, recontrol.Control(net, STEP_SIZE, STEPS, strength=strength)):
             said = collect(as_chats(held), SAMPLES, 1000 + seed)
         yield way, told(said, strength)
+
+
+@torch.no_grad()
+def strength_of(model, net, states, seed):
+    """The strength at which control changes the next token by DOSE nats, in the mean over states (tokens, width)."""
+    states = states[torch.randperm(len(states), generator=torch.Generator().manual_seed(seed))[:STATES]]
+    head = model.get_output_embeddings()
+    base = head(states).log_softmax(-1)
+
+    def kl(strength):
+        moved = head(ops.value_ascent(states, net, STEPS, STEP_SIZE * strength)).log_softmax(-1)
+        return (base.exp() * (base - moved)).sum(-1).mean().item()
+
+    low, high = 0.0, 1.0
+    while kl(high) < DOSE:
+        low, high = high, 2 * high
+        if high > 2.0**30:
+            raise ValueError(f"the net does not move the next token by {DOSE} nats at any strength")
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kl(middle) < DOSE else (low, middle)
+    return high
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_preferences_train_on_one_half_and_are_judged_on_the_other(tiny, tmp_pat
     assert {r["chosen"] for some in held for r in some} == set(examples.lines(examples.SAD))
     whole = preferred.dealt
     monkeypatch.setattr(preferred, "dealt", lambda fold, system=None: tuple(part[:4] for part in whole(fold, system)))
-    for name, value in (("LAYER", 1), ("STEPS", 3), ("FOLDS", (0,))):
+    for name, value in (("LAYER", 1), ("STEPS", 3), ("FOLDS", (0,)), ("RATES", {"red": 2e-2, "vector": 2e-3})):
         monkeypatch.setattr(preferred, name, value)
     preferred.run(tmp_path, tiny)
     path = tmp_path / "effects-preferred.csv"
@@ -139,16 +139,16 @@ def test_truth_is_measured_for_each_edit(tiny, tmp_path, monkeypatch):
     assert truth.markdown(path).count("not run") == len(truth.PLAN) - 1
 
 
-def axbench(folder, sentences):
-    """A folder of --data whose concept k is told by the word `joy` or `grief` at the end of a sentence."""
+def axbench(folder):
+    """A folder of --data whose concepts are told by the last word of the same sentence."""
     (folder / "data" / "axbench").mkdir(parents=True)
     for name, count in (("train", 6), ("eval", 5)):
-        rows, told = [], itertools.cycle(sentences)
+        rows, asked = [], itertools.cycle(examples.lines(examples.PROMPTS))
 
-        def row(concept, category, ending, rows=rows, told=told):
+        def row(concept, category, ending, rows=rows, asked=asked):
             rows.append({
-                "concept_id": concept, "category": category, "concept_genre": "text", "input": "How was your weekend?",
-                "output": f"{next(told)} {ending}".strip(),
+                "concept_id": concept, "category": category, "concept_genre": "text", "input": next(asked),
+                "output": f"The sun came out and {ending}",
             })  # fmt: skip
 
         for _ in range(count):
@@ -165,7 +165,7 @@ def axbench(folder, sentences):
 
 
 def test_concepts_are_found_by_direction_and_not_by_chance(tiny, tmp_path, monkeypatch):
-    axbench(tmp_path, examples.lines(examples.SAD))
+    axbench(tmp_path)
     for name, value in (("CONCEPTS", 2), ("BLOCKS", (1, 2)), ("SEEDS", (0, 1))):
         monkeypatch.setattr(concepts, name, value)
     concepts.run(tmp_path, tmp_path, tiny)
@@ -174,7 +174,7 @@ def test_concepts_are_found_by_direction_and_not_by_chance(tiny, tmp_path, monke
     assert len(rows) == len(concepts.plan()) == 2 * (3 + 2 * 2)
     for row in rows.values():
         assert len(json.loads(row["auroc"])) == 2 and len(json.loads(row["hard"])) == 1  # one concept has hard negatives
-    assert min(json.loads(rows["logistic", "1", "0"]["auroc"])) > 0.9
+    assert sum(json.loads(rows["logistic", "1", "0"]["auroc"])) > 1.5
     table(concepts, path, 2 + len(concepts.METHODS))
     unchanged(path, lambda: concepts.run(tmp_path, tmp_path, (None, None)))
 
@@ -221,6 +221,12 @@ def test_a_value_net_and_its_baselines_have_the_same_random_numbers(tiny, tmp_pa
     assert {len(some) for some in reward.values()} == {6}
     assert all(best >= plain for best, plain in zip(reward["best"], reward["none"], strict=True))
     assert rows["none", "0"]["replies"] == "12" and rows["best", "0"]["replies"] == "6"
+    net = fe.ValueNet(32, 8)
+    states = torch.randn(50, 32)
+    strength = valued.strength_of(tiny[0], net.requires_grad_(False), states, 0)
+    logits = [tiny[0].lm_head(some).log_softmax(-1) for some in (states, fe.ops.value_ascent(states, net, 30, 0.5 * strength))]
+    kl = torch.nn.functional.kl_div(logits[1], logits[0], log_target=True, reduction="none").sum(-1).mean()
+    assert kl.item() == pytest.approx(valued.DOSE, rel=1e-2)
     assert "not run" not in table(valued, path, 2 + len(valued.WAYS))
     unchanged(path, lambda: valued.run(tmp_path, (None, None)))
 
@@ -272,16 +278,16 @@ def test_a_processor_at_its_weight_has_the_kl_that_was_asked_for(tiny):
 
 
 def test_rahf_s_margins_are_of_pairs_held_out(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(aligned, "FOLDS", (0, 1, 2))
+    monkeypatch.setattr(aligned, "FOLDS", (0, 1))
     monkeypatch.setattr(aligned, "TAUGHT", {"steps": 2, "lr": 1e-2})
-    monkeypatch.setattr(aligned, "STEPS", {"steps": 2, "lr": 5e-3})
+    monkeypatch.setattr(aligned, "STEPS", {"steps": 1, "lr": 5e-3})
     before = {name: p.clone() for name, p in tiny[0].named_parameters()}
     aligned.run(tmp_path, tiny)
     path = tmp_path / "effects-aligned.csv"
     rows = rows_of(aligned, path)
-    assert len(rows) == 6 and all(torch.equal(before[name], p) for name, p in tiny[0].named_parameters())
+    assert len(rows) == 4 and all(torch.equal(before[name], p) for name, p in tiny[0].named_parameters())
     for labels in ("true", "shuffled"):
-        base = [value for fold in "012" for value in json.loads(rows[labels, fold]["base"])]
+        base = [value for fold in "01" for value in json.loads(rows[labels, fold]["base"])]
         assert len(base) == 24
     assert rows["true", "0"]["base"] == rows["shuffled", "0"]["base"] != rows["true", "0"]["teacher"]
     assert rows["true", "0"]["student"] not in (rows["true", "0"]["teacher"], rows["shuffled", "0"]["student"])
