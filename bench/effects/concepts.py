@@ -44,8 +44,8 @@ def plan():
     ]
 
 
-def run(data, out, given=None):
-    """One pass over the texts serves every row that is missing."""
+def run(data, out, given=None, first=False):
+    """One pass over the texts serves every row that is missing, also with `first`."""
     rows, loaded = Rows(out / "effects-concepts.csv", KEYS, FIELDS), Loaded(given)
     missing = [cell for cell in plan() if not rows.has(**dict(zip(KEYS, cell, strict=True)))]
     if not missing:

@@ -20,6 +20,8 @@ Fixed before the first run:
 
 import json
 import random
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -42,14 +44,15 @@ CONDITIONS = {
 }  # fmt: skip
 
 
-def run(out, given=None):
+def run(out, given=None, first=False):
     rows, loaded = Rows(out / "effects-preferred.csv", KEYS, FIELDS), Loaded(given)
-    for fold in FOLDS:
-        for condition in CONDITIONS:
-            if not rows.has(condition=condition, fold=fold):
-                for name, values in measured(*loaded(), rows, condition, fold):
-                    if not rows.has(condition=name, fold=fold):
-                        rows.add({"condition": name, "fold": fold} | values)
+    with tempfile.TemporaryDirectory(prefix="fastedit-preferred-") as folder:
+        for fold in FOLDS[: 1 if first else None]:
+            for condition in CONDITIONS:
+                if not rows.has(condition=condition, fold=fold):
+                    for name, values in measured(*loaded(), rows, condition, fold, folder):
+                        if not rows.has(condition=name, fold=fold):
+                            rows.add({"condition": name, "fold": fold} | values)
 
 
 def dealt(fold, system=None):
@@ -71,8 +74,8 @@ def dealt(fold, system=None):
     return rows(train), rows(held), train[1], held[1]
 
 
-def trained(model, tokenizer, condition, fold):
-    """The handle of an edit trained on a fold's pairs."""
+def trained(model, tokenizer, condition, fold, folder=None):
+    """The handle of an edit trained on a fold's pairs. folder: for the reference's log-probabilities, shared by the cells."""
     loss, method, *shuffled = condition.split()
     pairs = dealt(fold)[0]
     if "shuffled" in shuffled:
@@ -82,13 +85,15 @@ def trained(model, tokenizer, condition, fold):
         ]
     edit = fe.RED() if method == "red" else fe.ScaleBias(scale=False, site="block", layers=LAYER)
     handle = fe.patch(model, edit, freeze=True)
+    stored = None if folder is None else Path(folder) / f"reference {fold}{' shuffled' * len(shuffled)}.safetensors"
     training.prefer(
-        handle, tokenizer, pairs, loss=loss, beta=BETA, lr=RATES[method], batch_size=PAIRS, max_steps=STEPS, seed=fold
-    )
+        handle, tokenizer, pairs, loss=loss, beta=BETA, lr=RATES[method], batch_size=PAIRS, max_steps=STEPS, seed=fold,
+        stored=stored,
+    )  # fmt: skip
     return handle
 
 
-def measured(model, tokenizer, rows, condition, fold):
+def measured(model, tokenizer, rows, condition, fold, folder):
     """(condition, its values) of a cell; BiPO's vector gives two."""
     chats = as_chats(dealt(fold)[2])
     if condition in ("none", "asked"):
@@ -100,7 +105,7 @@ def measured(model, tokenizer, rows, condition, fold):
         handle = fe.patch(model, fe.Steer(vector, site="block", layers=LAYER))
         calibrated(model, tokenizer, handle, chats, float(same["kl"]))
     else:
-        handle = trained(model, tokenizer, condition.removesuffix(" -1"), fold)
+        handle = trained(model, tokenizer, condition.removesuffix(" -1"), fold, folder)
     try:
         for sign in (1, -1) if condition.startswith("bipo vector") else (1,):
             with at_strength(handle, sign * handle.strength):

@@ -44,9 +44,9 @@ NAMES = {
 }  # fmt: skip
 
 
-def run(out, given=None):
+def run(out, given=None, first=False):
     rows, loaded = Rows(out / "effects-roles.csv", KEYS, FIELDS), Loaded(given)
-    for fold in FOLDS:
+    for fold in FOLDS[: 1 if first else None]:
         vectors = None
         for edit in NAMES:
             if rows.has(edit=edit, fold=fold):

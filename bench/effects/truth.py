@@ -31,10 +31,10 @@ PLAN = (("none", 0), ("direction", 0), ("random", 0), ("dpo", 0), ("random", 1))
 KEYS, FIELDS = ("edit", "seed"), ("strength", "kl", "questions", "mc1", "mc2")
 
 
-def run(data, out, given=None):
+def run(data, out, given=None, first=False):
     rows, loaded = Rows(out / "effects-truth.csv", KEYS, FIELDS), Loaded(given)
     asked = questions(data)
-    for edit, seed in PLAN:
+    for edit, seed in PLAN[: 3 if first else None]:
         if not rows.has(edit=edit, seed=seed):
             rows.add({"edit": edit, "seed": seed} | measured(*loaded(), asked, edit, seed))
 
