@@ -10,7 +10,21 @@ import re
 import sys
 
 from . import bank, host
-from .effects import chat, rahf, recontrol, sst2, steering
+from .effects import (
+    aligned,
+    chat,
+    concepts,
+    gated,
+    preferred,
+    rahf,
+    recontrol,
+    roles,
+    sst2,
+    steering,
+    traits,
+    truth,
+    valued,
+)
 from .kernels import table as kernels
 from .models import rows as models
 from .models import table as models_table
@@ -41,6 +55,14 @@ TABLES = {
     "bank": ("bank.csv", bank.table),
     "chat": ("effects-chat.csv", chat.markdown),
     "chat gates": ("effects-chat-gates.csv", chat.gates_markdown),
+    "preferred": ("effects-preferred.csv", preferred.markdown),
+    "truth": ("effects-truth.csv", truth.markdown),
+    "concepts": ("effects-concepts.csv", concepts.markdown),
+    "gated": ("effects-gated.csv", gated.markdown),
+    "valued": ("effects-valued.csv", valued.markdown),
+    "aligned": ("effects-aligned.csv", aligned.markdown),
+    "roles": ("effects-roles.csv", roles.markdown),
+    "traits": ("effects-traits.csv", traits.markdown),
     "steering": ("effects-steering.csv", steering.markdown),
     "re-control": ("effects-recontrol.csv", recontrol.markdown),
     "sst2": ("sst2_red.csv", sst2.markdown),
