@@ -28,11 +28,11 @@ from .effects import (
 from .kernels import table as kernels
 from .models import rows as models
 from .models import table as models_table
-from .training import smollm2
+from .training import preferences, smollm2
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
 PAGE, EFFECTS = DOCS / "performance.md", DOCS / "effects.md"
-PAGES = (PAGE, DOCS / "bank.md", EFFECTS)
+PAGES = (PAGE, DOCS / "bank.md", EFFECTS, DOCS / "training.md")
 
 
 def models_of_red(path):
@@ -54,6 +54,7 @@ TABLES = {
     "red in models": ("models-cpu.csv", models_of_red),
     "models": ("models-cpu.csv", models_table.markdown),
     "bank": ("bank.csv", bank.table),
+    "dpo steps": ("dpo_steps.csv", preferences.markdown),
     "chat": ("effects-chat.csv", chat.markdown),
     "chat gates": ("effects-chat-gates.csv", chat.gates_markdown),
     "preferred": ("effects-preferred.csv", preferred.markdown),
