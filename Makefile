@@ -41,7 +41,7 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py fastedit/*/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test test-long test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs docs-short wheels lint bench \
+.PHONY: help setup demo test test-long test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs docs-short playground-test wheels lint bench \
 	peers gpu gpu-more clean distclean
 
 help:
@@ -60,6 +60,7 @@ help:
 	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
 	@echo "make sanitize-short   a cut of it, some minutes"
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network; make docs-short: no notebooks"
+	@echo "make playground-test   the playground's page in a real Chromium"
 	@echo "make wheels  an sdist and a Linux wheel into dist/, tried in an environment without a compiler"
 	@echo "make lint    ruff; that the wings of fastedit/ import downwards; types of the public face by pyright"
 	@echo "make clean   remove what was built; make distclean: $(VENV) too"
@@ -127,6 +128,11 @@ docs: $(STAMPS)/docs
 # Without running the notebooks.
 docs-short: $(STAMPS)/docs
 	FASTEDIT_NOTEBOOKS=off $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/short
+
+# The page in a real Chromium (Debian: apt install chromium); FASTEDIT_PICTURES=1 takes the pictures of its page again.
+playground-test: $(STAMPS)/fastedit
+	$(BIN)/$(INSTALL) --quiet $(TESTED) "gradio>=6" playwright
+	$(BIN)/python -m pytest tests/cli/test_playground.py $(PYTEST_ARGS)
 
 # An sdist, and from it a wheel of this Python with the CPU kernels of every instruction set, and the CUDA kernels where nvcc
 # is there; repaired by auditwheel, installed where there is no compiler, and tried (tools/wheels.py).

@@ -177,3 +177,17 @@ def check_target(value_net, target):
         isinstance(n, bool) or not isinstance(n, (int, float)) or not math.isfinite(n) for n in numbers
     ):
         raise ValueError(f"target is {target!r}, expected a finite number for each of {value_net.outputs} output(s)")
+
+
+def layers_of_text(text):
+    """The numbers of "8-15", "3" or "0,4,-1", as a person writes layers. ValueError for what is none."""
+    numbers = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-") if not part.strip().startswith("-") else (part, "", "")
+            numbers += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        raise ValueError(f"layers is {text!r}, expected numbers such as 3, 8-15 or 0,4,-1") from None
+    if not numbers:
+        raise ValueError(f"layers is {text!r}, which names no layer")
+    return numbers

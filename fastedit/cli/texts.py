@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 
+from ..arguments import layers_of_text
 from ..texts.chat import ANSWERS, CHATS, read_conversation
 from ..texts.data_files import read_rows
 from .loading import load_model
@@ -69,15 +70,7 @@ def as_chat(texts, system=None):
 
 def layer_numbers(text):
     """None, or the numbers of "8-15", "3" or "0,4,-1"."""
-    if text is None:
-        return None
-    numbers = []
     try:
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-") if not part.strip().startswith("-") else (part, "", "")
-            numbers += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError:
-        raise typer.BadParameter(f"layers is {text!r}, expected numbers such as 3, 8-15 or 0,4,-1") from None
-    if not numbers:
-        raise typer.BadParameter(f"layers is {text!r}, which names no layer")
-    return numbers
+        return None if text is None else layers_of_text(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

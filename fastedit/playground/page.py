@@ -1,6 +1,7 @@
 """The playground's page, drawn with Gradio. session.py does the work behind it."""
 
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -8,12 +9,15 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 
+from ..arguments import layers_of_text
+
 CSS = """
 .gradio-container {max-width: 1280px !important}
 .token {padding: 1px 0; border-radius: 3px; white-space: pre-wrap}
 .tokens {line-height: 2; font-family: ui-monospace, monospace}
 """
 LARGEST = 4.0
+POSITIONS = ["all", "prompt", "generated", "first 4", "last 4"]
 
 
 class Dials(dict):
@@ -96,7 +100,7 @@ def _dials(session, dials, version):
     def sliders(mine, _):
         if not session.edits:
             gr.Markdown("No edit yet. *Make a direction* below.")
-        for name, held in list(session.edits.items()):
+        for name, held in ((name, held) for name, held in list(session.edits.items()) if held.dialed):
             dial = gr.Slider(
                 -LARGEST, LARGEST, value=mine.get(name, 0.0), step=0.05, label=name, info=held.about,
                 elem_id=f"dial-{name}", key=f"dial-{name}",
@@ -112,29 +116,37 @@ def _create(session, version):
     with gr.Row():
         name = gr.Textbox(label="Name", elem_id="name")
         at = gr.Dropdown(["mean", "last token"], value="mean", label="Measured at")
+        methods = [("difference of means", "mean"), ("probe, with its accuracy", "probe")]
+        method = gr.Dropdown(methods, value="mean", label="Found by", elem_id="method")
         make = gr.Button("Make it", variant="primary", elem_id="make")
-    picture = gr.Plot(label="Separation per layer")
+    with gr.Accordion("Where it acts", open=False, elem_id="where"):
+        with gr.Row():
+            layers = gr.Textbox(label="Layers", placeholder="the third that separate best; or 8-11, 14", elem_id="layers")
+            positions = gr.Dropdown(POSITIONS, value="all", label="Tokens", allow_custom_value=True, elem_id="positions")
+        with gr.Row():
+            like = gr.Textbox(label="Only on prompts like these (four or more; empty: on all)", lines=3, elem_id="like")
+            unlike = gr.Textbox(label="and not like these", lines=3, elem_id="unlike")
+    picture = gr.Plot(label="Separation per layer", elem_id="separation")
     said = gr.Markdown(elem_id="made")
 
-    def create(name, positive, negative, at, version):
+    def create(name, positive, negative, at, method, layers, positions, like, unlike, version):
         try:
-            held = session.create(name, positive, negative, at)
-        except (ValueError, TypeError) as error:
+            chosen = layers_of_text(layers) if (layers or "").strip() else None
+            where = {"layers": chosen, "positions": positions, "like": like, "unlike": unlike}
+            held = session.create(name, positive, negative, at, method=method, **where)
+        except (ValueError, TypeError, ImportError) as error:
             raise gr.Error(str(error)) from None
         from ..plots.directions import figure
 
         return figure(held.directions), f"**{name.strip()}** is on the model: {held.about}.", version + 1
 
-    make.click(create, [name, positive, negative, at, version], [picture, said, version])
+    given = [name, positive, negative, at, method, layers, positions, like, unlike, version]
+    make.click(create, given, [picture, said, version])
 
 
-def _names(session):
-    return list(session.edits)
-
-
-def _refreshed(session, version, page, box, among=None):
+def _refreshed(session, version, page, box, among):
     def again(_):
-        names = [n for n, held in session.edits.items() if among is None or among(held)]
+        names = [n for n, held in session.edits.items() if among(held)]
         return gr.Dropdown(choices=names, value=names[-1] if names else None)
 
     gr.on([page.load, version.change], again, version, box)
@@ -152,7 +164,7 @@ def _color(session, dials, version, page):
         try:
             tokens, layers, values = session.color(text or "", name, mine)
         except KeyError:
-            raise gr.Error("Make a direction first.") from None
+            raise gr.Error("There is no direction yet: make one first.") from None
         except ValueError as error:
             raise gr.Error(str(error)) from None
         from ..plots.tokens import heat_map, html
@@ -166,7 +178,7 @@ def _export(session, dials, version, page):
     with gr.Row():
         name = gr.Dropdown([], label="Edit", elem_id="export-name")
         go = gr.Button("Export at its dial", elem_id="export")
-    _refreshed(session, version, page, name)
+    _refreshed(session, version, page, name, lambda held: held.dialed)
     files = gr.File(label="Files", file_count="multiple", elem_id="files")
     python, request = gr.Code(label="Python", language="python"), gr.Code(label="vLLM request", language="json")
 
@@ -176,9 +188,9 @@ def _export(session, dials, version, page):
         folder = tempfile.mkdtemp(prefix="fastedit-")
         dial = mine.get(name) or 1.0
         paths = session.export(name, dial, folder)
-        found = [p for path in paths for p in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        found = [shutil.make_archive(str(path), "zip", folder, path.name) if path.is_dir() else str(path) for path in paths]
         lines = session.lines(name, dial)
-        return [str(path) for path in found], lines["Python"], lines["vLLM request"]
+        return found, lines["Python"], lines["vLLM request"]
 
     go.click(export, [name, dials], [files, python, request])
 

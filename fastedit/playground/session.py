@@ -15,6 +15,9 @@ import torch
 import fastedit
 
 from ..capturing.truncated_forward import residual_stream
+from ..directions.directions import is_saved
+from ..edits.kinds import Steer
+from ..methods import cast
 
 PROBES = ("What do you think of Mondays?", "Tell me about your day.", "Describe a walk in the park.")
 
@@ -31,12 +34,22 @@ class Step:
 
 @dataclass
 class Held:
-    """One edit on the model. directions: those it was made of, if any."""
+    """One edit on the model. directions: those it was made of or measures, if any; all that can color tokens."""
 
     handle: object
     about: str
     directions: object = None
     statistics: dict = field(default_factory=dict)
+
+    @property
+    def dialed(self):
+        """Whether it changes anything: a probe has no dial."""
+        return not all(edit.is_probe for edit in self.handle.edits)
+
+    @property
+    def decides(self):
+        """Whether it is decided on the prompt's forward, which a reply under way has behind it."""
+        return any(leaf.decide != "token" for edit in self.handle.edits if edit.gate for leaf in edit.gate.leaves())
 
 
 class Session:
@@ -63,7 +76,8 @@ class Session:
             if not folder.is_dir():
                 raise ValueError(f"{folder} is no folder of edits")
             for path in sorted(p for p in folder.iterdir() if (p / "edit.json").is_file()):
-                self._add(path.name, fastedit.load(model, path), f"folder {path.name}")
+                handle = fastedit.load(model, path)
+                self._add(path.name, handle, f"folder {path.name}", _directions(handle, path))
 
     # --- edits ------------------------------------------------------------------------------------------------
 
@@ -78,22 +92,51 @@ class Session:
             raise ValueError(f"the name {name!r} is empty, taken, or holds a slash: give another one")
         return name
 
-    def create(self, name, positive, negative, at="mean", kl=0.3):
+    def create(
+        self, name, positive, negative, at="mean", kl=0.3, *, method="mean", layers=None, positions=None, like=(), unlike=(),
+    ):  # fmt: skip
         """A steering edit from two lists of sentences; its dial's 1 moves the next token by `kl` nats on average.
 
-        The layers are the third that separate the lists best, without the first and the last. Returns the Held.
+        Args:
+            at, method: as in `fastedit.contrast`.
+            layers: numbers. None: the third that separate the lists best, without the first and the last.
+            positions: as in `fastedit.Steer`. The dial's 1 is measured with the edit on every token.
+            like, unlike: lists of prompts, four or more of each, or neither. With them the edit acts on prompts that
+                are like the first ones, a condition that `fastedit.methods.cast.fit` finds.
+
+        Returns the Held.
+
+        Raises:
+            ValueError: a name, list, layer or position that does not fit. The model is then as it was.
         """
         name = self.check_name(name)
         positive, negative = _sentences("positive", positive), _sentences("negative", negative)
+        like, unlike = (_sentences(which, text, 4) if text else [] for which, text in (("like", like), ("unlike", unlike)))
+        if bool(like) != bool(unlike):
+            raise ValueError("prompts that it acts on and prompts that it leaves alone go together: give both or neither")
         with self.lock, self._dialed({}):
-            directions = fastedit.contrast(self.model, self.tokenizer, positive, negative, at=at)
-            layers = best_layers(directions)
+            directions = fastedit.contrast(self.model, self.tokenizer, positive, negative, at=at, method=method)
+            layers = best_layers(directions) if layers is None else sorted(set(layers))
+            outside = [layer for layer in layers if layer not in directions]
+            if outside or not layers:
+                raise ValueError(f"layers are {layers}, expected numbers from 0 to {max(directions)}")
             edit = fastedit.Steer(directions, layers=layers)
             prompts = [self._prompt([{"role": "user", "content": text}]) for text in PROBES]
-            dose = fastedit.calibrate(self.model, edit, prompts, target_kl=kl, tolerance=0.05)
-            handle = fastedit.patch(self.model, fastedit.Steer(directions, layers=layers, strength=dose.strength))
-            about = f"{len(positive)} + {len(negative)} sentences, layers {layers[0]} to {layers[-1]}; 1 is {kl:g} nats"
-            self._add(name, handle, about, directions, {"layers": layers, "strength": dose.strength})
+            strength = fastedit.calibrate(self.model, edit, prompts, target_kl=kl, tolerance=0.05).strength
+            about = f"{len(positive)} + {len(negative)} sentences, layers {_ranges(layers)}; 1 is {kl:g} nats"
+            edit = fastedit.Steer(directions, layers=layers, strength=strength, positions=positions)
+            if positions not in (None, "all"):
+                about += f"; on {positions}"
+            if like:
+                chats = [[{"role": "user", "content": text}] for text in (*like, *unlike)]
+                texts = chats if getattr(self.tokenizer, "chat_template", None) else [*like, *unlike]
+                found = cast.fit(
+                    self.model, self.tokenizer, texts[: len(like)], texts[len(like) :], layers=range(layers[0] + 1), vector="mean"
+                )
+                edit = edit.when(found.gate())
+                about += f"; on prompts like {len(like)} of yours (F1 {found.f1:.2f} on {found.held_out} left out)"
+            statistics = {"layers": layers, "strength": strength}
+            self._add(name, fastedit.patch(self.model, edit), about, directions, statistics)
         return self.edits[name]
 
     def remove(self, name):
@@ -125,9 +168,14 @@ class Session:
         ends = _ends(self.model, self.tokenizer)
         generator = torch.Generator().manual_seed(seed)
         plain, edited, shadow = (_Stream(self._prompt(m), device) for m in (plain_messages, edited_messages, edited_messages))
-        kl = 0.0
+        kl, deciding = 0.0, None
         for _ in range(max_new_tokens):
             with self.lock:
+                now = {name for name, held in self.edits.items() if held.decides}
+                if deciding is not None and now - deciding:  # it decides on the prompt: that is read once more
+                    for stream in (plain, edited, shadow):
+                        stream.again()
+                deciding = now
                 with self._dialed({}):
                     plain.advance(self.model, self._cache_name, self.edits)
                     shadow.advance(self.model, self._cache_name, self.edits)
@@ -162,7 +210,7 @@ class Session:
         """
         directions = self.edits[name].directions
         if directions is None:
-            raise ValueError(f"{name!r} was loaded as an edit: only directions made here can color tokens")
+            raise ValueError(f"{name!r} has no direction in the residual stream, so it cannot color tokens")
         ids, pieces = self._pieces(text)
         layers = list(directions)
         with self.lock, self._dialed(dials or {}):
@@ -187,12 +235,16 @@ class Session:
     # --- export -----------------------------------------------------------------------------------------------
 
     def export(self, name, dial, folder):
-        """Writes the edit below `folder`: [path]. With directions a GGUF control vector, too. The dial becomes its strength."""
+        """Writes the edit below `folder`: [path]. The dial becomes its strength.
+
+        An edit made here that acts on every token is written as a GGUF control vector, too.
+        """
         held, folder = self.edits[name], Path(folder)
         with self.lock, self._dialed({name: dial}):
             held.handle.save(folder / name)
         paths = [folder / name]
-        if held.directions is not None:
+        everywhere = all(edit.gate is None and edit.positions in (None, "all") for edit in held.handle.edits)
+        if "layers" in held.statistics and everywhere:
             layers = held.statistics["layers"]
             scaled = fastedit.Directions({layer: held.directions[layer] for layer in layers}) * (
                 dial * held.statistics["strength"]
@@ -238,6 +290,10 @@ class _Stream:
         self.prompt, self.device, self.written, self.finished = prompt, device, [], False
         self.cache = self.logits = None
         self.next = torch.tensor([prompt], device=device)
+
+    def again(self):
+        """The next forward reads everything once more."""
+        self.cache, self.next = None, torch.tensor([self.prompt + self.written], device=self.device)
 
     def advance(self, model, cache_name, edits):
         """One forward, from the tokens that the cache does not hold yet to the next token's logits."""
@@ -287,8 +343,37 @@ def _ends(model, tokenizer):
     return set(found) if isinstance(found, (list, tuple)) else {found}
 
 
-def _sentences(which, text):
+def _sentences(which, text, least=2):
     found = [line.strip() for line in (text.splitlines() if isinstance(text, str) else text) if line.strip()]
-    if len(found) < 2:
-        raise ValueError(f"the {which} list has {len(found)} sentences: give at least two, one per line")
+    if len(found) < least:
+        needed = {2: "two", 4: "four"}[least]
+        raise ValueError(f"the {which} list has {len(found)} sentences: give at least {needed}, one per line")
     return found
+
+
+def _ranges(layers):
+    """[3, 4, 5, 8] as "3 to 5, 8"."""
+    runs = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in runs)
+
+
+def _directions(handle, folder):
+    """What colors tokens for a loaded edit: directions saved beside it, else its own vector on the residual stream, or None."""
+    if is_saved(folder):
+        saved = fastedit.Directions.load(folder)
+        return saved if saved.about.get("site", "block") == "block" else None
+    if len(handle.edits) != 1 or handle.edits[0].site != "block":
+        return None
+    found = {}
+    for name, tensor in handle.named_tensors().items():
+        *place, what = name.split(".")
+        if what == ("read" if handle.edits[0].is_probe else "bias"):
+            number = next(int(part) for part in place[1:] if part.isdigit())
+            found[number] = tensor.cpu().reshape(-1, tensor.shape[-1])[0]
+    steers = isinstance(handle.edits[0], Steer) or handle.edits[0].is_probe
+    return fastedit.Directions(found) if found and steers else None

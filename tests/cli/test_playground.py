@@ -1,16 +1,21 @@
 """The playground without a page: replies side by side, dials, colors, directions, export; and its page in a browser."""
 
+import contextlib
+import os
 import shutil
 import threading
+import time
 
+import pages
 import pytest
 import tiny_models
 import torch
-from test_cli import invoke  # noqa: F401
+from test_cli import invoke
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import fastedit as fe
+from fastedit.examples import HAPPY, SAD, lines
 from fastedit.playground.session import Session, best_layers
 
 WORDS = "the a girl boy was happy sad smiled cried laughed wept glad upset and he she they".split()  # noqa: SIM905
@@ -133,63 +138,208 @@ def test_bad_input_is_refused_and_leaves_no_edit(session, tmp_path):
         Session(session.model, session.tokenizer, tmp_path / "none")
 
 
-@pytest.mark.slow
-def test_the_page_in_a_browser(session):
+def test_layers_and_positions_are_those_asked_for(session, tmp_path):
+    session.create("late", POSITIVE, NEGATIVE, layers=[2, 3], positions="generated")
+    (edit,) = session.edits["late"].handle.edits
+    assert list(edit.layers) == [2, 3] and "positions='generated'" in repr(edit)
+    assert "layers 2 to 3" in session.edits["late"].about and "on generated" in session.edits["late"].about
+    kls = [step.kl for step in session.reply(ASK, ASK, lambda: {"late": 3.0}, max_new_tokens=4)]
+    assert kls[0] == 0 and kls[1] > 0.1  # the first token's logits are those of the prompt
+    assert [path.name for path in session.export("late", 1.0, tmp_path)] == ["late"]  # llama.cpp knows no positions
+    three = {"like": POSITIVE, "unlike": NEGATIVE}
+    for wrong in ({"layers": [9]}, {"layers": []}, {"positions": "now"}, {"like": LIKE}, three):
+        with pytest.raises(ValueError):
+            session.create("wrong", POSITIVE, NEGATIVE, **wrong)
+    assert list(session.edits) == ["late"]
+
+
+LIKE = ["the boy was", "a boy smiled", "the boy and he", "boy", "a boy was"]
+UNLIKE = ["the girl was", "a girl smiled", "the girl and she", "girl", "a girl was"]
+
+
+def test_a_condition_on_the_prompt_opens_for_some_and_holds_for_a_reply_under_way(session):
+    session.create("happy", POSITIVE, NEGATIVE, like=LIKE, unlike=UNLIKE)
+    (edit,) = session.edits["happy"].handle.edits
+    assert edit.gate is not None and "prompts like 5" in session.edits["happy"].about
+    moved = {}
+    for text in ("the boy and he", "the girl and she"):
+        ask = [{"role": "user", "content": text}]
+        moved[text] = max(step.kl for step in session.reply(ask, ask, lambda: {"happy": 3.0}, max_new_tokens=4))
+    assert moved["the boy and he"] > 0.1 and moved["the girl and she"] == 0
+    ask, dials, kls = [{"role": "user", "content": "the boy and he"}], {"happy": 0.0}, []
+    for number, step in enumerate(session.reply(ask, ask, lambda: dials, max_new_tokens=6)):
+        kls.append(step.kl)
+        if number == 1:  # an edit that is decided on the prompt arrives when the prompt is read
+            session.create("second", POSITIVE, NEGATIVE, like=LIKE, unlike=UNLIKE)
+            dials["second"] = 3.0
+    assert kls[:2] == [0, 0] and max(kls[2:]) > 0.1
+
+
+def test_a_loaded_edit_and_a_loaded_probe_color(session, tmp_path):
+    vector = {layer: torch.randn(32, generator=torch.Generator().manual_seed(layer)) for layer in (1, 3)}
+    for name, edit in (("mood", fe.Steer(vector)), ("watch", fe.Probe(vector)), ("tuned", fe.RED(layers=[1]))):
+        with fe.patch(session.model, edit) as handle:
+            handle.save(tmp_path / name)
+    again = Session(session.model, session.tokenizer, tmp_path)
+    assert {name: held.dialed for name, held in again.edits.items()} == {"mood": True, "tuned": True, "watch": False}
+    for name in ("mood", "watch"):
+        _, layers, values = again.color("the girl was", name)
+        assert layers == [1, 3] and values.shape == (2, 3)
+    torch.testing.assert_close(again.color("the girl was", "mood")[2], again.color("the girl was", "watch")[2])
+    with pytest.raises(ValueError, match="no direction"):
+        again.color("the girl was", "tuned")
+
+
+def test_a_model_that_fails_to_load_is_one_line_and_no_page(tmp_path):
+    pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
+    (tmp_path / "model").mkdir()
+    for arguments in (["playground", str(tmp_path / "model")], ["playground", "smollm2", "--edits", str(tmp_path / "none")]):
+        said = invoke(*arguments, code=2)
+        assert "Traceback" not in said and str(arguments[-1]) in "".join(said.split())
+
+
+@contextlib.contextmanager
+def opened(session, title, port):
+    """(browser, address) of a session's page in a real Chromium."""
     pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     if binary is None:
         pytest.skip("needs Chromium (Debian: apt install chromium)")
-    from fastedit.playground import page as pages
+    from fastedit.playground import page
 
-    served = pages.serve(session, "tiny", port=7999, block=False)
+    served = page.serve(session, title, port=port, block=False)
     try:
         with playwright.sync_playwright() as driver:
             quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
                      "--disable-sync", "--no-first-run", "--disable-quic"]  # fmt: skip
-            browser = driver.chromium.launch(executable_path=binary, args=quiet)
-            visit(browser, served.local_url, session)
+            browser = driver.chromium.launch(executable_path=binary, args=quiet, timeout=WAIT)
+            yield browser, served.local_url
             browser.close()
     finally:
         served.close()
 
 
-def visit(browser, url, session):
+WAIT = 120_000  # ms, for a machine that does much else
+
+
+def new_tab(browser, url, hosts):
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.set_default_timeout(WAIT)
+    tab.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
+    tab.goto(url, wait_until="commit")
+    tab.wait_for_selector("#message textarea")
+    return tab
+
+
+def put(tab, box, value):
+    number = tab.locator(f"{box} input[type=number]")
+    number.fill(str(value))
+    number.press("Enter")
+
+
+def make(tab, name, positive, negative):
+    tab.fill("#positive textarea", "\n".join(positive))
+    tab.fill("#negative textarea", "\n".join(negative))
+    tab.fill("#name input, #name textarea", name)
+    tab.click("#make")
+    tab.wait_for_selector(f"#dial-{name}")
+
+
+def send(tab, text, written):
+    """Sends a message and waits for `written` in the edited reply."""
+    tab.fill("#message textarea", text)
+    tab.click("#send")
+    tab.wait_for_function("text => document.querySelector('#edited').innerText.includes(text)", arg=written)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_page_in_a_browser(session, monkeypatch):
     hosts = set()
-    tabs = [browser.new_page() for _ in range(2)]
-    for tab in tabs:
-        tab.on("request", lambda request: hosts.add(request.url.split("/")[2]))
-        tab.goto(url)
-        tab.wait_for_selector("#message textarea", timeout=60_000)
-    first, second = tabs
-    first.fill("#positive textarea", "\n".join(POSITIVE))
-    first.fill("#negative textarea", "\n".join(NEGATIVE))
-    first.fill("#name input, #name textarea", "happy")
-    first.click("#make")
-    first.wait_for_selector("#dial-happy", timeout=60_000)
-    assert list(session.edits) == ["happy"]
-    dial = first.locator("#dial-happy input[type=number]")
-    dial.fill("3")
-    dial.press("Enter")
-    said = {}
-    for tab in tabs:
-        tab.locator("#length input[type=number]").fill("8")
-        tab.locator("#length input[type=number]").press("Enter")
-        tab.fill("#message textarea", ASK[0]["content"])
-        tab.click("#send")
-    for name, tab in (("dialed", first), ("untouched", second)):
-        tab.wait_for_function("document.querySelector('#edited').innerText.length > 40", timeout=60_000)
-        tab.wait_for_timeout(1500)
-        said[name] = (tab.inner_text("#plain"), tab.inner_text("#edited"))
-    expected = last(session, lambda: {"happy": 3.0})
-    assert expected.plain != expected.edited
-    assert expected.plain in said["dialed"][0] and expected.edited in said["dialed"][1]
-    assert expected.plain in said["untouched"][1]
-    first.get_by_role("tab", name="Color tokens").click()
-    first.fill("#colored-text textarea", "the girl was happy")
-    first.click("#color")
-    first.wait_for_selector("#colored .token", timeout=30_000)
-    first.get_by_role("tab", name="Export").click()
-    first.click("#export")
-    first.wait_for_function("document.querySelector('#files').innerText.includes('happy.gguf')", timeout=30_000)
-    assert {host.split(":")[0] for host in hosts} <= {"127.0.0.1", "localhost"}, hosts
+    with opened(session, "tiny", 7999) as (browser, url):
+        first, second = (new_tab(browser, url, hosts) for _ in range(2))
+        make(first, "happy", POSITIVE, NEGATIVE)
+        assert list(session.edits) == ["happy"]
+        put(first, "#dial-happy", 3)
+        for tab in (first, second):
+            put(tab, "#length", 8)
+        plain, edited = last(session, dict).plain, last(session, lambda: {"happy": 3.0}).edited
+        assert plain != edited
+        send(first, ASK[0]["content"], edited)
+        send(second, ASK[0]["content"], plain)  # this tab's dial is at 0
+        assert plain in first.inner_text("#plain") and plain in second.inner_text("#plain")
+        assert "0.00 nats now" in second.inner_text("#meter").replace("*", "")
+
+        first.get_by_role("tab", name="Color tokens").click()
+        first.fill("#colored-text textarea", "the girl was happy")
+        first.click("#color")
+        first.wait_for_selector("#colored .token")
+        first.get_by_role("tab", name="Export").click()
+        first.click("#export")
+        for file in ("happy.zip", "happy.gguf"):  # a name is shown in two parts
+            first.wait_for_function(
+                "file => document.querySelector('#files').innerText.replace(/\\s/g, '').includes(file)", arg=file
+            )
+
+        first.get_by_role("tab", name="Make a direction").click()
+        first.fill("#name input, #name textarea", "happy")
+        first.click("#make")  # the name is taken: said on the page, and nothing is made
+        first.wait_for_function("document.body.innerText.includes('taken')")
+        assert list(session.edits) == ["happy"]
+
+        steps, reply = [], session.reply
+        monkeypatch.setattr(session, "reply", lambda *given, **more: watched(reply(*given, **more), steps))
+        first.click("#clear")
+        put(first, "#dial-happy", 0)
+        put(first, "#length", 512)
+        first.fill("#message textarea", ASK[0]["content"])
+        first.click("#send")
+        first.wait_for_function("document.querySelector('#edited').innerText.length > 20")
+        put(first, "#dial-happy", 4)
+        first.wait_for_function("!document.querySelector('#meter').innerText.includes(': 0.00')")
+        first.click("#stop")
+        assert steps[0] == 0 and steps[-1] > 0.1  # turned while it wrote
+    assert hosts <= {"127.0.0.1", "localhost"}, hosts
+
+
+def watched(steps, kls):
+    """The steps, slowly, with their KL noted."""
+    for step in steps:
+        kls.append(step.kl)
+        yield step
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_pictures_of_the_page_with_the_chat_model(chat_model, tmp_path):
+    """Writes the pictures of docs/playground.md, into docs/ where FASTEDIT_PICTURES is set."""
+    from PIL import Image
+
+    folder = pages.ROOT / "docs" if os.environ.get("FASTEDIT_PICTURES") else tmp_path
+    session = Session(*chat_model)
+    with opened(session, "SmolLM2-135M-Instruct", 7998) as (browser, url):
+        tab = new_tab(browser, url, set())
+        make(tab, "happy", lines(HAPPY), lines(SAD))
+        put(tab, "#dial-happy", 1.5)
+        put(tab, "#length", 48)
+        send(tab, "How was your weekend?", last_words(session, "How was your weekend?", 48, 1.5))
+        tab.evaluate("document.activeElement.blur()")
+        tab.screenshot(path=tmp_path / "page.png")
+        tab.get_by_role("tab", name="Color tokens").click()
+        tab.fill("#colored-text textarea", "It was a wonderful day, and then it was a terrible day.")
+        tab.click("#color")
+        tab.wait_for_selector("#colored .token")
+        tab.wait_for_function("document.querySelectorAll('[role=tabpanel] .plot-container img, [role=tabpanel] img').length > 0")
+        tab.wait_for_timeout(1000)
+        tab.screenshot(path=tmp_path / "colors.png", full_page=True)
+    for name in ("page", "colors"):
+        picture = Image.open(tmp_path / f"{name}.png").convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        assert picture.width == 1280 and len(picture.getcolors()) > 16  # something is on it
+        picture.save(folder / f"playground-{name}.png", optimize=True)
+
+
+def last_words(session, text, length, dial):
+    ask = [{"role": "user", "content": text}]
+    return list(session.reply(ask, ask, lambda: {"happy": dial}, max_new_tokens=length))[-1].edited.split("\n")[0][-20:]

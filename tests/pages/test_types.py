@@ -142,3 +142,11 @@ def test_an_edit_of_ones_own_needs_no_docstring():
 
     assert Plain.__doc__ is None
     assert "{braces}" in Told.__doc__ and "keep_norm:" in Told.__doc__
+
+
+def test_the_reference_has_everything():
+    text = "".join(page.read_text() for page in (SOURCE.parent / "docs/reference").glob("*.md"))
+    whole = {importlib.import_module(name).__name__ for name in re.findall(r"automodule:: (fastedit[.](?!jax)\S+)", text)}
+    named = {name.rpartition(".")[2] for name in re.findall(r"auto(?:class|function|exception):: (\S+)", text)}
+    missing = [name for name in THINGS if name.rpartition(".")[0] not in whole and name.rpartition(".")[2] not in named]
+    assert not missing
