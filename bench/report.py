@@ -28,7 +28,7 @@ from .effects import (
 from .kernels import table as kernels
 from .models import rows as models
 from .models import table as models_table
-from .training import preferences
+from .training import preferences, smollm2
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
 PAGE, EFFECTS = DOCS / "performance.md", DOCS / "effects.md"
@@ -65,6 +65,7 @@ TABLES = {
     "aligned": ("effects-aligned.csv", aligned.markdown),
     "roles": ("effects-roles.csv", roles.markdown),
     "traits": ("effects-traits.csv", traits.markdown),
+    "sft": ("sft_smollm2.csv", smollm2.markdown),
     "steering": ("effects-steering.csv", steering.markdown),
     "re-control": ("effects-recontrol.csv", recontrol.markdown),
     "sst2": ("sst2_red.csv", sst2.markdown),
