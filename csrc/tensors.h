@@ -36,7 +36,11 @@ struct Given {
 
   PyObject* operator[](Py_ssize_t i) const { return i < count ? at[i] : Py_None; }
   bool has(Py_ssize_t i) const { return (*this)[i] != Py_None; }
-  bool flag(Py_ssize_t i, bool missing = false) const { return i < count ? at[i] == Py_True : missing; }
+  bool flag(Py_ssize_t i, bool missing = false) const {
+    if (i >= count) return missing;
+    if (at[i] != Py_True && at[i] != Py_False && at[i] != Py_None) refuse_type("a flag is neither True nor False");
+    return at[i] == Py_True;
+  }
   int64_t integer(Py_ssize_t i) const { return py::handle((*this)[i]).cast<int64_t>(); }
   float number(Py_ssize_t i) const { return static_cast<float>(as_double((*this)[i])); }
 };
