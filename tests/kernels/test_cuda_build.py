@@ -61,7 +61,7 @@ def test_the_compiler_warns_of_nothing_and_spills_nothing(compiled):
 
 
 # Bytes that a kernel may spill on an architecture beside sm_90: in the row loops for rows beyond a tile, which are rare.
-SPILLS = {}
+SPILLS = {("120", "edit_add_norm", "loop_rows_kernel"): 8}
 
 
 def built_architectures():
