@@ -228,8 +228,8 @@ def test_every_table_of_the_methods_page_is_known_and_of_the_csvs():
     text = report.EFFECTS.read_text()
     names = [line[len("<!-- table: "):-len(" -->")] for line in text.splitlines() if line.startswith("<!-- table: ")]
     assert names == [
-        "chat", "chat gates", "preferred", "gated", "valued", "aligned", "roles", "traits", "truth", "concepts", "sft", "steering",
-        "re-control", "sst2", "rahf",
+        "chat", "chat gates", "preferred", "gated", "valued", "aligned", "roles", "traits", "truth", "concepts", "sft",
+        "steering", "re-control", "sst2", "rahf",
     ] and text.count("<!-- end -->") == len(names)  # fmt: skip
     assert report.filled(text, ROOT / "bench" / "results") == text
 
