@@ -325,17 +325,19 @@ def test_pictures_of_the_page_with_the_chat_model(chat_model, tmp_path):
         put(tab, "#dial-happy", 1.5)
         put(tab, "#length", 48)
         send(tab, "How was your weekend?", last_words(session, "How was your weekend?", 48, 1.5))
-        tab.evaluate("document.activeElement.blur()")
-        tab.screenshot(path=tmp_path / "page.png")
+        tab.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+        tab.screenshot(path=tmp_path / "page.png", clip={"x": 0, "y": 0, "width": 1280, "height": 780})
         tab.get_by_role("tab", name="Color tokens").click()
         tab.fill("#colored-text textarea", "It was a wonderful day, and then it was a terrible day.")
         tab.click("#color")
         tab.wait_for_selector("#colored .token")
         tab.wait_for_function("document.querySelectorAll('[role=tabpanel] .plot-container img, [role=tabpanel] img').length > 0")
         tab.wait_for_timeout(1000)
-        tab.screenshot(path=tmp_path / "colors.png", full_page=True)
+        top = tab.evaluate("document.querySelector('[role=tablist]').getBoundingClientRect().top + window.scrollY")
+        whole = {"x": 0, "y": top, "width": 1280, "height": tab.evaluate("document.documentElement.scrollHeight") - top}
+        tab.screenshot(path=tmp_path / "colors.png", full_page=True, clip=whole)
     for name in ("page", "colors"):
-        picture = Image.open(tmp_path / f"{name}.png").convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        picture = Image.open(tmp_path / f"{name}.png").convert("RGB").quantize(128, dither=Image.Dither.NONE)
         assert picture.width == 1280 and len(picture.getcolors()) > 16  # something is on it
         picture.save(folder / f"playground-{name}.png", optimize=True)
 

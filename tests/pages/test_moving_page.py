@@ -1,0 +1,32 @@
+"""docs/moving.md, the other libraries' half too: make peers, then .venv-peers/bin/python -m pytest."""
+
+import copy
+import importlib.util
+
+import numpy as np
+import pages
+import pytest
+import torch
+from test_pages import assumed, whole  # noqa: F401 (a fixture)
+
+THEIRS = [block for block in pages.blocks("moving.md") if block.code.startswith("# needs ")]
+
+
+@pytest.mark.parametrize("block", THEIRS, ids=lambda block: block.code.split()[2])
+def test_the_other_librarys_half_runs(block, whole, tmp_path, monkeypatch):  # noqa: F811
+    library = block.code.split()[2]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip("needs the peers: make peers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(np, "float_", np.float64, raising=False)
+    model, said = whole
+    names = assumed(model, said)
+    names["model"] = copy.deepcopy(model)
+    torch.manual_seed(0)
+    exec(compile(block.code, str(block), "exec"), names)
+    if library == "pyreft":
+        names["handle"] = names["fe"].load_adapter(copy.deepcopy(model), "their-edit", positions="last 1")
+        assert [str(edit).split("(")[0] for edit in names["handle"].edits] == ["LowRank"]  # h + (W h + c − R h) R, folded
+    if library == "peft":
+        names["handle"] = names["fe"].load_adapter(names["model"], "their-ia3")
+        assert names["handle"].edits[0].site == "ffn_in"
