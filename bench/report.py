@@ -10,14 +10,29 @@ import re
 import sys
 
 from . import bank, host
-from .effects import chat, rahf, recontrol, sst2, steering
+from .effects import (
+    aligned,
+    chat,
+    concepts,
+    gated,
+    preferred,
+    rahf,
+    recontrol,
+    roles,
+    sst2,
+    steering,
+    traits,
+    truth,
+    valued,
+)
 from .kernels import table as kernels
 from .models import rows as models
 from .models import table as models_table
+from .training import preferences, smollm2
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
 PAGE, EFFECTS = DOCS / "performance.md", DOCS / "effects.md"
-PAGES = (PAGE, DOCS / "bank.md", EFFECTS)
+PAGES = (PAGE, DOCS / "bank.md", EFFECTS, DOCS / "training.md")
 
 
 def models_of_red(path):
@@ -39,8 +54,18 @@ TABLES = {
     "red in models": ("models-cpu.csv", models_of_red),
     "models": ("models-cpu.csv", models_table.markdown),
     "bank": ("bank.csv", bank.table),
+    "dpo steps": ("dpo_steps.csv", preferences.markdown),
     "chat": ("effects-chat.csv", chat.markdown),
     "chat gates": ("effects-chat-gates.csv", chat.gates_markdown),
+    "preferred": ("effects-preferred.csv", preferred.markdown),
+    "truth": ("effects-truth.csv", truth.markdown),
+    "concepts": ("effects-concepts.csv", concepts.markdown),
+    "gated": ("effects-gated.csv", gated.markdown),
+    "valued": ("effects-valued.csv", valued.markdown),
+    "aligned": ("effects-aligned.csv", aligned.markdown),
+    "roles": ("effects-roles.csv", roles.markdown),
+    "traits": ("effects-traits.csv", traits.markdown),
+    "sft": ("sft_smollm2.csv", smollm2.markdown),
     "steering": ("effects-steering.csv", steering.markdown),
     "re-control": ("effects-recontrol.csv", recontrol.markdown),
     "sst2": ("sst2_red.csv", sst2.markdown),

@@ -39,21 +39,21 @@ class Case:
         return self.kernel.replace("{t}", kind)
 
 
-TILE, UNIT = r"tile_rows_kernel<{t}, {t}, 8, %s, false, \(Part\)%d>", r"unit_backward<{t}, {t}, 8, \(BackwardPart\)%d>"
+TILE, UNIT = r"tile_rows_kernel<{t}, {t}, 8, %s, false, \(Part\)%d, %s>", r"unit_backward<{t}, {t}, 8, \(BackwardPart\)%d, %s>"
 CASES = (
     Case("edit", "forward", 0, r"stream_rows<{t}, {t}, 8, false, false>", 2),
     Case("edit_add", "forward", 0, r"stream_rows<{t}, {t}, 8, true, false>", 3),
-    Case("edit_add_norm", "forward", 0, TILE % ("8, false", 4), 4),
-    Case("edit_add_norm on the sum", "forward", 0, TILE % ("8, false", 5), 4),
-    Case("edit", "forward", 4, TILE % ("16, true", 1), 2),
-    Case("edit_add", "forward", 4, TILE % ("16, true", 2), 3),
-    Case("edit_add on the sum", "forward", 4, TILE % ("16, true", 3), 3),
-    Case("edit_add_norm", "forward", 4, TILE % ("16, true", 4), 4),
-    Case("edit_add_norm on the sum", "forward", 4, TILE % ("16, true", 5), 4),
+    Case("edit_add_norm", "forward", 0, TILE % ("8, false", 4, "false"), 4),
+    Case("edit_add_norm on the sum", "forward", 0, TILE % ("8, false", 5, "false"), 4),
+    Case("edit", "forward", 4, TILE % ("16, true", 1, "true"), 2),
+    Case("edit_add", "forward", 4, TILE % ("16, true", 2, "true"), 3),
+    Case("edit_add on the sum", "forward", 4, TILE % ("16, true", 3, "true"), 3),
+    Case("edit_add_norm", "forward", 4, TILE % ("16, true", 4, "true"), 4),
+    Case("edit_add_norm on the sum", "forward", 4, TILE % ("16, true", 5, "true"), 4),
     Case("edit", "backward", 0, r"column_sums<{t}, {t}, 8, false, true>", 3),
-    Case("edit_add_norm", "backward", 0, UNIT % 1, 6),
-    Case("edit", "backward", 4, UNIT % 3, 3),
-    Case("edit_add_norm", "backward", 4, UNIT % 2, 6),
+    Case("edit_add_norm", "backward", 0, UNIT % (1, "false"), 6),
+    Case("edit", "backward", 4, UNIT % (3, "true"), 3),
+    Case("edit_add_norm", "backward", 4, UNIT % (2, "true"), 6),
 )
 DTYPES = {"bf16": "Brain", "f16": "Half"}
 
@@ -109,9 +109,11 @@ def tile_slots(loop, kind, rank, chunks, threads):
         if inner.count("SHFL"):
             return groups  # dot products of four ranks and two rows, and their tree
         if inner.count("FFMA") < 8:
-            return 1 if parent is loop else -(-warps // 4)  # shares of the warps, four at a time
+            if parent is loop:  # a thread for each rank and row, or each rank: of few warps
+                return -(-rank * 2 // 32) / warps
+            return -(-warps // 4)  # shares of the warps, four at a time
         if kind == "tile" or (parent is not loop and not parent.count("SHFL")):
-            return rank
+            return -(-rank // (inner.count("FFMA") // (32 if kind == "tile" else 16)))
         return chunks
 
     def issued(part):
@@ -129,6 +131,7 @@ def slots_an_element(kernel, code, rank):
     if kernel.startswith("tile_rows"):
         elements = 32 if rank else 16
         return tile_slots(main, "tile", rank, 1, WIDTH * 2 // elements) / elements
+    main = max(main.inner, key=total)  # a unit's tiles; around them a run's units
     return tile_slots(main, "unit", rank, WIDTH // 2048, 256) / (2 * 8 * WIDTH // 2048)
 
 

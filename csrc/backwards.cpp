@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "forms.h"
+#include "torch.h"
 
 namespace fastedit {
 

@@ -5,6 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/openmp.h"
 #include "forms.h"
+#include "torch.h"
 #include "xla.h"
 
 namespace fastedit {
@@ -78,7 +79,7 @@ PYBIND11_MODULE(_native, m) {
   for (PyMethodDef* functions : {forward_functions, backward_functions, ready_functions}) {
     if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();
   }
-  m.def("use_torch", [](const py::module_& torch) { use_torch(torch); });
+  m.def("use_torch", use_torch, py::arg("torch"), py::arg("quick") = true);
   m.def("serve", serve);
   m.def("raw", raw);
   m.def("workspace", workspace);

@@ -2,37 +2,17 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+
+#include "torch.h"
 
 namespace fastedit {
 
 namespace {
 
 char kNothing[64];  // where an empty tensor is: null would mean that it was not given
-
-// A flag that torch keeps, asked for without Python's way of calling where its function is written in C.
-struct Flag {
-  PyObject* function = nullptr;
-  PyCFunction direct = nullptr;
-
-  void keep(const py::object& given) {
-    function = py::object(given).release().ptr();
-    if (PyCFunction_Check(function) && PyCFunction_GET_FLAGS(function) == METH_NOARGS) direct = PyCFunction_GET_FUNCTION(function);
-  }
-  PyObject* ask() const { return direct ? direct(PyCFunction_GET_SELF(function), nullptr) : PyObject_CallNoArgs(function); }
-};
-
-struct Torch {
-  PyTypeObject *tensor = nullptr, *parameter = nullptr, *dtype = nullptr;
-  const dlpack::Exchange* exchange = nullptr;
-  PyObject *empty = nullptr, *empty_like = nullptr, *new_empty = nullptr, *contiguous_format = nullptr, *forward_ad = nullptr;
-  Flag grad_enabled, transforms, graph_task, inference;
-  PyMethodDef* is_neg = nullptr;         // of Tensor: asked of each one that is read
-  PyGetSetDef* requires_grad = nullptr;
-  PyObject* dtypes[3] = {};
-  bool exact(PyObject* object) const { return Py_TYPE(object) == tensor || Py_TYPE(object) == parameter; }
-} torch_;
 
 bool served_[2] = {false, false};  // cpu, cuda
 
@@ -52,13 +32,6 @@ const Names& names() {
   static const Names all;
   return all;
 }
-
-py::object taken(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-bool yes(PyObject* result) { return taken(result).ptr() == Py_True; }
 
 int code_of(const dlpack::DataType& d) {
   if (d.lanes != 1) return OTHER;
@@ -137,13 +110,6 @@ bool is_numpy(PyObject* object) {
   return Py_TYPE(object) == array;
 }
 
-// changes.transformed: tensors may be wrapped, or have tangents that no kernel sees.
-bool transformed() {
-  if (yes(torch_.transforms.ask())) return true;
-  PyObject* level = PyDict_GetItem(torch_.forward_ad, names().level);
-  return !level || PyLong_AsLong(level) >= 0;
-}
-
 }  // namespace
 
 double as_double(PyObject* object) {
@@ -182,12 +148,12 @@ bool View::contiguous() const {
 
 bool Call::unasked(const Given& given) {
   if (!torch_.tensor || !torch_.exact(given[0])) return !is_numpy(given[0]);
-  if ((!served_[0] && !served_[1]) || transformed()) return true;
+  if ((!served_[0] && !served_[1]) || torch_.forward_mode() || torch_.recorded()) return true;
   const bool grad = yes(torch_.grad_enabled.ask());
   for (Py_ssize_t i = 0; i < given.count; ++i) {
     PyObject* object = given.at[i];
     if (torch_.exact(object)) {
-      if (grad && yes(torch_.requires_grad->get(object, torch_.requires_grad->closure))) return true;
+      if (grad && torch_.needs_grad(object)) return true;
     } else if (object != Py_None && !PyFloat_Check(object) && !PyLong_Check(object)) {
       return true;
     }
@@ -202,10 +168,10 @@ void Call::view_of(View& v, PyObject* object, const char* name, bool ours) const
     dlpack::Tensor t;
     if (torch_.exchange->view(object, &t)) {
       PyErr_Clear();  // sparse, meta, functorch's wrappers
-      refuse_type(std::string(name) + " has no memory that a kernel can read");
+      refuse_type(std::string(name) + " has no memory that a kernel can read: expected a dense tensor on the device of the rows");
     }
     adopt(v, t, name);
-    if (!ours && yes(torch_.is_neg->ml_meth(object, nullptr))) refuse_type(std::string(name) + " has its negative bit set; use resolve_neg()");
+    if (!ours && torch_.negative(object)) refuse_type(std::string(name) + " has its negative bit set; use resolve_neg()");
   } else if (is_numpy(object)) {
     view_of_numpy(v, object, name);
   } else {
@@ -300,32 +266,41 @@ Rows Call::rows(const View& v, const char* name) const {
   return r;
 }
 
+// Host memory for results holds NaN of every dtype of rows first, where tests ask for it.
+void Call::poison(const View& out) const {
+  if (poisons_ && host()) std::memset(out.data, 0xFF, static_cast<size_t>(out.numel() * out.itemsize));
+}
+
 void Call::made(const py::object& object, View& out) const {
   view_of(out, object.ptr(), "the result", true);
   const bool away = face_ == Face::torch && !torch_.exact(object.ptr());  // a mode that makes fake tensors is on
   if (away || out.device.type != device_.type || out.device.id != device_.id) refuse_type("the result was not made where the rows are");
-  if (poisons_ && host()) std::memset(out.data, 0xFF, static_cast<size_t>(out.numel() * out.itemsize));  // NaN of every dtype of rows
+  poison(out);
 }
 
 bool poisons() { return poisons_; }
 
-py::object Call::like(const View& v, View& out) const {
-  if (face_ != Face::torch || !(v.object && torch_.exact(v.object))) return make(v.shape, v.ndim, v.dtype, out);
-  PyObject* args[] = {v.object, torch_.contiguous_format};
-  py::object result = taken(v.contiguous() ? PyObject_Vectorcall(torch_.empty_like, args, 1, nullptr)
-                                           : PyObject_Vectorcall(torch_.empty_like, args, 1, names().memory_format));
-  made(result, out);
-  return result;
-}
+py::object Call::like(const View& v, View& out) const { return make(v.shape, v.ndim, v.dtype, out); }
 
 py::object Call::make(const int64_t* shape, int ndim, int dtype, View& out) const {
+  if (face_ == Face::torch && dtype <= F16) {
+    void* data = nullptr;
+    if (PyObject* tensor = torch_.maker.empty(shape, ndim, dtype, device_, &data)) {
+      out.object = tensor;
+      out.ndim = ndim;
+      out.dtype = dtype;
+      out.itemsize = dtype == F32 ? 4 : 2;
+      out.shape = std::copy(shape, shape + ndim, out.own) - ndim;
+      out.device = device_;
+      out.data = out.numel() ? static_cast<char*>(data) : kNothing;
+      poison(out);
+      return py::reinterpret_steal<py::object>(tensor);
+    }
+  }
+  py::object result;
   py::tuple sizes(ndim);
   for (int i = 0; i < ndim; ++i) sizes[i] = shape[i];
-  py::object result;
-  if (face_ == Face::torch && dtype == leader_dtype_ && torch_.exact(leader_)) {  // keywords take longer to read
-    PyObject* args[] = {leader_, sizes.ptr()};
-    result = taken(PyObject_Vectorcall(torch_.new_empty, args, 2, nullptr));
-  } else if (face_ == Face::torch) {
+  if (face_ == Face::torch) {
     const py::object device = taken(PyObject_GetAttr(leader_, names().device));
     PyObject* args[] = {sizes.ptr(), torch_.dtypes[dtype], device.ptr()};
     result = taken(PyObject_Vectorcall(torch_.empty, args, 1, names().where));
@@ -363,48 +338,7 @@ void* Call::stream() const {
   return reinterpret_cast<void*>(cupy.attr("cuda").attr("get_current_stream")().attr("ptr").cast<intptr_t>());
 }
 
-void use_torch(const py::module_& torch) {
-  const py::object tensor = torch.attr("Tensor");
-  const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
-  const auto* found = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  while (found && found->version.major > 1) found = found->before;
-  if (PyErr_Occurred()) PyErr_Clear();
-  if (!found || found->version.major != 1 || !found->view) {
-    throw py::import_error("this torch has no DLPack C exchange interface; fastedit needs torch 2.11 or newer");
-  }
-  const auto kept = [](const py::object& object) { return py::object(object).release().ptr(); };
-  const py::object inner = torch.attr("_C");
-  torch_.exchange = found;
-  torch_.empty = kept(torch.attr("empty"));
-  torch_.empty_like = kept(torch.attr("empty_like"));
-  torch_.new_empty = kept(tensor.attr("new_empty"));
-  torch_.contiguous_format = kept(torch.attr("contiguous_format"));
-  torch_.forward_ad = kept(torch.attr("autograd").attr("forward_ad").attr("__dict__"));
-  torch_.grad_enabled.keep(torch.attr("is_grad_enabled"));
-  torch_.inference.keep(torch.attr("is_inference_mode_enabled"));
-  torch_.transforms.keep(inner.attr("_are_functorch_transforms_active"));
-  torch_.graph_task.keep(inner.attr("_current_graph_task_id"));
-  const py::object is_neg = tensor.attr("is_neg"), wanted = inner.attr("TensorBase").attr("requires_grad");
-  if (Py_TYPE(is_neg.ptr()) != &PyMethodDescr_Type || Py_TYPE(wanted.ptr()) != &PyGetSetDescr_Type) {
-    throw py::import_error("this torch's tensors are not written as fastedit knows them");
-  }
-  torch_.is_neg = reinterpret_cast<PyMethodDescrObject*>(is_neg.ptr())->d_method;
-  torch_.requires_grad = reinterpret_cast<PyGetSetDescrObject*>(wanted.ptr())->d_getset;
-  torch_.dtypes[F32] = kept(torch.attr("float32"));
-  torch_.dtypes[BF16] = kept(torch.attr("bfloat16"));
-  torch_.dtypes[F16] = kept(torch.attr("float16"));
-  torch_.parameter = reinterpret_cast<PyTypeObject*>(kept(torch.attr("nn").attr("Parameter")));
-  torch_.tensor = reinterpret_cast<PyTypeObject*>(kept(tensor));
-}
-
 void serve(const std::string& device, bool on) { served_[device == "cuda"] = on; }
-
-int dtype_code(PyObject* dtype) {
-  for (int code : {F32, BF16, F16}) {
-    if (dtype == torch_.dtypes[code]) return code;
-  }
-  return OTHER;
-}
 
 // Whether every (holder, name, expected) still holds: what the holder has under that name, an item of a dict or an own
 // attribute of anything else, is that very object; for expected () it is absent, empty or false. Under the name None, a
@@ -439,7 +373,7 @@ PyObject* bound(PyObject*, PyObject* const* at, Py_ssize_t count) {
   PyObject* ready = at[0];
   if (ready == Py_None || !torch_.tensor) Py_RETURN_NONE;
   try {
-    if (yes(torch_.grad_enabled.ask())) Py_RETURN_NONE;
+    if (yes(torch_.grad_enabled.ask()) || torch_.recorded()) Py_RETURN_NONE;
     if (PyLong_AsLong(taken(torch_.graph_task.ask()).ptr()) != -1) Py_RETURN_NONE;
     if (PyTuple_GET_ITEM(ready, 3) == Py_True && !yes(torch_.inference.ask())) Py_RETURN_NONE;
     if (!yes(holds(nullptr, PyTuple_GET_ITEM(ready, 2)))) Py_RETURN_NONE;

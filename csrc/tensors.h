@@ -36,7 +36,11 @@ struct Given {
 
   PyObject* operator[](Py_ssize_t i) const { return i < count ? at[i] : Py_None; }
   bool has(Py_ssize_t i) const { return (*this)[i] != Py_None; }
-  bool flag(Py_ssize_t i, bool missing = false) const { return i < count ? at[i] == Py_True : missing; }
+  bool flag(Py_ssize_t i, bool missing = false) const {
+    if (i >= count) return missing;
+    if (at[i] != Py_True && at[i] != Py_False && at[i] != Py_None) refuse_type("a flag is neither True nor False");
+    return at[i] == Py_True;
+  }
   int64_t integer(Py_ssize_t i) const { return py::handle((*this)[i]).cast<int64_t>(); }
   float number(Py_ssize_t i) const { return static_cast<float>(as_double((*this)[i])); }
 };
@@ -100,6 +104,7 @@ class Call {
  private:
   void view_of(View& view, PyObject* object, const char* name, bool ours) const;
   void made(const py::object& object, View& out) const;
+  void poison(const View& out) const;
   Face face_ = Face::torch;
   PyObject* leader_ = nullptr;
   int leader_dtype_ = OTHER;
@@ -107,11 +112,9 @@ class Call {
   mutable std::vector<py::object> kept_;
 };
 
-// From Python: torch's types and functions, and whether the kernels of a device serve calls that only ask.
-void use_torch(const py::module_& torch);
+// From Python: whether the kernels of a device serve calls that only ask.
 void serve(const std::string& device, bool on);
 bool poisons();  // whether host memory for results is filled with NaN first
-int dtype_code(PyObject* torch_dtype);  // OTHER for None and for what no kernel takes
 
 PyObject* holds(PyObject*, PyObject* facts);
 PyObject* bound(PyObject*, PyObject* const* at, Py_ssize_t count);

@@ -120,6 +120,14 @@ def _layer(layer):
         ) from None
 
 
+def as_flag(name, value):
+    """What an op takes as True or False."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError):  # an array of several numbers, or of none
+        raise TypeError(f"{name} is {value!r:.60}, expected True or False") from None
+
+
 def check_flag(name, value):
     """True or False as they are."""
     if not isinstance(value, bool):

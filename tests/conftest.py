@@ -49,6 +49,7 @@ LONG = (
     "recontrol_control::test_controlled_samples_earn_more",
     "argued::test_what_takes_a_model_is_right_or_refuses_and_changes_nothing",
     "cuda_streams", "cuda_build", "distributed", "instruction_sets", "instructions", "threads",
+    "under_way::test_every_way_of_calling_is_seen",
     "traced::test_each_prefix_of_a_save",
     "triton_aot::test_activations_move_128_bits_and_nothing_is_fp64",
     "triton_aot::test_products_are_six_of_bf16_and_summed_in_fp32",

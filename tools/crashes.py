@@ -4,6 +4,7 @@
 """
 
 import argparse
+import functools
 import os
 import random
 import signal
@@ -15,11 +16,15 @@ from pathlib import Path
 import torch
 
 import fastedit as fe
+from fastedit import store
+from fastedit.capturing import capture as capturing
 from fastedit.capturing.rows_on_disk import Rows, RowWriter
 from fastedit.files import edit_file
 from fastedit.methods.trajectories import Trajectories
+from fastedit.training import recipes
 
 from . import table
+from .readers import WIDTH, model
 
 JOB = {"rank": 0, "processes": 1, "layers": [1], "names": ["0"]}
 
@@ -63,17 +68,83 @@ def _trajectories_of(folder):
     return {float(found.prompts[0]), found.rewards.item(), *found.states.unique().tolist()}
 
 
-KINDS = {
+@functools.cache
+def _trainee():
+    """A model with an edit that trains, and a head beside it, as EditTrainer saves them at a checkpoint."""
+    from transformers import LlamaForSequenceClassification
+
+    llama = LlamaForSequenceClassification(model().config)
+    return llama, fe.patch(llama, fe.RED(), freeze=True)
+
+
+def _checkpoint(folder, value):
+    llama, handle = _trainee()
+    with torch.no_grad():
+        for tensor in (*handle.parameters(), llama.score.weight):
+            tensor.fill_(value)
+    recipes.save_trained(llama, handle, folder, training={"step": value})
+
+
+def _checkpoint_of(folder):
+    llama, handle = _trainee()
+    recipes.load_trained(llama, handle, folder)
+    found = {tensor.unique().item() for tensor in (*handle.parameters(), llama.score.weight)}
+    return found | {store.read(folder)[0]["training"]["step"]}
+
+
+class _At:
+    """Where a pass over data is: the part of a capture's windows that its state keeps."""
+
+    def __init__(self, value):
+        self.position, self.digest = int(value), self
+
+    def hexdigest(self):
+        return str(float(self.position))
+
+
+def _resume(folder, value):
+    moments = fe.Moments(512)
+    sums = {name: torch.full((1, 512), value, dtype=torch.float64) for name in ("mean", "m2")}
+    moments.load_state_dict({"count": torch.tensor([3]), **sums})
+    capturing._State(folder, JOB, 0).save({1: moments}, {1: torch.tensor(int(value))}, _At(value), now=True)
+
+
+def _resume_of(folder):
+    note, tensors = capturing._State(folder, JOB, 0)._read()
+    found = {t.unique().item() for name, t in tensors.items() if not name.endswith("count")}
+    return {float(note["position"]), float(note["digest"]), *map(float, found)}
+
+
+def _bank(folder, value):
+    """A bank that keeps nothing in memory; what a killed one leaves behind must not be in the way of the next."""
+    bank = fe.Bank(model(), capacity=1, rank=0, host=0, folder=folder)
+    for number in range(3):
+        bank.add(f"e{number}", fe.Steer(torch.full((WIDTH,), value + number), site="mlp"))
+    for number in range(3):
+        bank.prefetch([f"e{number}"])
+        bias = bank.tables.tensors(bank._served[0][0].name, "mlp")[1]
+        assert bias.unique().item() == value + number
+    bank.close()
+
+
+def _bank_of(folder):
+    _bank(folder, 9.0)
+    return {9.0}
+
+
+SAVED = {
     "edit": (_edit, _edit_of), "directions": (_directions, _directions_of), "rows": (_rows, _rows_of),
-    "trajectories": (_trajectories, _trajectories_of),
+    "trajectories": (_trajectories, _trajectories_of), "checkpoint": (_checkpoint, _checkpoint_of),
+    "resume": (_resume, _resume_of),
 }  # fmt: skip
+KINDS = {**SAVED, "bank": (_bank, _bank_of)}
 
 
-def attack(kind, kills, seed=0):
+def attack(kind, kills, seed=0, where=None):
     """(kills, kills that hit a save, mixtures or losses) of one kind, two writers at a time every other round."""
     write, read = KINDS[kind]
     draw, hit, wrong = random.Random(seed), 0, 0
-    with tempfile.TemporaryDirectory() as base:
+    with tempfile.TemporaryDirectory(dir=where) as base:
         folder = Path(base) / kind
         folder.mkdir()
         write(folder, 1.0)
@@ -108,16 +179,20 @@ def _child(write, folder, value):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10_000, help="in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where the files are; a file system in memory is several times as fast")
+    parser.add_argument("--only", nargs="*", choices=KINDS, help="some of the kinds")
     parser.add_argument("--out", type=Path, help="a CSV, one row a kind")
     asked = parser.parse_args()
     rows = []
-    for kind in KINDS:
+    kinds = asked.only or list(KINDS)
+    for kind in kinds:
         start = time.monotonic()
-        kills, hit, wrong = attack(kind, -(-asked.kills // len(KINDS)))
+        kills, hit, wrong = attack(kind, -(-asked.kills // len(kinds)), asked.seed, asked.folder)
         rows.append({"kind": kind, "kills": kills, "writers_killed": hit, "lost_or_mixed": wrong})
         rows[-1]["wall_s"] = round(time.monotonic() - start, 1)
         print(rows[-1], flush=True)
-    table(rows, asked.out)
+        table(rows, asked.out)
     return 1 if any(row["lost_or_mixed"] for row in rows) else 0
 
 

@@ -2,10 +2,13 @@
 
     python -m tools.threads --forwards 100000 --out bench/results/threads.csv
 
-Every forward is one of the states that the model has had, bit for bit, and the operation's own results are right.
+Every forward is one of the states that the model has had, bit for bit, and the operation's own results are right. The
+structure of the model that the threads run on changes between their forwards only: else the change is refused.
 """
 
 import argparse
+import itertools
+import random
 import sys
 import tempfile
 import threading
@@ -17,7 +20,7 @@ import torch
 import fastedit as fe
 
 from . import table
-from .readers import WIDTH, model
+from .readers import DEPTH, WIDTH, model
 from .soak import IDS, _logits, _steer
 
 THREADS = 8
@@ -27,26 +30,33 @@ class Crowd:
     """Eight threads of forwards on one patched model with a bank; `wrong` has what was not as it should be."""
 
     def __init__(self):
-        self.model, self.wrong, self.done = model(), [], 0
+        self.model, self.wrong, self.done, self.pause = model(), [], 0, 0.0
         self.handle = fe.patch(self.model, [fe.RED(), fe.Steer(torch.ones(WIDTH), positions="generated")])
         self.bank = fe.Bank(self.model, capacity=THREADS + 2, sites=("mlp",))
         for number in range(THREADS):
             self.bank.add(f"e{number}", _steer(number))
-        self.expected = []
-        for number in range(THREADS):
+        self.expected = [[] for _ in range(THREADS)]  # of each thread, the states that a forward may be of
+        self.learn()
+
+    def learn(self):
+        """The present state is one that a forward may be of."""
+        for number, states in enumerate(self.expected):
             with self.bank.assign([f"e{number}"]):
-                self.expected.append(_logits(self.model))
+                states.append(_logits(self.model))
 
     def forwards(self, count, operation):
         """`count` forwards in all beside `operation(turn)`, called again and again in this thread; how often it was."""
         self.done, lock, turns = 0, threading.Lock(), 0
 
         def serve(number):
+            draw = random.Random(number)
             try:
                 while self.done < count and not self.wrong:
                     with self.bank.assign([f"e{number}"]):
-                        same = torch.equal(_logits(self.model), self.expected[number])
-                    if not same:
+                        found = _logits(self.model)
+                    if self.pause:
+                        time.sleep(draw.random() * self.pause)
+                    if not any(torch.equal(found, state) for state in self.expected[number]):
                         self.wrong.append(f"forward {self.done} of thread {number} is of no state that there was")
                     with lock:
                         self.done += 1
@@ -54,6 +64,8 @@ class Crowd:
                 self.wrong.append(repr(error))
 
         threads = [threading.Thread(target=serve, args=(number,)) for number in range(THREADS)]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-4)  # threads take turns often
         for thread in threads:
             thread.start()
         try:
@@ -64,6 +76,7 @@ class Crowd:
             self.wrong.append(f"the operation: {error!r}")
         for thread in threads:
             thread.join()
+        sys.setswitchinterval(interval)
         return turns
 
     def close(self):
@@ -89,7 +102,7 @@ def change(crowd, folder):
         crowd.bank.add("new", _steer(20 + turn % 5))
         crowd.bank.replace("new", _steer(30 + turn % 5))
         with crowd.bank.assign(["new"]):
-            assert not torch.equal(_logits(crowd.model), crowd.expected[0])
+            assert not torch.equal(_logits(crowd.model), crowd.expected[0][0])
         crowd.bank.remove("new")
 
     return operation
@@ -142,7 +155,81 @@ def slots(crowd, folder):
     return operation
 
 
-OPERATIONS = {"generate": generate, "a bank changes": change, "eviction": evict, "training": train, "slots": slots}
+def dial(crowd, folder):
+    """handle.strength of an edit at every layer: each layer of a forward has it at one of the strengths, wholly."""
+    vectors = torch.randn(DEPTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    steers = [fe.patch(crowd.model, fe.Steer(vectors[n], site="mlp", layers=[n])) for n in range(DEPTH)]
+    for strengths in itertools.product(STRENGTHS, repeat=DEPTH):
+        for handle, strength in zip(steers, strengths, strict=True):
+            handle.strength = strength
+        crowd.learn()
+    for handle in steers:
+        handle.remove()
+    handle = fe.patch(crowd.model, fe.Steer(vectors, site="mlp"))
+
+    def operation(turn):
+        handle.strength = STRENGTHS[turn % len(STRENGTHS)]
+
+    return operation
+
+
+def saving(crowd, folder):
+    def operation(turn):
+        crowd.handle.save(folder)
+        if turn == 0:
+            with fe.load(model(), folder) as loaded:
+                own = crowd.handle.named_tensors()
+                assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.named_tensors().items())
+
+    return operation
+
+
+def changing(crowd, folder):
+    """patch, load_tensors, merge, unmerge, remove, load on the model itself: refused, or wholly between two forwards."""
+    edit, crowd.pause = fe.Steer(torch.ones(WIDTH), site="attn", layers=[0]), PAUSE
+    with fe.patch(crowd.model, edit) as handle:
+        handle.save(folder)
+        crowd.learn()
+        tensors = {name: 2 * tensor for name, tensor in handle.named_tensors().items()}
+        handle.load_tensors(tensors)
+        crowd.learn()
+        handle.merge()
+        crowd.learn()
+        handle.unmerge()
+    made, refused = dict.fromkeys(("patch", "load_tensors", "merge", "unmerge", "remove", "load", "removed"), 0), []
+
+    def attempt(name, change):
+        while not crowd.wrong:
+            try:
+                found = change()
+            except RuntimeError as error:
+                if "a forward is under way in the thread" not in str(error):
+                    raise
+                refused.append(name)
+                time.sleep(0.001)
+            else:
+                made[name] += 1
+                return found
+
+    def operation(turn):
+        handle = attempt("patch", lambda: fe.patch(crowd.model, edit))
+        for name, change in (
+            ("load_tensors", lambda: handle.load_tensors(tensors)), ("merge", lambda: handle.merge()),
+            ("unmerge", lambda: handle.unmerge()), ("remove", lambda: handle.remove()),
+        ):  # fmt: skip
+            attempt(name, change)
+        handle = attempt("load", lambda: fe.load(crowd.model, folder))
+        attempt("removed", lambda: handle.remove())
+
+    operation.made, operation.refused = made, refused
+    return operation
+
+
+STRENGTHS, PAUSE = (1.0, 0.0, -0.5, 2.0), 0.05
+OPERATIONS = {
+    "generate": generate, "a bank changes": change, "eviction": evict, "training": train, "slots": slots, "dial": dial,
+    "saving": saving, "changes of the model": changing,
+}  # fmt: skip
 
 
 def beside(name, count):

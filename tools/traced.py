@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from . import table
-from .crashes import KINDS
+from .crashes import SAVED
 
 CALLS = (
     "open,openat,creat,write,pwrite64,writev,ftruncate,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat"
@@ -92,7 +92,7 @@ def _fd(arguments):
 
 def trace(kind, folder):
     """[(call, arguments, result)] of a save over what the folder holds, of files below it alone."""
-    script = f"from tools.crashes import KINDS; from pathlib import Path; KINDS[{kind!r}][0](Path({str(folder)!r}), 2.0)"
+    script = f"from tools.crashes import SAVED; from pathlib import Path; SAVED[{kind!r}][0](Path({str(folder)!r}), 2.0)"
     with tempfile.NamedTemporaryFile("r") as log:
         line = ["strace", "-f", "-y", "-xx", "-s", "100000000", "-e", f"trace={CALLS}", "-o", log.name]
         subprocess.run([*line, sys.executable, "-c", script], check=True, capture_output=True)
@@ -113,7 +113,7 @@ def trace(kind, folder):
 
 def check(kind):
     """(system calls, states looked at, states that load as neither) of one kind of save."""
-    write, read = KINDS[kind]
+    write, read = SAVED[kind]
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base).resolve() / kind
         folder.mkdir()
@@ -152,7 +152,7 @@ def main():
         print("no strace: what a save calls cannot be traced (Debian: apt install strace)")
         return 0
     rows = []
-    for kind in KINDS:
+    for kind in SAVED:
         calls, states, wrong = check(kind)
         rows.append({"kind": kind, "system_calls": calls, "states": states, "neither_old_nor_new": len(wrong)})
         print(json.dumps(rows[-1]), *wrong[:5], sep="\n", flush=True)

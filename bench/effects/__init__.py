@@ -1,6 +1,6 @@
 """What the methods do to really trained models: figures with seeds on docs/effects.md.
 
-    python -m bench.effects --only chat          # a chat model from a package; needs no folder
+    python -m bench.effects --only chat gated    # a chat model from a package; needs no folder
     python -m bench.effects --data FOLDER        # every part; those whose models and texts are not there are skipped by name
     python -m bench.effects --tables             # only the page's tables, from the CSVs
 

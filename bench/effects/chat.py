@@ -29,6 +29,7 @@ from fastedit.patching.eval_mode import evaluating
 from fastedit.texts.chat import prompt_ids
 
 from .rows import Rows
+from .statistics import auroc
 
 TEXTS = Path(__file__).parent / "texts"
 DOSES, SEEDS, CONTROLS = (0.1, 0.2, 0.4), (0, 1, 2), ("direction", "random", "shuffled")
@@ -129,8 +130,8 @@ def measured(model, tokenizer, found, key, prompts):
 
 
 @torch.no_grad()
-def sampled(model, tokenizer, chats, seed):
-    """A reply to each chat; the same random numbers in every cell."""
+def sampled(model, tokenizer, chats, seed, tokens=None, **options):
+    """A reply to each chat; the same random numbers in every cell. tokens: TOKENS; options: further ones of `generate`."""
     ids, said = [prompt_ids(tokenizer, chat) for chat in chats], []
     pad = tokenizer.pad_token_id
     with torch.random.fork_rng(), evaluating(model):
@@ -138,8 +139,8 @@ def sampled(model, tokenizer, chats, seed):
             given, mask = left_padded(ids[start : start + BATCH], pad)
             torch.manual_seed(1000 * seed + start)
             made = model.generate(
-                input_ids=given, attention_mask=mask, max_new_tokens=TOKENS, do_sample=True, temperature=TEMPERATURE, top_k=0,
-                top_p=1.0, pad_token_id=pad,
+                input_ids=given, attention_mask=mask, max_new_tokens=tokens or TOKENS, do_sample=True, temperature=TEMPERATURE,
+                top_k=0, top_p=1.0, pad_token_id=pad, **options,
             )  # fmt: skip
             said += tokenizer.batch_decode(made[:, given.shape[1] :], skip_special_tokens=True)
     return said
@@ -166,10 +167,9 @@ def condition(model, tokenizer, seed):
     with_rows = [mean_states(model, tokenizer, [some[n] for n in order], found.layer) for some in sets]
     high, low = (cast.similarity(states, found.vector) for states in with_rows)
     high, low = (high, low) if found.when == "above" else (-high, -low)
-    pairs = (high[:, None] > low).double() + 0.5 * (high[:, None] == low).double()
     return {
         "layer": found.layer, "threshold": found.threshold, "when": found.when, "held_out": found.held_out,
-        "auroc": pairs.mean().item(), "f1": found.f1, "fitted_f1": found.fitted_f1,
+        "auroc": auroc(high, low), "f1": found.f1, "fitted_f1": found.fitted_f1,
     }  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 import math
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's, by the size of the sample
+# Student's, by the size of the sample
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def trend(hits, of):
@@ -33,3 +34,8 @@ def pooled(means, errors):
 def over_seeds(values):
     """Half the width of the 95 % interval of the mean of what a few seeds gave; infinite for one seed."""
     return T95[len(values)] * mean_and_error(values)[1] if len(values) > 1 else math.inf
+
+
+def auroc(high, low):
+    """The share of pairs, one number of each, in which `high`'s is the larger; half for a tie."""
+    return ((high[:, None] > low).double() + 0.5 * (high[:, None] == low).double()).mean().item()

@@ -89,7 +89,7 @@ def steps(options):
         METRICS,
     )
     quick = ("--quick",) if rehearse else ()
-    yield Step("build", 240, (*build, str(ROOT)), environment=native)
+    yield Step("build", 200, (*build, str(ROOT)), environment=native)
     yield Step("check", 40, (*module, "bench.gpu.check", "--out", out, *quick))
     yield Step("speed", 75, (*module, "bench.gpu.speed", "--out", out, *speed))
     yield Step("profile", 75, (*ncu, *module, "bench.gpu.speed", "--once"), needs="ncu", into="gpu-ncu.csv")
@@ -97,6 +97,7 @@ def steps(options):
     yield Step("decode", 60, (*module, "bench.gpu.decode", "--out", out))
     if not rehearse:  # Triton compiles for a GPU that is there, or interprets for minutes
         yield Step("triton", 60, (*module, "bench.gpu.check", "--out", out, "--backend", "triton", "--quick"))
+        yield Step("bits", 60, (*module, "bench.gpu.bits"), needs="nvcc")
 
 
 def more_steps(options):

@@ -2,8 +2,10 @@
 
     python -m bench.training.preferences --out bench/results/dpo_steps.csv
 
-A random Llama; fp32, CPU. Times: the ways take turns in one process after a warm-up, medians over the turns. Memory: a process
-for each way, its highest resident size (VmHWM) after two steps; `model` is what it is with the model loaded and nothing run.
+A random Llama; fp32, CPU. Times: the ways take turns in one process after a warm-up, medians over the turns; `ms` is CPU time
+of all threads, so that other work on the machine does not count, `wall_ms` the clock's, and `of_second` of CPU time. Memory:
+a process for each way, its highest resident size (VmHWM) after two steps; `model` is what
+it is with the model loaded and nothing run.
 """
 
 import argparse
@@ -84,6 +86,11 @@ class Steps:
         self.optimizer.zero_grad()
 
 
+def clocks():
+    """(CPU time of all threads, the clock), seconds"""
+    return time.process_time(), time.perf_counter()
+
+
 def peak():
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
@@ -103,6 +110,25 @@ def _memory_of(way):
     return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
 
 
+NAMES = {
+    "sft": "SFT", "same": "DPO, the same model at strength 0", "second": "DPO, a second model in memory",
+    "stored": "DPO, `--store`", "reference pass": "the pass beforehand", "model": "the model alone, nothing run",
+}  # fmt: skip
+
+
+def markdown(path):
+    """A line for each way."""
+    with open(path, encoding="utf-8", newline="") as file:
+        found = {row["way"]: row for row in csv.DictReader(file)}
+    lines = ["| | CPU time, ms | of a second model's | peak memory, MiB | of SFT's |", "|---" * 5 + "|"]
+    for way, name in NAMES.items():
+        row = found[way]
+        times = (f"{float(row['ms']):,.0f}" if row["ms"] else "", f"{float(row['of_second']):.2f}" if row["of_second"] else "")
+        peaks = (f"{float(row['peak_mib']):,.0f}", f"{float(row['of_sft']):.2f}") if row["peak_mib"] else ("", "")
+        lines.append(f"| {name} | " + " | ".join((*times, *peaks)) + " |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/dpo_steps.csv"))
@@ -115,48 +141,31 @@ def main():
     steps, taken = Steps(True), {way: [] for way in WAYS}
     for turn in range(TURNS + 1):
         for way in WAYS:
-            began = time.perf_counter()
+            began = clocks()
             steps.step(way)
             if turn:
-                taken[way].append(time.perf_counter() - began)
-    began = time.perf_counter()
+                taken[way].append([after - before for after, before in zip(clocks(), began, strict=True)])
+    began = clocks()
     with torch.no_grad():
         from fastedit.training.batches import response_logps
 
         response_logps(steps.model, steps.model, steps.batch)
-    stored = time.perf_counter() - began
+    stored = [after - before for after, before in zip(clocks(), began, strict=True)]
     del steps
     mib = {way: _memory_of(way) for way in ("model", *WAYS)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    found = {way: [1000 * statistics.median(both) for both in zip(*some, strict=True)] for way, some in taken.items()}
+    found["reference pass"] = [1000 * seconds for seconds in stored]
+    told = (PAIRS, PROMPT + RESPONSE, torch.get_num_threads(), torch.__version__)
     with open(args.out, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("way", "ms", "of_second", "peak_mib", "of_sft", "pairs", "tokens", "threads", "torch"))
-        for way in ("model", *WAYS):
-            ms = 1000 * statistics.median(taken[way]) if way in taken else None
-            share = None if ms is None else round(ms / (1000 * statistics.median(taken["second"])), 3)
-            line = (
-                way,
-                ms and round(ms, 1),
-                share,
-                round(mib[way], 1),
-                round(mib[way] / mib["sft"], 3),
-                PAIRS,
-                PROMPT + RESPONSE,
-            )
-            writer.writerow((*line, torch.get_num_threads(), torch.__version__))
-        writer.writerow(
-            (
-                "reference pass",
-                round(1000 * stored, 1),
-                None,
-                None,
-                None,
-                PAIRS,
-                PROMPT + RESPONSE,
-                torch.get_num_threads(),
-                torch.__version__,
-            )
-        )
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("way", "ms", "wall_ms", "of_second", "peak_mib", "of_sft", "pairs", "tokens", "threads", "torch"))
+        for way in ("model", *WAYS, "reference pass"):
+            times = [None] * 3
+            if way in found:
+                times = [round(ms, 1) for ms in found[way]] + [round(found[way][0] / found["second"][0], 3)]
+            peaks = [round(mib[way], 1), round(mib[way] / mib["sft"], 3)] if way in mib else [None] * 2
+            writer.writerow((way, *times, *peaks, *told))
     print(args.out.read_text())
 
 

@@ -23,6 +23,7 @@ from ..edits.stack import Stack
 from ..hints import Folder, Layers, Site
 from ..patching.handle import Handle
 from ..patching.model_edits import Root, mark_first, root_of
+from ..patching.under_way import TURN
 from .assignment import Assigned, Assignment, Served, by_token, check_name, dialled, flat_names
 from .entries import Entry, forms_of, places_of
 from .residency import BankFullError, Books, Stats
@@ -68,6 +69,10 @@ class Bank:
             check_flag(said, value)
         if unassigned not in ("refuse", "warn"):
             raise ValueError(f"unassigned is {unassigned!r}, expected 'refuse' or 'warn'")
+        with TURN:
+            self._make(model, capacity, sites, rank, layers, positions, gates, host, folder, fused, unassigned)
+
+    def _make(self, model, capacity, sites, rank, layers, positions, gates, host, folder, fused, unassigned):
         root = root_of(model) or Root(model)
         found, devices = places_of(root.layers, sites, layers)
         root.check((layer, site, width, True, gates) for layer, site, width in found)
@@ -82,7 +87,8 @@ class Bank:
             (layer, Served(self.tables, layer.name, site, self._assigned, self.positions, fused)) for layer, site, _ in found
         ]
         mark_first(self._served)
-        self._install()
+        with root.changing(model, "a new Bank"):
+            self._install()
 
     # --- the edits ------------------------------------------------------------------------------------------
 
@@ -225,11 +231,11 @@ class Bank:
         """Give the model back bit for bit, and free the memory. A second call does nothing.
 
         Raises:
-            RuntimeError: an assignment is in force.
+            RuntimeError: an assignment is in force, or a forward of the model is under way in another thread.
         """
         if self.closed:
             return
-        with self._books.writing, self._books.lock:
+        with self._root.changing(self.model, "close"), self._books.writing, self._books.lock:
             if self._assigned.entered:
                 raise RuntimeError("an assignment of this bank is in force: leave it before close()")
             self._root.change(self.model, self._stacks(lambda there, served: [m for m in there if m is not served]))

@@ -93,9 +93,10 @@ class AdoptedHandle(Handle):
         """Give the model back as it was adopted, with the neighbor's edits in force. A second call does nothing."""
         if self.removed:
             return
-        super().remove()
-        with _out_of_force(self.model, self._root):
-            _put_back(self._switches)
+        with self._root.changing(self.model, "remove"):
+            super().remove()
+            with _out_of_force(self.model, self._root):
+                _put_back(self._switches)
 
 
 def _put_back(switches):

@@ -180,6 +180,8 @@ def check_group(hidden, group, mask, groups, traced):
         _check_per_row("mask", mask, hidden, torch.bool)
     if groups is not None and (not isinstance(groups, (int, torch.SymInt)) or groups < 1):
         raise ValueError(f"groups is {groups!r}, expected a number of groups from 1 on")
+    if type(groups) is int and groups >= 2**31:
+        raise ValueError(f"groups is {str(groups)[:30]}, expected less than 2^31")
     if group is None:
         return 1 if groups is None else groups
     _check_per_row("group", group, hidden, torch.int32)
@@ -189,6 +191,8 @@ def check_group(hidden, group, mask, groups, traced):
         return groups
     if groups is not None and not group.is_cpu:
         return groups
+    if group.is_meta:
+        raise ValueError("groups is None: a group on meta has no numbers, so pass groups=")
     largest = int(group.max()) if group.numel() else -1
     if groups is not None and largest >= groups:
         raise IndexError(f"group has the number {largest}, expected −1 (left out) or 0 to {groups - 1}")

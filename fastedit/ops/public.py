@@ -15,7 +15,7 @@ import math
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from ..arguments import FP32_MAX, NORM_KINDS, TAKES, as_number, check_norm_kind, check_on, check_projection
+from ..arguments import FP32_MAX, NORM_KINDS, TAKES, as_flag, as_number, check_norm_kind, check_on, check_projection
 from ..kernels import reference
 from .autograd import FUNCTIONS
 from .checks import check, check_ascent, check_group, check_tensor
@@ -238,8 +238,8 @@ def value_ascent(hidden, value_net, steps, step_size, target=None):
 
 
 def _traced(tensor):
-    """True if the call must stay visible: torch.compile, export, fake and functional tensors."""
-    return type(tensor) not in PLAIN or torch.compiler.is_compiling()
+    """True if the call must stay visible: torch.compile, export, torch.jit.trace, fake and functional tensors."""
+    return type(tensor) not in PLAIN or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _needs_grad(tensors):
@@ -265,6 +265,10 @@ def _coefficient(strength, hidden, name):
 
 def _seen(op, rows, form, *how, gate=None, rule=None, want_z=False, want_residual=True):
     """An op for whoever must see it: a tracer, a transform, autograd. Else for another backend, or to be refused."""
+    if want_z is not False and want_z is not True:
+        want_z = as_flag("return_projection", want_z)
+    if want_residual is not False and want_residual is not True:
+        want_residual = as_flag("return_residual", want_residual)
     traced = _traced(rows[0])
     looked_at = not traced and transformed()
     learns = not (traced or looked_at) and _needs_grad((*rows, *form, gate, rule))

@@ -79,7 +79,8 @@ def _planned(base):
             return base.forward(self, *args, **kwargs)
         if state.root is not None:
             state.root.look()
-        if state.stack is None:
+            state = self.__dict__.get(STATE)  # a change that it has waited for, or modules that it has followed
+        if state is None or state.stack is None:
             return base.forward(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         return state.stack.forward(base.forward, given, self, *args, **kwargs)

@@ -19,7 +19,7 @@ from . import control  # noqa: F401, a kind of edit that files may hold
 from . import state_dicts as states
 from . import trained_beside as kept
 from .base_model import check_base, describe_base
-from .handle import Handle, patch
+from .handle import Handle, patch_as
 from .layer_plan import find, width_at
 from .model_edits import root_of
 from .saving import save
@@ -46,22 +46,24 @@ def load(
 
     Raises:
         EditFileError: the files are not a whole, sound edit, or do not fit this model. Nothing has changed.
+        RuntimeError: a forward of the model is under way in another thread.
     """
     check_flag("head", head), check_flag("freeze", freeze)
     folder = fetch(folder, revision)
     if not os.path.exists(folder / JSON) and (saved := states.find(folder)) is not None:
         return _load_state(model, saved, freeze, head)
     header, edits, tensors, strength = _opened(model, folder)
-    handle = patch(model, edits, freeze=freeze)
-    try:
-        handle.load_tensors(tensors)
-        handle.strength = strength
-        if head:
-            kept.restore(model, folder, header)
-    except Exception as error:
-        handle.remove()
-        raise EditFileError(f"{folder}: {error}") from error
-    return handle
+
+    def fill(handle):
+        try:
+            handle.load_tensors(tensors)
+            handle.strength = strength
+            if head:
+                kept.restore(model, folder, header)
+        except Exception as error:
+            raise EditFileError(f"{folder}: {error}") from error
+
+    return patch_as(Handle, model, edits, freeze, fill=fill)
 
 
 def _load_state(model, saved, freeze, head):
@@ -73,19 +75,20 @@ def _load_state(model, saved, freeze, head):
     layers = _layers(model)
     check_base(saved.folder, record["base"], describe_base(model, layers=layers))
     _check_tensors(saved.folder, _shapes(saved.folder, edits, layers), tensors)
-    handle = patch(model, edits, freeze=freeze)
-    try:
-        handle.load_tensors(tensors)
-        handle.strength = record["strength"]
-        if head and record["trained"]:
-            own = dict(model.named_parameters())
-            also = saved.others(record["trained"])
-            kept.check_head(saved.folder, also, {name: own[name] for name in also if name in own})
-            kept.copy_head(also, own)
-    except Exception as error:
-        handle.remove()
-        raise EditFileError(f"{saved.folder}: {error}") from error
-    return handle
+
+    def fill(handle):
+        try:
+            handle.load_tensors(tensors)
+            handle.strength = record["strength"]
+            if head and record["trained"]:
+                own = dict(model.named_parameters())
+                also = saved.others(record["trained"])
+                kept.check_head(saved.folder, also, {name: own[name] for name in also if name in own})
+                kept.copy_head(also, own)
+        except Exception as error:
+            raise EditFileError(f"{saved.folder}: {error}") from error
+
+    return patch_as(Handle, model, edits, freeze, fill=fill)
 
 
 def opened(model, folder):

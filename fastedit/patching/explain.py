@@ -113,17 +113,18 @@ def explain(handle, inputs):
     stacks = {(site.layer, site.site): site.masters for site in root.sites.values()}
     fused = [(m, m.fused) for masters in stacks.values() for m in masters]
     told = []
-    try:
-        for m, _ in fused:
-            m.fused = False
-        root.change(model, stacks)
-        _listen(handle, told)
-        with torch.no_grad():
-            model(**given)
-    finally:
-        for m, before in fused:
-            m.fused = before
-        root.change(model, stacks)  # new stages, which nobody listens to
+    with root.changing(model, "explain"):
+        try:
+            for m, _ in fused:
+                m.fused = False
+            root.change(model, stacks)
+            _listen(handle, told)
+            with torch.no_grad():
+                model(**given)
+        finally:
+            for m, before in fused:
+                m.fused = before
+            root.change(model, stacks)  # new stages, which nobody listens to
     told.sort(key=lambda one: one.number)
     return Explanation(told, ids if ids.dim() == 2 else None)
 

@@ -33,6 +33,7 @@ from .probe_readings import Readings, readings
 from .report import report
 from .rows.generating import check_lengths, check_mask
 from .rows.tenants import Assignment, Tenancy, check_count, check_tenant
+from .under_way import TURN
 
 if TYPE_CHECKING:
     from .explain import Explanation
@@ -57,12 +58,14 @@ def patch(
 
     Raises:
         TypeError, ValueError: something that cannot be patched, before anything on the model has changed.
+        RuntimeError: a forward of the model is under way in another thread (also of load, load_tensors, merge, unmerge and
+            remove).
     """
     return patch_as(Handle, model, edits, freeze, fused, tenants)
 
 
-def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
-    """`patch`, with another class of Handle."""
+def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None, fill=None):
+    """`patch`, with another class of Handle. fill(handle) belongs to it: where that raises, the model is as it was."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r:.60}, expected a torch.nn.Module, such as a transformers model")
     if not isinstance(edits, (Edit, list, tuple)):
@@ -81,19 +84,28 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None):
         if tenancy is not None and (edit.gate is not None or edit.is_probe or edit.stage is not None):
             what = "an edit behind a gate" if edit.gate is not None else f"a {type(edit).__name__}"
             raise ValueError(f"tenants have tensors of their own, and {what} has none: patch it separately, without tenants=")
-    root = root_of(model) or Root(model)
-    with torch.inference_mode(False):
-        members = [plan(edit, root.layers, tenancy) for edit in edits]
-    root.check(
-        (layer, e.site, width_at(layer, e.site), m.needs_plan or tenancy is not None, m.is_probe or m.gating is not None)
-        for e, chosen in zip(edits, members, strict=True) for layer, m in chosen
-    )  # fmt: skip
-    sensors = [s for chosen in members for s in _shared(chosen).values()]
-    root.check((s.layer, s.site, width_at(s.layer, s.site), True, True) for s in sensors)
-    if fused:
-        places = [(layer, e.site) for e, chosen in zip(edits, members, strict=True) for layer, _ in chosen]
-        root.prove(places + [(sensor.layer, sensor.site) for sensor in sensors])
-    return kind(model, root, edits, members, freeze, fused, tenancy)
+    with TURN:
+        root = root_of(model) or Root(model)
+        with torch.inference_mode(False):
+            members = [plan(edit, root.layers, tenancy) for edit in edits]
+        root.check(
+            (layer, e.site, width_at(layer, e.site), m.needs_plan or tenancy is not None, m.is_probe or m.gating is not None)
+            for e, chosen in zip(edits, members, strict=True) for layer, m in chosen
+        )  # fmt: skip
+        sensors = [s for chosen in members for s in _shared(chosen).values()]
+        root.check((s.layer, s.site, width_at(s.layer, s.site), True, True) for s in sensors)
+        if fused:
+            places = [(layer, e.site) for e, chosen in zip(edits, members, strict=True) for layer, _ in chosen]
+            root.prove(places + [(sensor.layer, sensor.site) for sensor in sensors])
+        with root.changing(model, "patch" if fill is None else "load"):
+            handle = kind(model, root, edits, members, freeze, fused, tenancy)
+            if fill is not None:
+                try:
+                    fill(handle)
+                except BaseException:
+                    handle.remove()
+                    raise
+            return handle
 
 
 def handles(model: nn.Module) -> list[Handle]:
@@ -180,8 +192,8 @@ class Handle:
                 raise TypeError(f"{name} has dtype {tensor.dtype}, expected float32")
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds values that are NaN or infinite")
-        self._start = None
-        with torch.no_grad():
+        with self._root.changing(self.model, "load_tensors"), torch.no_grad():
+            self._start = None
             for name, tensor in tensors.items():
                 if type(own[name]) in (torch.Tensor, nn.Parameter):
                     own[name].copy_(tensor)
@@ -224,7 +236,11 @@ class Handle:
 
     @property
     def strength(self) -> float:
-        """A factor on every edit's own strength, 1 as patched. Setting it needs no new trace or capture."""
+        """A factor on every edit's own strength, 1 as patched. Setting it needs no new trace or capture.
+
+        It may be set while forwards are under way in other threads: each layer of such a forward has its edit at the old
+        strength or at the new one, wholly.
+        """
         return self._strength
 
     @strength.setter
@@ -241,10 +257,10 @@ class Handle:
         largest = max((abs(value * edit.strength) for edit in self.edits), default=0.0)
         if not largest <= torch.finfo(torch.float32).max:  # before the first dial is set: all of them or none
             raise ValueError(f"strength is {value}, which makes an edit's own strength {largest:g}: beyond what fp32 holds")
-        with torch.no_grad():
+        with TURN, torch.no_grad():
             for edit, _, masters in self._each():
                 masters.set_strength(value * edit.strength)
-        self._strength = value
+            self._strength = value
 
     def prompt(self, lengths: int | Sequence[int] | torch.Tensor | None) -> None:
         """Say how long the prompts are, for forwards on a filled cache. Positions such as "generated" depend on it.
@@ -393,11 +409,12 @@ class Handle:
         self._alive()
         if self.merged:
             raise MergeError("this handle is merged already")
-        self._root.look()
-        self._merged = merge_handle(self, fp32)
-        self._deactivate()
-        del self._root._modules[self.name]
-        self._root.merged.append(self)
+        with self._root.changing(self.model, "merge"):
+            self._root.look()
+            self._merged = merge_handle(self, fp32)
+            self._deactivate()
+            del self._root._modules[self.name]
+            self._root.merged.append(self)
 
     def unmerge(self) -> None:
         """Restore the original weights bit for bit, and put the edits in force again.
@@ -413,9 +430,10 @@ class Handle:
         later = self._root.merged[self._root.merged.index(self) + 1 :]
         if any(self._modules() & other._modules() for other in later):
             raise MergeError("another handle was merged after this one; unmerge that one first")
-        self._restore()
-        self._root.add_module(self.name, self._tree)
-        self._activate(in_front=True)
+        with self._root.changing(self.model, "unmerge"):
+            self._restore()
+            self._root.add_module(self.name, self._tree)
+            self._activate(in_front=True)
 
     def _restore(self):
         self._merged.undo()
@@ -434,11 +452,12 @@ class Handle:
         """Give the model back bit for bit. A merge is undone too. A second call does nothing."""
         if self.removed:
             return
-        if self.merged:
-            self.unmerge()
-        self._deactivate()
-        self._root.drop(self.model, self.name)
-        self.removed = True
+        with self._root.changing(self.model, "remove"):
+            if self.merged:
+                self.unmerge()
+            self._deactivate()
+            self._root.drop(self.model, self.name)
+            self.removed = True
 
     def __enter__(self) -> Self:
         return self

@@ -54,7 +54,7 @@ class Merged:
         if parameter is None:
             module._parameters[name] = nn.Parameter(data, requires_grad=module.weight.requires_grad)
         else:
-            parameter.data = data
+            _replace(parameter, data)
 
     def undo(self):
         for hook in self.hooks:
@@ -64,7 +64,13 @@ class Merged:
         for module, name, parameter, data in reversed(self.parameters):
             module._parameters[name] = parameter
             if parameter is not None:
-                parameter.data = data.to(parameter.device)
+                _replace(parameter, data.to(parameter.device))
+
+
+def _replace(parameter, data):
+    """Another content for a parameter, which the backward of a forward before it finds by its version."""
+    parameter.data = data
+    torch.autograd.graph.increment_version(parameter)
 
 
 class _CastIn:

@@ -16,6 +16,7 @@ from .replaced_modules import Watch, follow, in_trace
 from .rows.generating import Rows
 from .rows.row_plan import Stack
 from .site_kinds import site_at
+from .under_way import TURN, Held, changing, refuse
 
 
 class Root(nn.Module):
@@ -116,8 +117,19 @@ class Root(nn.Module):
                 warnings.warn(message, stacklevel=5)
 
     def change(self, model, stacks):
-        """Put new stacks of masters at some sites, {(layer, site name): [Masters]}. [] empties a site."""
+        """Put new stacks of masters at some sites, {(layer, site name): [Masters]}. [] empties a site.
+
+        Raises:
+            RuntimeError: the first edits of a model, of which a forward has begun in another thread. Nothing has changed.
+        """
+        fresh = not self.owners
         self._plan(model, stacks)
+        if fresh and self.owners:  # from here on forwards wait; one may have begun before
+            try:
+                refuse(model, "this")
+            except RuntimeError:
+                self._plan(model, {})
+                raise
         touched = {}
         for (layer, name), masters in stacks.items():
             key, touched[layer.name] = (layer.name, name), layer
@@ -139,14 +151,24 @@ class Root(nn.Module):
         for one in runs:
             one.beside = runs
         link([self.installed[layer.name] for layer in self.layers if layer.name in self.installed])
-        self.watch = Watch(self, model)
+        watch = Watch(self, model)
+        if isinstance(self.watch, Held):
+            self.watch.then = watch
+        else:
+            self.watch = watch
+
+    def changing(self, model, what):
+        """A context in which this thread alone changes the model (patching/under_way.py)."""
+        return changing(model, self, what)
 
     def look(self):
         """Follow modules that were replaced since the model was patched (patching/replaced_modules.py)."""
         if torch.compiler.is_compiling():
             in_trace(self.watch.number)
         elif not self.watch.intact():
-            follow(self, next(iter(self.handles.values())).model)
+            with TURN:  # of several forwards that see it, one follows
+                if not self.watch.intact():
+                    follow(self, next(iter(self.handles.values())).model)
 
     def _stack_of(self, layer):
         return self.stacks.get(layer.name.partition(".")[0])

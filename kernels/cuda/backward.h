@@ -35,8 +35,9 @@ struct Backward {
   float* partials;     // (units, partial_size)
   int64_t partial_size;
   int64_t units;       // with slots an upper bound, since the host does not know the slots' sizes
-  int64_t unit_rows;   // of one unit at most
+  int64_t unit_rows;   // of one unit at most, where there is no cut
   int64_t parts;       // units of one of slot_order's blocks
+  Cut cut;             // rows without slots under the unit kernel: its leaves are the units; else no pieces
   Sums wanted, taken, left;  // every sum; those of the next launch of the unit kernel; those of later launches
   int unit_sums;       // columns of sums that are taken
   bool reads_h;        // the unit kernel takes h with the row
@@ -57,7 +58,7 @@ int run_units(const Backward& backward, void* stream);
 // d_form, d_weight, d_norm_bias.
 int finish_sums(const Backward& backward, void* stream);
 
-// At most kBlockRows rows that share a slot; `order` null: rows first … first + count.
+// Rows that share a slot, in a unit at most kBlockRows; `order` null: rows first … first + count.
 struct Unit {
   const int32_t* order;
   int64_t first;
@@ -96,6 +97,11 @@ __device__ inline Unit unit_of(const Backward& b, int64_t begin, int64_t end, in
 
 __device__ inline Unit find_unit(const Backward& b, int64_t unit) {
   const SlotOrder& order = b.a.slot_order;
+  if (b.cut.pieces) {  // of one kind
+    int64_t first = cut_start(b.cut.tiles, b.cut.pieces, unit) * b.cut.tile;
+    int64_t end = min(b.a.rows, cut_start(b.cut.tiles, b.cut.pieces, unit + 1) * b.cut.tile);
+    return {nullptr, first, static_cast<int>(end - first), 0, true};
+  }
   if (!order.order) return unit_of(b, 0, b.a.rows, 0, unit, 0, true);
   int64_t slots = b.a.form.slots, owned = __ldg(order.block_first + slots);
   int64_t block = unit / b.parts, part = unit % b.parts;
@@ -113,6 +119,32 @@ __device__ inline Unit find_unit(const Backward& b, int64_t unit) {
   }
   return unit_of(b, __ldg(order.first + low), __ldg(order.first + low + 1), block - __ldg(order.block_first + low),
                  part, static_cast<int>(low), true);
+}
+
+// What one block of the unit kernel takes: a unit, or the rows of several leaves one after another.
+struct Run {
+  Unit rows;
+  int64_t leaf;  // the first one
+  int end;       // its rows
+};
+__device__ inline Run find_run(const Backward& b, int64_t block, int64_t blocks) {
+  if (!b.cut.pieces) {
+    Unit unit = find_unit(b, block);
+    return {unit, block, unit.count};
+  }
+  int64_t begin = run_start(b.cut, blocks, block), end = run_start(b.cut, blocks, block + 1);
+  if (begin >= end) return {};
+  int64_t first = begin * b.cut.tile, rows = min(b.a.rows, end * b.cut.tile) - first;
+  int64_t leaf_end = (next_leaf(b.cut, begin) - begin) * b.cut.tile;
+  return {{nullptr, first, static_cast<int>(rows), 0, true}, leaf_at(b.cut, begin), static_cast<int>(leaf_end)};
+}
+// The leaf that starts with the run's row `end`, and in run.end where it ends. Leaves between the two have no rows.
+__device__ inline int64_t next_in_run(const Backward& b, Run& run) {
+  if (!b.cut.pieces) return run.leaf + 1;
+  int64_t tile = (run.rows.first + run.end) / b.cut.tile;
+  if (tile >= b.cut.tiles) return leaves(b.cut);
+  run.end = static_cast<int>(next_leaf(b.cut, tile) * b.cut.tile - run.rows.first);
+  return leaf_at(b.cut, tile);
 }
 
 }  // namespace fastedit::cuda

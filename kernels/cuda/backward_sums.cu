@@ -140,12 +140,26 @@ bool take_what_fits(Backward& b) {
   return fits(b);
 }
 
+// Bytes of the unit kernel's streams over the bytes of the partials that one unit leaves, written and read.
+double partial_share(const Backward& b) {
+  const EditAddNormBackwardArgs& a = b.a;
+  int64_t wide = element_bytes(a.residual_dtype), narrow = element_bytes(a.x_dtype);
+  int64_t bytes = wide * ((a.grad_residual != nullptr) + 2 * (a.grad_normed != nullptr) + (a.d_residual != nullptr)) +
+                  narrow * (b.reads_h + (a.d_x != nullptr)) + (b.reads_h && a.residual ? element_bytes(b.sum_dtype) : 0);
+  return static_cast<double>(bytes) / (8 * most(1, b.unit_sums));
+}
+
 // The units of the unit kernel. Sums of a rank that are left over weigh most in the partials: units are larger.
 void cut_units(Backward& b, bool sorted) {
   bool outer = b.left.read >= 0 || b.left.write >= 0;
-  int64_t target = outer ? kUnitsAWave : unit_target(b.unit.threads, b.unit.shared_bytes);
-  if (sorted) b.parts = unit_parts(b.a.rows, b.a.form.slots, target, kBlockRows);
-  b.unit_rows = sorted ? kBlockRows / b.parts : unit_rows(b.a.rows, target, kBlockRows);
+  Chips chips = chips_of(capability());
+  int64_t blocks = outer ? 1 : unit_blocks(b.unit.threads, b.unit.shared_bytes, shared_limit());
+  if (sorted) {
+    b.parts = unit_parts(b.a.rows, b.a.form.slots, chips.most * blocks, kBlockRows);
+    b.unit_rows = kBlockRows / b.parts;
+  } else {
+    b.cut = unit_cut(b.a.rows, b.vector / 4, chips, blocks, outer ? 0 : partial_share(b), kBlockRows);
+  }
 }
 
 // Where each wanted sum lies in a unit's partials; offset last, so that every vector is aligned.
@@ -203,7 +217,9 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
                   (!b.wanted.vectors() || one_sum_fits(b)) && take_what_fits(b);
   if (b.unit_kernel) cut_units(b, sorted);
   else b.taken = {}, b.left = b.wanted;
-  b.units = ceil_div(args.rows, b.unit_rows);
+  if (!b.unit_kernel && !along && !sorted && b.vector > 1)
+    b.unit_rows = column_unit_rows(args.rows, column_tiles(args.width, b.vector), kBlockRows);
+  b.units = b.cut.pieces ? leaves(b.cut) : ceil_div(args.rows, b.unit_rows);
   if (sorted && args.rows) b.units = (args.rows / kBlockRows + least(form.slots, args.rows) + 2) * b.parts;
 
   bool own_q = b.pulls && (b.left.read >= 0 || b.left.offset >= 0);

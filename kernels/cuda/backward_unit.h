@@ -7,15 +7,15 @@
 // and the sums down the columns (backward_columns.h, backward_outer.h), as far as they fit (backward_sums.cu).
 //
 // Streams: grad_residual, grad_normed, residual_out, h in, each once; d_x, d_residual out.
-// Grid: a block a unit of rows (backward.h), `kUnitTile` of them at a time.
+// Grid: a block a run of units (backward.h), `kUnitTile` rows at a time.
 // A thread owns the same columns of every row: a tile's streams lie in shared memory from their arrival
 // (cp.async) to the last use, their cells are asked for the next tile as soon as they are read; a column's sums
 // stay in shared memory over the unit's rows and leave as one fp32 partial of each. Cells and sums are each
 // thread's own, so only the sums along a row need barriers. Parameters come through L1, once for a tile.
 // Where the stage does not fit (launch.h), h comes when it is needed, and total's streams from L2 again.
 // Rows of a unit are added one after another and the units by backward_sums.cu's tree: the order follows from
-// the shape, the dtypes, which sums are wanted and how much shared memory the architecture gives a block (launch.h),
-// never from the grid.
+// the shape, the dtypes, which sums are wanted and the architecture (launch.h), never from the grid, which only says
+// which block takes which run of them.
 #pragma once
 #include "backward_streams.h"
 #include "plain.h"
@@ -30,7 +30,7 @@ __device__ inline int staged_streams(const Backward& b) {
   return b.unit.total_staged ? of_total + of_h : 0;
 }
 
-template <class G, class H, int V, bool kFull>
+template <class G, class H, int V, bool kFull, bool kWhole>
 struct UnitTile {
   static constexpr int N = kUnitTile<V>;
   using Streams = RowStreams<G, H, V, true>;
@@ -149,7 +149,7 @@ struct UnitTile {
         total_of(total, s, gain);
 #pragma unroll
         for (int g = 0; g < kTogether; ++g) {
-          if (from + g >= rank) break;
+          if (!kWhole && from + g >= rank) break;
 #pragma unroll
           for (int r = 0; r < N; ++r) {
             if (new_slot(edit, r)) {
@@ -162,7 +162,7 @@ struct UnitTile {
         }
       }
       float all = warp_sum_of_eight(sum);
-      if (lane() < 8 && from + lane() / N < rank) part[(from * N + lane()) * warps() + warp()] = all;
+      if (lane() < 8 && (kWhole || from + lane() / N < rank)) part[(from * N + lane()) * warps() + warp()] = all;
     }
   }
 
@@ -230,7 +230,7 @@ struct UnitTile {
     for (int r = 0; r < N; ++r) ask_for(first + N, r, c);
     if (a.d_x || (a.d_residual && a.on_sum)) {
       float added[N][1][V] = {};
-      if (rank && form.read) tile_combine(added, low.q, edit, form.read, rank, a.width, c);
+      if (rank && form.read) tile_combine<kWhole>(added, low.q, edit, form.read, rank, a.width, c);
 #pragma unroll
       for (int r = 0; r < N; ++r) {
         if (new_slot(edit, r)) load_parameters(scale, form.scale, edit[r].slot * a.width + column, 1.f);
@@ -270,12 +270,25 @@ struct UnitTile {
         add_to(sum++, c, [&](int r, int v, float held) { return fmaf(g[r][v], unit[r][v], held); });
       if (b.taken.norm_bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + g[r][v]; });
     }
+    if (b.taken.read >= 0) add_ranks(sum, c, rank, low.q, h);
+    if (b.taken.write >= 0) add_ranks(sum, c, rank, low.kz, total);
+  }
+  // Σ_r weight[j N + r] value[r] for each rank j, to the sums from `sum` on.
+  __device__ void add_ranks(int& sum, int c, int rank, const float* weight, const float (&value)[N][V]) const {
+    constexpr int K = kWhole ? kRanks : 1;
+    const float* end = weight + rank * N;
 #pragma unroll 1
-    for (int j = 0; b.taken.read >= 0 && j < rank; ++j)
-      add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.q[j * N + r], h[r][v], held); });
-#pragma unroll 1
-    for (int j = 0; b.taken.write >= 0 && j < rank; ++j)
-      add_to(sum++, c, [&](int r, int v, float held) { return fmaf(low.kz[j * N + r], total[r][v], held); });
+    do {  // the rank is not 0
+      float weights[K * N];
+      if constexpr (kWhole) load_shared(weights, weight);
+      else
+#pragma unroll
+        for (int r = 0; r < N; ++r) weights[r] = weight[r];
+#pragma unroll
+      for (int g = 0; g < K; ++g)
+        add_to(sum + g, c, [&](int r, int v, float held) { return fmaf(weights[g * N + r], value[r][v], held); });
+      weight += K * N, sum += K;
+    } while (weight < end);
   }
 
   // The sums of add_to's number `sum` onwards, to the unit's partials.
@@ -306,15 +319,16 @@ struct UnitTile {
   }
 };
 
-template <class G, class H, int V, BackwardPart part>
+template <class G, class H, int V, BackwardPart part, bool kWhole>
 __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward given) {
-  const Backward b = plain<part>(given);
+  const Backward b = plain<part, kWhole>(given);
   constexpr bool kFull = part != kGeneralBackward;
   constexpr int N = kUnitTile<V>;
   FASTEDIT_SHARED(shared);
   int64_t block = blockIdx.x;
-  if (block >= all_units(b).end) return;
-  Unit unit = find_unit(b, block);
+  if (!b.cut.pieces && block >= all_units(b).end) return;
+  Run run = find_run(b, block, gridDim.x);
+  if (b.cut.pieces && run.rows.count == 0) return;
   int rank = static_cast<int>(b.a.form.rank), turn = 0;
   LowRank low(shared, rank, N);
   const int held = b.unit_sums * b.unit.chunks * (V / 4), streams = staged_streams(b);  // of a thread
@@ -322,59 +336,48 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   uint4* stage = reinterpret_cast<uint4*>(sums + held * blockDim.x);
   sums += warp() * held * kWarp + lane();
   stage += warp() * streams * N * b.unit.chunks * kWarp + lane();
-  UnitTile<G, H, V, kFull> tile{b, unit, streams, stage, sums, 0, 0, {}, {}};
+  UnitTile<G, H, V, kFull, kWhole> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
 #pragma unroll 1
   for (int c = 0; c < b.unit.chunks; ++c)
 #pragma unroll
     for (int r = 0; r < N; ++r) tile.ask_for(0, r, c);
+  auto clear = [&] {
 #pragma unroll 1
-  for (int i = 0; i < held; ++i) sums[i * kWarp] = float4{};
-  for (int j = threadIdx.x; j < rank; j += blockDim.x) low.offset[j] = 0.f;
+    for (int i = 0; i < held; ++i) sums[i * kWarp] = float4{};
+    for (int j = threadIdx.x; j < rank; j += blockDim.x) low.offset[j] = 0.f;
+  };
+  clear();
 
-  for (tile.first = 0; tile.first < unit.count; tile.first += N) {
-    tile.live = min(N, unit.count - tile.first);
+  do {
+    const int end = min(run.end, run.rows.count);
+    for (; tile.first < end; tile.first += N) {
+      tile.live = min(N, run.rows.count - tile.first);
 #pragma unroll
-    for (int r = 0; r < N; ++r) {
-      tile.edit[r] = row_edit(b.a.form, tile.row(r));
-      tile.norm[r] = {};
-      if (tile.has_norm()) tile.norm[r] = norm_row(b.a, tile.row(r));
-    }
-    wait_copies();
-    if (tile.has_norm()) tile.find_means(shared, turn);
-    if (rank) {
-      if (b.pulls) tile.pull(low.part);
-      finish_q<N>(b, low, tile.live, [&](int r) { return tile.row(r); });
-      for (int j = threadIdx.x; j < rank; j += blockDim.x)
+      for (int r = 0; r < N; ++r) {
+        tile.edit[r] = row_edit(b.a.form, tile.row(r));
+        tile.norm[r] = {};
+        if (tile.has_norm()) tile.norm[r] = norm_row(b.a, tile.row(r));
+      }
+      wait_copies();
+      if (tile.has_norm()) tile.find_means(shared, turn);
+      if (rank) {
+        if (b.pulls) tile.pull(low.part);
+        finish_q<N>(b, low, tile.live, [&](int r) { return tile.row(r); });
+        for (int j = threadIdx.x; j < rank; j += blockDim.x)
 #pragma unroll
-        for (int r = 0; r < N; ++r) low.offset[j] += low.q[j * N + r];
-    }
-    if (b.a.d_form.coefficient) tile.find_d_coefficient(shared, turn, low.pulled);
+          for (int r = 0; r < N; ++r) low.offset[j] += low.q[j * N + r];
+      }
+      if (b.a.d_form.coefficient) tile.find_d_coefficient(shared, turn, low.pulled);
 #pragma unroll 1
-    for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) tile.finish(c, low);
-  }
-  tile.leave_all(b.partials + block * b.partial_size, low.offset);
-}
-
-template <class G, class H, int V>
-int launch_unit(const Backward& b, void* stream) {
-  Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
-  if constexpr (sizeof(G) == 2 && sizeof(H) == 2) {
-    BackwardPart part = backward_part(b, int64_t{b.unit.threads} * b.unit.chunks * V);
-    if (part == kPlainRed) return launch(unit_backward<G, H, V, kPlainRed>, shape, stream, b);
-    if (part == kPlainRankNorm) return launch(unit_backward<G, H, V, kPlainRankNorm>, shape, stream, b);
-    if (part == kPlainRank) return launch(unit_backward<G, H, V, kPlainRank>, shape, stream, b);
-  }
-  return launch(unit_backward<G, H, V, kGeneralBackward>, shape, stream, b);
-}
-
-template <class G, class H, int V>
-int run_unit(const Backward& b, void* stream) {
-  int error = launch_unit<G, H, V>(b, stream);
-  for (Backward next = b; !error && next.left.vectors();) {
-    error = next_launch(next);
-    if (!error) error = launch_unit<G, H, V>(next, stream);
-  }
-  return error;
+      for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) tile.finish(c, low);
+    }
+    const int64_t next = next_in_run(b, run);
+#pragma unroll 1
+    for (; run.leaf < next; ++run.leaf) {  // this one, and those without rows behind it
+      tile.leave_all(b.partials + run.leaf * b.partial_size, low.offset);
+      clear();
+    }
+  } while (tile.first < run.rows.count);
 }
 
 }  // namespace

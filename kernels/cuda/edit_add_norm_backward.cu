@@ -10,6 +10,36 @@
 #include "backward_unit.h"
 
 namespace fastedit::cuda {
+namespace {
+
+template <class G, class H, int V>
+int launch_unit(const Backward& b, void* stream) {
+  Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
+  if (b.cut.pieces) shape.blocks = runs(b.cut, multiprocessors());
+  auto run = [&](auto kernel) { return launch(kernel, shape, stream, b); };
+  if constexpr (sizeof(G) == 2 && sizeof(H) == 2) {
+    BackwardPart part = backward_part(b, int64_t{b.unit.threads} * b.unit.chunks * V);
+    bool whole = b.a.form.rank % kRanks == 0;
+    if (part == kPlainRed) return run(unit_backward<G, H, V, kPlainRed, false>);
+    if (part == kPlainRankNorm)
+      return whole ? run(unit_backward<G, H, V, kPlainRankNorm, true>) : run(unit_backward<G, H, V, kPlainRankNorm, false>);
+    if (part == kPlainRank)
+      return whole ? run(unit_backward<G, H, V, kPlainRank, true>) : run(unit_backward<G, H, V, kPlainRank, false>);
+  }
+  return run(unit_backward<G, H, V, kGeneralBackward, false>);
+}
+
+template <class G, class H, int V>
+int run_unit(const Backward& b, void* stream) {
+  int error = launch_unit<G, H, V>(b, stream);
+  for (Backward next = b; !error && next.left.vectors();) {
+    error = next_launch(next);
+    if (!error) error = launch_unit<G, H, V>(next, stream);
+  }
+  return error;
+}
+
+}  // namespace
 
 int run_units(const Backward& b, void* stream) {
   return with_types(b.a.x_dtype, b.a.residual_dtype, [&](auto narrow, auto wide) {

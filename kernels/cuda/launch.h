@@ -5,6 +5,12 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTEDIT_BOTH __host__ __device__
+#else
+#define FASTEDIT_BOTH
+#endif
+
 namespace fastedit::cuda {
 
 struct Shape {
@@ -31,12 +37,18 @@ constexpr int vector_width(int widest_bytes) { return 16 / widest_bytes; }
 
 constexpr int64_t column_tiles(int64_t width, int vector) { return ceil_div(width, kLaneColumns * vector); }
 
-// Rank 0: column tiles × row groups; a block walks its rows with the parameters of its columns in registers.
+// Rank 0: column tiles × row groups; a block walks its rows with the parameters of its columns in registers. In one to
+// four whole waves, whichever shares out the rows most evenly.
 inline Shape stream_shape(int64_t rows, int64_t width, int vector, bool per_row, int multiprocessors) {
   int64_t tiles = column_tiles(width, vector);
   if (rows == 0 || tiles == 0) return {0, kLaneColumns * kLines, 0};
-  int64_t groups = most(1, int64_t{multiprocessors} * kStreamBlocksPerSm[per_row] / tiles);
-  return {tiles * least(ceil_div(rows, kStreamRows), groups), kLaneColumns * kLines, 0};
+  int64_t resident = int64_t{multiprocessors} * kStreamBlocksPerSm[per_row], parts = ceil_div(rows, kStreamRows);
+  int64_t groups = least(parts, most(1, resident / tiles)), turns = ceil_div(parts, groups);
+  for (int64_t waves = 2, more; waves <= 4 && turns > 1; ++waves) {
+    more = least(parts, waves * resident / tiles);
+    if (more && waves * ceil_div(parts, more) < turns) groups = more, turns = waves * ceil_div(parts, more);
+  }
+  return {tiles * groups, kLaneColumns * kLines, 0};
 }
 
 // A tile is a few rows of a block, E elements of each in every thread; 0 elements where the row is too wide
@@ -61,7 +73,8 @@ constexpr int row_shared_bytes(int rank, int rows, int threads) {
 inline Shape tile_shape(int64_t rows, int64_t width, int64_t rank, int elements, int per_block,
                         int multiprocessors) {
   int threads = tile_threads(width, elements);
-  int64_t resident = int64_t{multiprocessors} * (2048 / threads);
+  int64_t registers = elements * per_block == 32 ? 128 : 64;  // by the kernels' launch bounds
+  int64_t resident = multiprocessors * least(32, 65536 / (registers * threads));
   return {least(ceil_div(rows, per_block), resident), threads,
           row_shared_bytes(static_cast<int>(rank), per_block, threads)};
 }
@@ -109,19 +122,74 @@ inline UnitShape unit_shape(int64_t width, int vector, int rank, int tile, int t
   return shape;
 }
 
-// Rows of a unit: as few units as give each of 128 multiprocessors all the blocks it can hold, in whole
-// waves, since each costs a partial of every sum; at most kBlockRows rows. A multiprocessor is counted as sm_90's,
-// with 228 KB of which the system takes one for each block. What a block asks for still follows shared_limit()
-// (run.h), which decides what is staged and which sums are taken: the order of additions depends on the shape, the
-// dtypes, which sums are wanted and the architecture, and is the same on every machine of it, run after run.
-constexpr int64_t kUnitsAWave = 128;
-inline int64_t unit_target(int threads, int shared_bytes) {
-  int64_t by_shared = 228 * 1024 / (shared_bytes + 1024), by_registers = 65536 / (kUnitRegisters * threads);
-  return kUnitsAWave * most(1, least(8, least(by_shared, by_registers)));
+// The chips that an architecture is sold with, as numbers of multiprocessors: the fewest and the most of those that
+// the cut below is made for. Others of it run, too, with a less even share of the rows.
+struct Chips {
+  int fewest, most;
+};
+constexpr Chips chips_of(int capability) {
+  return capability == 80                        ? Chips{108, 108}  // A100
+         : capability == 86                      ? Chips{84, 84}    // A40
+         : capability == 89                      ? Chips{128, 142}  // RTX 4090, L40
+         : capability == 90                      ? Chips{114, 132}  // H100 PCIe, H100 and H200
+         : capability == 100 || capability == 103 ? Chips{148, 148}  // B200
+         : capability == 120                     ? Chips{170, 188}  // RTX 5090, RTX PRO 6000
+                                                 : Chips{128, 128};
 }
-inline int64_t unit_rows(int64_t rows, int64_t target, int64_t most_rows) {
-  int64_t waves = most(1, ceil_div(rows, target * most_rows));
-  return least(most_rows, most(8, ceil_div(ceil_div(rows, target * waves), 2) * 2));
+// Blocks of the unit kernel that share a multiprocessor, of whose memory the system takes a KB for each, and one more
+// than a block may ask for.
+inline int64_t unit_blocks(int threads, int shared_bytes, int shared_limit) {
+  int64_t by_shared = (shared_limit + 1024) / (shared_bytes + 1024), by_registers = 65536 / (kUnitRegisters * threads);
+  return most(1, least(8, least(by_shared, by_registers)));
+}
+
+// Rows without slots are cut into leaves: what one fp32 running sum of each column adds up, and then a partial of it.
+// Tiles of a few rows are cut evenly into as many pieces as the architecture's smaller chip holds blocks, in whole
+// waves, and once more for its larger chip; leaves lie between two neighbours of all these cuts. A block takes a run of
+// leaves, by the real count of multiprocessors, and both chips' runs are even. The leaves, and with them the order of
+// additions, follow from the shape, the dtypes, which sums are wanted and the architecture alone: they are the same on
+// every machine of it, run after run. Leaf numbers count both kinds of cuts; where two fall together a number is
+// left out, and its partial is 0.
+struct Cut {
+  int64_t tiles, pieces, others;  // others 0: one kind of cuts
+  int tile, blocks;               // rows; blocks of a multiprocessor
+};
+FASTEDIT_BOTH inline int64_t cut_start(int64_t tiles, int64_t pieces, int64_t i) { return i * tiles / pieces; }
+FASTEDIT_BOTH inline int64_t cut_at(int64_t tiles, int64_t pieces, int64_t tile) {
+  return ((tile + 1) * pieces - 1) / tiles;  // the last piece that starts at this tile or before it
+}
+FASTEDIT_BOTH inline int64_t leaf_at(const Cut& cut, int64_t tile) {
+  return cut_at(cut.tiles, cut.pieces, tile) + (cut.others ? cut_at(cut.tiles, cut.others, tile) : 0);
+}
+FASTEDIT_BOTH inline int64_t leaves(const Cut& cut) { return cut.pieces + (cut.others ? cut.others - 1 : 0); }
+// The first tile of the leaf after the one that has this tile.
+FASTEDIT_BOTH inline int64_t next_leaf(const Cut& cut, int64_t tile) {
+  int64_t next = cut_start(cut.tiles, cut.pieces, cut_at(cut.tiles, cut.pieces, tile) + 1);
+  if (!cut.others) return next;
+  int64_t other = cut_start(cut.tiles, cut.others, cut_at(cut.tiles, cut.others, tile) + 1);
+  return other < next ? other : next;
+}
+// Where run i of `runs` starts: at a leaf.
+FASTEDIT_BOTH inline int64_t run_start(const Cut& cut, int64_t runs, int64_t i) {
+  int64_t even = cut_start(cut.tiles, runs, i);
+  return even == 0 ? 0 : next_leaf(cut, even - 1);
+}
+inline int64_t runs(const Cut& cut, int multiprocessors) {
+  return least(leaves(cut), int64_t{multiprocessors} * cut.blocks);
+}
+// Pieces of at most `most_rows` rows and, where there are enough, at least eight, for `wave` blocks at a time.
+inline int64_t cut_pieces(int64_t rows, int64_t wave, int64_t most_rows) {
+  int64_t waves = most(1, ceil_div(rows, wave * (most_rows - 8)));  // pieces differ by a tile
+  return least(wave * waves, ceil_div(rows, 8));
+}
+// `share`: the bytes of a row's streams over those of one partial. The larger chip gets cuts of its own where their
+// partials take less than a tenth of the streams, which is less than the unevenness that they end.
+inline Cut unit_cut(int64_t rows, int tile, Chips chips, int64_t blocks, double share, int64_t most_rows) {
+  if (rows == 0) return {};
+  Cut cut{ceil_div(rows, tile), cut_pieces(rows, chips.fewest * blocks, most_rows), 0, tile, static_cast<int>(blocks)};
+  int64_t others = cut_pieces(rows, chips.most * blocks, most_rows);
+  if (others != cut.pieces && 10 * others < rows * share) cut.others = others;
+  return cut;
 }
 // Over slots a unit is a part of a slot's block of `most_rows` rows: how many parts, a power of two.
 inline int64_t unit_parts(int64_t rows, int64_t slots, int64_t target, int64_t most_rows) {
@@ -130,7 +198,14 @@ inline int64_t unit_parts(int64_t rows, int64_t slots, int64_t target, int64_t m
   return parts;
 }
 
-// Column sums: one block for each column tile of each block of kBlockRows rows.
+// Column sums: one block for each column tile of each unit. Units of fewer rows where there are few blocks: of 2048
+// the last wave leaves less than 15 % of 170 multiprocessors' time unused, and a partial of 64 rows is 4 % of them.
+constexpr int64_t kColumnBlocks = 2048;
+inline int64_t column_unit_rows(int64_t rows, int64_t tiles, int64_t most_rows) {
+  int64_t unit = most_rows;
+  while (unit > 64 && tiles * ceil_div(rows, unit) < kColumnBlocks) unit /= 2;
+  return unit;
+}
 inline Shape column_shape(int64_t units, int64_t items, int vector) {
   return {units * items, kLaneColumns * kLines, kLines * kLaneColumns * vector * 4};
 }

@@ -3,6 +3,7 @@
 // written as absent, so that the code for it goes. Results are the general kernel's to the bit.
 #pragma once
 #include "backward.h"
+#include "tile.h"
 
 #ifdef __CUDACC__
 #define FASTEDIT_ASSUME(fact) __builtin_assume(fact)
@@ -31,7 +32,7 @@ __device__ inline Form plain(Form form) {
   return form;
 }
 
-template <Part part>
+template <Part part, bool kLowRank, bool kWhole>
 __device__ inline EditAddNormArgs plain(EditAddNormArgs a) {
   if constexpr (part == kGeneral) return a;
   a.add.form = plain(a.add.form);
@@ -44,6 +45,8 @@ __device__ inline EditAddNormArgs plain(EditAddNormArgs a) {
   FASTEDIT_ASSUME(a.add.out);
   if (part != kPlainEdit) FASTEDIT_ASSUME(a.add.residual);
   if (kNorm) FASTEDIT_ASSUME(a.normed && a.weight);
+  if (kLowRank) FASTEDIT_ASSUME(static_cast<int>(a.add.form.rank) > 0 && a.add.form.read && a.add.form.write);
+  if (kWhole) FASTEDIT_ASSUME(a.add.form.rank % kRanks == 0);
   return a;
 }
 
@@ -62,7 +65,7 @@ inline BackwardPart backward_part(const Backward& b, int64_t columns) {
   return !rank ? norm && b.taken.scale >= 0 ? kPlainRed : kGeneralBackward : norm ? kPlainRankNorm : kPlainRank;
 }
 
-template <BackwardPart part>
+template <BackwardPart part, bool kWhole>
 __device__ inline Backward plain(Backward b) {
   if constexpr (part == kGeneralBackward) return b;
   EditAddNormBackwardArgs& a = b.a;
@@ -74,7 +77,7 @@ __device__ inline Backward plain(Backward b) {
   b.parts = 1;
   b.reads_h = b.unit.total_staged = b.unit.h_staged = true;
   b.taken.norm_bias = -1;
-  FASTEDIT_ASSUME(a.grad_residual && a.d_x && b.taken.bias >= 0);
+  FASTEDIT_ASSUME(a.grad_residual && a.d_x && b.taken.bias >= 0 && b.cut.pieces > 0);
   if (part == kPlainRank) {
     a.grad_normed = nullptr, a.d_residual = nullptr, b.taken.weight = -1;
   } else {
@@ -85,7 +88,7 @@ __device__ inline Backward plain(Backward b) {
     FASTEDIT_ASSUME(b.taken.scale >= 0 && a.form.scale);
   } else {
     b.pulls = true;
-    FASTEDIT_ASSUME(a.form.rank > 0 && a.form.read && a.form.write);
+    FASTEDIT_ASSUME(static_cast<int>(a.form.rank) > 0 && a.form.read && a.form.write);
   }
   return b;
 }

@@ -10,13 +10,13 @@ namespace {
 
 // z of a tile's rows, in shared memory as z[j N + r], and stored where it is wanted. Behind a gate each row's k
 // comes after them.
-template <bool kGated, bool kFull, int N, int C, int V>
+template <bool kGated, bool kFull, bool kWhole, int N, int C, int V>
 __device__ inline const float* tile_project(const float (&h)[N][C][V], RowEdit (&row)[N], const EditAddArgs& a,
                                             int64_t first, float* shared) {
   int rank = static_cast<int>(a.form.rank);
   float* z = shared + kBlockSumFloats;
   float* part = z + (rank + kGated) * N;
-  tile_dots<kFull>(h, row, a.form.read, rank, a.width, part);
+  tile_dots<kFull, kWhole>(h, row, a.form.read, rank, a.width, part);
   if constexpr (kGated) tile_gate_sums(h, row, a.form.gate, a.width, part + rank * N * warps());
   finish_dots<N>(rank + kGated, part, [&](int j, int r, float sum) {
     RowEdit edit = row_edit(a.form, min(first + r, a.rows - 1));
@@ -55,7 +55,7 @@ __device__ inline void tile_bias(float (&shift)[N][K][V], const RowEdit (&row)[N
 }
 
 // The tile's residual': stored, and left rounded in h for the norm.
-template <class X, class R, bool kLowRank, bool kGated, bool kFull, int N, int C, int V>
+template <class X, class R, bool kLowRank, bool kGated, bool kFull, bool kWhole, int N, int C, int V>
 __device__ inline void tile_edit(float (&h)[N][C][V], const Pack<R, V> (&residual)[N][C],
                                  const RowEdit (&row)[N], const EditAddArgs& a, const float* z,
                                  int64_t first) {
@@ -66,7 +66,7 @@ __device__ inline void tile_edit(float (&h)[N][C][V], const Pack<R, V> (&residua
     float shift[kLowRank ? N : 1][K][V], scale[V];  // without a rank one for all rows of a slot
     if constexpr (kLowRank) {
       tile_bias(shift, row, a, first_c);
-      if (a.form.write) tile_combine(shift, z, row, a.form.write, static_cast<int>(a.form.rank), a.width, first_c);
+      if (a.form.write) tile_combine<kWhole>(shift, z, row, a.form.write, static_cast<int>(a.form.rank), a.width, first_c);
     }
 #pragma unroll
     for (int i = 0; i < K * N; ++i) {
@@ -146,15 +146,27 @@ __device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, 
   }
 }
 
-template <class X, class R, int V, int E, bool kLowRank, bool kGated, Part part>
+// Of a single slot, before the rows: else a block's first tile waits three times, for rows, parameters and weight. A
+// thread's V columns are a sector of 32 bytes in fp32.
+template <class R, int V>
+__device__ inline void ask_for_parameters(const EditAddNormArgs& a) {
+  int column = tile_column<V>(0);
+  if (a.add.form.scale) prefetch(a.add.form.scale + column);
+  if (a.add.form.bias) prefetch(a.add.form.bias + column);
+  prefetch(static_cast<const R*>(a.weight) + column);
+}
+
+template <class X, class R, int V, int E, bool kLowRank, bool kGated, Part part, bool kWhole>
 __global__ void __launch_bounds__(kLowRank || E == 8 ? 512 : 1024, kLowRank || E == 16 ? 1 : 2)
     tile_rows_kernel(const EditAddNormArgs given) {
-  const EditAddNormArgs a = plain<part>(given);
+  const EditAddNormArgs a = plain<part, kLowRank, kWhole>(given);
   constexpr int N = kTileRows<E, kLowRank>, C = E / V;
   constexpr bool kFull = part != kGeneral;
   FASTEDIT_SHARED(shared);
   const EditAddArgs& add = a.add;
   int turn = 0;
+  wait_for_kernel_before();
+  if constexpr (kFull && !kLowRank && C == 1) ask_for_parameters<R, V>(a);  // others have no register left for it
   for (int64_t first = int64_t{blockIdx.x} * N; first < add.rows; first += int64_t{gridDim.x} * N) {
     Pack<X, V> x[N][C] = {};
     Pack<R, V> residual[N][C] = {};
@@ -186,9 +198,9 @@ __global__ void __launch_bounds__(kLowRank || E == 8 ? 512 : 1024, kLowRank || E
         for (int v = 0; v < V; ++v) h[r][c][v] = add.on_sum ? h[r][c][v] + before[v] : h[r][c][v];
       }
     const float* z = nullptr;
-    if constexpr (kLowRank) z = tile_project<kGated, kFull>(h, row, add, first, shared);
+    if constexpr (kLowRank) z = tile_project<kGated, kFull, kWhole>(h, row, add, first, shared);
     if (part == kGeneral && !add.out && !a.normed) continue;
-    tile_edit<X, R, kLowRank, kGated, kFull>(h, residual, row, add, z, first);
+    tile_edit<X, R, kLowRank, kGated, kFull, kWhole>(h, residual, row, add, z, first);
     if (a.normed) tile_norm<R, kFull>(h, a, first, shared, turn);
   }
 }
@@ -199,6 +211,18 @@ int64_t summed(const Form& form) {
   return form.rank + (kGated ? 2 : 0);
 }
 
+template <class X, class R, int V, int E, bool kLowRank, bool kWhole>
+int run_plain(const EditAddNormArgs& a, Part part, const Shape& shape, void* stream) {
+  auto run = [&](auto kernel) { return launch_early(kernel, shape, stream, a); };
+  if constexpr (kLowRank) {
+    if (part == kPlainEdit) return run(tile_rows_kernel<X, R, V, E, true, false, kPlainEdit, kWhole>);
+    if (part == kPlainAdd) return run(tile_rows_kernel<X, R, V, E, true, false, kPlainAdd, kWhole>);
+    if (part == kPlainSum) return run(tile_rows_kernel<X, R, V, E, true, false, kPlainSum, kWhole>);
+  }
+  return part == kPlainNorm ? run(tile_rows_kernel<X, R, V, E, kLowRank, false, kPlainNorm, kWhole>)
+                            : run(tile_rows_kernel<X, R, V, E, kLowRank, false, kPlainSumNorm, kWhole>);
+}
+
 template <class X, class R, int V, int E, bool kLowRank, bool kGated>
 int run_tiles(const EditAddNormArgs& a, void* stream) {
   Shape shape = tile_shape(a.add.rows, a.add.width, summed<kGated>(a.add.form), E, kTileRows<E, kLowRank>,
@@ -206,16 +230,12 @@ int run_tiles(const EditAddNormArgs& a, void* stream) {
   if constexpr (sizeof(X) == 2 && sizeof(R) == 2 && !kGated) {
     bool full = int64_t{shape.threads} * E == a.add.width;  // no thread without its columns
     Part part = full ? part_of(a) : kGeneral;
-    if (part == kPlainNorm) return launch(tile_rows_kernel<X, R, V, E, kLowRank, false, kPlainNorm>, shape, stream, a);
-    if (part == kPlainSumNorm)
-      return launch(tile_rows_kernel<X, R, V, E, kLowRank, false, kPlainSumNorm>, shape, stream, a);
     if constexpr (kLowRank) {
-      if (part == kPlainEdit) return launch(tile_rows_kernel<X, R, V, E, true, false, kPlainEdit>, shape, stream, a);
-      if (part == kPlainAdd) return launch(tile_rows_kernel<X, R, V, E, true, false, kPlainAdd>, shape, stream, a);
-      if (part == kPlainSum) return launch(tile_rows_kernel<X, R, V, E, true, false, kPlainSum>, shape, stream, a);
+      if (part && a.add.form.rank % kRanks == 0) return run_plain<X, R, V, E, true, true>(a, part, shape, stream);
     }
+    if (part) return run_plain<X, R, V, E, kLowRank, false>(a, part, shape, stream);
   }
-  return launch(tile_rows_kernel<X, R, V, E, kLowRank, kGated, kGeneral>, shape, stream, a);
+  return launch_early(tile_rows_kernel<X, R, V, E, kLowRank, kGated, kGeneral, false>, shape, stream, a);
 }
 
 template <class X, class R, int V, bool kGated>

@@ -46,26 +46,36 @@ struct Alignment {
   }
 };
 
-// An attribute of the current device, asked for once; 0 where there is no device.
-template <int kAttribute>
-int device_attribute() {
+// A number that the current device has, asked for once; 0 where there is no device.
+template <class Ask>
+int of_device(Ask ask) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
   value = known[device].load(std::memory_order_relaxed);
   if (value == 0) {
-    cudaDeviceGetAttribute(&value, static_cast<cudaDeviceAttr>(kAttribute), device);
+    value = ask([device](cudaDeviceAttr attribute) {
+      int found = 0;
+      return cudaDeviceGetAttribute(&found, attribute, device) == cudaSuccess ? found : 0;
+    });
     known[device].store(value, std::memory_order_relaxed);
   }
   return value;
 }
 inline int multiprocessors() {
-  return static_cast<int>(most(1, device_attribute<cudaDevAttrMultiProcessorCount>()));
+  return static_cast<int>(most(1, of_device([](auto get) { return get(cudaDevAttrMultiProcessorCount); })));
 }
 // What a block may have of shared memory, when it asks.
 inline int shared_limit() {
-  return static_cast<int>(most(kShared, device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>()));
+  return static_cast<int>(
+      most(kShared, of_device([](auto get) { return get(cudaDevAttrMaxSharedMemoryPerBlockOptin); })));
+}
+// 90 for compute capability 9.0.
+inline int capability() {
+  return of_device([](auto get) {
+    return 10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor);
+  });
 }
 
 template <class... P, class... A>
@@ -87,6 +97,26 @@ int launch(void (*kernel)(P...), const Shape& shape, void* stream, const A&... a
   emulator::launch(kernel, shape.blocks, shape.threads, shape.shared_bytes, args...);
 #endif
   return cudaGetLastError();
+}
+
+// The same for a kernel that calls wait_for_kernel_before() (vec.h). Compiled with FASTEDIT_PDL, which is off until a GPU
+// has shown a gain, it is launched while the kernel before it ends, where the architecture has that.
+template <class... P, class... A>
+int launch_early(void (*kernel)(P...), const Shape& shape, void* stream, const A&... args) {
+#if defined(FASTEDIT_PDL) && defined(__CUDACC__)
+  if (capability() >= 90 && shape.blocks > 0 && shape.blocks <= kMaxBlocks && shape.shared_bytes <= kShared) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)), config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early, config.numAttrs = 1;
+    int error = cudaLaunchKernelEx(&config, kernel, args...);
+    return error ? (cudaGetLastError(), error) : cudaGetLastError();
+  }
+#endif
+  return launch(kernel, shape, stream, args...);
 }
 
 }  // namespace fastedit::cuda

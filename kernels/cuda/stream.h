@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kLaneColumns* kLines, kStreamBlocksPerSm[kPerR
   int64_t column = (int64_t{blockIdx.x % tiles} * kLaneColumns + threadIdx.x % kLaneColumns) * V;
   if (column >= a.width) return;
   Held<V> held;
+  wait_for_kernel_before();
   if (!kPerRow) held.hold(a.form, 0, a.width, column);
 
   for (int64_t first = group * kStreamRows + line; first < a.rows; first += groups * kStreamRows) {
@@ -83,9 +84,9 @@ int run_stream(const EditAddArgs& a, void* stream) {
   Shape shape = stream_shape(a.rows, a.width, V, per_row, multiprocessors());
   unsigned tiles = static_cast<unsigned>(column_tiles(a.width, V));
   if constexpr (V > 1) {
-    if (!per_row) return launch(stream_rows<X, R, V, kAdd, false>, shape, stream, a, tiles);
+    if (!per_row) return launch_early(stream_rows<X, R, V, kAdd, false>, shape, stream, a, tiles);
   }
-  return launch(stream_rows<X, R, V, kAdd, true>, shape, stream, a, tiles);
+  return launch_early(stream_rows<X, R, V, kAdd, true>, shape, stream, a, tiles);
 }
 
 }  // namespace

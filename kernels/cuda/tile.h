@@ -19,22 +19,27 @@ __device__ inline bool beyond(int c, int64_t width) {
   return !kFull && tile_column<V>(c) >= width;
 }
 
+constexpr int kRanks = 4;  // that a loop over ranks takes at a time, where their number is a multiple of it
+
 // True where row r reads other parameters than the row before it.
 template <int N>
 __device__ inline bool new_slot(const RowEdit (&row)[N], int r) {
   return r == 0 || row[r].slot != row[r - 1].slot;
 }
 
-// Each warp's share of value · matrix[j] for every rank j and row r, to part[(j kRows + r) warps + warp].
-template <bool kFull, int N, int C, int V>
+// Each warp's share of value · matrix[j] for every rank j and row r, to part[(j kRows + r) warps + warp]. Where
+// kWhole, the rank is a multiple of kRanks.
+template <bool kFull, bool kWhole, int N, int C, int V>
 __device__ inline void tile_dots(const float (&value)[N][C][V], const RowEdit (&row)[N], const float* matrix,
                                  int rank, int64_t width, float* part) {
   constexpr int kTogether = 8 / N;  // ranks that share one tree of shuffles
+  static_assert(!kWhole || kTogether == kRanks, "whole trees");
+#pragma unroll 1
   for (int first = 0; first < rank; first += kTogether) {
     float sum[8] = {};
 #pragma unroll
     for (int g = 0; g < kTogether; ++g) {
-      if (first + g >= rank) break;
+      if (!kWhole && first + g >= rank) break;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         if (beyond<V, kFull>(c, width)) continue;
@@ -50,7 +55,7 @@ __device__ inline void tile_dots(const float (&value)[N][C][V], const RowEdit (&
       }
     }
     float total = warp_sum_of_eight(sum);
-    if (lane() < 8 && first + lane() / N < rank) part[(first * N + lane()) * warps() + warp()] = total;
+    if (lane() < 8 && (kWhole || first + lane() / N < rank)) part[(first * N + lane()) * warps() + warp()] = total;
   }
 }
 
@@ -68,15 +73,26 @@ __device__ inline void finish_dots(int rank, const float* part, F finish) {
   __syncthreads();
 }
 
-// added[r][c] += Σ_j weight[j kRows + r] · matrix[j] over the V columns of each of C chunks from `first` on, which the thread has.
-template <int N, int C, int V>
+// M aligned floats of shared memory.
+template <int M>
+__device__ inline void load_shared(float (&out)[M], const float* from) {
+  static_assert(M % 4 == 0, "whole vectors");
+#pragma unroll
+  for (int i = 0; i < M / 4; ++i) {
+    const float4 four = reinterpret_cast<const float4*>(from)[i];
+    out[4 * i] = four.x, out[4 * i + 1] = four.y, out[4 * i + 2] = four.z, out[4 * i + 3] = four.w;
+  }
+}
+
+// added[r][c] += Σ_j weight[j kRows + r] · matrix[j] over the V columns of each of C chunks from `first` on, which the
+// thread has.
+template <bool kWhole, int N, int C, int V>
 __device__ inline void tile_combine(float (&added)[N][C][V], const float* weight, const RowEdit (&row)[N],
                                     const float* matrix, int rank, int64_t width, int first) {
   const float* from[N];
 #pragma unroll
   for (int r = 0; r < N; ++r) from[r] = matrix + int64_t{row[r].slot} * rank * width + tile_column<V>(first);
-#pragma unroll 1
-  for (int j = 0; j < rank; ++j) {
+  auto add = [&](const float* weights) {
     float m[C][V] = {};
 #pragma unroll
     for (int r = 0; r < N; ++r) {
@@ -88,8 +104,23 @@ __device__ inline void tile_combine(float (&added)[N][C][V], const float* weight
 #pragma unroll
       for (int c = 0; c < C; ++c)
 #pragma unroll
-        for (int v = 0; v < V; ++v) added[r][c][v] = fmaf(weight[j * N + r], m[c][v], added[r][c][v]);
+        for (int v = 0; v < V; ++v) added[r][c][v] = fmaf(weights[r], m[c][v], added[r][c][v]);
     }
+  };
+  if constexpr (kWhole) {
+    constexpr int K = C == 1 ? kRanks : kRanks / 2;  // vectors under way, as many as the registers have room for
+    const float* end = weight + rank * N;
+#pragma unroll 1
+    do {  // the rank is not 0
+      float weights[K * N];
+      load_shared(weights, weight);
+#pragma unroll
+      for (int g = 0; g < K; ++g) add(weights + g * N);
+      weight += K * N;
+    } while (weight < end);
+  } else {
+#pragma unroll 1
+    for (int j = 0; j < rank; ++j) add(weight + j * N);
   }
 }
 

@@ -75,6 +75,16 @@ __device__ inline void copy_async(P* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
 }
+// Towards L1, so that a later load waits less; nothing of it is waited for, or changes a result.
+__device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
+// Under FASTEDIT_PDL (run.h) a kernel starts while the one before it in its stream ends: it reads and writes after this.
+// Parameters, too: the one before may be the optimizer's, and a line that L1 has from before is not read again.
+__device__ inline void wait_for_kernel_before() {
+#if defined(FASTEDIT_PDL) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 __device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #define FASTEDIT_SHARED(name) extern __shared__ __align__(16) float name[]
 #endif

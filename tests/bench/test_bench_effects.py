@@ -18,7 +18,7 @@ import fastedit as fe  # noqa: E402
 from bench import report  # noqa: E402
 from bench.effects import chat, rahf, recontrol, sst2, statistics, steering, stories  # noqa: E402
 from bench.effects.rows import Rows  # noqa: E402
-from bench.training import smollm2  # noqa: E402
+from bench.training import preferences, smollm2  # noqa: E402
 from fastedit import examples  # noqa: E402
 
 
@@ -227,7 +227,10 @@ def test_rahf_is_measured_and_tabled(data, tmp_path, capsys):
 def test_every_table_of_the_methods_page_is_known_and_of_the_csvs():
     text = report.EFFECTS.read_text()
     names = [line[len("<!-- table: "):-len(" -->")] for line in text.splitlines() if line.startswith("<!-- table: ")]
-    assert names == ["chat", "chat gates", "steering", "re-control", "sst2", "rahf"] and text.count("<!-- end -->") == len(names)
+    assert names == [
+        "chat", "chat gates", "preferred", "gated", "valued", "aligned", "roles", "traits", "truth", "concepts", "sft",
+        "steering", "re-control", "sst2", "rahf",
+    ] and text.count("<!-- end -->") == len(names)  # fmt: skip
     assert report.filled(text, ROOT / "bench" / "results") == text
 
 
@@ -244,3 +247,12 @@ def test_the_table_of_sft_takes_each_method_s_best_rate_and_draws_rows_alike(tmp
         "| lora | 1,234 | 1 | 0.001 | 1.000 (1.000–1.000) |  |",
         "| red | 1,234 | 2 | 0.02 | 0.500 (0.500–0.500) | 0.50 (0.50–0.50) |",
     ]  # fmt: skip
+
+
+def test_the_table_of_dpo_steps_has_a_line_a_way(tmp_path):
+    lines = ["way,ms,wall_ms,of_second,peak_mib,of_sft", "model,,,,500.0,0.5", "sft,100.4,120.0,0.667,1000.0,1.0"]
+    lines += [f"{way},150.0,160.0,{share},1100.0,1.1" for way, share in (("same", 1.0), ("second", 1.0), ("stored", 0.7))]
+    (tmp_path / "d.csv").write_text("\n".join([*lines, "reference pass,50.0,51.0,,,"]) + "\n")
+    shown = preferences.markdown(tmp_path / "d.csv").splitlines()
+    assert shown[2] == "| SFT | 100 | 0.67 | 1,000 | 1.00 |" and shown[5] == "| DPO, `--store` | 150 | 0.70 | 1,100 | 1.10 |"
+    assert shown[6:] == ["| the pass beforehand | 50 |  |  |  |", "| the model alone, nothing run |  |  | 500 | 0.50 |"]

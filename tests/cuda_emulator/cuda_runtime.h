@@ -45,7 +45,12 @@ enum {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 namespace emulator {
@@ -158,6 +163,8 @@ void copy_async(P* to, const void* from) {
   emulator::count(from, sizeof(P), false);
   emulator::copy_later(to, from, sizeof(P));
 }
+inline void prefetch(const void*) {}
+inline void wait_for_kernel_before() {}
 inline void wait_copies() { emulator::copy_now(); }
 
 inline float __uint_as_float(uint32_t bits) { return emulator::float_of(bits); }
@@ -175,8 +182,12 @@ inline float from_f16(uint32_t bits) { return emulator::f16_value(bits & 0xffff)
 // A device for each chip that a test describes, since kernels/cuda asks each device once.
 inline int cudaGetDevice(int* device) { return *device = emulator::device_number(), cudaSuccess; }
 inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  bool sms = attribute == cudaDevAttrMultiProcessorCount;
-  return *value = sms ? emulator::multiprocessors : emulator::shared_limit, cudaSuccess;
+  int kib = emulator::shared_limit / 1024, architecture = kib == 227 ? 90 : kib == 163 ? 80 : kib == 99 ? 89 : 75;
+  *value = attribute == cudaDevAttrMultiProcessorCount       ? emulator::multiprocessors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? architecture / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor ? architecture % 10
+                                                            : emulator::shared_limit;
+  return cudaSuccess;
 }
 inline int cudaFuncSetAttribute(const void*, int, int bytes) {
   if (bytes > emulator::shared_limit) return emulator::last_error = cudaErrorInvalidValue;

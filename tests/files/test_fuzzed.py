@@ -1,7 +1,12 @@
 """Mutated files of every kind: the documented error alone, soon, and without much memory. `make fuzz` does it at length."""
 
+import importlib.machinery
+import json
+import sys
+
 import pytest
 
+from tools import fuzz
 from tools.fuzz import Feeder, _mutated
 from tools.readers import readers
 
@@ -19,3 +24,26 @@ def test_each_reader_refuses_by_its_own_error(made, tmp_path):
             feeder(data)
         assert feeder.row["refused"] > 40, name
         reader.path.write_bytes(reader.seeds[0])
+
+
+def test_a_fuzzer_sees_the_sources_behind_an_editable_install():
+    """What `pip install -e` wraps the loader in, atheris cannot instrument: its mutations would follow no coverage."""
+    finder = fuzz._Sources()
+    sys.meta_path.insert(0, finder)
+    try:
+        for name in ("fastedit.files.sealed", "fastedit.patching"):
+            spec = finder.find_spec(name, sys.modules["fastedit"].__path__)
+            assert type(spec.loader) is importlib.machinery.SourceFileLoader and spec.origin.endswith(".py")
+    finally:
+        sys.meta_path.remove(finder)
+
+
+@pytest.mark.parametrize("name", ["edit.json", "rows"])
+def test_a_fuzzer_rewrites_json_by_its_values(made, name):
+    seed = b"\0" + made[name].seeds[0]
+    found = {fuzz._rewritten(lambda data, most: b"", seed, 1 << 16, number) for number in range(200)} - {b""}
+    assert len(found) > 50 and seed not in found
+    for content in found:
+        at = 9 if name == "rows" else 1
+        size = int.from_bytes(content[1:9], "little") if name == "rows" else len(content)
+        assert isinstance(json.loads(content[at : at + size]), (dict, list))

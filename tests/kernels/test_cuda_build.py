@@ -60,6 +60,36 @@ def test_the_compiler_warns_of_nothing_and_spills_nothing(compiled):
     assert frames >= entries >= 60
 
 
+# Bytes that a kernel may spill on an architecture beside sm_90: in the row loops for rows beyond a tile, which are rare.
+SPILLS = {("120", "edit_add_norm", "loop_rows_kernel"): 8}
+
+
+def built_architectures():
+    """CMakeLists.txt's, of those that the compiler lists, without sm_90."""
+    lists = (KERNELS.parent / "CMakeLists.txt").read_text()
+    wanted = re.search(r"known_cuda_architectures\(\w+ \S+ ([\d ]+)\)", lists)[1].split()
+    listed = subprocess.run([find_nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return [arch for arch in wanted if f"sm_{arch}" in listed and arch != "90"]
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_no_architecture_that_is_built_spills(tmp_path):
+    """Beside sm_90, which the ordinary tests look at."""
+    found = {}
+    for arch in built_architectures():
+        for unit in UNITS:
+            _, report = compile_unit(unit, tmp_path, f"sm_{arch}")
+            assert "warning" not in report, report
+            facts = r"Function properties for (\w+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+            for name, stores, loads in re.findall(facts, report):
+                if int(stores) or int(loads):
+                    kind = re.search(r"[a-z_]+_(?:kernel|rows|backward|sums)(?=I|E)", name)
+                    key = (arch, unit.stem, kind[0] if kind else name)
+                    found[key] = max(found.get(key, 0), int(stores))
+    assert found == SPILLS
+
+
 @needs_nvcc
 @needs_cuobjdump
 def test_no_kernel_touches_local_memory_or_computes_in_fp64(sass):
@@ -98,9 +128,9 @@ def test_streams_move_128_bits_at_a_time(sass):
 
 
 # Where a loop may take more than half of the issue slots that its bytes leave at an H200's bandwidth: what it is bound by.
-# A forward's rank may take 80 %; these take more, and no more than is written here: kernels/cuda has two rows in a thread's
-# registers, and each multiply-add of a rank is issued for each row.
-SHARES = {("edit", "forward", 4): 0.98, ("edit", "backward", 4): 1.45, ("edit_add_norm", "backward", 4): 1.12}
+# A rank may take 80 %; these take more, and no more than is written here: 20 multiply-adds an element of a rank-4 backward
+# take half of what the six bytes of an edit leave, and two rows in a thread's registers share the rest.
+SHARES = {("edit", "forward", 4): 0.82, ("edit", "backward", 4): 1.12, ("edit_add_norm", "backward", 4): 0.96}
 
 
 @needs_nvcc
@@ -171,9 +201,10 @@ int main() {
       CHECK(tiles * 32 * vector >= width && (tiles - 1) * 32 * vector < width);
       int64_t groups = s.blocks / tiles, resident = sms * kStreamBlocksPerSm[per_row];
       CHECK(s.blocks == groups * tiles && groups >= 1);
-      CHECK(groups == 1 || s.blocks <= resident);             // one wave
+      int64_t waves = ceil_div(s.blocks, resident);
+      CHECK(groups == 1 || waves <= 4);
       CHECK(groups <= ceil_div(rows, kStreamRows));           // no group without rows
-      CHECK(groups == ceil_div(rows, kStreamRows) || s.blocks > resident - tiles);  // a full one
+      CHECK(groups == ceil_div(rows, kStreamRows) || s.blocks > waves * resident - tiles);  // the last one is full
     }
     for (int rank : ranks) {
       int elements = tile_elements(width, vector, rank > 0);
@@ -207,10 +238,9 @@ int main() {
       CHECK(s.sums_at + columns * sums * 4 + columns / vector * 16 * tile * streams == s.shared_bytes);
       UnitShape other = unit_shape(width, vector, 0, tile, 1, 0, 0, 227 * 1024);
       CHECK(other.threads == s.threads);  // sums along a row follow the width alone
-      int64_t target = unit_target(s.threads, s.shared_bytes), unit = unit_rows(rows, target, 256);
-      CHECK(target >= 128 && target * s.threads * kUnitRegisters <= 128 * 65536);
-      CHECK(unit >= 8 && unit <= 256 && unit % 2 == 0);
-      CHECK(unit == 8 || ceil_div(rows, unit) <= target * ceil_div(rows, target * 256));  // whole waves
+      int64_t blocks = unit_blocks(s.threads, s.shared_bytes, limit), target = blocks * sms;
+      CHECK(blocks >= 1 && blocks * s.threads * kUnitRegisters <= 65536);
+      CHECK(blocks == 1 || blocks * (s.shared_bytes + 1024) <= limit + 1024);
       for (int slots : {1, 7, 256}) {
         int64_t parts = unit_parts(rows, slots, target, 256);
         CHECK(parts >= 1 && 256 % parts == 0 && 256 / parts >= 8);

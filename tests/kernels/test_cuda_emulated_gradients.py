@@ -99,7 +99,7 @@ def pairwise(values):
 @pytest.mark.parametrize("units", [1, 7, 8, 9, 37, 150])
 def test_column_sums_follow_the_tree_that_is_promised(cuda, units):
     """To the bit: eight running sums of a block's rows, pairwise, and the blocks pairwise."""
-    grad = torch.randn(256 * units - 251, 8)
+    grad = torch.randn(64 * units - 59, 8)
     form, needs = (
         {"bias": torch.zeros(8)},
         [n == "bias" for n in ("hidden", *harness.PARAMETERS, "coefficient")],
@@ -108,9 +108,31 @@ def test_column_sums_follow_the_tree_that_is_promised(cuda, units):
         cuda.schedule(cuda_sms)
         got = cuda.edit_backward(grad, None, None, form, None, None, needs, F32, grad.shape)[2]
         partials = []
-        for rows in grad.split(256):
+        for rows in grad.split(64):
             lines = [torch.zeros(8)] * 8
             for i, row in enumerate(rows):
                 lines[i % 8] = lines[i % 8] + row
             partials.append(pairwise(torch.stack(lines)))
         assert torch.equal(got, pairwise(torch.stack(partials)))
+
+
+def starts(rows, pieces):
+    return [i * rows // pieces for i in range(pieces)]
+
+
+@pytest.mark.parametrize("rows", [1, 9, 300, 10600], ids=str)
+def test_sums_of_whole_rows_follow_the_cuts_of_both_chips_on_every_chip(cuda, rows):
+    """To the bit: leaves between the cuts for 114 and for 132 multiprocessors, whatever the number that there is."""
+    grad, form = torch.randn(rows, 8), {"bias": torch.zeros(8), "coefficient": torch.ones(rows)}
+    needs = [n in ("hidden", "bias", "coefficient") for n in ("hidden", *harness.PARAMETERS, "coefficient")]
+    cuts = [starts(rows, min(8 * sms, -(-rows // 8))) for sms in (114, 132)]  # eight blocks of a warp at once
+    assert (cuts[0] == cuts[1]) == (rows < 10600)
+    numbered = sorted(cuts[0] + (cuts[1][1:] if cuts[0] != cuts[1] else []))
+    leaves = [torch.zeros(8) for _ in numbered]
+    for leaf, (begin, end) in enumerate(zip(numbered, [*numbered[1:], rows], strict=True)):
+        for row in grad[begin:end]:
+            leaves[leaf] = leaves[leaf] + row
+    for sms in (1, 5, 114, 132):
+        cuda.schedule(sms)
+        got = cuda.edit_backward(grad, None, None, form, None, None, needs, F32, grad.shape)[2]
+        assert torch.equal(got, pairwise(torch.stack(leaves))), sms

@@ -25,6 +25,11 @@ def make_form(width, rank):
     return form
 
 
+def whole(rank):
+    """The last template argument: the rank is a multiple of four."""
+    return "true" if rank and rank % 4 == 0 else "false"
+
+
 def with_ones(form):
     return form | {"coefficient": torch.ones(ROWS)}
 
@@ -48,7 +53,7 @@ def run_both(cuda, call, form, part):
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF], ids=["bf16", "f16"])
-@pytest.mark.parametrize(("rank", "width"), [(0, 256), (0, 4608), (1, 512), (4, 1024), (5, 512)])
+@pytest.mark.parametrize(("rank", "width"), [(0, 256), (0, 4608), (1, 512), (4, 1024), (5, 512), (8, 512)])
 @pytest.mark.parametrize("on_sum", [False, True])
 def test_forward(cuda, dtype, rank, width, on_sum):
     x, residual, weight = stream(ROWS, width, dtype), stream(ROWS, width, dtype), torch.rand(width).to(dtype)
@@ -58,16 +63,16 @@ def test_forward(cuda, dtype, rank, width, on_sum):
             cuda,
             lambda f, k=kind: cuda.edit_add_norm(x, residual, weight, None, f, on_sum, k),
             form,
-            f"(Part){4 + on_sum}",
+            f"(Part){4 + on_sum}, {whole(rank)}>",
         )
     if rank:
-        run_both(cuda, lambda f: cuda.edit_add(x, residual, f, on_sum)[0], form, f"(Part){2 + on_sum}")
+        run_both(cuda, lambda f: cuda.edit_add(x, residual, f, on_sum)[0], form, f"(Part){2 + on_sum}, {whole(rank)}>")
         if not on_sum:
-            run_both(cuda, lambda f: cuda.edit(x, f)[0], form, "(Part)1")
+            run_both(cuda, lambda f: cuda.edit(x, f)[0], form, f"(Part)1, {whole(rank)}>")
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF], ids=["bf16", "f16"])
-@pytest.mark.parametrize(("rank", "width"), [(0, 256), (0, 3072), (1, 512), (4, 1024)])
+@pytest.mark.parametrize(("rank", "width"), [(0, 256), (0, 3072), (1, 512), (4, 1024), (8, 256)])
 @pytest.mark.parametrize(("kind", "weighted"), [(0, True), (1, False)])
 def test_backward_behind_a_norm(cuda, dtype, rank, width, kind, weighted):
     streams = [stream(ROWS, width, dtype) for _ in range(4)]
@@ -79,12 +84,13 @@ def test_backward_behind_a_norm(cuda, dtype, rank, width, kind, weighted):
             *streams, None, weight, None, rstd, form, None, z, False, kind, needs, (weighted, False), dtype, dtype, (ROWS, width)
         )  # fmt: skip
 
-    run_both(cuda, call, make_form(width, rank), f"(BackwardPart){2 if rank else 1}")
+    run_both(cuda, call, make_form(width, rank), f"(BackwardPart){2 if rank else 1}, {whole(rank)}>")
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF], ids=["bf16", "f16"])
 @pytest.mark.parametrize(
-    ("rank", "width", "part"), [(0, 264, "false, true>"), (1, 512, "(BackwardPart)3"), (4, 1024, "(BackwardPart)3")]
+    ("rank", "width", "part"),
+    [(0, 264, "false, true>"), (1, 512, "(BackwardPart)3, false>"), (4, 1024, "(BackwardPart)3, true>")],
 )
 def test_backward(cuda, dtype, rank, width, part):
     grad, hidden, z = stream(ROWS, width, dtype), stream(ROWS, width, dtype), torch.randn(ROWS, rank) if rank else None

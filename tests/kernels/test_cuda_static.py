@@ -92,12 +92,15 @@ def test_loops_are_found_by_their_branches_back():
 
 
 def test_trips_of_a_tiles_loops():
-    """A group of four ranks, the warps' shares four at a time, and z @ write once a rank."""
+    """A group of four ranks; the warps' shares four at a time, by one warp of eight; z @ write by the ranks in its loop."""
     dots, combine = loop(1, 2, ["SHFL"] * 9 + ["FFMA"] * 16), loop(5, 6, ["FFMA"] * 32)
     shares = loop(3, 4, ["LDS"] * 10, loop(3, 3, ["FADD"] * 4))
     whole = loop(0, 9, ["LDG"] * 100, dots, shares, combine)
-    assert slots.tile_slots(whole, "tile", 4, 1, 256) == 100 + 25 + 10 + 2 * 4 + 4 * 32
-    assert slots.tile_slots(whole, "tile", 5, 1, 256) == 100 + 2 * 25 + 10 + 2 * 4 + 5 * 32
+    assert slots.tile_slots(whole, "tile", 4, 1, 256) == 100 + 25 + (10 + 2 * 4) / 8 + 4 * 32
+    assert slots.tile_slots(whole, "tile", 5, 1, 256) == 100 + 2 * 25 + (10 + 2 * 4) / 8 + 5 * 32
+    assert slots.tile_slots(whole, "tile", 17, 1, 256) == 100 + 5 * 25 + (10 + 2 * 4) * 2 / 8 + 17 * 32
+    two = loop(0, 9, ["LDG"] * 100, dots, shares, loop(5, 6, ["FFMA"] * 64))
+    assert slots.tile_slots(two, "tile", 4, 1, 256) == 100 + 25 + (10 + 2 * 4) / 8 + 2 * 64
 
 
 def test_slots_that_bytes_leave():

@@ -59,6 +59,9 @@ def test_what_travels_back_is_few_files_and_what_is_asked_for_fits(tmp_path):
         listed = list((gpu.more_steps if more else gpu.steps)(made))
         assert len({s.name for s in listed}) == len(listed) >= 5
     assert sum(s.seconds for s in gpu.steps(options(tmp_path))) < 700
+    assert [s.name for s in gpu.steps(options(tmp_path))] == [
+        "build", "check", "speed", "profile", "tests", "decode", "triton", "bits",
+    ]  # fmt: skip
     files = {
         "gpu-steps.csv",
         "gpu.log",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastedit import _native, arrays, dispatch, ops
 from fastedit.ops.autograd import gradients
@@ -134,6 +135,70 @@ def test_tensors_without_readable_memory_are_never_read():
     assert ops.edit(H.to("meta"), ONE.to("meta")).is_meta
 
 
+@pytest.fixture(params=[True, False], ids=["quick", "asking torch"])
+def quick(request):
+    """What the module finds of torch's insides, and the same calls where it finds nothing."""
+    yield _native.use_torch(torch, request.param)
+    assert _native.use_torch(torch)["maker"]
+
+
+def test_what_a_tensor_says_of_itself_is_what_torch_says(quick):
+    assert set(quick.values()) in ({True}, {False})
+    ops.edit(H, ONE)  # the first call chooses the backend
+    leaf = torch.ones(32, requires_grad=True)
+    complex_row = torch.randn(4, 32, dtype=torch.complex64).conj()
+    with torch.inference_mode():
+        inferred = torch.ones(32)
+    answered = [ONE, torch.nn.Parameter(ONE, requires_grad=False), leaf.detach(), inferred, torch._neg_view(ONE).clone()]
+    declined = [leaf, leaf * 2, torch.nn.Parameter(ONE), torch._neg_view(ONE), complex_row.imag[0], leaf.view(2, 16).view(32)]
+    for scale, wanted in [(s, True) for s in answered] + [(s, False) for s in declined]:
+        assert scale.is_neg() or scale.requires_grad or wanted
+        assert (_native.try_edit(H, scale, *[None] * 6, False, None, None) is not None) is wanted
+        if scale.is_neg() and scale.is_contiguous():  # else a copy is read, without the bit
+            with pytest.raises(TypeError, match="scale has its negative bit set"):
+                ops.edit(H, scale)
+        else:
+            assert torch.equal(ops.edit(H, scale), H * scale.resolve_neg())
+    with torch.no_grad():
+        assert _native.try_edit(H, leaf, *[None] * 6, False, None, None) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(32,), (1, 32), (2, 3, 32), (0, 32), (2, 0, 32)])
+def test_a_result_is_an_ordinary_tensor_of_torch(quick, dtype, shape):
+    rows = torch.randn(shape).to(dtype)
+    narrow = ops.edit(rows[..., ::2], TWO[::2].clone())
+    for out in (narrow, ops.edit(rows, TWO), *ops.edit_add_norm(rows, rows, ONE.to(dtype), TWO)):
+        assert type(out) is torch.Tensor and out.dtype is dtype and out.is_contiguous() and out.shape[:-1] == rows.shape[:-1]
+        assert out.is_leaf and not out.requires_grad and out.storage_offset() == 0
+        assert out.stride() == torch.empty(out.shape).stride()
+        assert out.untyped_storage().resizable() and out.untyped_storage().nbytes() == out.numel() * out.element_size()
+    assert torch.equal(ops.edit(rows, TWO), rows * 2)
+    with torch.inference_mode():
+        assert ops.edit(rows, TWO).is_inference()
+    kept = ops.edit(rows, TWO)
+    kept.resize_(3, 32).fill_(1)
+    assert sys.getrefcount(kept) == 2
+
+
+def test_a_mode_sees_what_is_made(quick):
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Seeing():
+        assert torch.equal(ops.edit(H, TWO), H * 2)
+    assert any("empty" in name for name in seen)
+
+
+def test_jit_trace_records_the_op(quick):
+    traced = torch.jit.trace(lambda h, r: ops.edit_add(ops.edit(h, TWO), r, TWO, ONE), (H, H), check_trace=False)
+    other = torch.randn(3, 32)
+    torch.testing.assert_close(traced(other, other), other + 4 * other + 1)
+
+
 @pytest.mark.parametrize("slots", [0, 3])
 def test_gradients_of_no_rows_are_zero(backend, slots):
     lead = (slots,) if slots else ()
@@ -251,3 +316,26 @@ def test_rows_of_which_one_alone_is_laid_out_otherwise():
         for one, other in zip(ops.edit_add_norm(x, residual, ONE, TWO, on=on), expected, strict=True):
             assert torch.equal(one, other)
         assert torch.equal(ops.edit_add(x, residual, TWO, on=on), ops.edit_add(x, residual.contiguous(), TWO, on=on))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"groups": 2**31}, "less than 2.31"), ({"groups": 10**400}, "less than 2.31"),
+        ({"group": torch.zeros(3, device="meta").int()}, "on meta"),
+    ],
+)
+def test_numbers_of_groups_that_no_kernel_takes_are_refused(given, said):
+    hidden = torch.ones(3, 4, device="meta" if "group" in given else "cpu")
+    with pytest.raises(ValueError, match=said):
+        ops.moments(hidden, **{"group": torch.zeros(3).int(), **given})
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), torch.ones(2, 0), np.ones(3)], ids=["several", "none", "numpy"])
+def test_a_flag_that_is_several_numbers_is_refused(value):
+    form = {"read": torch.ones(1, 4), "write": torch.ones(1, 4)}
+    ops.edit(H, ONE)  # from here on the native module is asked first
+    with pytest.raises(TypeError, match=r"return_projection is .* expected True or False"):
+        ops.edit(torch.ones(2, 4, requires_grad=True), **form, return_projection=value)
+    with pytest.raises(TypeError, match=r"return_projection is .* expected True or False"):
+        ops.edit_add(torch.ones(2, 4), torch.ones(2, 4), **form, return_projection=value)

@@ -32,3 +32,27 @@ def test_a_patched_model_compiles_whole_and_its_dial_needs_no_retrace(fused):
     model(**tiny.inputs("llama")).logits.sum().backward()
     for parameter, grad in zip(handle.parameters(), got, strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("positions", [None, "last 2"])
+def test_jit_trace_records_the_edits(positions):
+    """What a trace is then run on: other tokens, another batch and another length."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids).logits
+
+    model = tiny.build("llama", num_hidden_layers=2, use_cache=False)
+    scrambled(fe.patch(model, [fe.RED(positions=positions), fe.Steer(torch.randn(tiny.WIDTH), site="block")]))
+    logits = Logits().eval()
+    with torch.no_grad():
+        logits(torch.ones(2, 7, dtype=torch.long))  # adds are held ready
+        traced = torch.jit.trace(logits, torch.ones(2, 7, dtype=torch.long), check_trace=False)
+        for shape in ((2, 7), (3, 5)):
+            ids = torch.randint(0, 50, shape)
+            torch.testing.assert_close(traced(ids), logits(ids), rtol=1e-5, atol=1e-5)

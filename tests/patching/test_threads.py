@@ -34,6 +34,16 @@ def test_a_torn_state_would_be_seen():
         crowd.close()
 
 
+def test_changes_of_the_model_beside_forwards_are_made_between_them(tmp_path):
+    crowd = Crowd()
+    try:
+        operation = OPERATIONS["changes of the model"](crowd, tmp_path)
+        crowd.forwards(300, operation)
+        assert not crowd.wrong and operation.refused and operation.made["patch"]
+    finally:
+        crowd.close()
+
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

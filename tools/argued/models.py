@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hypothesis import strategies as st
 
 import fastedit as fe
 from fastedit.verifying.reference import Reference
 
 from ..readers import DEPTH, WIDTH, model
+from . import drawing as st
 from .ops import JUNK, REFUSALS, said, says_enough
 
 IDS = [[3, 7, 11, 2], [5, 5, 1]]
