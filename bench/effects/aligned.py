@@ -22,7 +22,7 @@ from fastedit.methods import rahf
 from fastedit.methods.rahf_student import margins
 from fastedit.methods.rahf_teachers import teach
 
-from .onchat import Loaded, as_chats, mean, rounded, share
+from .onchat import Loaded, as_chats, average, listed, mean, rounded, share, table
 from .rows import Rows
 
 FOLDS, TAUGHT, STEPS, BATCH = (0, 1, 2), {"steps": 6, "lr": 1e-2}, {"steps": 16, "lr": 5e-3}, 4
@@ -70,21 +70,21 @@ def measured(model, tokenizer, labels, fold):
 
 
 def markdown(path):
-    rows = Rows(path, KEYS, FIELDS).read()
-    lines = ["| pairs | | chosen preferred | margin | gain | distance to the targets |", "|---" * 6 + "|"]
-    for labels in ("true", "shuffled"):
+    rows, lines = Rows(path, KEYS, FIELDS).read(), []
+    for labels, title in (("true", "as they are"), ("shuffled", "half turned round")):
         own = [row for row in rows if row["labels"] == labels]
-        title = {"true": "as they are", "shuffled": "half turned round"}[labels]
         if not own:
-            lines.append(f"| {title} | not run | | | | |")
+            lines.append([title])
             continue
-        found = {name: [v for row in own for v in json.loads(row[name])] for name in ("base", "teacher", "student")}
-        ends = [sum(float(row[f"distance_{name}"]) for row in own) / len(own) for name in ("before", "after")]
         for name, text in (("base", "the model"), ("teacher", "teacher"), ("student", "student")):
             if name == "base" and labels == "shuffled":
                 continue
-            gain = "" if name == "base" else mean([a - b for a, b in zip(found[name], found["base"], strict=True)], True, 1)
-            far = f"{ends[0]:.1f} → {ends[1]:.1f}" if name == "student" else ""
-            preferred = share(sum(v > 0 for v in found[name]), len(found[name]))
-            lines.append(f"| {title} | {text} | {preferred} | {mean(found[name], digits=1)} | {gain} | {far} |")
-    return "\n".join(lines)
+            margins, base = listed(own, name), listed(own, "base")
+            lines.append([
+                title, text,
+                share(sum(margin > 0 for margin in margins), len(margins)),
+                mean(margins, digits=1),
+                "" if name == "base" else mean([a - b for a, b in zip(margins, base, strict=True)], sign=True, digits=1),
+                " → ".join(average(own, f"distance_{end}", 1) for end in ("before", "after")) if name == "student" else "",
+            ])  # fmt: skip
+    return table(["pairs", "", "chosen preferred", "margin", "gain", "distance to the targets"], lines)

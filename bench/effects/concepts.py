@@ -23,7 +23,7 @@ from fastedit.patching.eval_mode import evaluating
 from fastedit.texts.chat import encode
 from fastedit.training.batches import Padded, as_features
 
-from .onchat import Loaded
+from .onchat import Loaded, table
 from .rows import Rows
 from .statistics import auroc, over_seeds
 
@@ -137,16 +137,15 @@ def direction(positive, negative, method, seed):
 def markdown(path):
     rows = Rows(path, KEYS, FIELDS).read()
     columns = [(blocks, name) for blocks in BLOCKS for name in ("auroc", "hard")]
-    heads = " | ".join(f"after {b} blocks{', hard negatives' if name == 'hard' else ''}" for b, name in columns)
-    lines = [f"| | {heads} |", "|---" * (len(columns) + 1) + "|"]
+    heads = [f"after {blocks} blocks{', hard negatives' if name == 'hard' else ''}" for blocks, name in columns]
+    lines = []
     for method, name in METHODS.items():
-        cells = []
+        lines.append([name])
         for blocks, field in columns:
             found = [json.loads(r[field]) for r in rows if (r["method"], r["blocks"]) == (method, str(blocks))]
             each = [sum(some) / len(some) for some in zip(*found, strict=True)]
-            cells.append(_shown(each) if each else "not run")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines[-1].append(_shown(each) if each else "not run")
+    return table(["", *heads], lines)
 
 
 def _shown(each):

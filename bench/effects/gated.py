@@ -27,7 +27,7 @@ from fastedit.methods import cast, inferaligner
 from fastedit.methods.replies import replies
 
 from . import chat
-from .onchat import TOKENS, Loaded, as_chats, calibrated, mean, share
+from .onchat import TOKENS, Loaded, as_chats, calibrated, mean, share_of, table
 from .rows import Rows
 from .statistics import auroc
 
@@ -164,16 +164,13 @@ def gate_auroc(model, tokenizer, guidance, layers, held):
 
 def markdown(path):
     found = Rows(path, KEYS, FIELDS).read()
-    lines = ["| | | AUROC of the gate, held out | hits on sport | hits on others |", "|---" * 5 + "|"]
+    lines = []
     for (method, cell), name in CELLS.items():
         rows = [row for row in found if (row["method"], row["cell"]) == (method, cell)]
-        title = {"cast": "CAST: happier", "inferaligner": "InferAligner: refuses"}[method]
-        if not rows:
-            lines.append(f"| {title} | {name} | not run | | |")
-            continue
-        of = sum(int(row["prompts"]) for row in rows)
-        scores = [float(row["auroc"]) for row in rows if row["auroc"]] if cell in ("gated", "shuffled") else []
-        shown = mean(scores) if len(scores) > 1 else f"{scores[0]:.2f}" if scores else ""
-        hits = [share(sum(int(row[name]) for row in rows), of) for name in ("sport", "other")]
-        lines.append(f"| {title} | {name} | {shown} | {hits[0]} | {hits[1]} |")
-    return "\n".join(lines)
+        line = [{"cast": "CAST: happier", "inferaligner": "InferAligner: refuses"}[method], name]
+        if rows:
+            scores = [float(row["auroc"]) for row in rows if row["auroc"]] if cell in ("gated", "shuffled") else []
+            line.append(mean(scores) if len(scores) > 1 else f"{scores[0]:.2f}" if scores else "")
+            line += [share_of(rows, field, "prompts") for field in ("sport", "other")]
+        lines.append(line)
+    return table(["", "", "AUROC of the gate, held out", "hits on sport", "hits on others"], lines)

@@ -1,5 +1,6 @@
 """What the studies of the chat model share: chats, the dose of any edit, intervals as texts."""
 
+import json
 import math
 
 import torch
@@ -71,6 +72,31 @@ def mean(values, sign=False, digits=2):
     half = 1.96 * math.sqrt(sum((v - middle) ** 2 for v in values) / max(1, count - 1) / count)
     plus = "+" if sign else ""
     return f"{middle:{plus}.{digits}f} ({middle - half:{plus}.{digits}f} to {middle + half:{plus}.{digits}f})"
+
+
+def table(heads, lines):
+    """A Markdown table of lines of cells. "not run" stands in a line that has fewer cells than the head."""
+    lines = [[*cells, "not run", *[""] * len(heads)][: len(heads)] if len(cells) < len(heads) else cells for cells in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+def listed(rows, field):
+    """The numbers of all rows' lists, in one list."""
+    return [value for row in rows for value in json.loads(row[field])]
+
+
+def share_of(rows, hits, of):
+    """`share` of the sums of two fields."""
+    return share(*(sum(int(row[field]) for row in rows) for field in (hits, of)))
+
+
+def average(rows, field, digits):
+    return f"{sum(float(row[field]) for row in rows) / len(rows):.{digits}f}"
+
+
+def gained(rows, base, field, digits=2):
+    """`mean` of how far each number of the rows' lists lies above its partner's in the base rows."""
+    return mean([a - b for a, b in zip(listed(rows, field), listed(base, field), strict=True)], sign=True, digits=digits)
 
 
 def rounded(values, digits=3):

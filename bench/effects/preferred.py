@@ -30,7 +30,21 @@ from fastedit import examples, training
 from fastedit.training.reference import at_strength
 
 from . import chat
-from .onchat import TOKENS, Loaded, as_chats, calibrated, kl_of, margins, mean, rounded, share
+from .onchat import (
+    TOKENS,
+    Loaded,
+    as_chats,
+    average,
+    calibrated,
+    gained,
+    kl_of,
+    listed,
+    margins,
+    rounded,
+    share,
+    share_of,
+    table,
+)
 from .rows import Rows
 
 FOLDS, STEPS, PAIRS, BETA, LAYER = (0, 1), 10, 4, 0.1, 10
@@ -130,23 +144,20 @@ def judged(model, tokenizer, fold, kl, system=None):
 
 
 def markdown(path):
-    rows = {(row["condition"], row["fold"]): row for row in Rows(path, KEYS, FIELDS).read()}
-    lines = ["| | nats a token | accuracy, held out | gain, nats | sadder replies | happier |", "|---" * 6 + "|"]
+    rows = Rows(path, KEYS, FIELDS).read()
+    lines = []
     for condition, name in CONDITIONS.items():
-        own = {fold: rows[condition, str(fold)] for fold in FOLDS if (condition, str(fold)) in rows}
-        if not own:
-            lines.append(f"| {name} | not run | | | | |")
-            continue
-        found = {fold: json.loads(row["margins"]) for fold, row in own.items()}
-        every = [m for some in found.values() for m in some]
-        base = {fold: json.loads(rows["none", str(fold)]["margins"]) for fold in own}
-        gains = [a - b for fold in own for a, b in zip(found[fold], base[fold], strict=True)]
-        total = {name: sum(int(row[name]) for row in own.values()) for name in ("replies", "hits", "opposite")}
-        kl = sum(float(row["kl"]) for row in own.values()) / len(own)
-        nats = "" if condition in ("none", "asked") else f"{kl:.2f}"
-        lines.append(
-            f"| {name} | {nats} | {share(sum(m > 0 for m in every), len(every))} "
-            f"| {'' if condition == 'none' else mean(gains, sign=True, digits=1)} | {share(total['hits'], total['replies'])} "
-            f"| {share(total['opposite'], total['replies'])} |"
-        )
-    return "\n".join(lines)
+        own = [row for row in rows if row["condition"] == condition]
+        if own:
+            base = [one for row in own for one in rows if (one["condition"], one["fold"]) == ("none", row["fold"])]
+            margins = listed(own, "margins")
+            lines.append([
+                name,
+                "" if condition in ("none", "asked") else average(own, "kl", 2),
+                share(sum(margin > 0 for margin in margins), len(margins)),
+                "" if condition == "none" else gained(own, base, "margins", 1),
+                *(share_of(own, field, "replies") for field in ("hits", "opposite")),
+            ])  # fmt: skip
+        else:
+            lines.append([name])
+    return table(["", "nats a token", "accuracy, held out", "gain, nats", "sadder replies", "happier"], lines)

@@ -29,7 +29,7 @@ from fastedit.texts.chat import encode
 from fastedit.training.batches import Padded, as_features, token_logps
 
 from . import chat
-from .onchat import TOKENS, Loaded, calibrated, kl_of, mean, rounded, share
+from .onchat import TOKENS, Loaded, average, calibrated, gained, kl_of, rounded, share_of, table
 from .rows import Rows
 from .statistics import auroc
 
@@ -105,22 +105,16 @@ def refusal_logs(model, tokenizer, chats):
 
 
 def markdown(path):
-    rows = {(row["edit"], int(row["fold"])): row for row in Rows(path, KEYS, FIELDS).read()}
-    lines = ["| | nats a token | apart | shift, cannot | shift, can | refused | over-refused |", "|---" * 7 + "|"]
+    rows, lines = Rows(path, KEYS, FIELDS).read(), []
     for edit, name in NAMES.items():
-        own = {fold: rows[edit, fold] for fold in FOLDS if (edit, fold) in rows}
-        if not own:
-            lines.append(f"| {name} | not run | | | | | |")
-            continue
-        logs = {kind: [v for row in own.values() for v in json.loads(row[kind])] for kind in ("cannot", "can")}
-        apart = [auroc(*(torch.tensor(json.loads(row[kind])) for kind in ("cannot", "can"))) for row in own.values()]
-        base = {kind: [v for f in own for v in json.loads(rows["none", f][kind])] for kind in logs}
-        shifts = [
-            "" if edit == "none" else mean([a - b for a, b in zip(logs[kind], base[kind], strict=True)], sign=True)
-            for kind in logs
-        ]
-        of = sum(int(row["questions"]) for row in own.values())
-        hits = [share(sum(int(row[n]) for row in own.values()), of) for n in ("refused", "over_refused")]
-        kl = "" if edit in ("none", "ordered") else f"{sum(float(row['kl']) for row in own.values()) / len(own):.2f}"
-        lines.append(f"| {name} | {kl} | {sum(apart) / len(apart):.2f} | " + " | ".join([*shifts, *hits]) + " |")
-    return "\n".join(lines)
+        own = [row for row in rows if row["edit"] == edit]
+        line = [name]
+        if own:
+            base = [one for row in own for one in rows if (one["edit"], one["fold"]) == ("none", row["fold"])]
+            apart = [auroc(*(torch.tensor(json.loads(row[kind])) for kind in ("cannot", "can"))) for row in own]
+            line.append("" if edit in ("none", "ordered") else average(own, "kl", 2))
+            line.append(f"{sum(apart) / len(apart):.2f}")
+            line += ["" if edit == "none" else gained(own, base, kind) for kind in ("cannot", "can")]
+            line += [share_of(own, field, "questions") for field in ("refused", "over_refused")]
+        lines.append(line)
+    return table(["", "nats a token", "apart", "shift, cannot", "shift, can", "refused", "over-refused"], lines)

@@ -22,7 +22,7 @@ from fastedit.patching.eval_mode import evaluating
 from fastedit.texts.chat import prompt_ids
 
 from . import chat
-from .onchat import CONTINUED, TOKENS, Loaded, as_chats, share
+from .onchat import CONTINUED, TOKENS, Loaded, as_chats, average, share_of, table
 from .rows import Rows
 
 DOSES, SEEDS = (0.2, 0.5), (0, 1)
@@ -106,17 +106,14 @@ def weight_of(model, tokenizer, processor, chats, nats):
 
 
 def markdown(path):
-    rows = {(r["lexicon"], float(r["dose"]), int(r["seed"])): r for r in Rows(path, KEYS, FIELDS).read()}
-    lines = ["| | nats a token | weight | happier | happier, without the lexicon's words | sadder |", "|---" * 6 + "|"]
+    rows, lines = Rows(path, KEYS, FIELDS).read(), []
     for lexicon, dose, first in plan():
         if first != SEEDS[0]:
             continue
-        own = [rows[lexicon, dose, seed] for seed in SEEDS if (lexicon, dose, seed) in rows]
-        if not own:
-            lines.append(f"| {NAMES[lexicon]} | {dose or ''} | not run | | | |")
-            continue
-        of = sum(int(row["replies"]) for row in own)
-        shares = " | ".join(share(sum(int(row[name]) for row in own), of) for name in ("hits", "unlisted", "opposite"))
-        weight = f"{sum(float(row['weight']) for row in own) / len(own):.1f}" if dose else ""
-        lines.append(f"| {NAMES[lexicon]} | {dose or ''} | {weight} | {shares} |")
-    return "\n".join(lines)
+        own = [row for row in rows if (row["lexicon"], float(row["dose"])) == (lexicon, dose)]
+        line = [NAMES[lexicon], str(dose or "")]
+        if own:
+            line.append(average(own, "weight", 1) if dose else "")
+            line += [share_of(own, field, "replies") for field in ("hits", "unlisted", "opposite")]
+        lines.append(line)
+    return table(["", "nats a token", "weight", "happier", "happier, without the lexicon's words", "sadder"], lines)

@@ -23,7 +23,7 @@ from fastedit.patching.eval_mode import evaluating
 from fastedit.texts.chat import prompt_ids
 
 from . import chat, preferred
-from .onchat import Loaded, as_chats, calibrated, kl_of, mean, rounded, share
+from .onchat import Loaded, as_chats, average, calibrated, gained, kl_of, listed, mean, rounded, share, table
 from .rows import Rows
 
 QUESTIONS, DOSE = 200, 0.2
@@ -107,20 +107,13 @@ NAMES = {
 
 def markdown(path):
     rows = {(row["edit"], int(row["seed"])): row for row in Rows(path, KEYS, FIELDS).read()}
-    lines = ["| | nats a token | MC1 | difference | MC2 | difference |", "|---" * 6 + "|"]
-    base = rows.get(("none", 0))
+    lines = []
     for key in PLAN:
-        name = NAMES[key[0]] + (f", seed {key[1]}" if key[0] == "random" else "")
-        if key not in rows:
-            lines.append(f"| {name} | not run | | | | |")
-            continue
-        row = rows[key]
-        mc1, mc2 = json.loads(row["mc1"]), json.loads(row["mc2"])
-        apart = ["", ""]
-        if key[0] != "none":
-            pairs = [(mc1, json.loads(base["mc1"])), (mc2, json.loads(base["mc2"]))]
-            apart = [mean([a - b for a, b in zip(*pair, strict=True)], sign=True, digits=3) for pair in pairs]
-        lines.append(
-            f"| {name} | {float(row['kl']):.2f} | {share(sum(mc1), len(mc1))} | {apart[0]} | {mean(mc2, digits=3)} | {apart[1]} |"
-        )
-    return "\n".join(lines)
+        line = [NAMES[key[0]] + (f", seed {key[1]}" if key[0] == "random" else "")]
+        if key in rows:
+            own, base = [rows[key]], [rows["none", 0]]
+            mc1, mc2 = listed(own, "mc1"), listed(own, "mc2")
+            apart = ["" if key[0] == "none" else gained(own, base, field, 3) for field in ("mc1", "mc2")]
+            line += [average(own, "kl", 2), share(sum(mc1), len(mc1)), apart[0], mean(mc2, digits=3), apart[1]]
+        lines.append(line)
+    return table(["", "nats a token", "MC1", "difference", "MC2", "difference"], lines)

@@ -23,7 +23,7 @@ from fastedit.methods import recontrol
 from fastedit.methods.recontrol_report import best_of, log_p
 
 from . import chat
-from .onchat import TOKENS, Loaded, as_chats, mean, rounded
+from .onchat import TOKENS, Loaded, as_chats, average, gained, listed, rounded, table
 from .rows import Rows
 
 SEEDS, FITTED, LEARNT, SAMPLES, UNITS, STEPS, STEP_SIZE = (0, 1, 2), 20, 8, 4, 256, 30, 0.5
@@ -115,25 +115,16 @@ def strength_of(model, net, states, seed):
 
 
 def markdown(path):
-    rows = {(row["way"], int(row["seed"])): row for row in Rows(path, KEYS, FIELDS).read()}
-    lines = ["| | reward | difference | log p a token | replies |", "|---" * 5 + "|"]
+    rows, lines = Rows(path, KEYS, FIELDS).read(), []
     for way, name in WAYS.items():
-        own = {seed: rows[way, seed] for seed in SEEDS if (way, seed) in rows}
-        if not own:
-            lines.append(f"| {name} | not run | | | |")
-            continue
-        rewards = {seed: json.loads(row["rewards"]) for seed, row in own.items()}
-        every = [value for some in rewards.values() for value in some]
-        apart = [
-            a - b
-            for seed, some in rewards.items()
-            for a, b in zip(some, json.loads(rows["none", seed]["rewards"]), strict=True)
-        ]
-        log_ps, replies = (
-            sum(float(row[n]) for row in own.values()) / d for n, d in (("log_p", len(own)), ("replies", 1))
-        )
-        lines.append(
-            f"| {name} | {sum(every) / len(every):.2f} | {'' if way == 'none' else mean(apart, sign=True)} | {log_ps:.2f} | "
-            f"{replies:.0f} |"
-        )
-    return "\n".join(lines)
+        own = [row for row in rows if row["way"] == way]
+        line = [name]
+        if own:
+            base = [one for row in own for one in rows if (one["way"], one["seed"]) == ("none", row["seed"])]
+            rewards = listed(own, "rewards")
+            line.append(f"{sum(rewards) / len(rewards):.2f}")
+            line.append("" if way == "none" else gained(own, base, "rewards"))
+            line.append(average(own, "log_p", 2))
+            line.append(f"{sum(float(row['replies']) for row in own):.0f}")
+        lines.append(line)
+    return table(["", "reward", "difference", "log p a token", "replies"], lines)

@@ -164,10 +164,11 @@ def test_the_steered_share_lies_above_its_controls_at_equal_kl(chat_model, tmp_p
     console = Console(record=True, width=160)
     with bars(console) as progress:
         facts = demo_chat.run(console, progress, tmp_path, model=chat_model)
-    low, _ = facts["replies"]["+dose"]["interval"]
-    for control in ("none", "random", "shuffled"):
-        assert low > facts["replies"][control]["interval"][1], facts["replies"]
-    assert facts["replies"]["-dose"]["happier"] < facts["replies"]["none"]["happier"]
+    replies = facts["replies"]
+    low, _ = replies["+dose"]["interval"]
+    for control in ("random", "shuffled"):
+        assert low > replies[control]["interval"][1], replies
+    assert replies["-dose"]["happier"] < replies["none"]["happier"] < replies["+dose"]["happier"], replies
 
 
 def test_the_examples_keep_their_rules():
