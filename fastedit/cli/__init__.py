@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import methods, tools
-from .loading import Device, DeviceMap, Dtype, Out, Quantize
+from .loading import BatchSize, Device, DeviceMap, Dtype, Out, Quantize
 
 app = typer.Typer(
     name="fastedit", no_args_is_help=True, rich_markup_mode="markdown",
@@ -176,8 +176,11 @@ def run_predict(
     file: Annotated[Path | None, typer.Option("--texts", help="A file of them: .txt, .json, .jsonl or .csv.")] = None,
     model: Annotated[str | None, typer.Option(help="The base; by default the one that the edit names.")] = None,
     other: Annotated[list[str] | None, typer.Option(help="Second texts, for an edit trained on pairs.")] = None,
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
+    batch_size: BatchSize = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 100,
     out: Annotated[Path | None, typer.Option(help="Also write the answers here, as .jsonl.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -189,7 +192,10 @@ def run_predict(
     """
     from .predict import run
 
-    run(folder, texts, file, model, other, device, dtype, max_new_tokens, out, as_json)
+    run(
+        folder, texts, file, model, other, max_new_tokens, batch_size, out, as_json,
+        device=device, dtype=dtype, device_map=device_map, quantize=quantize,
+    )  # fmt: skip
 
 
 @app.command("contrast")
@@ -284,6 +290,10 @@ def run_verify(
     backend: Annotated[str, typer.Option(help="Of torch.compile; eager traces and does not compile.")] = "inductor",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     seed: int = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ):
     """Compare a model with an edit, in every mode that it has, with plain hooks on whole sequences.
 
@@ -294,7 +304,8 @@ def run_verify(
     """
     from .verify import run
 
-    raise typer.Exit(run(model, edit, prompt, mode, new_tokens, backend, as_json, seed))
+    loading = {"device": device, "dtype": dtype, "device_map": device_map, "quantize": quantize}
+    raise typer.Exit(run(model, edit, prompt, mode, new_tokens, backend, as_json, seed, **loading))
 
 
 @app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -333,6 +344,10 @@ def run_playground(
     edits: Annotated[Path | None, typer.Option(help="Folder of saved edits, one folder each; each gets a dial.")] = None,
     host: Annotated[str, typer.Option(help="Address to bind. Anyone who reaches it can use the model.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ):
     """Open a local page: chat with the unedited and the edited model side by side, and turn dials while they write.
 
@@ -340,7 +355,7 @@ def run_playground(
     """
     from .playground import run
 
-    run(model, edits, host, port)
+    run(model, edits, host, port, device=device, dtype=dtype, device_map=device_map, quantize=quantize)
 
 
 app.add_typer(methods.app)  # without a name: its commands are this app's, behind the others

@@ -8,7 +8,6 @@ from .loading import load_model
 from .texts import read_texts
 
 HEADS = ("classification", "pairs", "regression")
-BATCH = 8
 
 
 def merged(model, edit, out, strength, fp32, **loading):
@@ -27,7 +26,7 @@ def merged(model, edit, out, strength, fp32, **loading):
     return {"saved": str(out), "strength": handle.strength, "rounding": lost, "layers_merged": len(handle._merged.rounding)}
 
 
-def evaluated(model, data, edit, strengths, columns, **loading):
+def evaluated(model, data, edit, strengths, columns, batch_size, **loading):
     """Figures of an edit on data, [dict], one a strength."""
     from ..patching import edit_folder
 
@@ -37,8 +36,8 @@ def evaluated(model, data, edit, strengths, columns, **loading):
     if any(not math.isfinite(strength) for strength in strengths or ()):
         raise typer.BadParameter("--strength is not a finite number")
     if task in HEADS:
-        return _with_head(model, data, folder, note, strengths, columns, loading)
-    return _language(model, data, folder, strengths, loading)
+        return _with_head(model, data, folder, note, strengths, columns, batch_size, loading)
+    return _language(model, data, folder, strengths, batch_size, loading)
 
 
 def _dials(handle, strengths):
@@ -47,7 +46,7 @@ def _dials(handle, strengths):
         yield strength
 
 
-def _with_head(model, data, folder, note, strengths, columns, loading):
+def _with_head(model, data, folder, note, strengths, columns, batch_size, loading):
     import fastedit
 
     from ..training.recipes import accuracy, predict
@@ -65,13 +64,13 @@ def _with_head(model, data, folder, note, strengths, columns, loading):
     whole = with_head(encoder, len(names) or 1, note.get("pooling", "mean"))
     handle, found = fastedit.load(whole, folder), []
     for strength in _dials(handle, strengths):
-        logits = predict(whole, list(texts), tokenizer)
+        logits = predict(whole, list(texts), tokenizer, batch_size)
         figures = {"accuracy": accuracy(logits, wanted)} if names else correlations(logits, wanted)
         found.append({"strength": strength, "rows": len(rows), **figures})
     return found
 
 
-def _language(model, data, folder, strengths, loading):
+def _language(model, data, folder, strengths, batch_size, loading):
     """Loss (nats per token) with and without the edit, and the mean KL between them, over the tokens of texts."""
     import fastedit
 
@@ -83,8 +82,8 @@ def _language(model, data, folder, strengths, loading):
     handle, found = fastedit.load(base, folder), []
     for strength in _dials(handle, strengths):
         total = {"with": 0.0, "without": 0.0, "kl": 0.0, "tokens": 0}
-        for at in range(0, len(texts), BATCH):
-            _add(total, base, handle, strength, tokenizer(texts[at : at + BATCH], return_tensors="pt", padding=True))
+        for at in range(0, len(texts), batch_size):
+            _add(total, base, handle, strength, tokenizer(texts[at : at + batch_size], return_tensors="pt", padding=True))
         if not total["tokens"]:
             raise typer.BadParameter(f"{data} holds no text of two tokens or more")
         mean = {name: total[name] / total["tokens"] for name in ("with", "without", "kl")}

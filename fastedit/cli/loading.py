@@ -11,6 +11,7 @@ Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
 DeviceMap = Annotated[str | None, typer.Option(help="auto: over several GPUs, by accelerate.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts in one forward.")]
 Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")]
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = {
@@ -19,7 +20,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def load_model(name, device="auto", dtype=None, device_map=None, quantize=None, kind="AutoModelForCausalLM"):
+def load_model(name, device="auto", dtype=None, device_map=None, quantize=None, kind: str | None = "AutoModelForCausalLM"):
     """(model in eval mode, tokenizer) by an Auto class's name; a mistake in a name or an option is one line.
 
     kind: None for the class that the config names, of which the tokenizer may be None.

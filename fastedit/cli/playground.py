@@ -6,16 +6,16 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from .texts import load_model
+from .loading import load_model
 
 
-def run(model, edits, host, port):
+def run(model, edits, host, port, **loading):
     missing = [package for package in ("gradio", "matplotlib") if importlib.util.find_spec(package) is None]
     if missing:
         raise typer.BadParameter(f"the playground needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     if edits is not None and not edits.is_dir():
         raise typer.BadParameter(f"there is no folder {edits}", param_hint="--edits")
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, **loading)
     from ..playground.page import serve
     from ..playground.session import Session
 

@@ -11,7 +11,7 @@ from .train import readable
 SENTENCES = ("classification", "pairs", "regression", "reward")
 
 
-def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out, as_json=False):
+def run(folder, texts, file, model, other, max_new_tokens, batch_size, out, as_json, **loading):
     from ..patching import edit_folder as store
 
     texts = [*(texts or ()), *(read_texts(file) if file else ())]
@@ -34,10 +34,10 @@ def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out, a
     if base is None:
         raise typer.BadParameter(f"{folder} does not name its base model: give --model")
     kind = "AutoModel" if task in SENTENCES[:3] else "AutoModelForCausalLM"
-    loaded, tokenizer = load_model(base, device, dtype, kind=kind)
+    loaded, tokenizer = load_model(base, kind=kind, **loading)
     with readable():
         rows = (_labels if task in SENTENCES else _replies)(
-            loaded, tokenizer, folder, note, texts, other, max_new_tokens
+            loaded, tokenizer, folder, note, texts, other, max_new_tokens, batch_size
         )
     if out is not None:
         out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -48,7 +48,7 @@ def run(folder, texts, file, model, other, device, dtype, max_new_tokens, out, a
         typer.echo("\t".join(str(value) for value in row.values()))
 
 
-def _labels(encoder, tokenizer, folder, note, texts, other, _):
+def _labels(encoder, tokenizer, folder, note, texts, other, _, batch_size):
     from .. import load as load_edit
     from ..training.recipes import predict
     from ..training.rewards import RewardModel
@@ -58,12 +58,12 @@ def _labels(encoder, tokenizer, folder, note, texts, other, _):
     if note["task"] == "reward":
         model = RewardModel(encoder)
         load_edit(encoder, folder)
-        scores = model.scorer(tokenizer)([""] * len(texts), texts)
+        scores = model.scorer(tokenizer, batch_size)([""] * len(texts), texts)
         return [{"reward": round(score, 4), "text": text} for text, score in zip(texts, scores, strict=True)]
     model = with_head(encoder, len(names) or 1, note.get("pooling", "mean"))
     load_edit(model, folder)
     given = list(zip(texts, other, strict=True)) if note["task"] == "pairs" else texts
-    logits = predict(model, given, tokenizer)
+    logits = predict(model, given, tokenizer, batch_size)
     if not names:
         return [{"value": round(float(v), 4), "text": text} for v, text in zip(logits[:, 0], texts, strict=True)]
     sure = logits.softmax(-1)
@@ -73,20 +73,12 @@ def _labels(encoder, tokenizer, folder, note, texts, other, _):
     ]
 
 
-def _replies(model, tokenizer, folder, note, texts, _, max_new_tokens):
-    import torch
-
+def _replies(model, tokenizer, folder, note, texts, _, max_new_tokens, batch_size):
     from .. import load as load_edit
-    from ..texts.chat import as_messages, prompt_ids
+    from ..methods.replies import replies
+    from ..texts.chat import as_messages
 
-    load_edit(model.eval(), folder)
-    found = []
-    for text in texts:
-        ids = prompt_ids(tokenizer, as_messages(text) if note.get("chat") else text)
-        given = torch.tensor([ids], device=model.device)
-        made = model.generate(
-            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        found.append({"prompt": text, "reply": tokenizer.decode(made[0, given.shape[1] :], skip_special_tokens=True)})
-    return found
+    load_edit(model, folder)
+    asked = [as_messages(text) for text in texts] if note.get("chat") else texts
+    said = replies(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return [{"prompt": text, "reply": reply} for text, reply in zip(texts, said, strict=True)]

@@ -5,7 +5,9 @@ from .texts import as_chat, layer_numbers, read_texts
 from .train_recontrol import find_reward
 
 
-def run(model, directions, prompts, measure, doses, unit, layers, control, max_new_tokens, chat, out, seed, **loading):
+def run(
+    model, directions, prompts, measure, doses, unit, layers, control, max_new_tokens, chat, out, seed, batch_size, **loading
+):
     """The fastedit.Sweep; with `out`, the best cell's edit, its directions and the picture are saved there."""
     judge, asked = find_reward(measure, "--measure"), read_texts(prompts)
     asked = as_chat(asked) if chat else asked
@@ -18,7 +20,7 @@ def run(model, directions, prompts, measure, doses, unit, layers, control, max_n
     shown = [plain(prompt) for prompt in asked]
 
     def measured(changed):
-        return judge(shown, replies(changed, tokenizer, asked, max_new_tokens=max_new_tokens))
+        return judge(shown, replies(changed, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size))
 
     more = {"prompts": asked, "tokenizer": tokenizer} if unit == "kl" else {}
     found = fastedit.sweep(

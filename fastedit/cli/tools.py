@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .loading import Device, DeviceMap, Dtype, Out, Quantize
+from .loading import BatchSize, Device, DeviceMap, Dtype, Out, Quantize
 
 app = typer.Typer(rich_markup_mode="markdown")
 
@@ -24,6 +24,7 @@ def merge(
     fp32: Annotated[bool, typer.Option("--fp32", help="Keep layers in float32 that would lose the edit to rounding.")] = False,
     device: Device = "cpu",
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ):
     """Put an edit into the weights, and save an ordinary model that needs no fastedit.
@@ -32,7 +33,7 @@ def merge(
     """
     from .edited import merged
 
-    _say(merged(model, edit, out, strength, fp32, device=device, dtype=dtype), as_json)
+    _say(merged(model, edit, out, strength, fp32, device=device, dtype=dtype, device_map=device_map), as_json)
 
 
 @app.command("convert")
@@ -65,6 +66,9 @@ def evaluate(
     label: Annotated[str | None, typer.Option(help="Column of the labels; by default label.")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
+    batch_size: BatchSize = 8,
     as_json: Json = False,
 ):
     """Say how good an edit is on held-out data: accuracy or correlations of a trained head, else loss, perplexity and KL.
@@ -77,7 +81,8 @@ def evaluate(
     from .edited import evaluated
 
     columns = {"text": text, "other": other, "label": label or "label"}
-    _say(evaluated(model, data, edit, strength, columns, device=device, dtype=dtype), as_json)
+    loading = {"device": device, "dtype": dtype, "device_map": device_map, "quantize": quantize}
+    _say(evaluated(model, data, edit, strength, columns, batch_size, **loading), as_json)
 
 
 @app.command("sweep")
@@ -100,6 +105,7 @@ def sweep(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
+    batch_size: BatchSize = 8,
     as_json: Json = False,
 ):
     """Choose layers and a dose: steer at each of a grid, reply to the prompts, and let a measure judge.
@@ -110,7 +116,8 @@ def sweep(
 
     loading = {"device": device, "dtype": dtype, "device_map": device_map, "quantize": quantize}
     found = run(
-        model, directions, prompts, measure, dose or [1.0], unit, layers, control, max_new_tokens, chat, out, seed, **loading
+        model, directions, prompts, measure, dose or [1.0], unit, layers, control, max_new_tokens, chat, out, seed,
+        batch_size, **loading,
     )
     print(json.dumps(found.json(), indent=1) if as_json else found)
 
@@ -124,6 +131,8 @@ def bench(
     rounds: Annotated[int, typer.Option(min=3, help="Timings of each, taking turns.")] = 30,
     device: Device = "auto",
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
     as_json: Json = False,
 ):
     """Time a model with an edit against itself without: a prompt's forward, and one more token behind it.
@@ -135,7 +144,8 @@ def bench(
     """
     from .bench import run
 
-    _say(run(model, edit, tokens, batch, rounds, device=device, dtype=dtype), as_json)
+    loading = {"device": device, "dtype": dtype, "device_map": device_map, "quantize": quantize}
+    _say(run(model, edit, tokens, batch, rounds, **loading), as_json)
 
 
 @app.command("push")

@@ -5,13 +5,17 @@ import json
 import typer
 from rich.console import Console
 
+from .loading import load_model
 
-def run(model, edit, prompts, modes, new_tokens, backend, as_json, seed):
+
+def run(model, edit, prompts, modes, new_tokens, backend, as_json, seed, **loading):
     """Prints the table, or JSON. Returns 0, or 1 if something is wrong."""
     import fastedit
 
-    loaded = _load(model)
-    requests = _requests(model, prompts) if prompts else None
+    loaded, tokenizer = load_model(model, kind=None, **loading)
+    if prompts and tokenizer is None:
+        raise typer.BadParameter(f"{model} has no tokenizer: leave --prompt out")
+    requests = [tokenizer(prompt)["input_ids"] for prompt in prompts] if prompts else None
     edits = [fastedit.ScaleBias(False, site="block")] if edit is None else edit
     try:
         outcome = fastedit.verify(
@@ -24,23 +28,3 @@ def run(model, edit, prompts, modes, new_tokens, backend, as_json, seed):
     else:
         Console().print(outcome.table())
     return 0 if outcome.ok else 1
-
-
-def _load(name):
-    """The model of the class that its config names."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        architecture = (config.architectures or ["AutoModel"])[0]
-        return getattr(transformers, architecture, transformers.AutoModel).from_pretrained(name).eval()
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{name} could not be loaded: {error}") from None
-
-
-def _requests(name, prompts):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return [tokenizer(prompt)["input_ids"] for prompt in prompts]

@@ -256,3 +256,19 @@ def test_show_reseals_what_a_hand_changed(trained, tmp_path):
     assert "show --reseal" in " ".join(invoke("show", tmp_path / "edit", code=1).split())
     assert "strength: 0.5" in invoke("show", "--reseal", tmp_path / "edit")
     assert "strength: 0.5" in invoke("show", tmp_path / "edit")
+
+
+def test_every_command_that_loads_a_model_says_where_and_how():
+    import typer
+
+    where = {"--device", "--dtype", "--device-map"}
+    without = {
+        "demo", "doctor", "show", "convert", "ubpl", "push",  # no model, or one that is given
+        "serve",  # vLLM's own options
+    }  # fmt: skip
+    commands = typer.main.get_command(app).commands
+    assert without < set(commands)
+    for name, command in commands.items():
+        has = {option for parameter in command.params for option in parameter.opts}
+        assert name in without or where <= has, f"{name} lacks {where - has}"
+        assert name in without | {"merge"} or "--quantize" in has, name  # a quantized weight cannot take an edit
