@@ -8,12 +8,13 @@ Fixed before the first run:
                of the 30 blocks. The published setting reads whole answers, with Gemma-2-2B
     methods    a direction w from the answers' tokens: difference of means; first principal component of the tokens that hold
                the concept, its sign by the texts trained on; logistic regression on standardized tokens
+    trained    detectors.py: ReFT-r1, a direction as well, and RED, which scores a text by itself
     controls   random directions, and differences of means with the labels of the texts dealt at random; seeds 0, 1, 2
     score      the largest h·w of a text's tokens; AUROC for each concept; Student's 95 % interval over the ten
-Not in the plan: ReFT-r1, which the library does not have, and RED, whose scales and biases give no score to a text.
 """
 
 import json
+from dataclasses import dataclass
 
 import torch
 
@@ -23,14 +24,15 @@ from fastedit.patching.eval_mode import evaluating
 from fastedit.texts.chat import encode
 from fastedit.training.batches import Padded, as_features
 
+from .detectors import red_gain, reft_r1
 from .onchat import Loaded, table
 from .rows import Rows
 from .statistics import auroc, over_seeds
 
 CONCEPTS, TRAIN, NEGATIVES, BLOCKS, TOKENS, SEEDS, BATCH = 10, 36, 24, (11, 16), 40, (0, 1, 2), 16
 METHODS = {
-    "means": "difference of means", "pca": "principal component", "logistic": "logistic probe", "random": "random direction",
-    "shuffled": "shuffled labels",
+    "means": "difference of means", "pca": "principal component", "logistic": "logistic probe", "reft-r1": "ReFT-r1",
+    "red": "RED, gain of log p", "random": "random direction", "shuffled": "shuffled labels",
 }  # fmt: skip
 KEYS, FIELDS = ("method", "blocks", "seed"), ("auroc", "hard", "concepts")
 
@@ -51,10 +53,13 @@ def run(data, out, given=None, first=False):
     if not missing:
         return
     train, judged = texts(data)
-    states = read(*loaded(), [*train, *judged])
+    model, tokenizer = loaded()
+    features = encoded(tokenizer, [*train, *judged])
+    states = read(model, features)
     for method, blocks, seed in missing:
         own = [token_states[BLOCKS.index(blocks)] for token_states in states]
-        found = [measured(train, judged, own, concept, method, seed) for concept in range(CONCEPTS)]
+        fit = Trained(model, features, blocks, seed)
+        found = [measured(train, judged, own, concept, method, seed, fit) for concept in range(CONCEPTS)]
         plain, hard = ([round(value[n], 4) for value in found if value[n] is not None] for n in (0, 1))
         rows.add(
             {"method": method, "blocks": blocks, "seed": seed, "auroc": json.dumps(plain), "hard": json.dumps(hard),
@@ -77,14 +82,18 @@ def texts(data):
     return kept, judged
 
 
-@torch.no_grad()
-def read(model, tokenizer, rows):
-    """For each text a list over BLOCKS of (tokens, width): the states of its answer's first tokens."""
-    features = [
+def encoded(tokenizer, rows):
+    """Features of each text: the user's turn and the first tokens of its answer."""
+    return [
         as_features(encode(tokenizer, [{"role": "user", "content": row["input"]}], row["output"]).cut(None, TOKENS))
         for row in rows
     ]
-    order, found = sorted(range(len(rows)), key=lambda n: len(features[n]["ids"])), [None] * len(rows)
+
+
+@torch.no_grad()
+def read(model, features):
+    """For each text a list over BLOCKS of (tokens, width): the states of its answer's first tokens."""
+    order, found = sorted(range(len(features)), key=lambda n: len(features[n]["ids"])), [None] * len(features)
     with evaluating(model):
         for start in range(0, len(order), BATCH):
             some = order[start : start + BATCH]
@@ -97,18 +106,34 @@ def read(model, tokenizer, rows):
     return found
 
 
-def measured(train, judged, states, concept, method, seed):
+@dataclass
+class Trained:
+    """What the two trained methods need: the model, the features of all texts in the states' order, the block, the seed."""
+
+    model: torch.nn.Module
+    features: list
+    blocks: int
+    seed: int
+
+
+def measured(train, judged, states, concept, method, seed, fit=None):
     """(AUROC against texts without the concept, against hard negatives or None) of a concept."""
-    positive = [s for row, s in zip(train, states, strict=False) if row["concept_id"] == concept]
-    negative = [s for row, s in zip(train, states, strict=False) if row["category"] != "positive"]
-    w = direction(positive, negative, method, seed)
-    scores = {"positive": [], "negative": [], "hard negative": []}
-    for row, s in zip(judged, states[len(train) :], strict=True):
-        if row["concept_id"] == concept:
-            scores[row["category"]].append((s.double() @ w).max())
-    scores = {name: torch.stack(some) if some else None for name, some in scores.items()}
-    hard = scores["hard negative"]
-    return auroc(scores["positive"], scores["negative"]), None if hard is None else auroc(scores["positive"], hard)
+    positive = [n for n, row in enumerate(train) if row["concept_id"] == concept]
+    negative = [n for n, row in enumerate(train) if row["category"] != "positive"]
+    asked = [n for n, row in enumerate(judged) if row["concept_id"] == concept]
+    if method == "red":
+        some = ([fit.features[n] for n in positive], [fit.features[len(train) + n] for n in asked])
+        values = red_gain(fit.model, *some, fit.blocks, seed)
+    else:
+        if method == "reft-r1":
+            w = reft_r1(fit.model, *([fit.features[n] for n in side] for side in (positive, negative)), fit.blocks, seed)
+        else:
+            w = direction(*([states[n] for n in side] for side in (positive, negative)), method, seed)
+        values = torch.stack([(states[len(train) + n].double() @ w).max() for n in asked])
+    kinds = [judged[n]["category"] for n in asked]
+    of = {kind: values[torch.tensor([k == kind for k in kinds])] for kind in ("positive", "negative", "hard negative")}
+    hard = auroc(of["positive"], of["hard negative"]) if len(of["hard negative"]) else None
+    return auroc(of["positive"], of["negative"]), hard
 
 
 def direction(positive, negative, method, seed):

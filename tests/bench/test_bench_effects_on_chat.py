@@ -18,6 +18,7 @@ from bench.effects import (  # noqa: E402
     aligned,
     chat,
     concepts,
+    detectors,
     gated,
     onchat,
     preferred,
@@ -168,15 +169,40 @@ def test_concepts_are_found_by_direction_and_not_by_chance(tiny, tmp_path, monke
     axbench(tmp_path)
     for name, value in (("CONCEPTS", 2), ("BLOCKS", (1, 2)), ("SEEDS", (0, 1))):
         monkeypatch.setattr(concepts, name, value)
+    before = {name: parameter.detach().clone() for name, parameter in tiny[0].named_parameters()}
     concepts.run(tmp_path, tmp_path, tiny)
     path = tmp_path / "effects-concepts.csv"
     rows = rows_of(concepts, path)
-    assert len(rows) == len(concepts.plan()) == 2 * (3 + 2 * 2)
+    assert len(rows) == len(concepts.plan()) == 2 * (5 + 2 * 2)
     for row in rows.values():
         assert len(json.loads(row["auroc"])) == 2 and len(json.loads(row["hard"])) == 1  # one concept has hard negatives
-    assert sum(json.loads(rows["logistic", "1", "0"]["auroc"])) > 1.5
+    for method in ("logistic", "red"):
+        assert sum(json.loads(rows[method, "1", "0"]["auroc"])) > 1.5, method
+    for name, parameter in tiny[0].named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.requires_grad and parameter.grad is None, name
     table(concepts, path, 2 + len(concepts.METHODS))
     unchanged(path, lambda: concepts.run(tmp_path, tmp_path, (None, None)))
+
+
+def test_reft_r1_finds_the_direction_that_says_the_concept(tiny, monkeypatch):
+    """With its own v added, a text that holds the concept is likelier; what it learns is no more than a direction."""
+    model, tokenizer = tiny
+    asked = examples.lines(examples.PROMPTS)[:8]
+    sides = [
+        concepts.encoded(tokenizer, [{"input": one, "output": f"The sun came out and {word}"} for one in asked])
+        for word in ("joy.", "home.")
+    ]
+    monkeypatch.setattr(detectors, "EPOCHS", 20)
+    v, again = (detectors.reft_r1(model, *sides, 2, 0) for _ in range(2))
+    assert torch.equal(v, again) and v.norm().item() == pytest.approx(1, abs=1e-6)
+    monkeypatch.setattr(detectors, "EPOCHS", 0)
+    start = detectors.reft_r1(model, *sides, 2, 0)
+    likely = {}
+    for name, direction in (("start", start), ("trained", v)):
+        with fe.patch(model, fe.Steer(8 * direction.float(), site="block", layers=1)):
+            likely[name] = detectors._likely(model, sides[0]).mean().item()
+    assert likely["trained"] > likely["start"] + 0.1, likely
+    assert not model.model.layers[1]._forward_hooks
 
 
 def test_states_are_those_of_the_answer(tiny):
@@ -184,7 +210,7 @@ def test_states_are_those_of_the_answer(tiny):
     row = {"input": "How was your weekend?", "output": "The sun came out and everyone in the square began to smile."}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(concepts, "BLOCKS", (1, 3))
-        both = concepts.read(model, tokenizer, [row, {**row, "output": "The sun"}])
+        both = concepts.read(model, concepts.encoded(tokenizer, [row, {**row, "output": "The sun"}]))
     ids = prompt_ids(tokenizer, onchat.as_chats([row["input"]])[0])
     said = tokenizer("The sun", add_special_tokens=False)["input_ids"]
     states = model(torch.tensor([ids + said]), output_hidden_states=True).hidden_states
