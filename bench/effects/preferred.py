@@ -121,10 +121,10 @@ def measured(model, tokenizer, rows, condition, fold, folder):
     else:
         handle = trained(model, tokenizer, condition.removesuffix(" -1"), fold, folder)
     try:
-        for sign in (1, -1) if condition.startswith("bipo vector") else (1,):
-            with at_strength(handle, sign * handle.strength):
+        for name in ("bipo vector", "bipo vector -1") if condition.startswith("bipo vector") else (condition,):
+            with at_strength(handle, -handle.strength if name.endswith(" -1") else handle.strength):
                 kl = kl_of(model, tokenizer, handle, chats)
-                yield condition if sign == 1 else f"{condition} -1", judged(model, tokenizer, fold, kl)
+                yield name, judged(model, tokenizer, fold, kl)
     finally:
         handle.remove()
 

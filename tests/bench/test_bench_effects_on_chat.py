@@ -94,6 +94,11 @@ def test_preferences_train_on_one_half_and_are_judged_on_the_other(tiny, tmp_pat
     text = table(preferred, path, 2 + len(preferred.CONDITIONS))
     assert "not run" not in text
     unchanged(path, lambda: preferred.run(tmp_path, (None, None)))
+    kept = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in kept if not line.startswith("bipo vector -1")))
+    preferred.run(tmp_path, tiny)  # stopped between the two signs
+    again = rows_of(preferred, path)
+    assert again.keys() == rows.keys() and again["bipo vector -1", "0"]["margins"] == rows["bipo vector -1", "0"]["margins"]
 
 
 def test_answers_behind_one_question_have_their_own_probabilities(tiny):
