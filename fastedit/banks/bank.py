@@ -23,7 +23,7 @@ from ..edits.stack import Stack
 from ..hints import Folder, Layers, Site
 from ..patching.handle import Handle
 from ..patching.model_edits import Root, mark_first, root_of
-from ..patching.under_way import TURN
+from ..patching.under_way import MAKING, leave
 from .assignment import Assigned, Assignment, Served, by_token, check_name, dialled, flat_names
 from .entries import Entry, forms_of, places_of
 from .residency import BankFullError, Books, Stats
@@ -69,7 +69,7 @@ class Bank:
             check_flag(said, value)
         if unassigned not in ("refuse", "warn"):
             raise ValueError(f"unassigned is {unassigned!r}, expected 'refuse' or 'warn'")
-        with TURN:
+        with MAKING:
             self._make(model, capacity, sites, rank, layers, positions, gates, host, folder, fused, unassigned)
 
     def _make(self, model, capacity, sites, rank, layers, positions, gates, host, folder, fused, unassigned):
@@ -233,22 +233,26 @@ class Bank:
         Raises:
             RuntimeError: an assignment is in force, or a forward of the model is under way in another thread.
         """
-        if self.closed:
-            return
-        with self._root.changing(self.model, "close"), self._books.writing, self._books.lock:
-            if self._assigned.entered:
-                raise RuntimeError("an assignment of this bank is in force: leave it before close()")
-            self._root.change(self.model, self._stacks(lambda there, served: [m for m in there if m is not served]))
-            self._root.drop(self.model, self.name)
-            self._books.clear()
-            self.closed = True
-        self.tables, self._books.tables, self._served = None, None, []
+        self._leave()
+
+    def _leave(self, patience=None):
+        with self._root.turn:
+            if self.closed:
+                return
+            with self._root.changing(self.model, "close", patience=patience), self._books.writing, self._books.lock:
+                if self._assigned.entered:
+                    raise RuntimeError("an assignment of this bank is in force: leave it before close()")
+                self._root.change(self.model, self._stacks(lambda there, served: [m for m in there if m is not served]))
+                self._root.drop(self.model, self.name)
+                self._books.clear()
+                self.closed = True
+            self.tables, self._books.tables, self._served = None, None, []
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        leave(self._leave, kind)
 
     def __repr__(self):
         if self.closed:

@@ -89,14 +89,15 @@ class AdoptedHandle(Handle):
         self._switches, self.adopted, self.left = switches, adopted, left
         super().__init__(*patched)
 
-    def remove(self):
+    def _leave(self, patience=None):
         """Give the model back as it was adopted, with the neighbor's edits in force. A second call does nothing."""
-        if self.removed:
-            return
-        with self._root.changing(self.model, "remove"):
-            super().remove()
-            with _out_of_force(self.model, self._root):
-                _put_back(self._switches)
+        with self._root.turn:
+            if self.removed:
+                return
+            with self._root.changing(self.model, "remove", patience=patience):
+                super()._leave(patience)
+                with _out_of_force(self.model, self._root):
+                    _put_back(self._switches)
 
 
 def _put_back(switches):

@@ -98,8 +98,16 @@ def _open(gated, placed):
     return f"{100 * share:.0f} % open"
 
 
+WORKERS = 300  # seconds that another thread's forward waits for this one, which may be waiting for it
+
+
 def explain(handle, inputs):
     """Run a forward of a handle's model on `inputs` and say what its edits did."""
+    with handle._root.turn:
+        return _explain(handle, inputs)
+
+
+def _explain(handle, inputs):
     if handle.removed or handle.merged:
         state = "removed from its model" if handle.removed else "merged into the weights, which act on every token"
         raise RuntimeError(f"there is nothing to explain: this handle is {state}")
@@ -119,6 +127,7 @@ def explain(handle, inputs):
                 m.fused = False
             root.change(model, stacks)
             _listen(handle, told)
+            root.watch.limit = WORKERS
             with torch.no_grad():
                 model(**given)
         finally:

@@ -33,7 +33,7 @@ from .probe_readings import Readings, readings
 from .report import report
 from .rows.generating import check_lengths, check_mask
 from .rows.tenants import Assignment, Tenancy, check_count, check_tenant
-from .under_way import TURN
+from .under_way import MAKING, leave
 
 if TYPE_CHECKING:
     from .explain import Explanation
@@ -84,7 +84,7 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None, fill=No
         if tenancy is not None and (edit.gate is not None or edit.is_probe or edit.stage is not None):
             what = "an edit behind a gate" if edit.gate is not None else f"a {type(edit).__name__}"
             raise ValueError(f"tenants have tensors of their own, and {what} has none: patch it separately, without tenants=")
-    with TURN:
+    with MAKING:
         root = root_of(model) or Root(model)
         with torch.inference_mode(False):
             members = [plan(edit, root.layers, tenancy) for edit in edits]
@@ -193,6 +193,7 @@ class Handle:
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds values that are NaN or infinite")
         with self._root.changing(self.model, "load_tensors"), torch.no_grad():
+            self._changeable()
             self._start = None
             for name, tensor in tensors.items():
                 if type(own[name]) in (torch.Tensor, nn.Parameter):
@@ -253,11 +254,11 @@ class Handle:
             raise TypeError(f"strength is {value!r:.60}, expected a number") from None
         if not math.isfinite(value):
             raise ValueError(f"strength is {value}, expected a finite number")
-        self._changeable()
         largest = max((abs(value * edit.strength) for edit in self.edits), default=0.0)
         if not largest <= torch.finfo(torch.float32).max:  # before the first dial is set: all of them or none
             raise ValueError(f"strength is {value}, which makes an edit's own strength {largest:g}: beyond what fp32 holds")
-        with TURN, torch.no_grad():
+        with self._root.turn, torch.no_grad():
+            self._changeable()
             for edit, _, masters in self._each():
                 masters.set_strength(value * edit.strength)
             self._strength = value
@@ -406,10 +407,10 @@ class Handle:
                 but where a table's rows enter the first layer as they are; quantised, adapted or tied weights, another
                 handle's edits in front, or too much rounding; the model is as it was.
         """
-        self._alive()
-        if self.merged:
-            raise MergeError("this handle is merged already")
         with self._root.changing(self.model, "merge"):
+            self._alive()
+            if self.merged:
+                raise MergeError("this handle is merged already")
             self._root.look()
             self._merged = merge_handle(self, fp32)
             self._deactivate()
@@ -422,15 +423,15 @@ class Handle:
         Raises:
             MergeError: not merged, not the last one merged there, or a module with merged weights was replaced since.
         """
-        if not self.merged:
-            raise MergeError("this handle is not merged")
-        present = set(self.model.modules())
-        if any(module not in present for module, *_ in self._merged.parameters):
-            raise MergeError("a module that the edits were merged into was replaced since: its replacement keeps them")
-        later = self._root.merged[self._root.merged.index(self) + 1 :]
-        if any(self._modules() & other._modules() for other in later):
-            raise MergeError("another handle was merged after this one; unmerge that one first")
         with self._root.changing(self.model, "unmerge"):
+            if not self.merged:
+                raise MergeError("this handle is not merged")
+            present = set(self.model.modules())
+            if any(module not in present for module, *_ in self._merged.parameters):
+                raise MergeError("a module that the edits were merged into was replaced since: its replacement keeps them")
+            later = self._root.merged[self._root.merged.index(self) + 1 :]
+            if any(self._modules() & other._modules() for other in later):
+                raise MergeError("another handle was merged after this one; unmerge that one first")
             self._restore()
             self._root.add_module(self.name, self._tree)
             self._activate(in_front=True)
@@ -450,20 +451,29 @@ class Handle:
 
     def remove(self) -> None:
         """Give the model back bit for bit. A merge is undone too. A second call does nothing."""
-        if self.removed:
-            return
-        with self._root.changing(self.model, "remove"):
-            if self.merged:
-                self.unmerge()
-            self._deactivate()
-            self._root.drop(self.model, self.name)
-            self.removed = True
+        self._leave()
+
+    def _leave(self, patience=None):
+        with self._root.turn:
+            if self.removed:
+                return
+            with self._root.changing(self.model, "remove", patience=patience):
+                if self.merged:
+                    self.unmerge()
+                self._deactivate()
+                self._root.drop(self.model, self.name)
+                self.removed = True
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Remove the edits. Waits a minute for forwards that are under way in other threads.
+
+        Raises:
+            RuntimeError: one still is, and the edits are still in force. Beside an exception of the block it is a warning.
+        """
+        leave(self._leave, kind)
 
     def __repr__(self):
         state = (

@@ -16,7 +16,7 @@ from .replaced_modules import Watch, follow, in_trace
 from .rows.generating import Rows
 from .rows.row_plan import Stack
 from .site_kinds import site_at
-from .under_way import TURN, Held, changing, refuse
+from .under_way import Held, Turn, changing, settle
 
 
 class Root(nn.Module):
@@ -36,10 +36,15 @@ class Root(nn.Module):
         self.merged = []  # handles whose edits are in the weights, in the order of merging
         self.rows = Rows()
         self.stacks, self.planned = {}, []  # of edits with positions: {name: Stack}, and the modules swapped for them
-        self.owned, self.watch = False, None  # whether rows are assigned to banks or tenants; a replaced.Watch
+        self.owned, self.watch, self.turn = False, None, Turn()  # whether rows are assigned to banks or tenants; a Watch
         self.warned = set()  # what was said of this model already
         self.owners = {}  # {stack name: the module that is given its tokens}
         self.frozen = []  # the parameters that freeze=True found trainable
+
+    def __getstate__(self):
+        state = self.__dict__ | {"watch": self.watch.then if isinstance(self.watch, Held) else self.watch}
+        state.pop("number", None)  # the copied Watch sets its own
+        return state
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """Save with a note of what the edits are, so that a saved model holds them whole (patching/state_dicts.py)."""
@@ -120,13 +125,13 @@ class Root(nn.Module):
         """Put new stacks of masters at some sites, {(layer, site name): [Masters]}. [] empties a site.
 
         Raises:
-            RuntimeError: the first edits of a model, of which a forward has begun in another thread. Nothing has changed.
+            RuntimeError: a forward has begun in another thread, in a stack that has had no edits. Nothing has changed.
         """
-        fresh = not self.owners
+        before = set(self.owners)
         self._plan(model, stacks)
-        if fresh and self.owners:  # from here on forwards wait; one may have begun before
+        if not before >= self.owners.keys():  # from here on its forwards wait; one may have begun before
             try:
-                refuse(model, "this")
+                settle(model, "this", self.watch if isinstance(self.watch, Held) else Held(self))
             except RuntimeError:
                 self._plan(model, {})
                 raise
@@ -157,16 +162,16 @@ class Root(nn.Module):
         else:
             self.watch = watch
 
-    def changing(self, model, what):
+    def changing(self, model, what, **patience):
         """A context in which this thread alone changes the model (patching/under_way.py)."""
-        return changing(model, self, what)
+        return changing(model, self, what, **patience)
 
     def look(self):
         """Follow modules that were replaced since the model was patched (patching/replaced_modules.py)."""
         if torch.compiler.is_compiling():
-            in_trace(self.watch.number)
+            in_trace(self.number)
         elif not self.watch.intact():
-            with TURN:  # of several forwards that see it, one follows
+            with self.turn:  # of several forwards that see it, one follows
                 if not self.watch.intact():
                     follow(self, next(iter(self.handles.values())).model)
 

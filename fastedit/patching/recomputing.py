@@ -56,6 +56,8 @@ class Recomputed:
         self.carry, self.function, self.again = carry, function, False
         self.context = copy_context()
         self.dials = {m: (m.at, m.dialled) for m in carry.masters}
+        sources = [(name, t) for m in carry.masters if m.whole is None for _, name, t in m.sources()]
+        self.versions = [(tensor, tensor._version) for name, tensor in sources if name != "dial"]
         for entered in IN_FORCE.get().values():
             entered.carried = True
 
@@ -67,6 +69,12 @@ class Recomputed:
             raise RuntimeError(
                 f"layer {self.carry.name} was patched, or an edit removed from it, between a forward and its backward: a "
                 "checkpointed layer is computed again in the backward, with the edits of the forward; run the backward first"
+            )
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise RuntimeError(
+                f"tensors of an edit at layer {self.carry.name} were modified by an inplace operation between a forward and its "
+                "backward (load_tensors, an optimizer's step): a checkpointed layer is computed again in the backward, with the "
+                "edits of the forward; run the backward first"
             )
         return self.context.copy().run(self._run, args, kwargs)
 

@@ -46,7 +46,7 @@ class Watch:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.number = next(_numbers)
+        self.number = self.root.__dict__["number"] = next(_numbers)  # there a compiler guards it
         _watches[self.number] = self
 
     def intact(self):

@@ -96,10 +96,12 @@ class Stage:
         else:
             if self.watched and (not self.trainable or self.steps == optimizer_steps()):
                 return self._lent() if grad else self.folded, None
+        last = self.folded, self.watched, self.lent  # alive until the new ones are all in their places, in one step
+        watched, steps = [(held, name, t, stamp(t)) for m in self.masters for held, name, t in m.sources()], optimizer_steps()
         with torch.inference_mode(False), torch.no_grad():
-            self.keep(self.fold(False))
-        self.watched = [(held, name, t, stamp(t)) for m in self.masters for held, name, t in m.sources()]
-        self.steps, self.lent = optimizer_steps(), None
+            folded = self.keep(self.fold(False))
+        self.folded, self.watched, self.steps, self.lent = folded, watched, steps, None
+        del last
         return self._lent() if grad else self.folded, None
 
     def _strengths_then(self):
@@ -158,18 +160,21 @@ class Stage:
             return fold_all([at_strength(m.form(), d) for m, d in zip(self.masters, dials, strict=True)]).tensors()
 
     def keep(self, folded):
-        """Copy into the tensors of the last fold, if they fit: a CUDA graph may hold their addresses."""
+        """The fold, in tensors of its own. On a GPU in those of the last one, if it fits: a CUDA graph may hold their addresses.
+
+        On a CPU another thread may be reading the last one.
+        """
         kept = self.folded
-        same = kept is not None and all(
+        same = kept is not None and self.masters[0].dial.is_cuda and all(
             (a is None) == (b is None) and (a is None or (a.shape == b.shape and a.device == b.device))
             for a, b in zip(kept, folded, strict=True)
         )
         if not same:
-            self.folded = tuple(None if t is None else t.detach().clone() for t in folded)
-            return
+            return tuple(None if t is None else t.detach().clone() for t in folded)
         for old, new in zip(kept, folded, strict=True):
             if new is not None:
                 old.copy_(new)
+        return kept
 
 
 def _with_norm_of(hidden, edited):

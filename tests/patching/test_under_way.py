@@ -1,12 +1,20 @@
 """Changes of a model beside forwards of other threads: refused while one is under way, and one that begins meanwhile waits."""
 
+import copy
+import functools
+import os
+import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_models as tiny
 import torch
 
 import fastedit as fe
+from fastedit.patching import explain, under_way
+from fastedit.patching.handle import handles
 from tools.argued.models import difference, state
 from tools.readers import WIDTH, model
 from tools.soak import IDS, _logits
@@ -15,13 +23,25 @@ VECTOR = torch.linspace(-1, 1, WIDTH)
 STEER = fe.Steer(VECTOR, site="mlp")
 
 
-class Within:
-    """A thread that stands still within layer 1 of a call of a model, until it is let go."""
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(under_way, "PATIENCE", 0.05)
+    monkeypatch.setattr(under_way, "AT_EXIT", 0.05)
 
-    def __init__(self, llama, call=None):
+
+class Within:
+    """A thread that stands still within layer 1 of a call of a model, until it is let go.
+
+    call: given a function that does the standing still, if it does so elsewhere.
+    """
+
+    def __init__(self, llama, call=None, elsewhere=False):
         self.reached, self.go, self.found = threading.Event(), threading.Event(), []
-        self.hook = llama.model.layers[1].self_attn.register_forward_hook(torch.compiler.disable(self.stop))
-        call = (lambda: llama(IDS)) if call is None else call
+        stop, call = torch.compiler.disable(self.stop), (lambda: llama(IDS)) if call is None else call
+        if elsewhere:
+            call = functools.partial(call, stop)
+        self.hook = torch.nn.Identity() if elsewhere else llama.model.layers[1].self_attn
+        self.hook = self.hook.register_forward_hook(stop)
         self.thread = threading.Thread(target=self.run, args=(call,), name="a reader")
 
     def stop(self, *_):
@@ -92,11 +112,18 @@ def test_a_change_beside_a_forward_is_refused_and_made_after_it(name, tmp_path):
 
 
 class Around(torch.nn.Module):
-    def __init__(self, inner):
+    def __init__(self, inner, first=lambda: None):
         super().__init__()
-        self.inner = inner
+        self.inner, self.first = inner, first
 
     def forward(self, ids):
+        self.first()
+        return self.inner(ids)
+
+
+class Called(Around):
+    def __call__(self, ids):
+        self.first()
         return self.inner(ids)
 
 
@@ -119,6 +146,318 @@ def test_every_way_of_calling_is_seen(name):
         handle.remove()
     assert not isinstance(reader.found[0], BaseException), reader.found
     handle.remove()
+
+
+BETWEEN = {
+    "generate": lambda llama, stop: llama.generate(
+        IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, logits_processor=[lambda _, scores: (stop(), scores)[1]]
+    ),
+    "forward by hand": lambda llama, stop: Around(llama, stop).forward(IDS),
+    "a module around it": lambda llama, stop: Around(llama, stop)(IDS),
+    "__call__ of its own": lambda llama, stop: Called(llama, stop)(IDS),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_a_call_is_seen_where_none_of_the_models_modules_runs(name):
+    llama = model()
+    handle = fe.patch(llama, STEER)
+    said = "under way in the thread 'a reader'"
+    with Within(llama, functools.partial(BETWEEN[name], llama), elsewhere=True), pytest.raises(RuntimeError, match=said):
+        handle.remove()
+    handle.remove()
+
+
+def test_a_change_waits_for_a_forward_that_ends(monkeypatch):
+    monkeypatch.setattr(under_way, "PATIENCE", 60)
+    llama = model()
+    before = _logits(llama)
+    with Within(llama) as reader:
+        threading.Timer(0.2, reader.go.set).start()
+        handle = fe.patch(llama, STEER)
+    assert torch.equal(reader.found[0].logits, before) and not torch.equal(_logits(llama), before)
+    handle.remove()
+
+
+def test_a_change_waits_for_the_whole_of_a_generate_and_later_calls_wait_for_the_change(monkeypatch):
+    """Forwards within the call that was there first go on; a call that begins meanwhile stands still."""
+    monkeypatch.setattr(under_way, "PATIENCE", 60)
+    llama, later = model(), []
+    handle = fe.patch(llama, fe.Steer(VECTOR, positions="generated"))  # its forwards look
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    before = llama.generate(IDS, **options)
+    with Within(llama, lambda: llama.generate(IDS, **options)) as reader:
+        removing = threading.Thread(target=handle.remove)
+        removing.start()
+        while not isinstance(llama.fastedit.watch, under_way.Held) or llama.fastedit.watch.open:
+            time.sleep(0.001)
+        second = threading.Thread(target=lambda: later.append(_logits(llama)))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive() and removing.is_alive()
+        reader.go.set()
+        removing.join()
+        second.join()
+    assert torch.equal(reader.found[0], before) and torch.equal(later[0], _logits(llama)) and not handles(llama)
+
+
+def test_a_with_that_may_not_end_says_so_and_hides_no_error(monkeypatch):
+    llama = model()
+    handle = fe.patch(llama, STEER)
+    said = "still in force: remove changes a model"
+    with pytest.warns(UserWarning, match=said), pytest.raises(KeyError, match="own"), handle:
+        reader = Within(llama).__enter__()
+        raise KeyError("the user's own")
+    assert not handle.removed
+    with pytest.raises(RuntimeError, match="remove changes a model"), handle:
+        pass
+    reader.__exit__()
+    monkeypatch.setattr(under_way, "AT_EXIT", 60)
+    before = _logits(llama)
+    with handle, Within(llama) as reader:
+        threading.Timer(0.2, reader.go.set).start()
+    assert handle.removed and not torch.equal(_logits(llama), before)
+
+
+def test_calibrate_beside_a_server_leaves_no_edit(monkeypatch):
+    monkeypatch.setattr(under_way, "PATIENCE", 60)
+    monkeypatch.setattr(under_way, "AT_EXIT", 60)
+    llama, stop = model(), threading.Event()
+    before = _logits(llama)
+
+    def serve():
+        while not stop.wait(0.002):
+            _logits(llama)
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        for _ in range(3):
+            assert fe.calibrate(llama, fe.Steer(VECTOR), [[1, 2, 3]], target_kl=1e-4).strength > 0
+    finally:
+        stop.set()
+        server.join()
+    assert not handles(llama) and torch.equal(_logits(llama), before)
+
+
+def two_at_once(first, second):
+    """Their errors, one after the other, where both have begun before either may go on."""
+    found = []
+
+    def run(act):
+        try:
+            act()
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+
+    return found, [threading.Thread(target=run, args=(act,)) for act in (first, second)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("merge", "merge", "MergeError: this handle is merged already"),
+        ("remove", "remove", None),
+        ("merge", "dial", "MergeError: the edits are merged"),
+        ("merge", "load_tensors", "MergeError: the edits are merged"),
+        ("remove", "load_tensors", "RuntimeError: this handle was removed"),
+        ("remove", "merge", "RuntimeError: this handle was removed"),
+    ],
+)
+def test_two_changes_of_one_handle_take_turns(first, second, said):
+    llama = model()
+    handle = fe.patch(llama, STEER)
+    acts = {
+        "merge": handle.merge, "remove": handle.remove, "dial": lambda: setattr(handle, "strength", 0.0),
+        "load_tensors": lambda: handle.load_tensors({name: 0 * t for name, t in handle.named_tensors().items()}),
+    }  # fmt: skip
+    found, threads = two_at_once(acts[first], acts[second])
+    with llama.fastedit.turn:
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert found == [] if said is None else found[0].startswith(said) and len(found) == 1, found
+
+
+def test_a_bank_is_closed_twice_at_once():
+    llama = model()
+    bank = fe.Bank(llama, 2)
+    found, threads = two_at_once(bank.close, bank.close)
+    with llama.fastedit.turn:
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert found == [] and bank.closed
+
+
+def test_a_dial_within_a_fold_is_seen_by_the_next_forward(monkeypatch):
+    """Two edits of one site are folded. The tensors that a forward reads are never written again."""
+    llama, want = model(), []
+    handle = fe.patch(llama, [fe.ScaleBias(site="mlp"), STEER])
+    for strength in (0.25, 1.5):
+        handle.strength = strength
+        want.append(_logits(llama))
+    stage = next(iter(handle._root.sites.values())).stages[0]
+    read = stage.folded
+    kept = [None if t is None else t.clone() for t in read]
+    handle.strength = 0.25
+    assert torch.equal(_logits(llama), want[0])
+    assert all(t is None or torch.equal(t, k) for t, k in zip(read, kept, strict=True))
+    fold = type(stage).fold
+
+    def dialled_meanwhile(self, *given):
+        folded = fold(self, *given)
+        handle.strength = 0.25
+        return folded
+
+    handle.strength = 1.5
+    with monkeypatch.context() as patch:
+        patch.setattr(type(stage), "fold", dialled_meanwhile)
+        _logits(llama)
+    assert torch.equal(_logits(llama), want[0])
+
+
+def test_a_second_stack_is_looked_at_again(monkeypatch):
+    t5 = tiny.build("t5").eval()
+    vector = torch.linspace(-5, 5, t5.config.d_model)
+    with torch.no_grad():
+        encoded = t5.encoder(input_ids=torch.tensor([[3, 4, 5]]))
+
+    def call():
+        with torch.no_grad():
+            return t5(encoder_outputs=encoded, decoder_input_ids=torch.tensor([[3, 4]])).logits
+
+    fe.patch(t5, fe.Steer(vector, site="mlp", layers=["encoder.0"]))
+    before, found, reached, go = call(), [], threading.Event(), threading.Event()
+
+    def stand(*_):
+        reached.set()
+        go.wait(60)
+
+    hook = t5.decoder.block[0].register_forward_hook(stand)
+    thread = threading.Thread(target=lambda: found.append(call()))
+    settle = under_way.settle
+
+    def too_early(*given):
+        settle(*given)
+        thread.start()
+        assert reached.wait(60)
+
+    monkeypatch.setattr(under_way, "settle", too_early)
+    with pytest.raises(RuntimeError, match="under way"):
+        fe.patch(t5, fe.Steer(vector, site="mlp", layers=["decoder.0", "decoder.1"]))
+    go.set()
+    thread.join()
+    hook.remove()
+    assert torch.equal(found[0], before) and torch.equal(call(), before)
+
+
+def test_a_compiled_forward_that_begins_during_a_change():
+    llama, found = model(), []
+    handle = fe.patch(llama, STEER)
+    compiled = torch.compile(llama, backend="eager")
+    with torch.no_grad():
+        before = compiled(IDS).logits
+
+        def run():
+            with torch.no_grad():
+                found.append(compiled(IDS).logits)
+
+        thread = threading.Thread(target=run)
+        with handle._root.changing(llama, "a test"):
+            thread.start()
+            thread.join(0.3)
+        thread.join()
+        assert torch.equal(found[0], before)
+
+
+def test_a_copy_made_during_a_change_is_protected():
+    llama = model()
+    handle = fe.patch(llama, STEER)
+    with handle._root.changing(llama, "a test"):
+        twin = copy.deepcopy(llama)
+    (other,) = handles(twin)
+    with Within(twin), pytest.raises(RuntimeError, match="under way"):
+        other.remove()
+    assert torch.equal(torch.compile(twin, backend="eager")(IDS).logits, twin(IDS).logits)
+    other.remove()
+
+
+def test_a_module_that_another_thread_rebuilds_is_in_nobodys_way():
+    class Rebuilt(torch.nn.Module):
+        def forward(self, stop):
+            while not stop.is_set():
+                for name in [f"a{n}" for n in range(2000)]:
+                    self.add_module(name, torch.nn.Identity())
+                self._modules.clear()
+
+    llama, stop = model(), threading.Event()
+    thread = threading.Thread(target=Rebuilt(), args=(stop,))
+    thread.start()
+    try:
+        for _ in range(5):
+            fe.patch(llama, STEER).remove()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_fork_during_a_change_does_not_hang():
+    llama = model()
+    handle = fe.patch(llama, STEER)
+    holding, go = threading.Event(), threading.Event()
+
+    def hold():
+        with under_way.MAKING, handle._root.turn:
+            holding.set()
+            assert go.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert holding.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        handle.strength = 0.5
+        fe.patch(llama, STEER).remove()
+        os._exit(0)
+    go.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_explain_of_a_model_whose_forward_uses_threads_is_refused(monkeypatch):
+    monkeypatch.setattr(explain, "WORKERS", 0.2)
+
+    class Pooled(Around):
+        def forward(self, input_ids):
+            ids = input_ids
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(self.inner, ids).result()
+
+    pooled = Pooled(model())
+    handle = fe.patch(pooled, STEER)
+    with torch.no_grad():
+        before = pooled(IDS).logits
+        with pytest.raises(RuntimeError, match="explain cannot serve the model"):
+            handle.explain(IDS)
+        assert torch.equal(pooled(IDS).logits, before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_does_not_compute_again_with_other_tensors(reentrant):
+    llama = model().train()
+    llama.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    llama.enable_input_require_grads()
+    handle = fe.patch(llama, fe.RED())
+    loss = llama(IDS, labels=IDS).loss
+    handle.load_tensors({name: tensor + 1 for name, tensor in handle.named_tensors().items()})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_another_model_and_a_dial_need_no_waiting():
@@ -165,17 +504,15 @@ def test_a_forward_that_waits_for_the_last_edit_to_go_is_the_models_own():
 
 def test_a_forward_that_begins_before_the_first_patch_is_in_force(monkeypatch):
     """Between the look at other threads and the swap: looked for again, and all is undone."""
-    from fastedit.patching import under_way
-
     llama, inner = model(), []
     before = state(llama)
-    refuse = under_way.refuse
+    settle = under_way.settle
 
-    def too_early(patched, what):
-        refuse(patched, what)
+    def too_early(*given):
+        settle(*given)
         inner.append(Within(llama).__enter__())
 
-    monkeypatch.setattr(under_way, "refuse", too_early)
+    monkeypatch.setattr(under_way, "settle", too_early)
     try:
         with pytest.raises(RuntimeError, match="under way"):
             fe.patch(llama, STEER)
