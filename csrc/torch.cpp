@@ -48,7 +48,8 @@ void Inside::find(const py::module_& torch) {
   for (const char* dtype : {"float32", "bfloat16"}) {
     for (const int64_t rows : {1, 3}) {
       const auto zeros = [&](bool grad) {
-        return torch.attr("zeros")(rows, 5, py::arg("dtype") = torch.attr(dtype), py::arg("requires_grad") = grad);
+        return torch.attr("zeros")(  // on the CPU, whatever torch.set_default_device says
+            rows, 5, py::arg("dtype") = torch.attr(dtype), py::arg("device") = "cpu", py::arg("requires_grad") = grad);
       };
       plain.push_back(zeros(false));
       turned.push_back(torch.attr("_neg_view")(plain.back()));

@@ -121,10 +121,12 @@ def _layer(layer):
 
 
 def as_flag(name, value):
-    """What an op takes as True or False."""
+    """bool(value), for flags. TypeError for a text, and for an array of several numbers or of none."""
+    if isinstance(value, str):
+        raise TypeError(f"{name} is {value!r:.60}, expected True or False")
     try:
         return bool(value)
-    except (TypeError, ValueError, RuntimeError):  # an array of several numbers, or of none
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} is {value!r:.60}, expected True or False") from None
 
 
@@ -185,6 +187,8 @@ def layers_of_text(text):
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-") if not part.strip().startswith("-") else (part, "", "")
+            if dash and int(last) < int(first):
+                raise ValueError
             numbers += range(int(first), int(last) + 1) if dash else [int(first)]
     except ValueError:
         raise ValueError(f"layers is {text!r}, expected numbers such as 3, 8-15 or 0,4,-1") from None

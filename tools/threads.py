@@ -156,16 +156,20 @@ def slots(crowd, folder):
 
 
 def dial(crowd, folder):
-    """handle.strength of an edit at every layer: each layer of a forward has it at one of the strengths, wholly."""
-    vectors = torch.randn(DEPTH, WIDTH, generator=torch.Generator().manual_seed(0))
-    steers = [fe.patch(crowd.model, fe.Steer(vectors[n], site="mlp", layers=[n])) for n in range(DEPTH)]
-    for strengths in itertools.product(STRENGTHS, repeat=DEPTH):
-        for handle, strength in zip(steers, strengths, strict=True):
+    """handle.strength of edits at every layer: each layer of a forward has each of them at one of the strengths, wholly.
+
+    Two edits of a layer fold into one.
+    """
+    vectors = torch.randn(2, DEPTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    each = [(kind, vectors[k, n], n) for n in range(DEPTH) for k, kind in enumerate((fe.Ablate, fe.Steer))]
+    alone = [fe.patch(crowd.model, kind(vector, site="mlp", layers=[n])) for kind, vector, n in each]
+    for strengths in itertools.product(STRENGTHS, repeat=len(alone)):
+        for handle, strength in zip(alone, strengths, strict=True):
             handle.strength = strength
         crowd.learn()
-    for handle in steers:
+    for handle in alone:
         handle.remove()
-    handle = fe.patch(crowd.model, fe.Steer(vectors, site="mlp"))
+    handle = fe.patch(crowd.model, [fe.Ablate(vectors[0][:, None], site="mlp"), fe.Steer(vectors[1], site="mlp")])
 
     def operation(turn):
         handle.strength = STRENGTHS[turn % len(STRENGTHS)]
@@ -225,7 +229,7 @@ def changing(crowd, folder):
     return operation
 
 
-STRENGTHS, PAUSE = (1.0, 0.0, -0.5, 2.0), 0.05
+STRENGTHS, PAUSE = (1.0, 0.0, -0.5), 0.05
 OPERATIONS = {
     "generate": generate, "a bank changes": change, "eviction": evict, "training": train, "slots": slots, "dial": dial,
     "saving": saving, "changes of the model": changing,

@@ -174,3 +174,12 @@ def test_the_commands_in_a_process_of_their_own(model, lines, tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert said.returncode == 0 and said.stdout.count("Once") == 1, said.stderr
+
+
+def test_layers_as_text():
+    from fastedit.arguments import layers_of_text
+
+    assert layers_of_text("8-10, 3,-1") == [8, 9, 10, 3, -1]
+    for text in ("8-3,4", "", "eight", "3-"):
+        with pytest.raises(ValueError, match="layers is"):
+            layers_of_text(text)

@@ -339,3 +339,10 @@ def test_a_flag_that_is_several_numbers_is_refused(value):
         ops.edit(torch.ones(2, 4, requires_grad=True), **form, return_projection=value)
     with pytest.raises(TypeError, match=r"return_projection is .* expected True or False"):
         ops.edit_add(torch.ones(2, 4), torch.ones(2, 4), **form, return_projection=value)
+
+
+def test_what_is_found_in_a_tensor_does_not_depend_on_the_default_device():
+    _native = pytest.importorskip("fastedit._native")
+    found = _native.use_torch(torch)
+    with torch.device("meta"):
+        assert _native.use_torch(torch) == found

@@ -336,3 +336,12 @@ def test_a_setting_that_reaches_other_layers_keeps_the_order_of_undoing():
     second.unmerge()
     first.unmerge()
     assert model.config.mlp_bias is False and model.model.layers[1].mlp.down_proj.bias is None
+
+
+def test_weights_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = tiny.build("llama")
+    handle = fe.patch(model, fe.Steer(torch.ones(tiny.WIDTH), site="mlp"))
+    with pytest.raises(MergeError, match="inference_mode"):
+        handle.merge()
+    handle.remove()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import fastedit as fe
 from fastedit import ops
+from fastedit.patching import under_way
 from tools.threads import OPERATIONS, Crowd, beside
 
 
@@ -34,7 +35,8 @@ def test_a_torn_state_would_be_seen():
         crowd.close()
 
 
-def test_changes_of_the_model_beside_forwards_are_made_between_them(tmp_path):
+def test_changes_of_the_model_beside_forwards_are_made_between_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(under_way, "PATIENCE", 0.01)
     crowd = Crowd()
     try:
         operation = OPERATIONS["changes of the model"](crowd, tmp_path)
