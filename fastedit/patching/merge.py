@@ -152,7 +152,7 @@ def _check(handle, layer, site, masters):
             f"{where}: the weight is {found}{dtype}, expected a plain floating-point Parameter with data"
         )
     if weight.is_inference():
-        raise MergeError(f"{where}: the weight was made under torch.inference_mode() and takes no other data; load the model outside")
+        raise MergeError(f"{where}: the weight was made under torch.inference_mode(), and takes no other data; load it outside")
     holders = sum(p is weight for m in handle.model.modules() for p in m._parameters.values())
     if holders > 1:
         raise MergeError(
