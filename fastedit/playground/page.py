@@ -28,7 +28,7 @@ class Dials(dict):
 
 def build(session, title):
     """The gr.Blocks of a Session."""
-    with gr.Blocks(title=f"fastedit · {title}", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"fastedit · {title}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         dials, version = gr.State(Dials), gr.State(0)
         gr.Markdown(f"## fastedit playground · {title}")
         with gr.Row():
@@ -38,11 +38,20 @@ def build(session, title):
                 _dials(session, dials, version)
         with gr.Tab("Make a direction"):
             _create(session, version)
-        with gr.Tab("Color tokens"):
-            _color(session, dials, version, page)
-        with gr.Tab("Export"):
-            _export(session, dials, version, page)
+        _tab("Color tokens", lambda: _color(session, dials, version))
+        _tab("Export", lambda: _export(session, dials, version))
     return page
+
+
+def _tab(label, fill):
+    """A tab that is filled when it is first opened: the page loads a third fewer files without it."""
+    with gr.Tab(label) as tab:
+        opened = gr.State(False)
+        tab.select(lambda: True, None, opened, show_progress="hidden")
+
+        @gr.render(triggers=[opened.change])
+        def _():
+            fill()
 
 
 def _chat(session, dials):
@@ -99,7 +108,7 @@ def _dials(session, dials, version):
     @gr.render(inputs=[dials, version])
     def sliders(mine, _):
         if not session.edits:
-            gr.Markdown("No edit yet. *Make a direction* below.")
+            gr.Markdown("No edit yet. *Make a direction* below.", elem_id="edits")
         for name, held in ((name, held) for name, held in list(session.edits.items()) if held.dialed):
             dial = gr.Slider(
                 -LARGEST, LARGEST, value=mine.get(name, 0.0), step=0.05, label=name, info=held.about,
@@ -144,20 +153,23 @@ def _create(session, version):
     make.click(create, given, [picture, said, version])
 
 
-def _refreshed(session, version, page, box, among):
-    def again(_):
-        names = [n for n, held in session.edits.items() if among(held)]
-        return gr.Dropdown(choices=names, value=names[-1] if names else None)
+def _names(session, version, label, elem_id, among):
+    """A list of the edits that `among` takes, the newest chosen; it follows what is made later."""
 
-    gr.on([page.load, version.change], again, version, box)
+    def now():
+        names = [name for name, held in session.edits.items() if among(held)]
+        return {"choices": names, "value": names[-1] if names else None}
+
+    box = gr.Dropdown(**now(), label=label, elem_id=elem_id)
+    version.change(lambda: gr.Dropdown(**now()), None, box)
+    return box
 
 
-def _color(session, dials, version, page):
+def _color(session, dials, version):
     with gr.Row():
         text = gr.Textbox(label="Text", lines=3, elem_id="colored-text")
-        name = gr.Dropdown([], label="Direction", elem_id="color-name")
+        name = _names(session, version, "Direction", "color-name", lambda held: held.directions is not None)
         go = gr.Button("Color", elem_id="color")
-    _refreshed(session, version, page, name, lambda held: held.directions is not None)
     shown, heat = gr.HTML(elem_id="colored"), gr.Plot(label="Layer × token")
 
     def color(text, name, mine):
@@ -174,18 +186,18 @@ def _color(session, dials, version, page):
     go.click(color, [text, name, dials], [shown, heat])
 
 
-def _export(session, dials, version, page):
+def _export(session, dials, version):
     with gr.Row():
-        name = gr.Dropdown([], label="Edit", elem_id="export-name")
+        name = _names(session, version, "Edit", "export-name", lambda held: held.dialed)
         go = gr.Button("Export at its dial", elem_id="export")
-    _refreshed(session, version, page, name, lambda held: held.dialed)
+    kept = tempfile.TemporaryDirectory(prefix="fastedit-")  # goes with the page; Gradio serves copies of its own
     files = gr.File(label="Files", file_count="multiple", elem_id="files")
     python, request = gr.Code(label="Python", language="python"), gr.Code(label="vLLM request", language="json")
 
     def export(name, mine):
         if name not in session.edits:
             raise gr.Error("There is no edit to export.")
-        folder = tempfile.mkdtemp(prefix="fastedit-")
+        folder = tempfile.mkdtemp(dir=kept.name)
         dial = mine.get(name) or 1.0
         paths = session.export(name, dial, folder)
         found = [shutil.make_archive(str(path), "zip", folder, path.name) if path.is_dir() else str(path) for path in paths]
@@ -196,11 +208,22 @@ def _export(session, dials, version, page):
 
 
 def serve(session, title, host="127.0.0.1", port=7860, block=True):
-    """Binds, prints the address and serves until interrupted (or, with block False, returns the gr.Blocks)."""
+    """Binds, prints the address and serves until interrupted (or, with block False, returns the gr.Blocks).
+
+    Raises OSError if the port is taken.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot  # noqa: F401 Gradio does at the first event, and a visitor would wait for it: 1 to 3 s
+
     page = build(session, title)
     page.queue(default_concurrency_limit=None).launch(
-        server_name=host, server_port=port, share=False, inbrowser=False, prevent_thread_lock=not block, quiet=not block,
+        server_name=host, server_port=port, share=False, inbrowser=False, prevent_thread_lock=True, quiet=True,
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=CSS,
         footer_links=[], ssr_mode=False, show_error=True,
     )  # fmt: skip
+    if block:
+        print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)
+        page.block_thread()
     return page
