@@ -149,11 +149,12 @@ def use(driver, minutes, every=20):
 
 
 def finish(tab, count):
-    """Waits for the edited model's count-th reply, and until nothing was added to it for two seconds."""
-    tab.wait_for_function("count => document.querySelectorAll('#edited [data-testid=bot]').length >= count", arg=count)
-    before = None
-    while before != (before := tab.inner_text("#edited")):
-        time.sleep(2)
+    """Waits for the whole of the edited model's count-th reply: the meter then ends without dots."""
+    tab.wait_for_function(
+        "count => document.querySelectorAll('#edited [data-testid=bot]').length >= count"
+        " && !document.querySelector('#meter').innerText.trim().endsWith('…')",
+        arg=count,
+    )
 
 
 def look(tab):

@@ -75,11 +75,14 @@ def _chat(session, dials):
         mine.stop = False
         said = [[*_plain(history), {"role": "user", "content": message}] for history in (plain_said, edited_said)]
         total = count = 0
-        for step in session.reply(*said, lambda: mine, max_new_tokens=int(tokens), temperature=heat, seed=0):
+        steps = session.reply(*said, lambda: mine, max_new_tokens=int(tokens), temperature=heat, seed=0)
+        for step in _told(steps):
             total, count = total + step.kl, count + 1
             shown = [[*s, {"role": "assistant", "content": r}] for s, r in zip(said, (step.plain, step.edited), strict=True)]
-            yield "", *shown, f"KL to the unedited model: **{step.kl:.2f}** nats now, {total / count:.2f} on average"
-            if mine.stop:
+            over = step.finished or mine.stop
+            doses = f"**{step.kl:.2f}** nats now, {total / count:.2f} on average"
+            yield "", *shown, f"KL to the unedited model: {doses}{'' if over else ' …'}"
+            if over:
                 return
 
     given = [text, plain, edited, dials, length, temperature]
@@ -89,6 +92,14 @@ def _chat(session, dials):
     )  # fmt: skip
     stop.click(lambda mine: setattr(mine, "stop", True), dials, None, queue=False)
     clear.click(lambda: ([], [], "KL to the unedited model: –"), None, [plain, edited, meter], queue=False)
+
+
+def _told(steps):
+    """The steps; what the model's own code raises becomes a message on the page, and its traceback goes to the terminal."""
+    try:
+        yield from steps
+    except Exception as error:
+        raise gr.Error(f"The model failed while it wrote: {type(error).__name__}: {error}") from error
 
 
 def _plain(history):

@@ -62,6 +62,43 @@ def test_a_dial_changes_one_side_and_a_turn_shows_in_the_next_token(session, tem
     assert kls[:4] == [0] * 4 and kls[4] > 0.1
 
 
+def test_every_token_is_that_of_the_dial_as_it_stood_just_before_it(session):
+    """Against whole sequences through plain hooks, in which each position has the dial that stood when it was read."""
+    held = session.create("happy", POSITIVE, NEGATIVE, layers=[1, 2])
+    turned, dials = [0.0, 4.0, 4.0, -4.0, 0.0, 2.0], {}
+    steps = session.reply(ASK, ASK, lambda: dials, max_new_tokens=len(turned))
+    prompt = session._prompt(ASK)
+    ids, by_position = list(prompt), []
+    for number, dial in enumerate(turned):
+        dials["happy"] = dial  # the generator stands still between two tokens
+        step = next(steps)
+        by_position += [dial] * (len(ids) - len(by_position))
+        p, q = (_hooked(session, held, ids, by) for by in ([0.0] * len(ids), by_position))
+        assert step.kl == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-3, abs=1e-6)
+        assert number == 0 or step.kl > 0
+        ids.append(int(q.argmax()))
+        assert step.edited == session.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def _hooked(session, held, ids, dials):
+    """log p of the next token, float64, with dials[k] at position k."""
+    amount = torch.tensor(dials)[:, None] * held.statistics["strength"]
+    hooks = [
+        session.model.model.layers[layer].register_forward_hook(
+            lambda m, a, out, add=amount * held.directions[layer]: (
+                out + add if isinstance(out, torch.Tensor) else (out[0] + add, *out[1:])
+            )
+        )
+        for layer in held.statistics["layers"]
+    ]
+    with session.lock, session._dialed({}):
+        logits = session.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    return logits.double().log_softmax(-1)
+
+
 def test_the_edited_side_is_generate_under_the_edit(session):
     session.create("happy", POSITIVE, NEGATIVE)
     step = last(session, lambda: {"happy": 2.0})
