@@ -8,6 +8,7 @@ Drawn from bench/results: effects-chat.csv (bench/effects/chat.py, which says ho
 
 import argparse
 import csv
+import hashlib
 import textwrap
 from pathlib import Path
 
@@ -53,13 +54,18 @@ def said():
     return {row["dose"]: row["example"] for row in some if row["condition"] in ("none", "direction")}
 
 
+def digest():
+    """Of all that is shown; the PNG holds it, so that a test sees whether the picture is that of the results."""
+    return hashlib.sha256(repr((sorted(shares().items()), costs(), sorted(said().items()))).encode()).hexdigest()
+
+
 def draw(path):
     figure = style.figure(13, 4.3)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1.15, 1))
     _replies(left)
     _effect(middle)
     _cost(right)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Source": digest()})
 
 
 def _replies(axes):

@@ -21,7 +21,7 @@ POSITIONS = ["all", "prompt", "generated", "first 4", "last 4"]
 
 
 class Dials(dict):
-    """One visitor's {edit's name: strength}, and whether their reply is to stop."""
+    """One visitor's {edit's name: strength}, and whether their reply is to stop. Gradio gives each a copy of the first."""
 
     stop = False
 
@@ -29,7 +29,7 @@ class Dials(dict):
 def build(session, title):
     """The gr.Blocks of a Session."""
     with gr.Blocks(title=f"fastedit · {title}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
-        dials, version = gr.State(Dials), gr.State(0)
+        dials, version = gr.State(Dials()), gr.State(0)
         gr.Markdown(f"## fastedit playground · {title}")
         with gr.Row():
             with gr.Column(scale=3):
@@ -226,7 +226,7 @@ def serve(session, title, host="127.0.0.1", port=7860, block=True):
     import matplotlib
 
     matplotlib.use("agg")
-    import matplotlib.pyplot  # noqa: F401 Gradio does at the first event, and a visitor would wait for it: 1 to 3 s
+    import matplotlib.pyplot  # Gradio does at the first event, and a visitor would wait for it: 1 to 3 s
 
     page = build(session, title)
     page.queue(default_concurrency_limit=None).launch(

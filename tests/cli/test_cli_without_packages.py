@@ -47,7 +47,7 @@ WORKS = [
     ["evaluate", "model", "good.txt", "--edit", "steer"],
     ["bench", "model", "--edit", "steer", "--tokens", "2", "--rounds", "3"],
     [*STEER, "--out", "made"],
-    ["sweep", "model", "made", "--prompts", "good.txt", "--measure", "word:good", "--dose", "1", "--max-new-tokens", "2", "--out", "swept"],
+    ["sweep", "model", "made", "--prompts", "good.txt", "--measure", "word:good", "--max-new-tokens", "2", "--out", "swept"],
     ["cast", "model", "--opens", "good.txt", "--closed", "bad.txt", "--behaviour", "made", "--out", "cast"],
     ["roleref", "model", "--answerable", "good.txt", "--conflicting", "bad.txt", "--out", "role"],
     ["train", "model", "good.txt", "--method", "recontrol", "--reward", "word:good", "--samples", "1", "--max-new-tokens", "2",

@@ -1,8 +1,11 @@
 """The playground without a page: replies side by side, dials, colors, directions, export; and its page in a browser."""
 
 import contextlib
+import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -235,6 +238,43 @@ def test_a_model_that_fails_to_load_is_one_line_and_no_page(tmp_path):
         assert "Traceback" not in said and str(arguments[-1]) in "".join(said.split())
 
 
+FIRST_VISIT = """
+import json, sys, types, urllib.request
+from fastedit.playground import page
+
+served = page.serve(types.SimpleNamespace(edits={}), "tiny", port=7997, block=False)
+before = set(sys.modules)
+
+def asked(path, sent=None):
+    sent = sent and json.dumps(sent).encode()
+    request = urllib.request.Request(served.local_url + path, sent, {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request)
+
+sizes = {"page": len(asked("").read())}
+config = json.load(asked("config"))
+first = [d for d in config["dependencies"] if any(event == "load" for _, event in d["targets"])]
+for d in first:
+    asked("gradio_api/queue/join", {"data": [None] * len(d["inputs"]), "fn_index": d["id"], "session_hash": "visitor"}).read()
+with asked("gradio_api/queue/data?session_hash=visitor") as told:
+    messages = [json.loads(line[6:]) for line in told if line.startswith(b"data: ")]
+done = [m["success"] for m in messages if m["msg"] == "process_completed"]
+kinds = [component["type"] for component in config["components"]]
+print(json.dumps({"imported": sorted(set(sys.modules) - before), "done": done, "kinds": kinds}), flush=True)
+import os
+os._exit(0)
+"""
+
+
+def test_a_first_visit_waits_for_no_import_and_no_hidden_tab():
+    pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
+    ran = subprocess.run([sys.executable, "-c", FIRST_VISIT], capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert told["done"] == [True]  # the dials: the only event before a visitor does something
+    assert len(told["imported"]) < 40, told["imported"]  # Matplotlib's pyplot alone is more than a hundred
+    assert not {"code", "file", "html"} & set(told["kinds"])  # of tabs that nobody has opened
+
+
 @contextlib.contextmanager
 def opened(session, title, port):
     """(browser, address) of a session's page in a real Chromium."""
@@ -288,6 +328,28 @@ def send(tab, text, written):
     tab.fill("#message textarea", text)
     tab.click("#send")
     tab.wait_for_function("text => document.querySelector('#edited').innerText.includes(text)", arg=written)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_model_that_fails_is_a_message_in_the_browser_and_the_page_goes_on(session, monkeypatch):
+    """While it is loaded there is no page yet: test_a_model_that_fails_to_load_is_one_line_and_no_page."""
+    with opened(session, "tiny", 7996) as (browser, url):
+        tab = new_tab(browser, url, set())
+        put(tab, "#length", 8)
+        forward = session.model.forward
+        monkeypatch.setattr(session.model, "forward", lambda *a, **more: broken())
+        tab.fill("#message textarea", ASK[0]["content"])
+        tab.click("#send")
+        tab.wait_for_function("document.body.innerText.includes('The model failed while it wrote')")
+        said = tab.inner_text("body")
+        assert "RuntimeError: there is no memory left" in said and "Traceback" not in said and ".py" not in said
+        monkeypatch.setattr(session.model, "forward", forward)
+        send(tab, ASK[0]["content"], last(session, dict).edited)
+
+
+def broken():
+    raise RuntimeError("there is no memory left")
 
 
 @pytest.mark.slow
