@@ -12,6 +12,12 @@ import sys
 
 from . import forked
 
+if importlib.util.find_spec(".kernels", __name__) is None:  # the build puts it there, from the checkout's folder kernels/
+    raise ImportError(
+        f"{__path__[0]} is the checkout's folder of sources, not the installed package, which it hides: start Python in "
+        "another folder, or install the checkout with pip install -e ."
+    )
+
 __version__ = "0.1.0"
 
 _HOME = {

@@ -4,7 +4,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .loading import load_model
+from .loading import load_model, need
+from .progress import pictures
 from .texts import layer_numbers, read_texts
 
 
@@ -12,6 +13,10 @@ def run(
     model, positive, negative, out, method, probe, layers, site, at, batch_size, max_length, gguf, resume, seed, suffix=None,
     relative=None, kl=None, prompts=None, **loading,
 ):  # fmt: skip
+    if method == "probe" and probe == "logistic":
+        need("--method probe", "scikit-learn")
+    if gguf is not None:
+        need("--gguf", "gguf")
     console = Console()
     files, numbers = (positive, negative), layer_numbers(layers)
     positive, negative = read_texts(positive), read_texts(negative)
@@ -127,9 +132,7 @@ def _shown(name, value):
 
 
 def _picture(console, directions, out):
-    try:
+    with pictures(console):
         from ..plots.directions import write
-    except ImportError:
-        console.print("no picture: it needs matplotlib (pip install matplotlib)", markup=False)
-        return
-    write(directions, out / "directions.png")
+
+        write(directions, out / "directions.png")

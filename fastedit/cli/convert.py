@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from .loading import load_model
+from .loading import load_model, need
 
 TARGETS = ("edit", "gguf", "peft", "directions")
 
@@ -16,6 +16,8 @@ def run(source, out, to, model, positions):
     if to not in TARGETS:
         raise typer.BadParameter(f"--to is {to!r}, expected one of {', '.join(TARGETS)}")
     kind, folder = _kind(source)
+    if "gguf" in (kind, to):
+        need("a control vector", "gguf")
     if positions is not None and kind != "pyreft":
         raise typer.BadParameter("--positions is of pyreft's folders, which do not say where they acted")
     if to == kind:

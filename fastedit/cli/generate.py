@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from ..texts.chat import prompt_ids
-from .loading import load_model
+from .loading import load_model, need
 from .texts import as_chat, read_texts
 
 
@@ -28,6 +28,8 @@ def run(
         raise typer.BadParameter("--strength is not a finite number")
     if (lexicons is None) != (not traits):
         raise typer.BadParameter("--lexicons and --trait go together: words, and how strongly")
+    if str(edit).endswith(".gguf"):
+        need("a control vector", "gguf")
     loaded, tokenizer = load_model(model, **loading)
     try:
         nudge = None if lexicons is None else _nudge(tokenizer, lexicons, traits)

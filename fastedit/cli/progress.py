@@ -1,4 +1,4 @@
-"""A rich progress bar for anything that Trainer trains."""
+"""What a command shows while it works: a progress bar for anything that Trainer trains, pictures where they can be drawn."""
 
 import warnings
 from contextlib import contextmanager
@@ -20,6 +20,17 @@ def quiet():
     warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers has deprecated
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@contextmanager
+def pictures(console):
+    """What draws a picture at the end of a command; without matplotlib it is left out, and that is said."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != "matplotlib":
+            raise
+        console.print("no picture: it needs matplotlib (pip install matplotlib)", markup=False)
 
 
 @contextmanager

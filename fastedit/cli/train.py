@@ -5,6 +5,8 @@ import importlib
 
 import typer
 
+from .loading import need
+
 EDITS = ("red", "red+", "loreft", "direft", "noreft", "vector")
 OTHERS = ("rahf", "recontrol")  # methods with a task of their own
 TASKS = {"classify": "sentences", "pairs": "sentences", "regress": "sentences", "sft": "responses", "preference": "responses",
@@ -18,6 +20,9 @@ def run(model, data, out, method, task, given):
     if method in OTHERS:
         if task is not None:
             raise typer.BadParameter(f"--method {method} is a task of its own: leave out --task {task}")
+        if method == "rahf":
+            by_lora = "lora" in (given.get("student") or "lora", given.get("teacher"))
+            need("fastedit train --method rahf", "accelerate", *["peft"] * by_lora)
         module = importlib.import_module(f".train_{method}", __package__)
         return module.run(model, data, out, **_options(f"--method {method}", module.DEFAULTS, given))
     task = task or "classify"
@@ -25,6 +30,7 @@ def run(model, data, out, method, task, given):
         raise typer.BadParameter(f"task is {task!r}, expected one of {', '.join(TASKS)}")
     if given.get("rank") is not None and method in ("red", "red+", "vector"):
         raise typer.BadParameter(f"--rank is of low-rank edits, and {method} has none")
+    need("fastedit train", "accelerate")
     module = importlib.import_module(f".train_{TASKS[task]}", __package__)
     with readable():
         return module.run(model, data, out, method, task, **_options(f"--task {task}", module.defaults(task), given))

@@ -21,15 +21,15 @@ POSITIONS = ["all", "prompt", "generated", "first 4", "last 4"]
 
 
 class Dials(dict):
-    """One visitor's {edit's name: strength}, and whether their reply is to stop."""
+    """One visitor's {edit's name: strength}, and whether their reply is to stop. Gradio gives each a copy of the first."""
 
     stop = False
 
 
 def build(session, title):
     """The gr.Blocks of a Session."""
-    with gr.Blocks(title=f"fastedit · {title}", analytics_enabled=False) as page:
-        dials, version = gr.State(Dials), gr.State(0)
+    with gr.Blocks(title=f"fastedit · {title}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        dials, version = gr.State(Dials()), gr.State(0)
         gr.Markdown(f"## fastedit playground · {title}")
         with gr.Row():
             with gr.Column(scale=3):
@@ -38,11 +38,20 @@ def build(session, title):
                 _dials(session, dials, version)
         with gr.Tab("Make a direction"):
             _create(session, version)
-        with gr.Tab("Color tokens"):
-            _color(session, dials, version, page)
-        with gr.Tab("Export"):
-            _export(session, dials, version, page)
+        _tab("Color tokens", lambda: _color(session, dials, version))
+        _tab("Export", lambda: _export(session, dials, version))
     return page
+
+
+def _tab(label, fill):
+    """A tab that is filled when it is first opened: the page loads a third fewer files without it."""
+    with gr.Tab(label) as tab:
+        opened = gr.State(False)
+        tab.select(lambda: True, None, opened, show_progress="hidden")
+
+        @gr.render(triggers=[opened.change])
+        def _():
+            fill()
 
 
 def _chat(session, dials):
@@ -65,12 +74,15 @@ def _chat(session, dials):
             raise gr.Error("The message is empty.")
         mine.stop = False
         said = [[*_plain(history), {"role": "user", "content": message}] for history in (plain_said, edited_said)]
-        total = count = 0
-        for step in session.reply(*said, lambda: mine, max_new_tokens=int(tokens), temperature=heat, seed=0):
-            total, count = total + step.kl, count + 1
+        kls = []  # of the edited reply's tokens
+        steps = session.reply(*said, lambda: mine, max_new_tokens=int(tokens), temperature=heat, seed=0)
+        for step in _told(steps):
+            kls += [] if step.kl is None else [step.kl]
             shown = [[*s, {"role": "assistant", "content": r}] for s, r in zip(said, (step.plain, step.edited), strict=True)]
-            yield "", *shown, f"KL to the unedited model: **{step.kl:.2f}** nats now, {total / count:.2f} on average"
-            if mine.stop:
+            over = step.finished or mine.stop
+            doses = f"**{kls[-1]:.2f}** nats now, {sum(kls) / len(kls):.2f} on average"
+            yield "", *shown, f"KL to the unedited model: {doses}{'' if over else ' …'}"
+            if over:
                 return
 
     given = [text, plain, edited, dials, length, temperature]
@@ -80,6 +92,14 @@ def _chat(session, dials):
     )  # fmt: skip
     stop.click(lambda mine: setattr(mine, "stop", True), dials, None, queue=False)
     clear.click(lambda: ([], [], "KL to the unedited model: –"), None, [plain, edited, meter], queue=False)
+
+
+def _told(steps):
+    """The steps; what the model's own code raises becomes a message on the page, and its traceback goes to the terminal."""
+    try:
+        yield from steps
+    except Exception as error:
+        raise gr.Error(f"The model failed while it wrote: {type(error).__name__}: {error}") from error
 
 
 def _plain(history):
@@ -99,7 +119,7 @@ def _dials(session, dials, version):
     @gr.render(inputs=[dials, version])
     def sliders(mine, _):
         if not session.edits:
-            gr.Markdown("No edit yet. *Make a direction* below.")
+            gr.Markdown("No edit yet. *Make a direction* below.", elem_id="edits")
         for name, held in ((name, held) for name, held in list(session.edits.items()) if held.dialed):
             dial = gr.Slider(
                 -LARGEST, LARGEST, value=mine.get(name, 0.0), step=0.05, label=name, info=held.about,
@@ -144,20 +164,23 @@ def _create(session, version):
     make.click(create, given, [picture, said, version])
 
 
-def _refreshed(session, version, page, box, among):
-    def again(_):
-        names = [n for n, held in session.edits.items() if among(held)]
-        return gr.Dropdown(choices=names, value=names[-1] if names else None)
+def _names(session, version, label, elem_id, among):
+    """A list of the edits that `among` takes, the newest chosen; it follows what is made later."""
 
-    gr.on([page.load, version.change], again, version, box)
+    def now():
+        names = [name for name, held in session.edits.items() if among(held)]
+        return {"choices": names, "value": names[-1] if names else None}
+
+    box = gr.Dropdown(**now(), label=label, elem_id=elem_id)
+    version.change(lambda: gr.Dropdown(**now()), None, box)
+    return box
 
 
-def _color(session, dials, version, page):
+def _color(session, dials, version):
     with gr.Row():
         text = gr.Textbox(label="Text", lines=3, elem_id="colored-text")
-        name = gr.Dropdown([], label="Direction", elem_id="color-name")
+        name = _names(session, version, "Direction", "color-name", lambda held: held.directions is not None)
         go = gr.Button("Color", elem_id="color")
-    _refreshed(session, version, page, name, lambda held: held.directions is not None)
     shown, heat = gr.HTML(elem_id="colored"), gr.Plot(label="Layer × token")
 
     def color(text, name, mine):
@@ -174,18 +197,18 @@ def _color(session, dials, version, page):
     go.click(color, [text, name, dials], [shown, heat])
 
 
-def _export(session, dials, version, page):
+def _export(session, dials, version):
     with gr.Row():
-        name = gr.Dropdown([], label="Edit", elem_id="export-name")
+        name = _names(session, version, "Edit", "export-name", lambda held: held.dialed)
         go = gr.Button("Export at its dial", elem_id="export")
-    _refreshed(session, version, page, name, lambda held: held.dialed)
+    kept = tempfile.TemporaryDirectory(prefix="fastedit-")  # goes with the page; Gradio serves copies of its own
     files = gr.File(label="Files", file_count="multiple", elem_id="files")
     python, request = gr.Code(label="Python", language="python"), gr.Code(label="vLLM request", language="json")
 
     def export(name, mine):
         if name not in session.edits:
             raise gr.Error("There is no edit to export.")
-        folder = tempfile.mkdtemp(prefix="fastedit-")
+        folder = tempfile.mkdtemp(dir=kept.name)
         dial = mine.get(name) or 1.0
         paths = session.export(name, dial, folder)
         found = [shutil.make_archive(str(path), "zip", folder, path.name) if path.is_dir() else str(path) for path in paths]
@@ -196,11 +219,22 @@ def _export(session, dials, version, page):
 
 
 def serve(session, title, host="127.0.0.1", port=7860, block=True):
-    """Binds, prints the address and serves until interrupted (or, with block False, returns the gr.Blocks)."""
+    """Binds, prints the address and serves until interrupted (or, with block False, returns the gr.Blocks).
+
+    Raises OSError if the port is taken.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot  # Gradio does at the first event, and a visitor would wait for it: 1 to 3 s
+
     page = build(session, title)
     page.queue(default_concurrency_limit=None).launch(
-        server_name=host, server_port=port, share=False, inbrowser=False, prevent_thread_lock=not block, quiet=not block,
+        server_name=host, server_port=port, share=False, inbrowser=False, prevent_thread_lock=True, quiet=True,
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=CSS,
         footer_links=[], ssr_mode=False, show_error=True,
     )  # fmt: skip
+    if block:
+        print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)
+        page.block_thread()
     return page

@@ -24,16 +24,16 @@ PROBES = ("What do you think of Mondays?", "Tell me about your day.", "Describe 
 
 @dataclass
 class Step:
-    """A reply so far. kl: KL(unedited ‖ edited) of the edited reply's last token, in nats."""
+    """A reply so far. kl: KL(unedited ‖ edited) of the edited reply's last token, in nats; None once it has ended."""
 
     plain: str
     edited: str
-    kl: float
+    kl: float | None
     finished: bool
 
 
 @dataclass
-class Held:
+class LoadedEdit:
     """One edit on the model. directions: those it was made of or measures, if any; all that can color tokens."""
 
     handle: object
@@ -83,7 +83,7 @@ class Session:
 
     def _add(self, name, handle, about, directions=None, statistics=None):
         handle.strength = 0.0
-        self.edits[name] = Held(handle, about, directions, statistics or {})
+        self.edits[name] = LoadedEdit(handle, about, directions, statistics or {})
 
     def check_name(self, name):
         """The name, stripped. ValueError if it is empty, taken or not a file name."""
@@ -104,17 +104,18 @@ class Session:
             like, unlike: lists of prompts, four or more of each, or neither. With them the edit acts on prompts that
                 are like the first ones, a condition that `fastedit.methods.cast.fit` finds.
 
-        Returns the Held.
+        Returns the LoadedEdit.
 
         Raises:
             ValueError: a name, list, layer or position that does not fit. The model is then as it was.
         """
-        name = self.check_name(name)
         positive, negative = _sentences("positive", positive), _sentences("negative", negative)
         like, unlike = (_sentences(which, text, 4) if text else [] for which, text in (("like", like), ("unlike", unlike)))
         if bool(like) != bool(unlike):
             raise ValueError("prompts that it acts on and prompts that it leaves alone go together: give both or neither")
-        with self.lock, self._dialed({}):
+        with self.lock:
+            name = self.check_name(name)
+            self._dial({})
             directions = fastedit.contrast(self.model, self.tokenizer, positive, negative, at=at, method=method)
             layers = best_layers(directions) if layers is None else sorted(set(layers))
             outside = [layer for layer in layers if layer not in directions]
@@ -141,10 +142,15 @@ class Session:
 
     def remove(self, name):
         with self.lock:
-            self.edits.pop(name).handle.remove()
+            self.edits[name].handle.remove()
+            del self.edits[name]
 
-    def _dialed(self, dials):
-        return _Dialed(self.edits, dials)
+    def _dial(self, dials):
+        """Every edit at its dial, the others at 0. Called with the lock held."""
+        for name, held in self.edits.items():
+            strength = float(dials.get(name, 0.0))
+            if held.handle.strength != strength:
+                held.handle.strength = strength
 
     # --- chat -------------------------------------------------------------------------------------------------
 
@@ -168,31 +174,31 @@ class Session:
         ends = _ends(self.model, self.tokenizer)
         generator = torch.Generator().manual_seed(seed)
         plain, edited, shadow = (_Stream(self._prompt(m), device) for m in (plain_messages, edited_messages, edited_messages))
-        kl, deciding = 0.0, None
-        for _ in range(max_new_tokens):
+        deciding = None
+        for left in range(max_new_tokens - 1, -1, -1):
             with self.lock:
                 now = {name for name, held in self.edits.items() if held.decides}
                 if deciding is not None and now - deciding:  # it decides on the prompt: that is read once more
                     for stream in (plain, edited, shadow):
                         stream.again()
                 deciding = now
-                with self._dialed({}):
-                    plain.advance(self.model, self._cache_name, self.edits)
-                    shadow.advance(self.model, self._cache_name, self.edits)
-                with self._dialed(dials()):
-                    edited.advance(self.model, self._cache_name, self.edits)
+                self._dial({})
+                plain.advance(self.model, self._cache_name, self.edits)
+                shadow.advance(self.model, self._cache_name, self.edits)
+                self._dial(dials())
+                edited.advance(self.model, self._cache_name, self.edits)
             uniform = torch.rand((), generator=generator).item()
+            kl = None
             if not edited.finished:
                 p, q = shadow.logits.double().log_softmax(-1), edited.logits.double().log_softmax(-1)
                 kl = (p.exp() * (p - q)).sum().item()
             plain.take(temperature, uniform, ends)
             edited.take(temperature, uniform, ends)
             shadow.follow(edited)
-            finished = plain.finished and edited.finished
+            finished = (plain.finished and edited.finished) or not left
             yield Step(self._text(plain), self._text(edited), kl, finished)
             if finished:
                 return
-        yield Step(self._text(plain), self._text(edited), kl, True)
 
     def _text(self, stream):
         return self.tokenizer.decode(stream.written, skip_special_tokens=True)
@@ -213,7 +219,8 @@ class Session:
             raise ValueError(f"{name!r} has no direction in the residual stream, so it cannot color tokens")
         ids, pieces = self._pieces(text)
         layers = list(directions)
-        with self.lock, self._dialed(dials or {}):
+        with self.lock:
+            self._dial(dials or {})
             found = residual_stream(self.model, [layer + 1 for layer in layers], {"input_ids": ids})
         rows = [
             torch.cosine_similarity(hidden[0].float().cpu(), directions[layer], dim=-1)
@@ -240,7 +247,8 @@ class Session:
         An edit made here that acts on every token is written as a GGUF control vector, too.
         """
         held, folder = self.edits[name], Path(folder)
-        with self.lock, self._dialed({name: dial}):
+        with self.lock:
+            self._dial({name: dial})
             held.handle.save(folder / name)
         paths = [folder / name]
         everywhere = all(edit.gate is None and edit.positions in (None, "all") for edit in held.handle.edits)
@@ -267,22 +275,6 @@ class Session:
         }
 
 
-class _Dialed:
-    """Every edit at its dial, the others at 0. The model's lock is held meanwhile."""
-
-    def __init__(self, edits, dials):
-        self.edits, self.dials = edits, dials
-
-    def __enter__(self):
-        for name, held in self.edits.items():
-            strength = float(self.dials.get(name, 0.0))
-            if held.handle.strength != strength:
-                held.handle.strength = strength
-
-    def __exit__(self, *exception):
-        return False
-
-
 class _Stream:
     """One reply as it is written."""
 
@@ -299,12 +291,16 @@ class _Stream:
         """One forward, from the tokens that the cache does not hold yet to the next token's logits."""
         if self.finished:
             return
-        for held in edits.values():
-            held.handle.prompt(len(self.prompt))
-            break  # the prompt's length is the model's, not one handle's
+        first = next(iter(edits.values()), None)  # the prompt's length is the model's, not one handle's
+        if first is not None:
+            first.handle.prompt(len(self.prompt))
         mask = torch.ones(1, len(self.prompt) + len(self.written), dtype=torch.long, device=self.device)
         given = {} if self.cache is None else {cache_name: self.cache}
-        out = model(input_ids=self.next, attention_mask=mask, use_cache=True, **given)
+        try:
+            out = model(input_ids=self.next, attention_mask=mask, use_cache=True, **given)
+        finally:
+            if first is not None:
+                first.handle.prompt(None)
         self.cache = getattr(out, cache_name, None) or out["past_key_values"]
         self.logits = out.logits[0, -1].float().cpu()
 

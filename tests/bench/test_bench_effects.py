@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import fastedit as fe  # noqa: E402
 from bench import report  # noqa: E402
-from bench.effects import chat, rahf, recontrol, sst2, statistics, steering, stories  # noqa: E402
+from bench.effects import chat, picture, rahf, recontrol, sst2, statistics, steering, stories  # noqa: E402
 from bench.effects.rows import Rows  # noqa: E402
 from bench.training import preferences, smollm2  # noqa: E402
 from fastedit import examples  # noqa: E402
@@ -34,6 +34,18 @@ def test_the_trend_is_that_of_all_permutations():
     assert z == pytest.approx(exact * math.sqrt(8 / 7), rel=1e-12)
     assert p == pytest.approx(2 * (1 - torch.distributions.Normal(0, 1).cdf(torch.tensor(z)).item()), abs=1e-6)
     assert statistics.trend([4, 3, 2, 1], [9] * 4)[0] < 0 and statistics.trend([0, 0], [5, 5]) == (0.0, 1.0)
+
+
+def test_the_picture_of_the_readme_is_that_of_the_results(tmp_path, monkeypatch):
+    from PIL import Image
+
+    picture.draw(tmp_path / "doses.png")
+    with Image.open(tmp_path / "doses.png") as drawn, Image.open(ROOT / "docs" / "doses.png") as kept:
+        assert kept.text["Source"] == drawn.text["Source"] and kept.size == drawn.size
+    for part in ("shares", "costs", "said"):  # none of them goes unnoticed
+        with monkeypatch.context() as other:
+            other.setattr(picture, part, dict)
+            assert picture.digest() != kept.text["Source"]
 
 
 def test_the_error_of_a_mean_and_of_the_mean_of_samples():

@@ -1,8 +1,11 @@
 """The playground without a page: replies side by side, dials, colors, directions, export; and its page in a browser."""
 
 import contextlib
+import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fastedit as fe
 from fastedit.examples import HAPPY, SAD, lines
+from fastedit.patching.handle import handles
 from fastedit.playground.session import Session, best_layers
 
 WORDS = "the a girl boy was happy sad smiled cried laughed wept glad upset and he she they".split()  # noqa: SIM905
@@ -60,6 +64,73 @@ def test_a_dial_changes_one_side_and_a_turn_shows_in_the_next_token(session, tem
             dials["happy"] = 3.0
     assert step.plain == before.plain
     assert kls[:4] == [0] * 4 and kls[4] > 0.1
+
+
+def test_every_token_is_that_of_the_dial_as_it_stood_just_before_it(session):
+    """Against whole sequences through plain hooks, in which each position has the dial that stood when it was read."""
+    held = session.create("happy", POSITIVE, NEGATIVE, layers=[1, 2])
+    turned, dials = [0.0, 4.0, 4.0, -4.0, 0.0, 2.0], {}
+    steps = session.reply(ASK, ASK, lambda: dials, max_new_tokens=len(turned))
+    prompt = session._prompt(ASK)
+    ids, by_position = list(prompt), []
+    for number, dial in enumerate(turned):
+        dials["happy"] = dial  # the generator stands still between two tokens
+        step = next(steps)
+        by_position += [dial] * (len(ids) - len(by_position))
+        p, q = (_hooked(session, held, ids, by) for by in ([0.0] * len(ids), by_position))
+        assert step.kl == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-3, abs=1e-6)
+        assert number == 0 or step.kl > 0
+        ids.append(int(q.argmax()))
+        assert step.edited == session.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def _hooked(session, held, ids, dials):
+    """log p of the next token, float64, with dials[k] at position k."""
+    amount = torch.tensor(dials)[:, None] * held.statistics["strength"]
+    hooks = [
+        session.model.model.layers[layer].register_forward_hook(
+            lambda m, a, out, add=amount * held.directions[layer]: (
+                out + add if isinstance(out, torch.Tensor) else (out[0] + add, *out[1:])
+            )
+        )
+        for layer in held.statistics["layers"]
+    ]
+    with session.lock:
+        session._dial({})
+        logits = session.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    return logits.double().log_softmax(-1)
+
+
+def test_a_reply_has_a_step_a_token_and_leaves_no_prompt_length_behind(session):
+    """color and other forwards of the same thread are no replies."""
+    text = "the girl was happy"
+    session.create("last", POSITIVE, NEGATIVE, positions="generated")
+    before = session.color(text, "last", {"last": 3.0})[2]
+    assert len(list(session.reply(ASK, ASK, lambda: {"last": 1.0}, max_new_tokens=4))) <= 4
+    assert torch.equal(session.color(text, "last", {"last": 3.0})[2], before)
+
+
+def test_two_visitors_give_one_name(session):
+    errors = []
+
+    def make():
+        try:
+            session.create("twin", POSITIVE, NEGATIVE)
+        except ValueError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=make) for _ in range(2)]
+    with session.lock:
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 1 and "taken" in errors[0]
+    assert [held.handle for held in session.edits.values()] == handles(session.model)
 
 
 def test_the_edited_side_is_generate_under_the_edit(session):
@@ -143,7 +214,7 @@ def test_layers_and_positions_are_those_asked_for(session, tmp_path):
     (edit,) = session.edits["late"].handle.edits
     assert list(edit.layers) == [2, 3] and "positions='generated'" in repr(edit)
     assert "layers 2 to 3" in session.edits["late"].about and "on generated" in session.edits["late"].about
-    kls = [step.kl for step in session.reply(ASK, ASK, lambda: {"late": 3.0}, max_new_tokens=4)]
+    kls = [step.kl for step in session.reply(ASK, ASK, lambda: {"late": 3.0}, max_new_tokens=4) if step.kl is not None]
     assert kls[0] == 0 and kls[1] > 0.1  # the first token's logits are those of the prompt
     assert [path.name for path in session.export("late", 1.0, tmp_path)] == ["late"]  # llama.cpp knows no positions
     three = {"like": POSITIVE, "unlike": NEGATIVE}
@@ -164,7 +235,7 @@ def test_a_condition_on_the_prompt_opens_for_some_and_holds_for_a_reply_under_wa
     moved = {}
     for text in ("the boy and he", "the girl and she"):
         ask = [{"role": "user", "content": text}]
-        moved[text] = max(step.kl for step in session.reply(ask, ask, lambda: {"happy": 3.0}, max_new_tokens=4))
+        moved[text] = max(step.kl or 0 for step in session.reply(ask, ask, lambda: {"happy": 3.0}, max_new_tokens=4))
     assert moved["the boy and he"] > 0.1 and moved["the girl and she"] == 0
     ask, dials, kls = [{"role": "user", "content": "the boy and he"}], {"happy": 0.0}, []
     for number, step in enumerate(session.reply(ask, ask, lambda: dials, max_new_tokens=6)):
@@ -196,6 +267,43 @@ def test_a_model_that_fails_to_load_is_one_line_and_no_page(tmp_path):
     for arguments in (["playground", str(tmp_path / "model")], ["playground", "smollm2", "--edits", str(tmp_path / "none")]):
         said = invoke(*arguments, code=2)
         assert "Traceback" not in said and str(arguments[-1]) in "".join(said.split())
+
+
+FIRST_VISIT = """
+import json, sys, types, urllib.request
+from fastedit.playground import page
+
+served = page.serve(types.SimpleNamespace(edits={}), "tiny", port=7997, block=False)
+before = set(sys.modules)
+
+def asked(path, sent=None):
+    sent = sent and json.dumps(sent).encode()
+    request = urllib.request.Request(served.local_url + path, sent, {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request)
+
+sizes = {"page": len(asked("").read())}
+config = json.load(asked("config"))
+first = [d for d in config["dependencies"] if any(event == "load" for _, event in d["targets"])]
+for d in first:
+    asked("gradio_api/queue/join", {"data": [None] * len(d["inputs"]), "fn_index": d["id"], "session_hash": "visitor"}).read()
+with asked("gradio_api/queue/data?session_hash=visitor") as told:
+    messages = [json.loads(line[6:]) for line in told if line.startswith(b"data: ")]
+done = [m["success"] for m in messages if m["msg"] == "process_completed"]
+kinds = [component["type"] for component in config["components"]]
+print(json.dumps({"imported": sorted(set(sys.modules) - before), "done": done, "kinds": kinds}), flush=True)
+import os
+os._exit(0)
+"""
+
+
+def test_a_first_visit_waits_for_no_import_and_no_hidden_tab():
+    pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
+    ran = subprocess.run([sys.executable, "-c", FIRST_VISIT], capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    told = json.loads(ran.stdout.splitlines()[-1])
+    assert told["done"] == [True]  # the dials: the only event before a visitor does something
+    assert len(told["imported"]) < 40, told["imported"]  # Matplotlib's pyplot alone is more than a hundred
+    assert not {"code", "file", "html"} & set(told["kinds"])  # of tabs that nobody has opened
 
 
 @contextlib.contextmanager
@@ -251,6 +359,28 @@ def send(tab, text, written):
     tab.fill("#message textarea", text)
     tab.click("#send")
     tab.wait_for_function("text => document.querySelector('#edited').innerText.includes(text)", arg=written)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_model_that_fails_is_a_message_in_the_browser_and_the_page_goes_on(session, monkeypatch):
+    """While it is loaded there is no page yet: test_a_model_that_fails_to_load_is_one_line_and_no_page."""
+    with opened(session, "tiny", 7996) as (browser, url):
+        tab = new_tab(browser, url, set())
+        put(tab, "#length", 8)
+        forward = session.model.forward
+        monkeypatch.setattr(session.model, "forward", lambda *a, **more: broken())
+        tab.fill("#message textarea", ASK[0]["content"])
+        tab.click("#send")
+        tab.wait_for_function("document.body.innerText.includes('The model failed while it wrote')")
+        said = tab.inner_text("body")
+        assert "RuntimeError: there is no memory left" in said and "Traceback" not in said and ".py" not in said
+        monkeypatch.setattr(session.model, "forward", forward)
+        send(tab, ASK[0]["content"], last(session, dict).edited)
+
+
+def broken():
+    raise RuntimeError("there is no memory left")
 
 
 @pytest.mark.slow
