@@ -68,6 +68,9 @@ def _trajectories_of(folder):
     return {float(found.prompts[0]), found.rewards.item(), *found.states.unique().tolist()}
 
 
+# What needs transformers imports it where it runs: a fork of a process that holds it costs three times as much.
+
+
 @functools.cache
 def _trainee():
     """A model with an edit that trains, and a head beside it, as EditTrainer saves them at a checkpoint."""
@@ -78,7 +81,7 @@ def _trainee():
 
 
 def _checkpoint(folder, value):
-    from fastedit.training import recipes  # with transformers: a fork of a process that holds it costs three times as much
+    from fastedit.training import recipes
 
     llama, handle = _trainee()
     with torch.no_grad():
