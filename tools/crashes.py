@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -21,7 +22,6 @@ from fastedit.capturing import capture as capturing
 from fastedit.capturing.rows_on_disk import Rows, RowWriter
 from fastedit.files import edit_file
 from fastedit.methods.trajectories import Trajectories
-from fastedit.training import recipes
 
 from . import table
 from .readers import WIDTH, model
@@ -68,6 +68,9 @@ def _trajectories_of(folder):
     return {float(found.prompts[0]), found.rewards.item(), *found.states.unique().tolist()}
 
 
+# What needs transformers imports it where it runs: a fork of a process that holds it costs three times as much.
+
+
 @functools.cache
 def _trainee():
     """A model with an edit that trains, and a head beside it, as EditTrainer saves them at a checkpoint."""
@@ -78,6 +81,8 @@ def _trainee():
 
 
 def _checkpoint(folder, value):
+    from fastedit.training import recipes
+
     llama, handle = _trainee()
     with torch.no_grad():
         for tensor in (*handle.parameters(), llama.score.weight):
@@ -86,6 +91,8 @@ def _checkpoint(folder, value):
 
 
 def _checkpoint_of(folder):
+    from fastedit.training import recipes
+
     llama, handle = _trainee()
     recipes.load_trained(llama, handle, folder)
     found = {tensor.unique().item() for tensor in (*handle.parameters(), llama.score.weight)}
@@ -134,16 +141,17 @@ def _bank_of(folder):
 
 SAVED = {
     "edit": (_edit, _edit_of), "directions": (_directions, _directions_of), "rows": (_rows, _rows_of),
-    "trajectories": (_trajectories, _trajectories_of), "checkpoint": (_checkpoint, _checkpoint_of),
-    "resume": (_resume, _resume_of),
+    "trajectories": (_trajectories, _trajectories_of), "resume": (_resume, _resume_of),
+    "checkpoint": (_checkpoint, _checkpoint_of),
 }  # fmt: skip
 KINDS = {**SAVED, "bank": (_bank, _bank_of)}
 
 
 def attack(kind, kills, seed=0, where=None):
-    """(kills, kills that hit a save, mixtures or losses) of one kind, two writers at a time every other round."""
+    """(rounds, writers killed while they wrote, mixtures or losses) of one kind, two writers at a time every other round."""
     write, read = KINDS[kind]
     draw, hit, wrong = random.Random(seed), 0, 0
+    begun, begin = os.pipe()
     with tempfile.TemporaryDirectory(dir=where) as base:
         folder = Path(base) / kind
         folder.mkdir()
@@ -152,11 +160,15 @@ def attack(kind, kills, seed=0, where=None):
         write(folder, 1.0)
         once = time.perf_counter() - start
         for number in range(kills):
-            children = [_child(write, folder, float(2 + n)) for n in range(1 + number % 2)]
+            children = [_child(write, folder, float(2 + n), begin) for n in range(1 + number % 2)]
+            for _ in children:  # on a busy machine a writer would else be killed before it began
+                os.read(begun, 1)
             time.sleep(draw.random() * once * 2)
             for child in children:
                 os.kill(child, signal.SIGKILL)
-                hit += os.waitpid(child, 0)[1] != 0
+                status = os.waitpid(child, 0)[1]
+                hit += status == signal.SIGKILL
+                wrong += status != signal.SIGKILL  # it failed
             try:
                 wrong += len(read(folder)) != 1
             except ValueError as error:
@@ -164,15 +176,23 @@ def attack(kind, kills, seed=0, where=None):
                 wrong += 1
         write(folder, 9.0)
         wrong += read(folder) != {9.0}
+    os.close(begun), os.close(begin)
     return kills, hit, wrong
 
 
-def _child(write, folder, value):
+def _child(write, folder, value, begin):
+    """The process that writes again and again, from a byte in the pipe `begin` on."""
     pid = os.fork()
     if pid == 0:
-        torch.set_num_threads(1)
-        while True:
-            write(folder, value)
+        try:
+            torch.set_num_threads(1)
+            os.write(begin, b".")
+            while True:
+                write(folder, value)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
     return pid
 
 

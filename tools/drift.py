@@ -3,12 +3,14 @@
     python -m tools.drift                               every lane, an hour or two; needs a package index
     python -m tools.drift numpy jax "peft oldest"       some of them
 
-A lane is a folder with the other version, in front of the environment's own packages; the environment stays as it was. What
-the newest of everything makes of the whole suite: make newest.
+A lane is a folder with the other version, in front of the environment's own packages; the environment stays as it was. torch
+comes from its own index of builds for the CPU: others need CUDA's libraries beside them. What the newest of everything makes of
+the whole suite: make newest.
 """
 
 import argparse
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -24,12 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Lane:
-    """oldest: what pyproject.toml lets in, with what that version insists on. tests: files of tests/, and options."""
+    """oldest: what pyproject.toml lets in, with what that version insists on. tests: files of tests/. index: pip's."""
 
     package: str
     oldest: tuple
     tests: tuple
     newest: tuple = ()
+    index: str | None = None
 
     def specifications(self, age):
         return self.oldest if age == "oldest" else (self.package, *self.newest)
@@ -41,7 +44,10 @@ LANES = (
         "jax", ("jax==0.8.0", "jaxlib==0.8.0"), ("test_jax", "test_jax_errors", "test_jax_transforms", "test_xla_abi"),
         ("jaxlib",),
     ),
-    Lane("torch", ("torch==2.11.0",), ("test_thin_face", "test_torch_face", "test_ops", "test_patch", "test_second_derivatives")),
+    Lane(
+        "torch", ("torch==2.11.0",), ("test_thin_face", "test_torch_face", "test_ops", "test_patch", "test_second_derivatives"),
+        index="https://download.pytorch.org/whl/cpu",
+    ),
     Lane(
         "transformers", ("transformers==5.17.0", "huggingface_hub>=1.5,<2"),
         ("test_patch", "test_patch_fused", "test_rows_generate", "test_positions", "test_families"), ("huggingface_hub",),
@@ -65,13 +71,19 @@ def run(lane, age, folder, options):
     row = {"package": lane.package, "age": age, "tested": importlib.metadata.version(lane.package), "version": "", "tests": 0}
     row |= {"failed": 0, "skipped": 0, "wall_s": 0.0}
     begun = time.monotonic()
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade"]
-    done = subprocess.run([*install, "--target", str(place), *lane.specifications(age)], capture_output=True, text=True)
-    if done.returncode:
-        return row | {"version": "not installed"}, [done.stderr.strip().splitlines()[-1][:200]]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    install += [] if lane.index is None else ["--index-url", lane.index]
+    wanted = lane.specifications(age)
+    look = [*install, "--dry-run", "--ignore-installed", "--report", "-", wanted[0]]
+    found = subprocess.run(look, capture_output=True, text=True)
+    if not found.returncode:
+        row["version"] = json.loads(found.stdout)["install"][0]["metadata"]["version"]
+        if row["version"] == row["tested"]:
+            return row, ["the tested version: nothing to run"]
+        found = subprocess.run([*install, "--upgrade", "--target", str(place), *wanted], capture_output=True, text=True)
+    if found.returncode:
+        return row | {"version": "not installed"}, [(found.stderr.strip() or "pip said nothing").splitlines()[-1][:200]]
     row["version"] = version(place, lane.package)
-    if row["version"] == row["tested"]:
-        return row, ["the tested version: nothing to run"]
     report = place / "tests.xml"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
     files = [str(path) for name in lane.tests for path in sorted((ROOT / "tests").rglob(f"{name}.py"))]

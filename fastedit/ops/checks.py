@@ -168,6 +168,8 @@ def _check_norm(x, given):
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected ({x.shape[-1]},) as the rows' width")
         if parameter.dtype != residual:
             raise TypeError(f"the norm's {name} has dtype {parameter.dtype} and the residual {residual}, expected the same dtype")
+        if parameter.device != x.device:
+            raise ValueError(f"the norm's {name} is on {parameter.device} and x on {x.device}; move one with .to()")
     check_norm_kind(given["weight"], given["norm_bias"], given["kind"])
     if type(given["eps"]) is not float:
         as_number("eps", given["eps"])

@@ -210,6 +210,13 @@ BAD = [
     (lambda: ops.edit_add_norm(H, H, ONE, norm_bias=ONE), ValueError, "belongs to kind='layer'"),
     (lambda: ops.edit_add_norm(H, H, torch.ones(4)), ValueError, r"weight has shape \(4,\)"),
     (lambda: ops.edit_add_norm(H, H, ONE.bfloat16()), TypeError, "the norm's weight has dtype torch.bfloat16"),
+    # Of fp64 rows, which the reference serves, and of no rows at all: nothing behind the checks looks.
+    (lambda: ops.edit_add_norm(H.double(), H, ONE.double().to("meta")), ValueError, "norm's weight is on meta and x on cpu"),
+    (lambda: ops.edit_add_norm(H[:0], H[:0], ONE.to("meta")), ValueError, "norm's weight is on meta and x on cpu"),
+    (
+        lambda: ops.edit_add_norm(H[:0], H[:0], ONE, kind="layer", norm_bias=ONE.to("meta")),
+        ValueError, "norm's norm_bias is on meta and x on cpu",
+    ),
     (lambda: ops.project(H, torch.ones(1, 4)), ValueError, "read has shape"),
 ]
 

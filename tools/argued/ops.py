@@ -371,6 +371,8 @@ def norm_of(given, x, dtype):
     for name in ("weight", "norm_bias"):
         value = given.get(name)
         need(value is None or (held(value) and tuple(value.shape) == (width,) and value.dtype is dtype), name)
+        if held(value) and value.is_neg():
+            raise Unsaid(name)
         need(value is not None or kind == "layer" or name == "norm_bias", "a norm without weight")
         need(value is None or name == "weight" or kind == "layer", "norm_bias")
         found.append(None if value is None else value.detach().double())
