@@ -8,7 +8,7 @@ Fixed before the first run:
                of the 30 blocks. The published setting reads whole answers, with Gemma-2-2B
     methods    a direction w from the answers' tokens: difference of means; first principal component of the tokens that hold
                the concept, its sign by the texts trained on; logistic regression on standardized tokens
-    trained    detectors.py: ReFT-r1, a direction as well, and RED, which scores a text by itself
+    trained    detectors.py, after 16 blocks: ReFT-r1, a direction as well, and RED, which scores a text by itself
     controls   random directions, and differences of means with the labels of the texts dealt at random; seeds 0, 1, 2
     score      the largest h·w of a text's tokens; AUROC for each concept; Student's 95 % interval over the ten
 """
@@ -37,11 +37,16 @@ METHODS = {
 KEYS, FIELDS = ("method", "blocks", "seed"), ("auroc", "hard", "concepts")
 
 
+TRAINED = ("reft-r1", "red")  # half an hour each on an idle core: after the last of BLOCKS alone
+
+
 def plan():
     return [
         (method, blocks, seed)
-        for blocks in BLOCKS
+        for trained in (False, True)
+        for blocks in BLOCKS[-1:] if trained else BLOCKS
         for method in METHODS
+        if (method in TRAINED) is trained
         for seed in (SEEDS if method in ("random", "shuffled") else (0,))
     ]
 

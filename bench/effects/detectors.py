@@ -14,7 +14,7 @@ from fastedit.patching.eval_mode import evaluating
 from fastedit.training.batches import Padded, token_logps
 from fastedit.training.reference import at_strength
 
-K, L1, RATE_R1, RATE_RED, EPOCHS, BATCH = 8, 0.005, 0.01, 0.02, 3, 12
+K, L1, RATE_R1, RATE_RED, EPOCHS, BATCH = 8, 0.005, 0.01, 0.02, 2, 12
 
 
 def reft_r1(model, positive, negative, blocks, seed):

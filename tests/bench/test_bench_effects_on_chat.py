@@ -178,11 +178,11 @@ def test_concepts_are_found_by_direction_and_not_by_chance(tiny, tmp_path, monke
     concepts.run(tmp_path, tmp_path, tiny)
     path = tmp_path / "effects-concepts.csv"
     rows = rows_of(concepts, path)
-    assert len(rows) == len(concepts.plan()) == 2 * (5 + 2 * 2)
+    assert len(rows) == len(concepts.plan()) == 2 * (3 + 2 * 2) + 2
     for row in rows.values():
         assert len(json.loads(row["auroc"])) == 2 and len(json.loads(row["hard"])) == 1  # one concept has hard negatives
-    for method in ("logistic", "red"):
-        assert sum(json.loads(rows[method, "1", "0"]["auroc"])) > 1.5, method
+    for method, blocks in (("logistic", "1"), ("red", "2")):
+        assert sum(json.loads(rows[method, blocks, "0"]["auroc"])) > 1.5, method
     for name, parameter in tiny[0].named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.requires_grad and parameter.grad is None, name
     table(concepts, path, 2 + len(concepts.METHODS))
