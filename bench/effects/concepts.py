@@ -44,7 +44,7 @@ def plan():
     return [
         (method, blocks, seed)
         for trained in (False, True)
-        for blocks in BLOCKS[-1:] if trained else BLOCKS
+        for blocks in (BLOCKS[-1:] if trained else BLOCKS)
         for method in METHODS
         if (method in TRAINED) is trained
         for seed in (SEEDS if method in ("random", "shuffled") else (0,))
