@@ -174,6 +174,7 @@ def test_concepts_are_found_by_direction_and_not_by_chance(tiny, tmp_path, monke
     axbench(tmp_path)
     for name, value in (("CONCEPTS", 2), ("BLOCKS", (1, 2)), ("SEEDS", (0, 1))):
         monkeypatch.setattr(concepts, name, value)
+    monkeypatch.setattr(detectors, "EPOCHS", 10)  # of one batch
     before = {name: parameter.detach().clone() for name, parameter in tiny[0].named_parameters()}
     concepts.run(tmp_path, tmp_path, tiny)
     path = tmp_path / "effects-concepts.csv"
