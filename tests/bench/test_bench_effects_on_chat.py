@@ -174,7 +174,6 @@ def test_concepts_are_found_by_direction_and_not_by_chance(tiny, tmp_path, monke
     axbench(tmp_path)
     for name, value in (("CONCEPTS", 2), ("BLOCKS", (1, 2)), ("SEEDS", (0, 1))):
         monkeypatch.setattr(concepts, name, value)
-    monkeypatch.setattr(detectors, "EPOCHS", 10)  # of one batch
     before = {name: parameter.detach().clone() for name, parameter in tiny[0].named_parameters()}
     concepts.run(tmp_path, tmp_path, tiny)
     path = tmp_path / "effects-concepts.csv"
@@ -182,15 +181,14 @@ def test_concepts_are_found_by_direction_and_not_by_chance(tiny, tmp_path, monke
     assert len(rows) == len(concepts.plan()) == 2 * (3 + 2 * 2) + 2
     for row in rows.values():
         assert len(json.loads(row["auroc"])) == 2 and len(json.loads(row["hard"])) == 1  # one concept has hard negatives
-    for method, blocks in (("logistic", "1"), ("red", "2")):
-        assert sum(json.loads(rows[method, blocks, "0"]["auroc"])) > 1.5, method
+    assert sum(json.loads(rows["logistic", "1", "0"]["auroc"])) > 1.5
     for name, parameter in tiny[0].named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.requires_grad and parameter.grad is None, name
     table(concepts, path, 2 + len(concepts.METHODS))
     unchanged(path, lambda: concepts.run(tmp_path, tmp_path, (None, None)))
 
 
-def test_reft_r1_finds_the_direction_that_says_the_concept(tiny, monkeypatch):
+def test_what_is_trained_finds_the_texts_that_say_the_concept(tiny, monkeypatch):
     """With its own v added, a text that holds the concept is likelier; what it learns is no more than a direction."""
     model, tokenizer = tiny
     asked = examples.lines(examples.PROMPTS)[:8]
@@ -209,6 +207,10 @@ def test_reft_r1_finds_the_direction_that_says_the_concept(tiny, monkeypatch):
             likely[name] = detectors._likely(model, sides[0]).mean().item()
     assert likely["trained"] > likely["start"] + 0.1, likely
     assert not model.model.layers[1]._forward_hooks
+    monkeypatch.setattr(detectors, "EPOCHS", 20)
+    others = concepts.encoded(tokenizer, [{"input": one, "output": "I feel lonely, nobody calls any more"} for one in asked])
+    gains = detectors.red_gain(model, sides[0], [*sides[0], *others], 2, 0)
+    assert gains[:8].min() > gains[8:].max() and gains[:8].min() > 0, gains
 
 
 def test_states_are_those_of_the_answer(tiny):
