@@ -7,6 +7,7 @@ from collections.abc import Iterable
 FP32_MAX = 3.4028234663852886e38
 MAX_RANK = 64  # of an edit: what the kernels keep of a row in registers
 MOST_GROUPS = 1 << 20
+MOST_SLOTS = 1 << 31  # a row's slot is an int32
 NORM_KINDS = {"rms": 0, "gemma": 1, "layer": 2}
 
 # Every op by the names of its arguments and results: the schema of its operator under torch.compile, and what the faces and

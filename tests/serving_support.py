@@ -154,3 +154,28 @@ def tokens(llm, asked, **changes):
     found = llm.generate(inputs, [params(name, s, **changes) for _, name, s in asked], use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in found]
 
+
+_NAMES = (
+    "", "..", "../red", "/etc/passwd", "red/edit.json", "x" * 300, "\0", "nobody", "red ", "é", 7, None,
+)  # fmt: skip
+_STRENGTHS = (
+    1.0, 0, -0.5, 2, 1e39, -3e38, float("nan"), float("inf"), "1", None, True, 10**400, [], [1.0], [1.0, 0.5], {}, b"1",
+)  # fmt: skip
+_KEYS = (
+    "fastedit", "fastedit_strength", "fastedit", "fastedit_strength", "fastedit_strengths", "Fastedit", "fastedit_plan",
+    "cache_salt", "other",
+)  # fmt: skip
+
+
+def any_content(draw, *served):
+    """The extra arguments of a request as a client may write them: a sound one's, one or two of them replaced or added."""
+    given = {"fastedit": draw.choice(served), "fastedit_strength": 1.0}
+    given = {key: value for key, value in given.items() if draw.random() < 0.8}
+    return given | {draw.choice(_KEYS): _value(draw, served + _NAMES) for _ in range(draw.choice((1, 1, 2)))}
+
+
+def _value(draw, names):
+    value = draw.choice(names + _STRENGTHS)
+    if draw.random() < 0.3:
+        value = [draw.choice(names if draw.random() < 0.5 else _STRENGTHS) for _ in range(draw.choice((1, 2, 2, 20, 400)))]
+    return [value] if draw.random() < 0.05 else value

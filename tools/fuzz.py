@@ -1,21 +1,23 @@
 """make fuzz: every reader of files on mutated ones. Findings: an exception that is not documented, a second, 100 MB.
 
-    python -m tools.fuzz --inputs 50000 --out bench/results/fuzz.csv           each reader in a process of its own
-    python -m tools.fuzz --reader edit.json --inputs 50000 --corpus corpus/     one, which goes on from a kept corpus
+    python -m tools.fuzz --inputs 50000 --out bench/results/fuzz.csv      each reader in a process of its own
+    python -m tools.fuzz --reader edit.json --inputs 50000                  one of them
+    python -m tools.fuzz --keep                                             tests/fixtures/corpus made anew of what was found
 
-With atheris installed (`pip install atheris`), mutations follow the coverage of fastedit's own code, from the inputs kept in
-tests/fixtures/corpus on; without, they are random ones of the sound files, and the table says so. Half of the inputs get the
-checksum that their writer would make. `--keep` writes the smallest corpus of the same coverage back to tests/fixtures/corpus.
+With atheris installed (`pip install atheris`), mutations follow the coverage of fastedit's own code: they start from
+tests/fixtures/corpus and from what earlier runs left in build/fuzz. Without, they are random ones of the sound files, and the
+table says so. Half of the inputs get the checksum that their writer would make. `make test` reads the kept corpus again.
 """
 
 import argparse
+import hashlib
 import importlib.machinery
 import json
+import os
 import random
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +28,7 @@ from . import table
 SECONDS, MEMORY = 1.0, 100 << 20
 FIELDS = ("reader", "engine", "inputs", "loaded", "refused", "corpus", "edges", "slowest_s", "grown_mb", "findings", "wall_s")
 KEPT = Path(__file__).resolve().parent.parent / "tests/fixtures/corpus"
-SMALL = 4096  # bytes of an input that is kept in the repository
+SMALL = 2048  # bytes of an input that is kept in the repository
 
 
 def main():
@@ -34,48 +36,160 @@ def main():
     parser.add_argument("--reader", help="one of tools/readers.py; all by default")
     parser.add_argument("--inputs", type=int, default=50_000, help="for each reader")
     parser.add_argument("--corpus", type=Path, default=Path("build/fuzz"), help="kept, and gone on from")
-    parser.add_argument("--keep", action="store_true", help="no mutations: the corpus, as small as its coverage lets, is kept")
+    parser.add_argument("--keep", action="store_true", help="no mutations: few small inputs that run the same lines are kept")
     parser.add_argument("--out", type=Path, help="a CSV, one row a reader")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.child:
-        return _child(asked)
-    from .readers import readers
-
-    with tempfile.TemporaryDirectory() as folder:
-        names = [asked.reader] if asked.reader else list(readers(folder))
-    rows = [_one(name, asked) for name in names]
+    atheris, readers = (None, _readers()) if asked.keep else _instrumented()
+    shared = Path("/dev/shm")
+    folder = tempfile.mkdtemp(dir=shared if shared.is_dir() else None)
+    try:
+        made = readers(folder)
+        some = {asked.reader: made[asked.reader]} if asked.reader else made
+        if asked.keep:
+            return keep(some, asked.corpus)
+        rows = [_one(name, reader, asked, atheris) for name, reader in some.items()]
+    finally:
+        shutil.rmtree(folder)
     table(rows, asked.out)
     return 1 if any(row["findings"] for row in rows) else 0
 
 
-def _one(name, asked):
+def _readers():
+    from .readers import readers
+
+    return readers
+
+
+def _instrumented():
+    """atheris, and the readers of a fastedit that it sees; or None, and the readers."""
+    try:
+        import atheris
+    except ImportError:
+        return None, _readers()
+    sys.meta_path.insert(0, _Sources())
+    with atheris.instrument_imports(include=["fastedit"]):
+        readers = _readers()
+    if atheris._reserve_counter() < 100:
+        raise SystemExit("atheris instrumented nothing of fastedit: its mutations would follow no coverage")
+    return atheris, readers
+
+
+def _one(name, reader, asked, atheris):
+    """The row of one reader, in a fork: what libFuzzer ends, or a file ends, is that process."""
     place = _place(asked.corpus, name)
-    place.mkdir(parents=True, exist_ok=True)
-    line = [sys.executable, "-m", "tools.fuzz", "--child", "--reader", name]
-    line += ["--inputs", str(asked.inputs), "--corpus", str(place), *(["--keep"] if asked.keep else [])]
+    (place / "corpus").mkdir(parents=True, exist_ok=True)
+    (place / "figures.json").unlink(missing_ok=True)
     start = time.monotonic()
-    with open(place / "log", "w") as log:
-        done = subprocess.run(line, stdout=log, stderr=log)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with open(place / "log", "w") as log:
+                os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+            _run(reader, name, place, asked.inputs, atheris)
+        except SystemExit as ended:
+            os._exit(ended.code or 0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            sys.stderr.flush()
+            os._exit(1)
+        finally:
+            os._exit(0)
+    status = os.waitpid(pid, 0)[1]
     said = (place / "log").read_text(errors="replace")
     try:
         row = json.loads((place / "figures.json").read_text())
     except (OSError, ValueError):
         row = dict.fromkeys(FIELDS, 0) | {"reader": name}
-    if done.returncode:
+    if status:
         row["findings"] = max(1, row["findings"])
         print(said[-4000:], file=sys.stderr)
-    elif asked.keep:
-        shutil.rmtree(_place(KEPT, name), ignore_errors=True)
-        shutil.copytree(place / "kept", _place(KEPT, name))
     row["edges"] = max(map(int, re.findall(r" cov: (\d+)", said)), default=0)
-    row["corpus"] = len(list((place / ("kept" if asked.keep else "corpus")).glob("*")))
+    row["corpus"] = len(list((place / "corpus").iterdir()))
     if row["engine"] == "atheris" and not row["edges"]:
         row["findings"] = max(1, row["findings"])
         print("libFuzzer saw no coverage", file=sys.stderr)
     row["wall_s"] = round(time.monotonic() - start, 1)
     print(row, flush=True)
     return row
+
+
+def _run(reader, name, place, inputs, atheris):
+    feeder = Feeder(reader, name, place, "random" if atheris is None else "atheris", inputs)
+    if atheris is None:
+        for data in _mutated(reader.seeds, inputs):
+            feeder(data)
+        return
+    for number, seed in enumerate(reader.seeds):
+        for first in (b"\0", b"\xff"):
+            (place / "corpus" / f"seed-{number}-{first[0]}").write_bytes(first + seed)
+    words = sorted({word for seed in reader.seeds for word in re.findall(rb"[A-Za-z_][\w .]{2,30}", seed)})
+    (place / "words").write_text("".join(f'"{word.decode()}"\n' for word in words))
+    corpora = [str(path) for path in (place / "corpus", _place(KEPT, name)) if path.is_dir()]
+    options = [f"-runs={inputs}", "-max_len=65536", "-len_control=0", "-timeout=120", "-rss_limit_mb=0"]
+    arguments = [sys.argv[0], *corpora, f"-dict={place / 'words'}", *options]
+    atheris.Setup(arguments, feeder, custom_mutator=lambda *given: _rewritten(atheris.Mutate, *given))
+    atheris.Fuzz()
+
+
+# --- the corpus that the repository holds ---------------------------------------------------------------------------------
+
+
+def kept(name):
+    """The inputs of a reader in the repository."""
+    place = _place(KEPT, name)
+    return [path.read_bytes() for path in sorted(place.iterdir())] if place.is_dir() else []
+
+
+def keep(readers, corpus):
+    """Of what was found, and is small, as little as runs the same lines; into tests/fixtures/corpus."""
+    for name, reader in readers.items():
+        found = {path.read_bytes() for path in (_place(corpus, name) / "corpus").glob("*")} | set(kept(name))
+        chosen = smallest(reader, sorted((data for data in found if len(data) <= SMALL), key=lambda data: (len(data), data)))
+        place = _place(KEPT, name)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        for data in chosen:
+            (place / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+        print(f"{name}: {len(chosen)} of {len(found)} inputs, {sum(map(len, chosen))} bytes", flush=True)
+    return 0
+
+
+def smallest(reader, inputs):
+    """Those of the inputs that together run every step from line to line that any of them runs, taken greedily."""
+    steps = {data: lines_of(reader, data) for data in inputs}
+    left, chosen = set().union(*steps.values()), []
+    while left:
+        best = max(inputs, key=lambda data: (len(steps[data] & left), -len(data), data))
+        chosen.append(best)
+        left -= steps[best]
+    return chosen
+
+
+def lines_of(reader, data):
+    """{(file, line before, line)} of fastedit's own code under an input."""
+    steps = set()
+
+    def called(frame, event, argument):
+        file = frame.f_code.co_filename
+        if "/fastedit/" not in file:
+            return None
+        before = 0
+
+        def line(frame, event, argument):
+            nonlocal before
+            steps.add((file, before, frame.f_lineno))
+            before = frame.f_lineno
+            return line
+
+        return line
+
+    content = _content(reader, data)
+    sys.settrace(called)
+    try:
+        reader.feed(content)
+    finally:
+        sys.settrace(None)
+    return steps
 
 
 class Feeder:
@@ -95,7 +209,7 @@ class Feeder:
     def __call__(self, data):
         if len(data) > 1 << 20:
             return
-        content = self.reader.repair(data[1:]) if data[:1] < b"\x80" else data[1:]
+        content = _content(self.reader, data)
         start = time.process_time()  # of the processor: a busy machine is no finding; a hang is libFuzzer's -timeout
         try:
             loaded = self.reader.feed(content)
@@ -119,6 +233,11 @@ class Feeder:
         (self.place / "figures.json").write_text(json.dumps(self.row))
 
 
+def _content(reader, data):
+    """The first byte says whether the checksum is made right."""
+    return reader.repair(data[1:]) if data[:1] < b"\x80" else data[1:]
+
+
 def _place(corpus, name):
     return corpus / "".join(c if c.isalnum() else "-" for c in name)
 
@@ -136,47 +255,6 @@ class _Sources:
                     spec.loader = importlib.machinery.SourceFileLoader(name, spec.origin)
                 return spec
         return None
-
-
-def _child(asked):
-    try:
-        import atheris
-    except ImportError:
-        atheris = None
-    if atheris is not None:
-        sys.meta_path.insert(0, _Sources())
-        with atheris.instrument_imports(include=["fastedit"]):
-            from .readers import readers
-    else:
-        from .readers import readers
-    shared, place = Path("/dev/shm"), asked.corpus
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        reader = readers(folder)[asked.reader]
-        feeder = Feeder(reader, asked.reader, place, "random" if atheris is None else "atheris", asked.inputs)
-        if atheris is None:
-            for data in _mutated(reader.seeds, asked.inputs):
-                feeder(data)
-            return 0
-        if atheris._reserve_counter() < 100:
-            raise SystemExit("atheris instrumented nothing of fastedit: its mutations would follow no coverage")
-        seeds = place / "corpus"
-        seeds.mkdir(exist_ok=True)
-        for number, seed in enumerate(reader.seeds):
-            for first in (b"\0", b"\xff"):
-                (seeds / f"seed-{number}-{first[0]}").write_bytes(first + seed)
-        words = sorted({word for seed in reader.seeds for word in re.findall(rb"[A-Za-z_][\w .]{2,30}", seed)})
-        (place / "words").write_text("".join(f'"{word.decode()}"\n' for word in words))
-        options = [f"-runs={asked.inputs}", "-max_len=65536", "-len_control=0", "-timeout=120", "-rss_limit_mb=0"]
-        if asked.keep:
-            shutil.rmtree(place / "kept", ignore_errors=True)
-            (place / "kept").mkdir()
-            arguments = ["-merge=1", f"-max_len={SMALL}", str(place / "kept"), str(seeds)]
-        else:
-            kept = [str(path) for path in [_place(KEPT, asked.reader)] if path.is_dir()]
-            arguments = [str(seeds), *kept, f"-dict={place / 'words'}", *options]
-        atheris.Setup([sys.argv[0], *arguments], feeder, custom_mutator=lambda *given: _rewritten(atheris.Mutate, *given))
-        atheris.Fuzz()
-    return 0
 
 
 def _rewritten(mutate, data, most, seed):

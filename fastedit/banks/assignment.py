@@ -9,6 +9,7 @@ from collections import deque
 
 import torch
 
+from ..arguments import as_list
 from ..edits.stack import Stack, finite
 from ..kernels.reference.form import gated_coefficient
 from ..patching.rows.in_force import Entered, Owner, check_batch, spread
@@ -259,7 +260,7 @@ def dialled(names, strengths):
     """(names, one factor each). A Stack whose parts have strengths is another Stack, at factor 1."""
     if strengths is None or isinstance(strengths, (int, float)) or getattr(strengths, "shape", None) == ():
         strengths = [1.0 if strengths is None else strengths] * len(names)
-    strengths = list(strengths)
+    strengths = as_list("strengths", strengths, "one number, or one for each name")
     if len(strengths) != len(names):
         raise ValueError(
             f"{len(strengths)} strengths for {len(names)} names, expected one number, or one for each name "

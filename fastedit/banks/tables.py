@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..arguments import MAX_RANK
+from ..arguments import MAX_RANK, MOST_SLOTS
 from ..edits.form import Form
 from ..edits.kinds import TENSORS
 from ..ops.fp32_module import InFp32
@@ -89,8 +89,10 @@ class Tables(InFp32):
 
     @staticmethod
     def check(capacity, rank):
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"capacity is {capacity!r}, expected how many edits are resident at once, from 1 on")
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or not 1 <= capacity < MOST_SLOTS:
+            raise ValueError(
+                f"capacity is {capacity!r:.60}, expected how many edits are resident at once, from 1 on and below 2^31"
+            )
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= MAX_RANK:
             raise ValueError(f"rank is {rank!r}, expected a whole number from 0 (no low-rank edits) to {MAX_RANK}")
 

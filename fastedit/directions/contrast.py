@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..arguments import as_list
+from ..arguments import as_list, check_flag
 from ..capturing.capture import capture
 from ..capturing.rows_on_disk import Rows
 from ..hints import Folder, Layers, Site, Texts
@@ -64,6 +64,7 @@ def contrast(
         TypeError, ValueError: a method, probe or share that does not exist, sets that are empty or not paired, and
         everything that `capture` refuses. ImportError: "logistic" without scikit-learn.
     """
+    check_flag("centre", centre)
     positive, negative = _checked(positive, negative, method, at, probe, held_out)
     data = [*positive, *negative]
     groups = [POSITIVE] * len(positive) + [NEGATIVE] * len(negative)

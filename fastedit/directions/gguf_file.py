@@ -16,6 +16,8 @@ import torch
 from ..files.sealed import Damaged, open_regular
 
 ARCHITECTURE = "controlvector"
+_STRING, _ARRAY = 8, 9
+_SIZES = (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8)  # of a value, by its kind's number in GGUF
 
 
 def write(path, vectors, model):
@@ -59,7 +61,7 @@ def read(path):
     gguf = _gguf()
     try:
         with open_regular(path, 4 << 30) as file:
-            _check_head(file.read(24))
+            _check_header(file)
         reader = gguf.GGUFReader(path)
         architecture = _string(reader, "general.architecture")
         hint = _string(reader, f"{ARCHITECTURE}.model_hint")
@@ -81,11 +83,47 @@ def read(path):
     return vectors, {"site": "block", "type": hint}
 
 
-def _check_head(head):
-    """Check the counts in a header, because the reader reads as many as it announces. A control vector has few."""
-    tensors, keys = (int.from_bytes(head[at : at + 8], "little") for at in (8, 16))
-    if len(head) == 24 and head[:4] == b"GGUF" and (tensors > 1 << 16 or keys > 1 << 16):
-        raise Damaged(f"it announces {tensors:,} tensors and {keys:,} keys")
+def _check_header(file):
+    """That the file holds the keys its header announces, and few: gguf's reader goes on behind the end, as far as it is told."""
+    if file.read(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    _number(file, 4)
+    _few("tensors", _number(file, 8))
+    for _ in range(_few("keys", _number(file, 8))):
+        _skip(file, _number(file, 8))
+        _skip_value(file, _number(file, 4))
+
+
+def _skip_value(file, kind):
+    if kind == _ARRAY:
+        kind = _number(file, 4)
+        for _ in range(_few("values in an array", _number(file, 8))):
+            _skip_value(file, kind)
+    elif kind == _STRING:
+        _skip(file, _number(file, 8))
+    elif kind < len(_SIZES):
+        _skip(file, _SIZES[kind])
+    else:
+        raise ValueError(f"it has a value of the unknown kind {kind}")
+
+
+def _number(file, size):
+    found = file.read(size)
+    if len(found) < size:
+        raise ValueError("it ends within its header")
+    return int.from_bytes(found, "little")
+
+
+def _skip(file, size):
+    if size > os.fstat(file.fileno()).st_size - file.tell():
+        raise ValueError("it ends within its header")
+    file.seek(size, os.SEEK_CUR)
+
+
+def _few(what, count):
+    if count > 1 << 16:
+        raise ValueError(f"it announces {count:,} {what}")
+    return count
 
 
 def _string(reader, name):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..arguments import as_list, check_whole
+from ..arguments import FP32_MAX, as_list, check_flag, check_whole
 from ..edits.kinds import Steer
 from ..files.edit_file import replace
 from ..hints import Folder, Site
@@ -76,7 +76,7 @@ def sweep(
         TypeError, ValueError: no doses, a unit or layer that does not exist, a measure that gives no finite numbers, a
         folder that holds another grid, and what `calibrate` refuses.
     """
-    grid, doses = _checked(directions, layers, doses, unit, seed, calibration)
+    grid, doses = _checked(directions, layers, doses, unit, control, seed, calibration)
     key = {
         "directions": _digest(directions), "site": site, "unit": unit, "control": control, "seed": seed,
         "calibration": {name: repr(value) for name, value in sorted(calibration.items()) if name != "tokenizer"},
@@ -143,6 +143,7 @@ class Sweep:
 
     def best(self, largest: bool = True) -> Cell:
         """The Cell with the largest mean, or the smallest."""
+        check_flag("largest", largest)
         return (max if largest else min)(self.cells, key=lambda cell: cell.mean)
 
     def edit(self, cell: Cell) -> Steer:
@@ -188,7 +189,7 @@ def layers_text(layers):
     return ",".join(map(str, layers))
 
 
-def _checked(directions, layers, doses, unit, seed, calibration):
+def _checked(directions, layers, doses, unit, control, seed, calibration):
     if not isinstance(directions, Directions):
         raise TypeError(f"directions is {type(directions).__name__}, expected fastedit.Directions")
     if unit not in UNITS:
@@ -198,8 +199,9 @@ def _checked(directions, layers, doses, unit, seed, calibration):
     if unit == "kl" and "prompts" not in calibration:
         raise ValueError("unit='kl' needs prompts=, on which fastedit.calibrate measures")
     check_whole("seed", seed, least=0)
+    check_flag("control", control)
     doses = as_list("doses", doses, "a list of numbers")
-    if not doses or not all(isinstance(d, (int, float)) and not isinstance(d, bool) and math.isfinite(d) for d in doses):
+    if not doses or not all(isinstance(d, (int, float)) and not isinstance(d, bool) and abs(d) <= FP32_MAX for d in doses):
         raise ValueError(f"doses is {doses!r:.60}, expected one finite number or more")
     what = "layer numbers, or ranges or tuples of them"
     grid = directions.layers if layers is None else as_list("layers", layers, f"a list of {what}")

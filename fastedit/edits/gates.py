@@ -221,10 +221,10 @@ def _thresholds(threshold):
 
 
 def _threshold(value):
-    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta else value
     if not _is_number(value):
         raise ValueError(
-            f"threshold is {value!r}, expected a finite number, one per layer, or a mapping from layer numbers"
+            f"threshold is {value!r:.60}, expected a finite number, one per layer, or a mapping from layer numbers"
         )
     return torch.tensor([float(value)])
 

@@ -41,9 +41,10 @@ class ValueNet(nn.Module):
     ) -> None:
         super().__init__()
         sizes = (width, *((units,) if isinstance(units, int) else units), outputs)
-        if len(sizes) not in (3, 4, 5) or not all(isinstance(n, int) and n > 0 for n in sizes):
+        if len(sizes) not in (3, 4, 5) or not all(isinstance(n, int) and 0 < n < 1 << 31 for n in sizes):
             raise ValueError(
-                f"width {width!r}, units {units!r} and outputs {outputs!r}: expected one to three hidden layers of 1 unit or more"
+                f"width {width!r:.60}, units {units!r:.60} and outputs {outputs!r:.60}: expected one to three hidden layers of 1 "
+                "unit or more, and less than 2^31"
             )
         self._take([nn.Linear(m, n, device=device, dtype=torch.float32) for m, n in itertools.pairwise(sizes)])
 

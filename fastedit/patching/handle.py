@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..arguments import check_flag
 from ..edits.kinds import Edit
 from ..ops.parameter_changes import advise_rate, optimizer_steps
 from . import saving
@@ -76,9 +77,7 @@ def patch_as(kind, model, edits, freeze=False, fused=True, tenants=None, fill=No
             raise TypeError(f"edits holds a {type(edit).__name__}, expected an Edit such as fastedit.RED()")
     if not edits:
         raise ValueError("edits is empty: there is nothing to patch")
-    for name, value in (("freeze", freeze), ("fused", fused)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}, expected True or False")
+    check_flag("freeze", freeze), check_flag("fused", fused)
     tenancy = None if check_count(tenants) is None else Tenancy(tenants)
     for edit in edits:
         if tenancy is not None and (edit.gate is not None or edit.is_probe or edit.stage is not None):
@@ -252,6 +251,8 @@ class Handle:
             value = float(value)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"strength is {value!r:.60}, expected a number") from None
+        except OverflowError:
+            raise ValueError(f"strength is {value!r:.30}…, expected a finite number") from None
         if not math.isfinite(value):
             raise ValueError(f"strength is {value}, expected a finite number")
         largest = max((abs(value * edit.strength) for edit in self.edits), default=0.0)
@@ -407,6 +408,7 @@ class Handle:
                 but where a table's rows enter the first layer as they are; quantised, adapted or tied weights, another
                 handle's edits in front, or too much rounding; the model is as it was.
         """
+        check_flag("fp32", fp32)
         with self._root.changing(self.model, "merge"):
             self._alive()
             if self.merged:

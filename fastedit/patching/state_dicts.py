@@ -9,6 +9,7 @@ base, and the names of the parameters that were trained along.
 
 import inspect
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,6 +106,8 @@ class Saved:
 def find(folder):
     """The Saved of a folder, or None if its weights hold no edits."""
     folder = Path(folder)
+    if not os.path.isdir(folder):  # Path.is_file raises for a name that is too long
+        return None
     try:
         if (folder / _INDEX).is_file():
             files = sorted({folder / name for name in json.loads((folder / _INDEX).read_text())["weight_map"].values()})

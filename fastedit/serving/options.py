@@ -15,6 +15,7 @@ All of it is part of vLLM's configuration, whose hash names the compile cache, t
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 
 from .. import __version__
@@ -114,8 +115,8 @@ def _whole(name, number, least, most=None):
 
 
 def _change(number):
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < float("inf"):
-        raise ValueError(f"fastedit: max_change is {number!r}, expected a positive number")
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= sys.float_info.max:
+        raise ValueError(f"fastedit: max_change is {number!r:.60}, expected a positive number")
     return float(number)
 
 

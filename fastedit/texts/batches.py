@@ -190,9 +190,12 @@ class Windows:
 
 def _token_ids(item, number):
     try:
-        return [operator.index(one) for one in (item.tolist() if hasattr(item, "tolist") else item)]
+        found = [operator.index(one) for one in (item.tolist() if hasattr(item, "tolist") else item)]
     except TypeError:
         raise TypeError(f"item {number} is {item!r:.60}, expected token ids, which are whole numbers") from None
+    if any(abs(one) >= 1 << 63 for one in found):
+        raise ValueError(f"item {number} is {item!r:.60}, expected token ids, which 64 bits hold")
+    return found
 
 
 def _named(data, groups, names):

@@ -1,6 +1,7 @@
 """Directions: how they are found, their arithmetic and their files."""
 
 import os
+import struct
 import types
 
 import numpy as np
@@ -347,6 +348,24 @@ def test_gguf_both_ways(tmp_path):
     loaded = fe.Directions.load_gguf(path)
     assert loaded == saved and loaded.about["type"] == "llama"
     assert [p.name for p in tmp_path.iterdir()] == ["vector.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (struct.pack("<IIQ", 9, 7, 1 << 20), "announces 1,048,576 values in an array"),
+        (struct.pack("<IIQIQ", 9, 9, 1, 9, 1 << 20), "announces 1,048,576 values in an array"),
+        (struct.pack("<IIQ", 9, 4, 100), "ends within its header"), (struct.pack("<IQ", 8, 1 << 62), "ends within its header"),
+        (struct.pack("<IB", 13, 0), "unknown kind 13"),
+    ],
+)  # fmt: skip
+def test_gguf_headers_that_announce_what_is_not_there(tmp_path, value, said):
+    """gguf's reader reads on behind the end of a file, as often as its header says."""
+    pytest.importorskip("gguf")
+    path = tmp_path / "vector.gguf"
+    path.write_bytes(struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 3) + b"key" + value)
+    with pytest.raises(fe.DirectionsFileError, match=said):
+        fe.Directions.load_gguf(path)
 
 
 def test_gguf_refusals(tmp_path):

@@ -26,6 +26,28 @@ def test_each_reader_refuses_by_its_own_error(made, tmp_path):
         reader.path.write_bytes(reader.seeds[0])
 
 
+def test_each_reader_reads_the_kept_corpus(made, tmp_path):
+    """tests/fixtures/corpus: what `make fuzz` found to run other lines, and starts from."""
+    assert sum(path.stat().st_size for path in fuzz.KEPT.rglob("*") if path.is_file()) < 64 << 10
+    for name, reader in made.items():
+        feeder = Feeder(reader, name, tmp_path, "kept", len(fuzz.kept(name)))
+        for data in fuzz.kept(name):
+            feeder(data)
+        assert feeder.row["refused"] >= 3, f"{name}: python -m tools.fuzz --keep"
+        reader.path.write_bytes(reader.seeds[0])
+
+
+def test_the_smallest_corpus_runs_the_same_lines(made):
+    reader = made["directions"]
+    seed = reader.seeds[0]
+    inputs = sorted({b"\xff" + data for data in (seed, seed[:-1], seed[:7], seed[:6], b"", b"x" * 20)})
+    chosen = fuzz.smallest(reader, inputs)
+    assert b"\xff" + seed in chosen and not {b"\xff" + seed[:6], b"\xff" + seed[:7]} <= set(chosen), "one of two alike"
+    lines = [set().union(*(fuzz.lines_of(reader, data) for data in some)) for some in (inputs, chosen)]
+    assert lines[0] == lines[1] and len(lines[0]) > 20
+    reader.path.write_bytes(seed)
+
+
 def test_a_fuzzer_sees_the_sources_behind_an_editable_install():
     """What `pip install -e` wraps the loader in, atheris cannot instrument: its mutations would follow no coverage."""
     finder = fuzz._Sources()

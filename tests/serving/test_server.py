@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import serving_support as support
 
 pytestmark = pytest.mark.timeout(1800)  # four processes start, on a busy machine one after the other
 PROMPTS = support.prompts(2)
+FUZZED = 100
 ARGUMENTS = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--max-num-seqs", "16", "--block-size", "32"]
 
 
@@ -67,7 +69,8 @@ def post(url, prompt, xargs=None, **further):
     asked = {"model": "tiny", "prompt": prompt, "max_tokens": support.TOKENS, "temperature": 0, "ignore_eos": True}
     asked |= {"return_token_ids": True} | ({} if xargs is None else {"vllm_xargs": xargs})
     asked |= further
-    request = urllib.request.Request(url, json.dumps(asked).encode(), {"Content-Type": "application/json"})
+    text = json.dumps(asked, default=repr)  # what JSON has no word for, as text; NaN as Python writes it
+    request = urllib.request.Request(url, text.encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, json.load(answer)
@@ -151,3 +154,23 @@ def test_refusals_do_not_say_where_things_lie(world):
     status, answer = post(url, PROMPTS[0], {"fastedit": "broken"})
     assert status == 400 and "edit 'broken' cannot be served: edit.json is not valid JSON" in json.dumps(answer)
     assert str(folder) not in json.dumps(answer)
+
+
+def test_requests_of_any_content_are_answered_or_bad_requests(world):
+    """As tests/serving/test_soak.py has them, in JSON; the neighbours' answers are right, and the server stays."""
+    url, model, _ = world
+    draw, edits, jobs = random.Random(0), support.edits(), []
+    for number in range(FUZZED):
+        plain = number % 4 == 0
+        given = draw.choice((None, {"fastedit": "red"})) if plain else support.any_content(draw, "red", "steer")
+        jobs.append((plain, draw.randrange(2), given))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda job: post(url, PROMPTS[job[1]], job[2]), jobs))
+    sound = {name: support.answers(model, edits.get(name), PROMPTS) for name in (None, "red")}
+    for (plain, prompt, given), answer in zip(jobs, answers, strict=True):
+        if plain:
+            assert token_ids(answer) == sound[None if given is None else "red"][prompt], given
+        else:
+            assert answer[0] in (200, 400), (given, answer)
+    refused = [answer for answer in answers if answer[0] == 400]
+    assert len(refused) > FUZZED / 3 and token_ids(post(url, PROMPTS[0])) == sound[None][0]

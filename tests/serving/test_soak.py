@@ -123,24 +123,6 @@ def test_preempted_requests_go_on_under_their_edit(world):
         scheduler._preempt_request = preempt
 
 
-NAMES = (
-    "edit-1", "edit-2", "", "..", "../edit-1", "/etc/passwd", "edit-1/edit.json", "x" * 300, "\0", "nobody", "edit-1 ", "é", 7,
-    None,
-)  # fmt: skip
-STRENGTHS = (
-    1.0, 0, -0.5, 2, 1e39, -3e38, float("nan"), float("inf"), "1", None, True, 10**400, [], [1.0], [1.0, 0.5], {}, b"1",
-)  # fmt: skip
-KEYS = ("fastedit", "fastedit_strength", "fastedit_strengths", "Fastedit", "fastedit_plan", "cache_salt", "other")
-
-
-def _drawn(draw):
-    """What a client may put into a request: names and strengths of every kind, at every depth."""
-    value = draw.choice(NAMES + STRENGTHS)
-    if draw.random() < 0.3:
-        value = [draw.choice(NAMES if draw.random() < 0.5 else STRENGTHS) for _ in range(draw.choice((1, 2, 2, 20, 400)))]
-    return [value] if draw.random() < 0.05 else value
-
-
 def test_requests_of_any_content_are_served_or_refused(world):
     """Each is refused by vLLM's error for a bad request, or answered; those of neighbours are right, and the engine goes on."""
     from vllm.exceptions import VLLMValidationError  # of vLLM's own limits, too: integers that no message holds
@@ -154,7 +136,7 @@ def test_requests_of_any_content_are_served_or_refused(world):
     while sent < FUZZED or engine.has_unfinished_requests():
         for _ in range(min(8, FUZZED - sent)):
             key, prompt = str(sent), draw.randrange(4)
-            given = {draw.choice(KEYS): _drawn(draw) for _ in range(draw.choice((1, 1, 2, 3)))}
+            given = support.any_content(draw, "edit-1", "edit-2")
             if sent % 4 == 0:  # a neighbour
                 given = draw.choice(({}, {"fastedit": "edit-1"}, {"fastedit": "edit-2"}))
             plain = sent % 4 == 0

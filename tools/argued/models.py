@@ -195,7 +195,8 @@ def contrast(world, positive, negative, method, layers, site, at, centre, held_o
         world.model, None, positive, negative, method=method, layers=layers, site=site, at=at, centre=centre, held_out=held_out,
         batch_size=batch_size, probe="mass-mean",
     )  # fmt: skip
-    return all(made[layer].isfinite().all() and made[layer].shape[-1] == WIDTH for layer in made)
+    width = world.model.config.intermediate_size if site == "ffn_in" else WIDTH
+    return all(made[layer].isfinite().all() and made[layer].shape[-1] == width for layer in made)
 
 
 def calibrate(world, edits, prompts, target_kl, tolerance, largest, new_tokens, batch_size):

@@ -520,5 +520,5 @@ WORDS = (
     "the model has", "there is n", "holds", "is empty", "wide", "leave it out", "add ", "are all", "go together", "pass ",
     "allow ", "measure at", "not reached", "looked for", "this bank does not serve", "out of range in self", "should be",
     "is ambiguous",
-    "an empty set", "leave layers", "have no direction", "not a plain state dict",
+    "patch it separately", "an empty set", "leave layers", "have no direction", "not a plain state dict",
 )  # fmt: skip

@@ -378,7 +378,7 @@ def _as_tensor(name, value):
 
 def check_lengths(lengths):
     """`handle.prompt`'s argument: None, an int, or a long tensor."""
-    if lengths is None or (isinstance(lengths, int) and not isinstance(lengths, bool) and lengths > 0):
+    if lengths is None or (isinstance(lengths, int) and not isinstance(lengths, bool) and 0 < lengths < 1 << 63):
         return lengths
     tensor = _as_tensor("lengths", lengths)
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype is torch.bool or bool((tensor < 1).any()):

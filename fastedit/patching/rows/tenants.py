@@ -9,6 +9,7 @@ The kernels take the tenant of each row as its slot, forward and backward, so a 
 
 import torch
 
+from ...arguments import MOST_SLOTS
 from .in_force import Entered, Owner, check_batch, spread
 
 
@@ -90,8 +91,9 @@ def slot_of(tensors, hidden):
 
 
 def check_count(tenants):
-    if tenants is not None and (isinstance(tenants, bool) or not isinstance(tenants, int) or tenants < 1):
-        raise ValueError(f"tenants is {tenants!r}, expected a whole number of tenants, or None for one edit")
+    whole = isinstance(tenants, int) and not isinstance(tenants, bool)
+    if tenants is not None and not (whole and 1 <= tenants < MOST_SLOTS):
+        raise ValueError(f"tenants is {tenants!r:.60}, expected a whole number of tenants below 2^31, or None for one edit")
     return tenants
 
 
