@@ -20,6 +20,7 @@ import csv
 import os
 import pathlib
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -64,8 +65,11 @@ def serve(which, port):
 
 
 @contextlib.contextmanager
-def served(which, port):
+def served(which):
     """(process, address) of a page."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = [sys.executable, "-m", "bench.playground", "--serve", which, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -88,9 +92,9 @@ def tab_at(driver, url):
 
 
 def loads(driver, count):
-    for turn in range(count):
-        for number, which in enumerate(("bare", "playground")):
-            with served(which, 7930 + 2 * (turn % 20) + number) as (_, url), tab_at(driver, url) as tab:
+    for _turn in range(count):
+        for which in ("bare", "playground"):
+            with served(which) as (_, url), tab_at(driver, url) as tab:
                 tab.wait_for_function("seen.message" + (" && seen.dials" if which == "playground" else ""))
                 seen = tab.evaluate("seen")
                 files = tab.evaluate(
@@ -120,7 +124,7 @@ def put(tab, box, value):
 def use(driver, minutes, every=20):
     from fastedit.examples import HAPPY, SAD, lines
 
-    with served("playground", 7929) as (process, url), tab_at(driver, url) as tab:
+    with served("playground") as (process, url), tab_at(driver, url) as tab:
         tab.fill("#positive textarea", "\n".join(lines(HAPPY)))
         tab.fill("#negative textarea", "\n".join(lines(SAD)))
         tab.fill("#name input, #name textarea", "happy")

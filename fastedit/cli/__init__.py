@@ -340,7 +340,7 @@ def run_serve(
 
 @app.command("playground")
 def run_playground(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or smollm2.")],
     edits: Annotated[Path | None, typer.Option(help="Folder of saved edits, one folder each; each gets a dial.")] = None,
     host: Annotated[str, typer.Option(help="Address to bind. Anyone who reaches it can use the model.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
@@ -351,7 +351,7 @@ def run_playground(
 ):
     """Open a local page: chat with the unedited and the edited model side by side, and turn dials while they write.
 
-    **Example:** `fastedit playground HuggingFaceTB/SmolLM2-135M-Instruct --edits ./edits`
+    **Examples:** `fastedit playground smollm2` and `fastedit playground ./model --edits ./edits`
     """
     from .playground import run
 

@@ -52,9 +52,11 @@ def run(
     _picture(console, directions, out)
     if gguf is not None:
         console.print(f"{gguf}: the control vector for llama.cpp, layers from 1", markup=False)
+    chat = " --chat" if getattr(tokenizer, "chat_template", None) else ""
     console.print(
-        f"saved {out}; try it with: fastedit generate {model} --edit {out} --strength 1 --prompt '…'", markup=False
-    )
+        f"saved {out}; try it with: fastedit generate {model}{chat} --edit {out} --strength 1 --prompt '…'",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def where_to_measure(texts, suffix):

@@ -18,7 +18,7 @@ def command(model, edits, sites, rank, capacity, rest, **further):
     """The arguments of the vLLM server. further: options of these names, None for those left out.
 
     Raises:
-        typer.BadParameter: an option that cannot be right, before anything starts.
+        typer.BadParameter: an option that cannot be right. UsageError: vLLM is not installed. Before anything starts.
     """
     need("fastedit serve", "vllm")
     if not edits.is_dir():

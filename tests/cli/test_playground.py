@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -264,9 +265,13 @@ def test_a_loaded_edit_and_a_loaded_probe_color(session, tmp_path):
 def test_a_model_that_fails_to_load_is_one_line_and_no_page(tmp_path):
     pytest.importorskip("gradio", reason="needs Gradio: pip install gradio")
     (tmp_path / "model").mkdir()
-    for arguments in (["playground", str(tmp_path / "model")], ["playground", "smollm2", "--edits", str(tmp_path / "none")]):
-        said = invoke(*arguments, code=2)
-        assert "Traceback" not in said and str(arguments[-1]) in "".join(said.split())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for wrong in ([str(tmp_path / "model")], ["smollm2", "--edits", str(tmp_path / "none")], ["smollm2", "--port", port]):
+            said = invoke("playground", *wrong, code=2)
+            assert "Traceback" not in said and wrong[-1] in "".join(said.split())
 
 
 FIRST_VISIT = """

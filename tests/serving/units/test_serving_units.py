@@ -261,11 +261,11 @@ def test_damage_is_refused(library, tmp_path):
 
 
 def test_the_command_that_is_started(monkeypatch, tmp_path):
-    from fastedit.cli import serve
+    from fastedit.cli import loading, serve
 
-    with pytest.raises(serve.typer.BadParameter, match=r"vLLM is not installed|no folder"):
+    with pytest.raises(loading.UsageError, match=r"needs vllm: pip install vllm|no folder"):
         serve.command("m", tmp_path / "none", None, None, None, [])
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: name)
     line = serve.command("m", tmp_path, "mlp,block", 4, None, ["--port", "1"])
     assert "m" in line and line[-2:] == ["--port", "1"]
     config = line[line.index("--additional-config") + 1]
