@@ -11,7 +11,7 @@ Use: one tab sends a message every 20 s and turns the dial each time. Every tent
 exports, and the page is loaded anew.
 
 Writes playground-loads.csv (page, ms until the message box, ms until the dials, requests, KB) and playground-memory.csv
-(seconds, replies, MB of the server's resident memory, MB of the page's JavaScript heap).
+(seconds, replies, MB of the server's anonymous resident memory, MB of the page's JavaScript heap).
 """
 
 import argparse
@@ -110,9 +110,9 @@ def loads(driver, count):
 
 
 def resident(process):
-    """MB."""
+    """MB of memory that the process has taken, without the pages of files, such as weights, that the system may drop."""
     text = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmRSS"))) / 1000
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("RssAnon"))) / 1000
 
 
 def put(tab, box, value):
