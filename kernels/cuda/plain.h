@@ -19,8 +19,14 @@ __host__ __device__ inline bool is_plain(const Form& form) {
   return !form.slot && !form.coefficient && !form.gate;
 }
 
+// So many that a row or a stride in bytes of 16-bit elements fits into 32 bits, also a tile or a grid's step further on.
+inline bool is_short(int64_t rows, int64_t width, int64_t stride, int64_t other) {
+  return rows < (1 << 30) && most(width, most(stride, other)) < int64_t{1} << 31;
+}
+
 inline Part part_of(const EditAddNormArgs& a) {
   const EditAddArgs& add = a.add;
+  if (!is_short(add.rows, add.width, add.x_stride, add.residual_stride)) return kGeneral;
   if (!is_plain(add.form) || !add.out || add.z || (add.form.rank && !add.form.write)) return kGeneral;
   if (!add.residual) return a.normed ? kGeneral : kPlainEdit;
   if (!a.normed) return add.on_sum ? kPlainSum : kPlainAdd;
@@ -57,6 +63,7 @@ enum BackwardPart { kGeneralBackward, kPlainRed, kPlainRankNorm, kPlainRank };
 inline BackwardPart backward_part(const Backward& b, int64_t columns) {
   const EditAddNormBackwardArgs& a = b.a;
   bool norm = a.grad_normed, rank = a.form.rank > 0;
+  if (!is_short(a.rows, a.grad_residual_stride, a.grad_normed_stride, a.x_stride)) return kGeneralBackward;
   if (!is_plain(a.form) || a.slot_order.order || a.residual || a.on_sum || a.width != columns) return kGeneralBackward;
   if (!a.grad_residual || !a.d_x || a.d_form.coefficient || b.total || b.norm_means || b.q_out) return kGeneralBackward;
   if (!b.reads_h || !b.unit.total_staged || !b.unit.h_staged || b.taken.bias < 0) return kGeneralBackward;
@@ -77,7 +84,7 @@ __device__ inline Backward plain(Backward b) {
   b.parts = 1;
   b.reads_h = b.unit.total_staged = b.unit.h_staged = true;
   b.taken.norm_bias = -1;
-  FASTEDIT_ASSUME(a.grad_residual && a.d_x && b.taken.bias >= 0 && b.cut.pieces > 0);
+  FASTEDIT_ASSUME(a.grad_residual && a.d_x && b.taken.bias >= 0 && b.cut.pieces > 0 && b.unit.chunks > 0);
   if (part == kPlainRank) {
     a.grad_normed = nullptr, a.d_residual = nullptr, b.taken.weight = -1;
   } else {

@@ -3,6 +3,7 @@
 // A block owns the tile's rows, so that sums along a row need the block alone, and every parameter is
 // loaded once for kRows rows. Rows are independent: their sums run in an order that the width fixes.
 #pragma once
+#include <type_traits>
 #include "form.h"
 #include "reduce.h"
 
@@ -11,6 +12,18 @@ namespace fastedit::cuda {
 template <int V>
 __device__ inline int tile_column(int c) {
   return (c * blockDim.x + threadIdx.x) * V;
+}
+
+// A column of a row of T. Where kShort, rows and strides are below 2^31 (plain.h): one multiply-add instead of five.
+template <class T, bool kShort, class P>
+__device__ inline P* row_at(P* data, int64_t row, int64_t stride, int column) {
+  static_assert(!std::is_same_v<T, Any>, "bytes of an element");
+  using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+  if constexpr (kShort) {
+    return static_cast<Byte*>(data) + uint64_t{static_cast<uint32_t>(column) * uint32_t{sizeof(T)}} +
+           uint64_t{static_cast<uint32_t>(row)} * (static_cast<uint32_t>(stride) * uint32_t{sizeof(T)});
+  }
+  return static_cast<Byte*>(data) + (row * stride + column) * int64_t{sizeof(T)};
 }
 
 // True where a thread has no column c; where a tile is `kFull`, every thread has all of its columns.
