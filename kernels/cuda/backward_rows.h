@@ -77,7 +77,9 @@ struct LoopBackward {
         added = fmaf(q[j], __ldg(read + j * b.a.width + column), added);
       float scale = form.scale ? __ldg(form.scale + edit.slot * b.a.width + column) : 1.f;
       d_h[0] = pulled_back(grad, edit, scale, added);
-      store_d_h<Any, Any, 1>(d_h, b, b.a.d_x, b.a.d_residual, row * b.a.width + column);
+      DRow<Any, Any, 1> rounded;
+      rounded.round(d_h, b);
+      rounded.store(b, b.a.d_x, b.a.d_residual, row * b.a.width + column);
       if (b.total) b.total[row * b.a.width + column] = grad;
       if (!kNorm || !b.a.d_residual || b.a.on_sum) continue;
       store<Any, 1>(b.a.d_residual, row * b.a.width + column, round_to<Any, 1>(at_total, b.a.residual_dtype),

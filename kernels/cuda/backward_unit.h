@@ -233,7 +233,7 @@ struct UnitTile {
     const Form& form = a.form;
     int column = tile_column<V>(c), rank = static_cast<int>(form.rank);
     Streams s[N] = {};
-    float total[N][V], gain[V] = {}, scale[V], d_h[V];
+    float total[N][V], gain[V] = {}, scale[V];
 #pragma unroll
     for (int r = 0; r < N; ++r) take_total(s[r], r, c), take_h(s[r], r, c);
     gain_of(gain, c);
@@ -243,14 +243,20 @@ struct UnitTile {
     if (a.d_x || (a.d_residual && a.on_sum)) {
       float added[N][1][V] = {};
       if (rank && form.read) tile_combine<kWhole>(added, low.q, edit, form.read, rank, a.width, c);
+      DRow<G, H, V> d_h[N];
+      auto store_row = [&](int r) {
+        if (lives(r)) d_h[r].store(b, at<H>(a.d_x, a.width, r, c), at<G>(a.d_residual, a.width, r, c));
+      };
 #pragma unroll
       for (int r = 0; r < N; ++r) {
         if (new_slot(edit, r)) load_parameters(scale, form.scale, edit[r].slot * a.width + column, 1.f);
 #pragma unroll
-        for (int v = 0; v < V; ++v) d_h[v] = pulled_back(total[r][v], edit[r], scale[v], added[r][0][v]);
-        if (!lives(r)) continue;
-        store_d_h<G, H, V>(d_h, b, at<H>(a.d_x, a.width, r, c), at<G>(a.d_residual, a.width, r, c));
+        for (int v = 0; v < V; ++v) added[r][0][v] = pulled_back(total[r][v], edit[r], scale[v], added[r][0][v]);
+        d_h[r].round(added[r][0], b);
+        if (!kWhole) store_row(r);
       }
+#pragma unroll
+      for (int r = 0; kWhole && r < N; ++r) store_row(r);  // with no branch between the rows they share what is unpacked
     }
 #pragma unroll
     for (int r = 0; r < N; ++r) {
@@ -283,25 +289,30 @@ struct UnitTile {
         add_to(sum, [&](int r, int v, float held) { return fmaf(g[r][v], unit[r][v], held); });
       if (b.taken.norm_bias >= 0) add_to(sum, [&](int r, int v, float held) { return held + g[r][v]; });
     }
-    if (b.taken.read >= 0) add_ranks(sum, rank, low.q, h);
-    if (b.taken.write >= 0) add_ranks(sum, rank, low.kz, total);
+    if (b.taken.read >= 0 || b.taken.write >= 0) add_ranks(sum, rank, low, h, total);
   }
-  // Σ_r weight[j N + r] value[r] for each rank j, to the sums from `sum` on.
-  __device__ void add_ranks(float4*& sum, int rank, const float* weight, const float (&value)[N][V]) const {
-    constexpr int K = kWhole ? kRanks : 1;
-    const float* end = weight + rank * N;
-#pragma unroll 1
-    do {  // the rank is not 0
+  // Σ_r q h of each rank to the sums from `read` on, and Σ_r k z total to those after them, as far as they are taken.
+  __device__ void add_ranks(float4* read, int rank, const LowRank& low, const float (&h)[N][V],
+                            const float (&total)[N][V]) const {
+    constexpr int K = kWhole ? kRanks / 2 : 1;  // sums under way, as many as the registers have room for
+    float4* write = read + (b.taken.read >= 0 ? rank * (V / 4) * kWarp : 0);
+    const float *q = low.q, *kz = low.kz, *end = q + rank * N;
+    auto add = [&](float4*& at, const float* from, const float (&value)[N][V]) {
       float weights[K * N];
-      if constexpr (kWhole) load_shared(weights, weight);
+      if constexpr (kWhole) load_shared(weights, from);
       else
 #pragma unroll
-        for (int r = 0; r < N; ++r) weights[r] = weight[r];
+        for (int r = 0; r < N; ++r) weights[r] = from[r];
 #pragma unroll
       for (int g = 0; g < K; ++g)
-        add_to(sum, [&](int r, int v, float held) { return fmaf(weights[g * N + r], value[r][v], held); });
-      weight += K * N;
-    } while (weight < end);
+        add_to(at, [&](int r, int v, float held) { return fmaf(weights[g * N + r], value[r][v], held); });
+    };
+#pragma unroll 1
+    do {  // the rank is not 0
+      if (b.taken.read >= 0) add(read, q, h);
+      if (b.taken.write >= 0) add(write, kz, total);
+      q += K * N, kz += K * N;
+    } while (q < end);
   }
 
   // The sums of add_to's number `sum` onwards, to the unit's partials.
@@ -332,9 +343,9 @@ struct UnitTile {
   }
 };
 
-template <class G, class H, int V, BackwardPart part, bool kWhole>
+template <class G, class H, int V, BackwardPart part, Ranks ranks>
 __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward given) {
-  const Backward b = plain<part, kWhole>(given);
+  const Backward b = plain<part, ranks>(given);
   constexpr bool kFull = part != kGeneralBackward;
   constexpr int N = kUnitTile<V>;
   FASTEDIT_SHARED(shared);
@@ -349,7 +360,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   uint4* stage = reinterpret_cast<uint4*>(sums + held * blockDim.x);
   sums += warp() * held * kWarp + lane();
   stage += warp() * streams * N * b.unit.chunks * kWarp + lane();
-  UnitTile<G, H, V, kFull, kWhole> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
+  UnitTile<G, H, V, kFull, ranks != kAnyRanks> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
 #pragma unroll 1
   for (int c = 0; c < b.unit.chunks; ++c)
 #pragma unroll

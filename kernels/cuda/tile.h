@@ -32,6 +32,12 @@ __device__ inline bool beyond(int c, int64_t width) {
   return !kFull && tile_column<V>(c) >= width;
 }
 
+// Row r of the tile from `first` on, which is below `rows`, or its first row where there is no such row.
+template <class Row>
+__device__ inline Row tile_row(Row first, int r, Row rows) {
+  return r > 0 && first + r < rows ? first + r : first;
+}
+
 constexpr int kRanks = 4;  // that a loop over ranks takes at a time, where their number is a multiple of it
 
 // True where row r reads other parameters than the row before it.
