@@ -402,6 +402,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
       clear();
     }
   } while (tile.first < run.rows.count);
+  wait_copies();  // the zeros of rows that do not come
 }
 
 }  // namespace
