@@ -127,7 +127,7 @@ __device__ inline void tile_combine(float (&added)[N][C][V], const float* weight
     }
   };
   if constexpr (kWhole) {
-    constexpr int K = C == 1 ? kRanks : kRanks / 2;  // vectors under way, as many as the registers have room for
+    constexpr int K = kRanks / 2;  // at a time: vectors under way, as many as the registers have room for
     const float* end = weight + rank * N;
 #pragma unroll 1
     do {  // the rank is not 0
