@@ -39,7 +39,10 @@ class Case:
         return self.kernel.replace("{t}", kind)
 
 
-TILE, UNIT = r"tile_rows_kernel<{t}, {t}, 8, %s, false, \(Part\)%d, %s>", r"unit_backward<{t}, {t}, 8, \(BackwardPart\)%d, \(Ranks\)%d>"
+TILE, UNIT = (
+    r"tile_rows_kernel<{t}, {t}, 8, %s, false, \(Part\)%d, %s>",
+    r"unit_backward<{t}, {t}, 8, \(BackwardPart\)%d, \(Ranks\)%d>",
+)
 CASES = (
     Case("edit", "forward", 0, r"stream_rows<{t}, {t}, 8, false, false>", 2),
     Case("edit_add", "forward", 0, r"stream_rows<{t}, {t}, 8, true, false>", 3),

@@ -77,7 +77,7 @@ struct LoopBackward {
         added = fmaf(q[j], __ldg(read + j * b.a.width + column), added);
       float scale = form.scale ? __ldg(form.scale + edit.slot * b.a.width + column) : 1.f;
       d_h[0] = pulled_back(grad, edit, scale, added);
-      DRow<Any, Any, 1> rounded;
+      RoundedRow<Any, Any, 1> rounded;
       rounded.round(d_h, b);
       rounded.store(b, b.a.d_x, b.a.d_residual, row * b.a.width + column);
       if (b.total) b.total[row * b.a.width + column] = grad;

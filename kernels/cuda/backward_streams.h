@@ -127,7 +127,7 @@ __device__ inline void store_d_coefficient(const Backward& b, int64_t row, int r
 
 // d_h of V columns of a row as they go to d_x and, where the edit was on the sum, to d_residual.
 template <class G, class H, int V>
-struct DRow {
+struct RoundedRow {
   Pack<H, V> x;
   Pack<G, V> residual;
   __device__ void round(const float (&d_h)[V], const Backward& b) {

@@ -243,7 +243,7 @@ struct UnitTile {
     if (a.d_x || (a.d_residual && a.on_sum)) {
       float added[N][1][V] = {};
       if (rank && form.read) tile_combine<kWhole>(added, low.q, edit, form.read, rank, a.width, c);
-      DRow<G, H, V> d_h[N];
+      RoundedRow<G, H, V> d_h[N];
       auto store_row = [&](int r) {
         if (lives(r)) d_h[r].store(b, at<H>(a.d_x, a.width, r, c), at<G>(a.d_residual, a.width, r, c));
       };

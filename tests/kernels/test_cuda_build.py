@@ -10,9 +10,7 @@ import pytest
 from cuda_tools import KERNELS, UNITS, compile_unit, find_cuobjdump, find_nvcc, instructions, listing
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
-needs_cuobjdump = pytest.mark.skipif(
-    find_cuobjdump() is None, reason="needs cuobjdump (in CUDA, or in Triton)"
-)
+needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason="needs cuobjdump (in CUDA, or in Triton)")
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +33,7 @@ def sass(compiled):
 
 def vectorised(sass):
     """The kernels that take a dtype at compile time: all that are not the scalar path."""
-    return {
-        n: code
-        for n, code in sass.items()
-        if re.search(r"kernelI|rowsI|sumsI|backwardI", n) and not scalar(n)
-    }
+    return {n: code for n, code in sass.items() if re.search(r"kernelI|rowsI|sumsI|backwardI", n) and not scalar(n)}
 
 
 def scalar(name):
