@@ -39,7 +39,10 @@ class Case:
         return self.kernel.replace("{t}", kind)
 
 
-TILE, UNIT = r"tile_rows_kernel<{t}, {t}, 8, %s, false, \(Part\)%d, %s>", r"unit_backward<{t}, {t}, 8, \(BackwardPart\)%d, %s>"
+TILE, UNIT = (
+    r"tile_rows_kernel<{t}, {t}, 8, %s, false, \(Part\)%d, %s>",
+    r"unit_backward<{t}, {t}, 8, \(BackwardPart\)%d, \(Ranks\)%d>",
+)
 CASES = (
     Case("edit", "forward", 0, r"stream_rows<{t}, {t}, 8, false, false>", 2),
     Case("edit_add", "forward", 0, r"stream_rows<{t}, {t}, 8, true, false>", 3),
@@ -51,9 +54,11 @@ CASES = (
     Case("edit_add_norm", "forward", 4, TILE % ("16, true", 4, "true"), 4),
     Case("edit_add_norm on the sum", "forward", 4, TILE % ("16, true", 5, "true"), 4),
     Case("edit", "backward", 0, r"column_sums<{t}, {t}, 8, false, true>", 3),
-    Case("edit_add_norm", "backward", 0, UNIT % (1, "false"), 6),
-    Case("edit", "backward", 4, UNIT % (3, "true"), 3),
-    Case("edit_add_norm", "backward", 4, UNIT % (2, "true"), 6),
+    Case("edit_add_norm", "backward", 0, UNIT % (1, 0), 6),
+    Case("edit", "backward", 4, UNIT % (3, 1), 3),
+    Case("edit_add_norm", "backward", 4, UNIT % (2, 1), 6),
+    Case("edit of LoReFT", "backward", 4, UNIT % (5, 2), 3),
+    Case("edit_add_norm of LoReFT", "backward", 4, UNIT % (4, 2), 6),
 )
 DTYPES = {"bf16": "Brain", "f16": "Half"}
 
@@ -113,7 +118,8 @@ def tile_slots(loop, kind, rank, chunks, threads):
                 return -(-rank * 2 // 32) / warps
             return -(-warps // 4)  # shares of the warps, four at a time
         if kind == "tile" or (parent is not loop and not parent.count("SHFL")):
-            return -(-rank // (inner.count("FFMA") // (32 if kind == "tile" else 16)))
+            a_rank = 32 if kind == "tile" or inner.count("STS") else 16  # both sums of a rank, d_read's and d_write's
+            return -(-rank // (inner.count("FFMA") // a_rank))
         return chunks
 
     def issued(part):

@@ -67,7 +67,9 @@ def steps(options):
     if rehearse:  # everything up to the compiler
         build = (*module, "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--dry-run")
     names = TESTS[:1] if rehearse else TESTS
-    files = [str(path.relative_to(ROOT)) for name in names for path in sorted((ROOT / "tests").rglob(f"test_{name}.py"))]
+    files = [
+        str(path.relative_to(ROOT)) for name in names for path in sorted((ROOT / "tests").rglob(f"test_{name}.py"))
+    ]
     pytest = (*module, "pytest", "-q", "-m", "gpu", *files, "-p", "no:cacheprovider")
     workers = () if rehearse else ("-n", "12")
     native = (
@@ -89,15 +91,15 @@ def steps(options):
         METRICS,
     )
     quick = ("--quick",) if rehearse else ()
-    yield Step("build", 200, (*build, str(ROOT)), environment=native)
-    yield Step("check", 40, (*module, "bench.gpu.check", "--out", out, *quick))
+    yield Step("build", 150, (*build, str(ROOT)), environment=native)
+    yield Step("check", 35, (*module, "bench.gpu.check", "--out", out, *quick))
     yield Step("speed", 75, (*module, "bench.gpu.speed", "--out", out, *speed))
     yield Step("profile", 75, (*ncu, *module, "bench.gpu.speed", "--once"), needs="ncu", into="gpu-ncu.csv")
-    yield Step("tests", 120, (*pytest, *workers, "-k", "cuda or not triton"))
-    yield Step("decode", 60, (*module, "bench.gpu.decode", "--out", out))
+    yield Step("tests", 110, (*pytest, *workers, "-k", "cuda or not triton"))
+    yield Step("decode", 50, (*module, "bench.gpu.decode", "--out", out))
     if not rehearse:  # Triton compiles for a GPU that is there, or interprets for minutes
-        yield Step("triton", 60, (*module, "bench.gpu.check", "--out", out, "--backend", "triton", "--quick"))
-        yield Step("bits", 60, (*module, "bench.gpu.bits"), needs="nvcc")
+        yield Step("triton", 50, (*module, "bench.gpu.check", "--out", out, "--backend", "triton", "--quick"))
+        yield Step("bits", 50, (*module, "bench.gpu.bits"), needs="nvcc")
 
 
 def more_steps(options):

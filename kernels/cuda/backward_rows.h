@@ -72,11 +72,14 @@ struct LoopBackward {
     const float* read = form.read + int64_t{edit.slot} * form.rank * b.a.width;
     for (int64_t column = threadIdx.x; column < b.a.width; column += blockDim.x) {
       float grad = total(column), added = 0.f, d_h[1], at_total[1] = {grad};
+#pragma unroll 2
       for (int j = 0; form.read && j < form.rank; ++j)
         added = fmaf(q[j], __ldg(read + j * b.a.width + column), added);
       float scale = form.scale ? __ldg(form.scale + edit.slot * b.a.width + column) : 1.f;
       d_h[0] = pulled_back(grad, edit, scale, added);
-      store_d_h<Any, Any, 1>(d_h, b, row, column);
+      RoundedRow<Any, Any, 1> rounded;
+      rounded.round(d_h, b);
+      rounded.store(b, b.a.d_x, b.a.d_residual, row * b.a.width + column);
       if (b.total) b.total[row * b.a.width + column] = grad;
       if (!kNorm || !b.a.d_residual || b.a.on_sum) continue;
       store<Any, 1>(b.a.d_residual, row * b.a.width + column, round_to<Any, 1>(at_total, b.a.residual_dtype),
@@ -86,7 +89,7 @@ struct LoopBackward {
 };
 
 template <bool kNorm>
-__global__ void __launch_bounds__(kLoopThreads) loop_backward(const Backward b) {
+__global__ void __launch_bounds__(kLoopThreads, 2) loop_backward(const Backward b) {
   FASTEDIT_SHARED(shared);
   const EditAddNormBackwardArgs& a = b.a;
   int rank = static_cast<int>(a.form.rank), turn = 0;

@@ -125,14 +125,19 @@ __device__ inline void store_d_coefficient(const Backward& b, int64_t row, int r
   b.a.d_form.coefficient[row] = row_edit(b.a.form, row).inside ? sum : 0.f;
 }
 
-// d_h of V columns of a row, to d_x and, where the edit was on the sum, to d_residual.
+// d_h of V columns of a row as they go to d_x and, where the edit was on the sum, to d_residual.
 template <class G, class H, int V>
-__device__ inline void store_d_h(const float (&d_h)[V], const Backward& b, int64_t row, int64_t column) {
-  int64_t at = row * b.a.width + column;
-  if (b.a.d_x) store<H, V>(b.a.d_x, at, round_to<H, V>(d_h, b.a.x_dtype), b.a.x_dtype);
-  if (!b.a.on_sum || !b.a.d_residual) return;
-  store<G, V>(b.a.d_residual, at, round_to<G, V>(d_h, b.a.residual_dtype), b.a.residual_dtype);
-}
+struct RoundedRow {
+  Pack<H, V> x;
+  Pack<G, V> residual;
+  __device__ void round(const float (&d_h)[V], const Backward& b) {
+    x = round_to<H, V>(d_h, b.a.x_dtype), residual = round_to<G, V>(d_h, b.a.residual_dtype);
+  }
+  __device__ void store(const Backward& b, void* d_x, void* d_residual, int64_t at = 0) const {
+    if (b.a.d_x) cuda::store<H, V>(d_x, at, x, b.a.x_dtype);
+    if (b.a.on_sum && b.a.d_residual) cuda::store<G, V>(d_residual, at, residual, b.a.residual_dtype);
+  }
+};
 
 }  // namespace
 }  // namespace fastedit::cuda

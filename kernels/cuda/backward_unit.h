@@ -45,6 +45,12 @@ struct UnitTile {
 
   __device__ bool has_norm() const { return b.a.grad_normed; }
   __device__ int64_t row(int r) const { return unit.row(min(first + r, unit.count - 1)); }
+  __device__ bool lives(int r) const { return r == 0 || r < live; }
+  // This thread's columns of chunk c of row `ahead` of the tile, which a unit that is not kFull must have.
+  template <class T, class P>
+  __device__ P* at(P* data, int64_t stride, int ahead, int c) const {
+    return row_at<T, kFull>(data, kFull ? unit.first + (first + ahead) : row(ahead), stride, tile_column<V>(c));
+  }
   __device__ uint4* cell(int stream, int r, int c) const {
     return stage + ((c * streams + stream) * N + r) * kWarp;
   }
@@ -53,41 +59,48 @@ struct UnitTile {
     return *reinterpret_cast<Pack<T, V>*>(cell(stream, r, c));
   }
   template <class T>
-  __device__ void ask(int stream, int r, int c, const void* data, int64_t at) const {
-    copy_async(&pack<T>(stream, r, c), static_cast<const T*>(data) + at);
+  __device__ void ask(int stream, int ahead, int c, const void* data, int64_t stride) const {
+    bool wanted = first + ahead < unit.count;
+    copy_async(&pack<T>(stream, ahead % N, c), kFull || wanted ? at<T>(data, stride, ahead, c) : data, wanted);
   }
 
-  // Asks for one vector of each stream of row `first + r` of the unit, if there is such a row.
-  __device__ void ask_for(int from, int r, int c) const {
-    int column = tile_column<V>(c), stream = 0;
-    if (!b.unit.total_staged || from + r >= unit.count || beyond<V, kFull>(c, b.a.width)) return;
+  // Asks for one vector of each stream of row `ahead` of the tile, or of a later one; zeros where the unit has no such row.
+  __device__ void ask_for(int ahead, int c) const {
+    if (!b.unit.total_staged || beyond<V, kFull>(c, b.a.width)) return;
     const EditAddNormBackwardArgs& a = b.a;
-    int64_t row = unit.row(from + r);
-    if (a.grad_residual) ask<G>(stream++, r, c, a.grad_residual, row * a.grad_residual_stride + column);
+    int stream = 0;
+    if (a.grad_residual) ask<G>(stream++, ahead, c, a.grad_residual, a.grad_residual_stride);
     if (has_norm()) {
-      ask<G>(stream++, r, c, a.grad_normed, row * a.grad_normed_stride + column);
-      ask<G>(stream++, r, c, a.residual_out, row * a.width + column);
+      ask<G>(stream++, ahead, c, a.grad_normed, a.grad_normed_stride);
+      ask<G>(stream++, ahead, c, a.residual_out, a.width);
     }
     if (!b.reads_h || !b.unit.h_staged) return;
-    ask<H>(stream++, r, c, a.x, row * a.x_stride + column);
-    if (a.residual)
-      ask<typename Streams::S>(stream, r, c, a.residual, row * a.residual_stride + column);
+    ask<H>(stream++, ahead, c, a.x, a.x_stride);
+    if (a.residual) ask<typename Streams::S>(stream, ahead, c, a.residual, a.residual_stride);
   }
   __device__ void take_norm(Streams& s, int r, int c) const {
-    if (!has_norm() || r >= live) return;
+    if (!has_norm()) return;
     int stream = b.a.grad_residual != nullptr;
-    if (!b.unit.total_staged) return s.template load_norm<kL2>(b.a, row(r), tile_column<V>(c));
+    if (!b.unit.total_staged) {
+      if (lives(r)) s.template load_norm<kL2>(b.a, row(r), tile_column<V>(c));
+      return;
+    }
     s.grad_normed = pack<G>(stream, r, c), s.residual_out = pack<G>(stream + 1, r, c);
   }
   __device__ void take_total(Streams& s, int r, int c) const {
-    if (r >= live) return;
-    if (!b.unit.total_staged) return s.template load_total<kL2>(b.a, row(r), tile_column<V>(c));
+    if (!b.unit.total_staged) {
+      if (lives(r)) s.template load_total<kL2>(b.a, row(r), tile_column<V>(c));
+      return;
+    }
     if (b.a.grad_residual) s.grad = pack<G>(0, r, c);
     take_norm(s, r, c);
   }
   __device__ void take_h(Streams& s, int r, int c) const {
-    if (!b.reads_h || r >= live) return;
-    if (!b.unit.h_staged) return s.template load_h<kOnce>(b, row(r), tile_column<V>(c));
+    if (!b.reads_h) return;
+    if (!b.unit.h_staged) {
+      if (lives(r)) s.template load_h<kOnce>(b, row(r), tile_column<V>(c));
+      return;
+    }
     int stream = (b.a.grad_residual != nullptr) + 2 * has_norm();
     s.x = pack<H>(stream, r, c);
     if (b.a.residual) s.residual = pack<typename Streams::S>(stream + 1, r, c);
@@ -135,9 +148,10 @@ struct UnitTile {
   // Each warp's share of total @ writeᵀ, as tile_dots leaves it.
   __device__ void pull(float* part) const {
     constexpr int kTogether = 8 / N;
-    int rank = static_cast<int>(b.a.form.rank);
+    const int rank = static_cast<int>(b.a.form.rank);
+    const float* group = b.a.form.write;  // of slot 0
 #pragma unroll 1
-    for (int from = 0; from < rank; from += kTogether) {
+    for (int from = 0; from < rank; from += kTogether, group += kTogether * b.a.width) {
       float sum[8] = {};
 #pragma unroll 1
       for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) {
@@ -147,15 +161,13 @@ struct UnitTile {
         for (int r = 0; r < N; ++r) take_total(s[r], r, c);
         gain_of(gain, c);
         total_of(total, s, gain);
+        const float* row = group + tile_column<V>(c);
 #pragma unroll
-        for (int g = 0; g < kTogether; ++g) {
+        for (int g = 0; g < kTogether; ++g, row += b.a.width) {
           if (!kWhole && from + g >= rank) break;
 #pragma unroll
           for (int r = 0; r < N; ++r) {
-            if (new_slot(edit, r)) {
-              int64_t at = int64_t{edit[r].slot} * rank + from + g;
-              load_parameters(m, b.a.form.write, at * b.a.width + tile_column<V>(c), 0.f);
-            }
+            if (new_slot(edit, r)) load_vector(m, row + int64_t{edit[r].slot} * rank * b.a.width);
 #pragma unroll
             for (int v = 0; v < V; ++v) sum[g * N + r] = fmaf(total[r][v], m[v], sum[g * N + r]);
           }
@@ -199,10 +211,10 @@ struct UnitTile {
     if (b.reads_h && wanted) s.get_h(h, b);
   }
 
-  // Adds Σ_r weight(r) · value(r)[v] to the thread's sums of V columns; a quarter-warp's float4s are neighbours.
+  // Adds Σ_r weight(r) · value(r)[v] to the thread's sums of V columns; a quarter-warp's float4s are neighbours. Then `at` is
+  // the chunk's next sum.
   template <class F>
-  __device__ void add_to(int sum, int c, F term) const {
-    float4* at = sums + (c * b.unit_sums + sum) * (V / 4) * kWarp;
+  __device__ void add_to(float4*& at, F term) const {
 #pragma unroll
     for (int i = 0; i < V / 4; ++i, at += kWarp) {
       float4 held = *at;
@@ -219,45 +231,52 @@ struct UnitTile {
   __device__ void finish(int c, const LowRank& low) const {
     const EditAddNormBackwardArgs& a = b.a;
     const Form& form = a.form;
-    int column = tile_column<V>(c), rank = static_cast<int>(form.rank), sum = 0;
+    int column = tile_column<V>(c), rank = static_cast<int>(form.rank);
     Streams s[N] = {};
-    float total[N][V], gain[V] = {}, scale[V], d_h[V];
+    float total[N][V], gain[V] = {}, scale[V];
 #pragma unroll
     for (int r = 0; r < N; ++r) take_total(s[r], r, c), take_h(s[r], r, c);
     gain_of(gain, c);
     total_of(total, s, gain);
 #pragma unroll
-    for (int r = 0; r < N; ++r) ask_for(first + N, r, c);
+    for (int r = 0; r < N; ++r) ask_for(N + r, c);
     if (a.d_x || (a.d_residual && a.on_sum)) {
       float added[N][1][V] = {};
       if (rank && form.read) tile_combine<kWhole>(added, low.q, edit, form.read, rank, a.width, c);
+      RoundedRow<G, H, V> d_h[N];
+      auto store_row = [&](int r) {
+        if (lives(r)) d_h[r].store(b, at<H>(a.d_x, a.width, r, c), at<G>(a.d_residual, a.width, r, c));
+      };
 #pragma unroll
       for (int r = 0; r < N; ++r) {
         if (new_slot(edit, r)) load_parameters(scale, form.scale, edit[r].slot * a.width + column, 1.f);
 #pragma unroll
-        for (int v = 0; v < V; ++v) d_h[v] = pulled_back(total[r][v], edit[r], scale[v], added[r][0][v]);
-        if (r < live) store_d_h<G, H, V>(d_h, b, row(r), column);
+        for (int v = 0; v < V; ++v) added[r][0][v] = pulled_back(total[r][v], edit[r], scale[v], added[r][0][v]);
+        d_h[r].round(added[r][0], b);
+        if (!kWhole) store_row(r);
       }
+#pragma unroll
+      for (int r = 0; kWhole && r < N; ++r) store_row(r);  // with no branch between the rows they share what is unpacked
     }
 #pragma unroll
     for (int r = 0; r < N; ++r) {
-      if (!a.d_residual || a.on_sum || r >= live) continue;
-      store<G, V>(a.d_residual, row(r) * a.width + column, round_to<G, V>(total[r], a.residual_dtype),
-                  a.residual_dtype);
+      if (!a.d_residual || a.on_sum || !lives(r)) continue;
+      store<G, V>(at<G>(a.d_residual, a.width, r, c), 0, round_to<G, V>(total[r], a.residual_dtype), a.residual_dtype);
     }
     if (b.total) {
 #pragma unroll
       for (int r = 0; r < N; ++r) {
-        if (r < live) store_total(total[r], b.total + row(r) * a.width + column);
+        if (lives(r)) store_total(total[r], b.total + row(r) * a.width + column);
       }
     }
     float h[N][V];
 #pragma unroll
     for (int r = 0; r < N; ++r) h_of(h[r], s[r], edit[r].inside);
     auto pulled = [&](int r, int v) { return edit[r].k == 0.f ? 0.f : edit[r].k * total[r][v]; };
+    float4* sum = sums + c * b.unit_sums * (V / 4) * kWarp;
     if (b.taken.scale >= 0)
-      add_to(sum++, c, [&](int r, int v, float held) { return fmaf(pulled(r, v), h[r][v], held); });
-    if (b.taken.bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + pulled(r, v); });
+      add_to(sum, [&](int r, int v, float held) { return fmaf(pulled(r, v), h[r][v], held); });
+    if (b.taken.bias >= 0) add_to(sum, [&](int r, int v, float held) { return held + pulled(r, v); });
     if (has_norm()) {
       float g[N][V], unit[N][V];
 #pragma unroll
@@ -267,28 +286,33 @@ struct UnitTile {
         for (int v = 0; v < V; ++v) unit[r][v] = norm[r].unit(unit[r][v]);
       }
       if (b.taken.weight >= 0)
-        add_to(sum++, c, [&](int r, int v, float held) { return fmaf(g[r][v], unit[r][v], held); });
-      if (b.taken.norm_bias >= 0) add_to(sum++, c, [&](int r, int v, float held) { return held + g[r][v]; });
+        add_to(sum, [&](int r, int v, float held) { return fmaf(g[r][v], unit[r][v], held); });
+      if (b.taken.norm_bias >= 0) add_to(sum, [&](int r, int v, float held) { return held + g[r][v]; });
     }
-    if (b.taken.read >= 0) add_ranks(sum, c, rank, low.q, h);
-    if (b.taken.write >= 0) add_ranks(sum, c, rank, low.kz, total);
+    if (b.taken.read >= 0 || b.taken.write >= 0) add_ranks(sum, rank, low, h, total);
   }
-  // Σ_r weight[j N + r] value[r] for each rank j, to the sums from `sum` on.
-  __device__ void add_ranks(int& sum, int c, int rank, const float* weight, const float (&value)[N][V]) const {
-    constexpr int K = kWhole ? kRanks : 1;
-    const float* end = weight + rank * N;
-#pragma unroll 1
-    do {  // the rank is not 0
+  // Σ_r q h of each rank to the sums from `read` on, and Σ_r k z total to those after them, as far as they are taken.
+  __device__ void add_ranks(float4* read, int rank, const LowRank& low, const float (&h)[N][V],
+                            const float (&total)[N][V]) const {
+    constexpr int K = kWhole ? kRanks / 2 : 1;  // sums under way, as many as the registers have room for
+    float4* write = read + (b.taken.read >= 0 ? rank * (V / 4) * kWarp : 0);
+    const float *q = low.q, *kz = low.kz, *end = q + rank * N;
+    auto add = [&](float4*& at, const float* from, const float (&value)[N][V]) {
       float weights[K * N];
-      if constexpr (kWhole) load_shared(weights, weight);
+      if constexpr (kWhole) load_shared(weights, from);
       else
 #pragma unroll
-        for (int r = 0; r < N; ++r) weights[r] = weight[r];
+        for (int r = 0; r < N; ++r) weights[r] = from[r];
 #pragma unroll
       for (int g = 0; g < K; ++g)
-        add_to(sum + g, c, [&](int r, int v, float held) { return fmaf(weights[g * N + r], value[r][v], held); });
-      weight += K * N, sum += K;
-    } while (weight < end);
+        add_to(at, [&](int r, int v, float held) { return fmaf(weights[g * N + r], value[r][v], held); });
+    };
+#pragma unroll 1
+    do {  // the rank is not 0
+      if (b.taken.read >= 0) add(read, q, h);
+      if (b.taken.write >= 0) add(write, kz, total);
+      q += K * N, kz += K * N;
+    } while (q < end);
   }
 
   // The sums of add_to's number `sum` onwards, to the unit's partials.
@@ -319,9 +343,9 @@ struct UnitTile {
   }
 };
 
-template <class G, class H, int V, BackwardPart part, bool kWhole>
+template <class G, class H, int V, BackwardPart part, Ranks ranks>
 __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward given) {
-  const Backward b = plain<part, kWhole>(given);
+  const Backward b = plain<part, ranks>(given);
   constexpr bool kFull = part != kGeneralBackward;
   constexpr int N = kUnitTile<V>;
   FASTEDIT_SHARED(shared);
@@ -336,11 +360,11 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   uint4* stage = reinterpret_cast<uint4*>(sums + held * blockDim.x);
   sums += warp() * held * kWarp + lane();
   stage += warp() * streams * N * b.unit.chunks * kWarp + lane();
-  UnitTile<G, H, V, kFull, kWhole> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
+  UnitTile<G, H, V, kFull, ranks != kAnyRanks> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
 #pragma unroll 1
   for (int c = 0; c < b.unit.chunks; ++c)
 #pragma unroll
-    for (int r = 0; r < N; ++r) tile.ask_for(0, r, c);
+    for (int r = 0; r < N; ++r) tile.ask_for(r, c);
   auto clear = [&] {
 #pragma unroll 1
     for (int i = 0; i < held; ++i) sums[i * kWarp] = float4{};
@@ -378,6 +402,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
       clear();
     }
   } while (tile.first < run.rows.count);
+  wait_copies();  // the zeros of rows that do not come
 }
 
 }  // namespace

@@ -17,16 +17,23 @@ int launch_unit(const Backward& b, void* stream) {
   Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
   if (b.cut.pieces) shape.blocks = runs(b.cut, multiprocessors());
   auto run = [&](auto kernel) { return launch(kernel, shape, stream, b); };
+  auto run_rank = [&](auto part) {
+    constexpr BackwardPart kPart = part.value;
+    if constexpr (kPart == kPlainReftNorm || kPart == kPlainReft) {
+      if (b.a.form.rank == 4) return run(unit_backward<G, H, V, kPart, kFourRanks>);
+    }
+    if (b.a.form.rank % kRanks == 0) return run(unit_backward<G, H, V, kPart, kWholeRanks>);
+    return run(unit_backward<G, H, V, kPart, kAnyRanks>);
+  };
   if constexpr (sizeof(G) == 2 && sizeof(H) == 2) {
     BackwardPart part = backward_part(b, int64_t{b.unit.threads} * b.unit.chunks * V);
-    bool whole = b.a.form.rank % kRanks == 0;
-    if (part == kPlainRed) return run(unit_backward<G, H, V, kPlainRed, false>);
-    if (part == kPlainRankNorm)
-      return whole ? run(unit_backward<G, H, V, kPlainRankNorm, true>) : run(unit_backward<G, H, V, kPlainRankNorm, false>);
-    if (part == kPlainRank)
-      return whole ? run(unit_backward<G, H, V, kPlainRank, true>) : run(unit_backward<G, H, V, kPlainRank, false>);
+    if (part == kPlainRed) return run(unit_backward<G, H, V, kPlainRed, kAnyRanks>);
+    if (part == kPlainRankNorm) return run_rank(std::integral_constant<BackwardPart, kPlainRankNorm>{});
+    if (part == kPlainRank) return run_rank(std::integral_constant<BackwardPart, kPlainRank>{});
+    if (part == kPlainReftNorm) return run_rank(std::integral_constant<BackwardPart, kPlainReftNorm>{});
+    if (part == kPlainReft) return run_rank(std::integral_constant<BackwardPart, kPlainReft>{});
   }
-  return run(unit_backward<G, H, V, kGeneralBackward, false>);
+  return run(unit_backward<G, H, V, kGeneralBackward, kAnyRanks>);
 }
 
 template <class G, class H, int V>

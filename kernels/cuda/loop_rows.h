@@ -128,8 +128,10 @@ struct LoopRow {
   }
 };
 
+// Two blocks share a multiprocessor. Of four elements an access this must be said: sm_120 would otherwise choose 40 registers
+// and spill.
 template <class X, class R, int V, bool kGated>
-__global__ void __launch_bounds__(kLoopThreads) loop_rows_kernel(const EditAddNormArgs a) {
+__global__ void __launch_bounds__(kLoopThreads, V == 4 ? 2 : 0) loop_rows_kernel(const EditAddNormArgs a) {
   FASTEDIT_SHARED(shared);
   const EditAddArgs& add = a.add;
   float* z = shared + kBlockSumFloats;

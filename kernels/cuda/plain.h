@@ -5,13 +5,15 @@
 #include "backward.h"
 #include "tile.h"
 
-#ifdef __CUDACC__
-#define FASTEDIT_ASSUME(fact) __builtin_assume(fact)
-#else
-#define FASTEDIT_ASSUME(fact)
-#endif
-
 namespace fastedit::cuda {
+
+// One by one: of two facts joined by && the compiler has seen neither alone.
+template <class... Facts>
+__device__ inline void assume(Facts... facts) {
+#ifdef __CUDACC__
+  (__builtin_assume(static_cast<bool>(facts)), ...);
+#endif
+}
 
 enum Part { kGeneral, kPlainEdit, kPlainAdd, kPlainSum, kPlainNorm, kPlainSumNorm };  // Sum: the edit is on the sum
 
@@ -19,9 +21,15 @@ __host__ __device__ inline bool is_plain(const Form& form) {
   return !form.slot && !form.coefficient && !form.gate;
 }
 
+// So many that a row or a stride in bytes of 16-bit elements fits into 32 bits, also a tile or a grid's step further on.
+inline bool is_short(int64_t rows, int64_t width, int64_t stride, int64_t other) {
+  return rows < (1 << 30) && most(width, most(stride, other)) < int64_t{1} << 31;
+}
+
 inline Part part_of(const EditAddNormArgs& a) {
   const EditAddArgs& add = a.add;
-  if (!is_plain(add.form) || !add.out || add.z || (add.form.rank && !add.form.write)) return kGeneral;
+  if (!is_short(add.rows, add.width, add.x_stride, add.residual_stride)) return kGeneral;
+  if (!is_plain(add.form) || !add.out || (add.form.rank && !add.form.write)) return kGeneral;
   if (!add.residual) return a.normed ? kGeneral : kPlainEdit;
   if (!a.normed) return add.on_sum ? kPlainSum : kPlainAdd;
   return a.kind == LAYER || a.norm_bias ? kGeneral : add.on_sum ? kPlainSumNorm : kPlainNorm;
@@ -36,36 +44,43 @@ template <Part part, bool kLowRank, bool kWhole>
 __device__ inline EditAddNormArgs plain(EditAddNormArgs a) {
   if constexpr (part == kGeneral) return a;
   a.add.form = plain(a.add.form);
-  a.add.z = nullptr, a.mean = nullptr, a.norm_bias = nullptr;
+  a.mean = nullptr, a.norm_bias = nullptr;
   constexpr bool kNorm = part == kPlainNorm || part == kPlainSumNorm;
   a.add.on_sum = part == kPlainSum || part == kPlainSumNorm;
   if (part == kPlainEdit) a.add.residual = nullptr;
   if (!kNorm) a.normed = nullptr, a.rstd = nullptr;
   a.kind = a.kind == GEMMA ? GEMMA : RMS;
-  FASTEDIT_ASSUME(a.add.out);
-  if (part != kPlainEdit) FASTEDIT_ASSUME(a.add.residual);
-  if (kNorm) FASTEDIT_ASSUME(a.normed && a.weight);
-  if (kLowRank) FASTEDIT_ASSUME(static_cast<int>(a.add.form.rank) > 0 && a.add.form.read && a.add.form.write);
-  if (kWhole) FASTEDIT_ASSUME(a.add.form.rank % kRanks == 0);
+  assume(a.add.out);
+  if (part != kPlainEdit) assume(a.add.residual);
+  if (kNorm) assume(a.normed, a.weight);
+  if (kLowRank) assume(static_cast<int>(a.add.form.rank) > 0, a.add.form.read, a.add.form.write);
+  if (kWhole) assume(a.add.form.rank % kRanks == 0);
   return a;
 }
 
-// Backwards: RED's behind a norm, a rank's behind a norm, a rank's without one. Every gradient of what is there is
-// wanted but d_weight, which may be; the tile's streams lie in shared memory. RED's without a norm is column_sums.
-enum BackwardPart { kGeneralBackward, kPlainRed, kPlainRankNorm, kPlainRank };
+// Backwards: RED's behind a norm, a rank's with bias, and LoReFT's, which has neither scale nor bias, both behind a norm and
+// without one. Every gradient of what is there is wanted but d_weight, which may be; the tile's streams lie in shared memory.
+// RED's without a norm is column_sums.
+enum BackwardPart { kGeneralBackward, kPlainRed, kPlainRankNorm, kPlainRank, kPlainReftNorm, kPlainReft };
 
 inline BackwardPart backward_part(const Backward& b, int64_t columns) {
   const EditAddNormBackwardArgs& a = b.a;
-  bool norm = a.grad_normed, rank = a.form.rank > 0;
+  bool norm = a.grad_normed, rank = a.form.rank > 0, reft = rank && !a.form.scale && b.taken.scale < 0 && b.taken.bias < 0;
+  if (!is_short(a.rows, a.grad_residual_stride, a.grad_normed_stride, a.x_stride)) return kGeneralBackward;
   if (!is_plain(a.form) || a.slot_order.order || a.residual || a.on_sum || a.width != columns) return kGeneralBackward;
   if (!a.grad_residual || !a.d_x || a.d_form.coefficient || b.total || b.norm_means || b.q_out) return kGeneralBackward;
-  if (!b.reads_h || !b.unit.total_staged || !b.unit.h_staged || b.taken.bias < 0) return kGeneralBackward;
+  if (!b.reads_h || !b.unit.total_staged || !b.unit.h_staged) return kGeneralBackward;
   if (norm && (a.kind == LAYER || !a.weight || !a.d_residual || b.taken.norm_bias >= 0)) return kGeneralBackward;
-  if (rank && (!a.form.read || !b.pulls)) return kGeneralBackward;
+  if (rank && (!a.form.read || !b.pulls || b.taken.read < 0 || b.taken.write < 0)) return kGeneralBackward;
+  if (reft) return norm ? kPlainReftNorm : kPlainReft;
+  if (b.taken.bias < 0) return kGeneralBackward;
   return !rank ? norm && b.taken.scale >= 0 ? kPlainRed : kGeneralBackward : norm ? kPlainRankNorm : kPlainRank;
 }
 
-template <BackwardPart part, bool kWhole>
+// What a kernel knows of the rank: nothing, that it is a multiple of kRanks, that it is four.
+enum Ranks { kAnyRanks, kWholeRanks, kFourRanks };
+
+template <BackwardPart part, Ranks ranks>
 __device__ inline Backward plain(Backward b) {
   if constexpr (part == kGeneralBackward) return b;
   EditAddNormBackwardArgs& a = b.a;
@@ -77,18 +92,24 @@ __device__ inline Backward plain(Backward b) {
   b.parts = 1;
   b.reads_h = b.unit.total_staged = b.unit.h_staged = true;
   b.taken.norm_bias = -1;
-  FASTEDIT_ASSUME(a.grad_residual && a.d_x && b.taken.bias >= 0 && b.cut.pieces > 0);
-  if (part == kPlainRank) {
+  assume(a.grad_residual, a.d_x, b.cut.pieces > 0, b.unit.chunks > 0);
+  if (part == kPlainReft || part == kPlainReftNorm) {
+    a.form.scale = a.form.bias = nullptr, b.taken.scale = b.taken.bias = -1;
+  } else {
+    assume(b.taken.bias >= 0);
+  }
+  if (part == kPlainRank || part == kPlainReft) {
     a.grad_normed = nullptr, a.d_residual = nullptr, b.taken.weight = -1;
   } else {
-    FASTEDIT_ASSUME(a.grad_normed && a.weight && a.d_residual);
+    assume(a.grad_normed, a.weight, a.d_residual);
   }
   if (part == kPlainRed) {
     a.form.rank = 0, a.form.read = a.form.write = nullptr, b.pulls = false, b.taken.read = b.taken.write = b.taken.offset = -1;
-    FASTEDIT_ASSUME(b.taken.scale >= 0 && a.form.scale);
+    assume(b.taken.scale >= 0, a.form.scale);
   } else {
     b.pulls = true;
-    FASTEDIT_ASSUME(static_cast<int>(a.form.rank) > 0 && a.form.read && a.form.write);
+    if (ranks == kFourRanks) a.form.rank = 4;
+    assume(static_cast<int>(a.form.rank) > 0, a.form.read, a.form.write, b.taken.read >= 0, b.taken.write >= 0);
   }
   return b;
 }
@@ -106,7 +127,7 @@ __device__ inline Backward plain_columns(Backward b) {
   b.a.form = plain(b.a.form);
   b.a.slot_order = {}, b.parts = 1;
   b.a.residual = nullptr, b.columns_d_x = true;
-  FASTEDIT_ASSUME(b.a.grad_residual && b.a.form.scale && b.left.scale >= 0 && b.left.bias >= 0);
+  assume(b.a.grad_residual, b.a.form.scale, b.left.scale >= 0, b.left.bias >= 0);
   return b;
 }
 

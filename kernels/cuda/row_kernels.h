@@ -19,7 +19,7 @@ __device__ inline const float* tile_project(const float (&h)[N][C][V], RowEdit (
   tile_dots<kFull, kWhole>(h, row, a.form.read, rank, a.width, part);
   if constexpr (kGated) tile_gate_sums(h, row, a.form.gate, a.width, part + rank * N * warps());
   finish_dots<N>(rank + kGated, part, [&](int j, int r, float sum) {
-    RowEdit edit = row_edit(a.form, min(first + r, a.rows - 1));
+    RowEdit edit = row_edit(a.form, tile_row(first, r, a.rows));
     if constexpr (kGated) {
       if (j == rank) {
         z[j * N + r] = gated(a.form, edit, sum, share_sum(part, (j + 1) * N + r));
@@ -85,12 +85,12 @@ __device__ inline void tile_edit(float (&h)[N][C][V], const Pack<R, V> (&residua
       }
       Pack<R, V> rounded = round_to<R, V>(h[r][c], a.residual_dtype);
       unpack<R, V>(rounded, h[r][c], a.residual_dtype);
-      if (!a.out || first + r >= a.rows) continue;
+      if (!a.out || (r > 0 && first + r >= a.rows)) continue;
       // The row's bits, NaN payloads too. Rows without a gate are not looked at: their k = 0 are rare.
       if (!a.residual && row[r].k == 0.f && (!kGated || any_nan(h[r][c]))) {
-        rounded = load<kCached, R, V>(a.x, (first + r) * a.x_stride + column, a.x_dtype);
+        rounded = load<kCached, R, V>(row_at<R, kFull>(a.x, first + r, a.x_stride, column), 0, a.x_dtype);
       }
-      store<R, V>(a.out, (first + r) * a.width + column, rounded, a.residual_dtype);
+      store<R, V>(row_at<R, kFull>(a.out, first + r, a.width, column), 0, rounded, a.residual_dtype);
     }
   }
 }
@@ -126,7 +126,7 @@ __device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, 
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     rstd[i] = reciprocal_root(fmaf(rstd[i], inverse, a.eps));
-    if (threadIdx.x == 0 && first + i < a.add.rows) {
+    if (threadIdx.x == 0 && (i == 0 || first + i < a.add.rows)) {
       if (a.kind == LAYER && a.mean) a.mean[first + i] = mean[i];
       if (a.rstd) a.rstd[first + i] = rstd[i];
     }
@@ -139,8 +139,8 @@ __device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, 
     load_affine<R, V>(gain, shift, a, column);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (first + i >= a.add.rows) continue;
-      store<R, V>(a.normed, (first + i) * a.add.width + column,
+      if (i > 0 && first + i >= a.add.rows) continue;
+      store<R, V>(row_at<R, kFull>(a.normed, first + i, a.add.width, column), 0,
                   normed<R, V>(r[i][c], gain, shift, a.kind, dtype, mean[i], rstd[i]), dtype);
     }
   }
@@ -167,25 +167,27 @@ __global__ void __launch_bounds__(kLowRank || E == 8 ? 512 : 1024, kLowRank || E
   int turn = 0;
   wait_for_kernel_before();
   if constexpr (kFull && !kLowRank && C == 1) ask_for_parameters<R, V>(a);  // others have no register left for it
-  for (int64_t first = int64_t{blockIdx.x} * N; first < add.rows; first += int64_t{gridDim.x} * N) {
+  using Row = std::conditional_t<kFull, int, int64_t>;
+  const Row rows = static_cast<Row>(add.rows), step = static_cast<Row>(gridDim.x) * N;
+  for (Row first = static_cast<Row>(blockIdx.x) * N; first < rows; first += step) {
     Pack<X, V> x[N][C] = {};
     Pack<R, V> residual[N][C] = {};
     RowEdit row[N];
 #pragma unroll
     for (int r = 0; r < N; ++r) {
-      int64_t at = min(first + r, add.rows - 1);  // the last tile repeats the last row and stores it once
+      const Row at = tile_row(first, r, rows);  // the last tile repeats its first row and stores it once
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         int column = tile_column<V>(c);
         if (beyond<V, kFull>(c, add.width)) continue;
-        x[r][c] = load<kOnce, X, V>(add.x, at * add.x_stride + column, add.x_dtype);
+        x[r][c] = load<kOnce, X, V>(row_at<X, kFull>(add.x, at, add.x_stride, column), 0, add.x_dtype);
         if (!add.residual) continue;
         residual[r][c] =
-            load<kOnce, R, V>(add.residual, at * add.residual_stride + column, add.residual_dtype);
+            load<kOnce, R, V>(row_at<R, kFull>(add.residual, at, add.residual_stride, column), 0, add.residual_dtype);
       }
     }
 #pragma unroll
-    for (int r = 0; r < N; ++r) row[r] = row_edit(add.form, min(first + r, add.rows - 1));
+    for (int r = 0; r < N; ++r) row[r] = row_edit(add.form, tile_row(first, r, rows));
     float h[N][C][V];
 #pragma unroll
     for (int r = 0; r < N; ++r)

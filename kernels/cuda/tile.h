@@ -3,6 +3,7 @@
 // A block owns the tile's rows, so that sums along a row need the block alone, and every parameter is
 // loaded once for kRows rows. Rows are independent: their sums run in an order that the width fixes.
 #pragma once
+#include <type_traits>
 #include "form.h"
 #include "reduce.h"
 
@@ -13,10 +14,28 @@ __device__ inline int tile_column(int c) {
   return (c * blockDim.x + threadIdx.x) * V;
 }
 
+// A column of a row of T. Where kShort, rows and strides are below 2^31 (plain.h): one multiply-add instead of five.
+template <class T, bool kShort, class P>
+__device__ inline P* row_at(P* data, int64_t row, int64_t stride, int column) {
+  static_assert(!std::is_same_v<T, Any>, "bytes of an element");
+  using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+  if constexpr (kShort) {
+    return static_cast<Byte*>(data) + uint64_t{static_cast<uint32_t>(column) * uint32_t{sizeof(T)}} +
+           uint64_t{static_cast<uint32_t>(row)} * (static_cast<uint32_t>(stride) * uint32_t{sizeof(T)});
+  }
+  return static_cast<Byte*>(data) + (row * stride + column) * int64_t{sizeof(T)};
+}
+
 // True where a thread has no column c; where a tile is `kFull`, every thread has all of its columns.
 template <int V, bool kFull>
 __device__ inline bool beyond(int c, int64_t width) {
   return !kFull && tile_column<V>(c) >= width;
+}
+
+// Row r of the tile from `first` on, which is below `rows`, or its first row where there is no such row.
+template <class Row>
+__device__ inline Row tile_row(Row first, int r, Row rows) {
+  return r > 0 && first + r < rows ? first + r : first;
 }
 
 constexpr int kRanks = 4;  // that a loop over ranks takes at a time, where their number is a multiple of it
@@ -108,7 +127,7 @@ __device__ inline void tile_combine(float (&added)[N][C][V], const float* weight
     }
   };
   if constexpr (kWhole) {
-    constexpr int K = C == 1 ? kRanks : kRanks / 2;  // vectors under way, as many as the registers have room for
+    constexpr int K = kRanks / 2;  // at a time: vectors under way, as many as the registers have room for
     const float* end = weight + rank * N;
 #pragma unroll 1
     do {  // the rank is not 0

@@ -65,7 +65,7 @@ __device__ inline void add_flips(const AscentState& s, const ValueAscentArgs& a,
   s.slope[unit] = slope, s.lost[unit] = lost;
 }
 
-__global__ void __launch_bounds__(kAscentThreads) ascent_steps(const ValueAscentArgs a, int run) {
+__global__ void __launch_bounds__(kAscentThreads, 1) ascent_steps(const ValueAscentArgs a, int run) {
   FASTEDIT_SHARED(shared);
   int units = static_cast<int>(a.units), steps = static_cast<int>(a.steps), first = warp() * run;
   int end = min(first + run, units);

@@ -67,13 +67,14 @@ __device__ inline void put(W* at, W w) {
   *at = w;
 }
 // A vector on its way into shared memory, past the registers; `to` is read after wait_copies and by this thread
-// alone. An earlier read of `to` by this thread is served first: both go through one queue.
+// alone. An earlier read of `to` by this thread is served first: both go through one queue. Where it is not `wanted` zeros
+// come, and `from` is not read.
 template <class P>
-__device__ inline void copy_async(P* to, const void* from) {
-  unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+__device__ inline void copy_async(P* to, const void* from, bool wanted) {
+  unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to)), bytes = wanted ? sizeof(P) : 0;
   if constexpr (sizeof(P) == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 }
 // Towards L1, so that a later load waits less; nothing of it is waited for, or changes a result.
 __device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }

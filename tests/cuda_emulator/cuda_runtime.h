@@ -156,12 +156,13 @@ void put(T* at, T value) {
   *at = value;
 }
 template <class P>
-void copy_async(P* to, const void* from) {
+void copy_async(P* to, const void* from, bool wanted) {
   static_assert(sizeof(P) == 8 || sizeof(P) == 16, "cp.async");
+  static const P zeros{};
   if (reinterpret_cast<uintptr_t>(to) % sizeof(P) || reinterpret_cast<uintptr_t>(from) % sizeof(P))
     emulator::fail("misaligned access");
-  emulator::count(from, sizeof(P), false);
-  emulator::copy_later(to, from, sizeof(P));
+  if (wanted) emulator::count(from, sizeof(P), false);
+  emulator::copy_later(to, wanted ? from : &zeros, sizeof(P));
 }
 inline void prefetch(const void*) {}
 inline void wait_for_kernel_before() {}

@@ -10,9 +10,7 @@ import pytest
 from cuda_tools import KERNELS, UNITS, compile_unit, find_cuobjdump, find_nvcc, instructions, listing
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
-needs_cuobjdump = pytest.mark.skipif(
-    find_cuobjdump() is None, reason="needs cuobjdump (in CUDA, or in Triton)"
-)
+needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason="needs cuobjdump (in CUDA, or in Triton)")
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +33,7 @@ def sass(compiled):
 
 def vectorised(sass):
     """The kernels that take a dtype at compile time: all that are not the scalar path."""
-    return {
-        n: code
-        for n, code in sass.items()
-        if re.search(r"kernelI|rowsI|sumsI|backwardI", n) and not scalar(n)
-    }
+    return {n: code for n, code in sass.items() if re.search(r"kernelI|rowsI|sumsI|backwardI", n) and not scalar(n)}
 
 
 def scalar(name):
@@ -60,10 +54,6 @@ def test_the_compiler_warns_of_nothing_and_spills_nothing(compiled):
     assert frames >= entries >= 60
 
 
-# Bytes that a kernel may spill on an architecture beside sm_90: in the row loops for rows beyond a tile, which are rare.
-SPILLS = {("120", "edit_add_norm", "loop_rows_kernel"): 8}
-
-
 def built_architectures():
     """CMakeLists.txt's, of those that the compiler lists, without sm_90."""
     lists = (KERNELS.parent / "CMakeLists.txt").read_text()
@@ -76,18 +66,18 @@ def built_architectures():
 @pytest.mark.slow
 def test_no_architecture_that_is_built_spills(tmp_path):
     """Beside sm_90, which the ordinary tests look at."""
-    found = {}
+    found = []
     for arch in built_architectures():
         for unit in UNITS:
             _, report = compile_unit(unit, tmp_path, f"sm_{arch}")
             assert "warning" not in report, report
             facts = r"Function properties for (\w+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-            for name, stores, loads in re.findall(facts, report):
-                if int(stores) or int(loads):
-                    kind = re.search(r"[a-z_]+_(?:kernel|rows|backward|sums)(?=I|E)", name)
-                    key = (arch, unit.stem, kind[0] if kind else name)
-                    found[key] = max(found.get(key, 0), int(stores))
-    assert found == SPILLS
+            found += [
+                (arch, unit.stem, name, int(stores), int(loads))
+                for name, stores, loads in re.findall(facts, report)
+                if int(stores) or int(loads)
+            ]
+    assert not found
 
 
 @needs_nvcc
@@ -128,9 +118,9 @@ def test_streams_move_128_bits_at_a_time(sass):
 
 
 # Where a loop may take more than half of the issue slots that its bytes leave at an H200's bandwidth: what it is bound by.
-# A rank may take 80 %; these take more, and no more than is written here: 20 multiply-adds an element of a rank-4 backward
-# take half of what the six bytes of an edit leave, and two rows in a thread's registers share the rest.
-SHARES = {("edit", "forward", 4): 0.82, ("edit", "backward", 4): 1.12, ("edit_add_norm", "backward", 4): 0.96}
+# A rank may take 80 %. The backward of a form with scale, bias and a rank takes more, and no more than is written here: its
+# multiply-adds alone, 20 an element, are half of what the six bytes of an edit leave.
+SHARES = {("edit", "backward", 4): 0.95, ("edit_add_norm", "backward", 4): 0.86}
 
 
 @needs_nvcc

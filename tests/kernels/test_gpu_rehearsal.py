@@ -3,6 +3,7 @@
 import argparse
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_what_travels_back_is_few_files_and_what_is_asked_for_fits(tmp_path):
         made = options(tmp_path, more=more)
         listed = list((gpu.more_steps if more else gpu.steps)(made))
         assert len({s.name for s in listed}) == len(listed) >= 5
-    assert sum(s.seconds for s in gpu.steps(options(tmp_path))) < 700
+    assert sum(s.seconds for s in gpu.steps(options(tmp_path))) < 600
     assert [s.name for s in gpu.steps(options(tmp_path))] == [
         "build", "check", "speed", "profile", "tests", "decode", "triton", "bits",
     ]  # fmt: skip
@@ -81,6 +82,22 @@ def test_headers_from_a_folder_reach_the_build(tmp_path):
     assert made["pybind11_ROOT"] == str(tmp_path) and made["CPLUS_INCLUDE_PATH"].endswith(f"{tmp_path}/include")
     assert made["FASTEDIT_CUDA"] == "ON" and made["FASTEDIT_CUDA_ARCHITECTURES"]
     assert "--no-index" in build.command and "--no-build-isolation" in build.command
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("g++") is None, reason="needs cmake and g++")
+@pytest.mark.parametrize("version", [(3, 1), (3, 0)])
+def test_cmake_takes_headers_without_a_package(tmp_path, version):
+    """As where pybind11 came along as headers alone; torch has older ones among its own, which do not serve."""
+    common = tmp_path / "headers/pybind11/detail/common.h"
+    common.parent.mkdir(parents=True)
+    common.write_text("#define PYBIND11_VERSION_MAJOR {}\n#define PYBIND11_VERSION_MINOR {}\n".format(*version))
+    env = gpu.environment(options(tmp_path, pybind11=str(tmp_path / "headers")), step("build", ""))
+    defined = ("FASTEDIT_CUDA=OFF", f"Python_EXECUTABLE={sys.executable}", "CMAKE_DISABLE_FIND_PACKAGE_pybind11=ON")
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), *(f"-D{d}" for d in defined)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (version >= (3, 1)), done.stderr
+    if version < (3, 1):
+        assert "pybind11 3.1 or newer is needed" in done.stderr and "headers 3.0" in " ".join(done.stderr.split())
 
 
 def rehearse(tmp_path, *arguments):
