@@ -27,7 +27,7 @@ from fastedit.methods import cast, inferaligner
 from fastedit.methods.replies import replies
 
 from . import chat
-from .onchat import TOKENS, Loaded, as_chats, calibrated, mean, share_of, table
+from .onchat import TOKENS, Loaded, as_chats, calibrated, share_of, table
 from .rows import Rows
 from .statistics import auroc
 
@@ -170,7 +170,7 @@ def markdown(path):
         line = [{"cast": "CAST: happier", "inferaligner": "InferAligner: refuses"}[method], name]
         if rows:
             scores = [float(row["auroc"]) for row in rows if row["auroc"]] if cell in ("gated", "shuffled") else []
-            line.append(mean(scores) if len(scores) > 1 else f"{scores[0]:.2f}" if scores else "")
+            line.append(", ".join(f"{score:.2f}" for score in scores))
             line += [share_of(rows, field, "prompts") for field in ("sport", "other")]
         lines.append(line)
-    return table(["", "", "AUROC of the gate, held out", "hits on sport", "hits on others"], lines)
+    return table(["", "", "AUROC of the gate, held out, each fold", "hits on sport", "hits on others"], lines)
