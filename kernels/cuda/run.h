@@ -105,7 +105,8 @@ template <class... P, class... A>
 int launch_early(void (*kernel)(P...), const Shape& shape, void* stream, const A&... args) {
 #if defined(FASTEDIT_PDL) && defined(__CUDACC__)
   cudaFuncAttributes made{};  // of code for an older architecture, which does not wait
-  if (capability() >= 90 && cudaFuncGetAttributes(&made, kernel) == 0 && made.ptxVersion >= 90 && shape.blocks > 0 && shape.blocks <= kMaxBlocks && shape.shared_bytes <= kShared) {
+  if (capability() >= 90 && cudaFuncGetAttributes(&made, kernel) == 0 && made.ptxVersion >= 90 &&
+      shape.blocks > 0 && shape.blocks <= kMaxBlocks && shape.shared_bytes <= kShared) {
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
