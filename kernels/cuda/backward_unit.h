@@ -49,7 +49,11 @@ struct UnitTile {
   // This thread's columns of chunk c of row `ahead` of the tile, which a unit that is not kFull must have.
   template <class T, class P>
   __device__ P* at(P* data, int64_t stride, int ahead, int c) const {
-    return row_at<T, kFull>(data, kFull ? unit.first + (first + ahead) : row(ahead), stride, tile_column<V>(c));
+    if constexpr (!kFull) return row_at<T, false>(data, row(ahead), stride, tile_column<V>(c));
+    // Without whole ranks the tile's other rows are steps from its first, since registers do not suffice for a product of each.
+    const int r = kWhole ? 0 : ahead % N;
+    P* of_first = row_at<T, true>(data, unit.first + (first + ahead - r), stride, tile_column<V>(c));
+    return row_at<T, true>(of_first, r, stride, 0);
   }
   __device__ uint4* cell(int stream, int r, int c) const {
     return stage + ((c * streams + stream) * N + r) * kWarp;
