@@ -58,7 +58,7 @@ CASES = (
     Case("edit", "backward", 4, UNIT % (3, 1), 3),
     Case("edit_add_norm", "backward", 4, UNIT % (2, 1), 6),
     Case("edit of LoReFT", "backward", 4, UNIT % (5, 2), 3),
-    Case("edit_add_norm of LoReFT", "backward", 4, UNIT % (4, 2), 6),
+    Case("edit_add_norm of LoReFT", "backward", 4, UNIT % (4, 1), 6),
 )
 DTYPES = {"bf16": "Brain", "f16": "Half"}
 

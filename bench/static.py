@@ -226,10 +226,11 @@ def main():
         raise SystemExit(f"bench.static needs what is not here: {', '.join(missing)}")
     path = pathlib.Path(options.out) / "cuda-static.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
+    rows = list(table(options.arch or ["sm_90"]))  # before the file is opened: this takes minutes, and may be ended
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, restval="")
         writer.writeheader()
-        writer.writerows(table(options.arch or ["sm_90"]))
+        writer.writerows(rows)
     print(markdown(path), path, sep="\n")
 
 

@@ -30,8 +30,9 @@ __device__ inline int staged_streams(const Backward& b) {
   return b.unit.total_staged ? of_total + of_h : 0;
 }
 
-template <class G, class H, int V, bool kFull, bool kWhole>
+template <class G, class H, int V, bool kFull, Ranks ranks>
 struct UnitTile {
+  static constexpr bool kWhole = ranks != kAnyRanks;
   static constexpr int N = kUnitTile<V>;
   using Streams = RowStreams<G, H, V, true>;
   const Backward& b;
@@ -49,7 +50,11 @@ struct UnitTile {
   // This thread's columns of chunk c of row `ahead` of the tile, which a unit that is not kFull must have.
   template <class T, class P>
   __device__ P* at(P* data, int64_t stride, int ahead, int c) const {
-    return row_at<T, kFull>(data, kFull ? unit.first + (first + ahead) : row(ahead), stride, tile_column<V>(c));
+    if constexpr (!kFull) return row_at<T, false>(data, row(ahead), stride, tile_column<V>(c));
+    // Without whole ranks the tile's other rows are steps from its first, since registers do not suffice for a product of each.
+    const int r = kWhole ? 0 : ahead % N;
+    P* of_first = row_at<T, true>(data, unit.first + (first + ahead - r), stride, tile_column<V>(c));
+    return row_at<T, true>(of_first, r, stride, 0);
   }
   __device__ uint4* cell(int stream, int r, int c) const {
     return stage + ((c * streams + stream) * N + r) * kWarp;
@@ -242,7 +247,8 @@ struct UnitTile {
     for (int r = 0; r < N; ++r) ask_for(N + r, c);
     if (a.d_x || (a.d_residual && a.on_sum)) {
       float added[N][1][V] = {};
-      if (rank && form.read) tile_combine<kWhole>(added, low.q, edit, form.read, rank, a.width, c);
+      constexpr int kTogether = ranks == kFourRanks ? kRanks : kRanks / 2;
+      if (rank && form.read) tile_combine<kWhole, kTogether>(added, low.q, edit, form.read, rank, a.width, c);
       RoundedRow<G, H, V> d_h[N];
       auto store_row = [&](int r) {
         if (lives(r)) d_h[r].store(b, at<H>(a.d_x, a.width, r, c), at<G>(a.d_residual, a.width, r, c));
@@ -360,7 +366,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   uint4* stage = reinterpret_cast<uint4*>(sums + held * blockDim.x);
   sums += warp() * held * kWarp + lane();
   stage += warp() * streams * N * b.unit.chunks * kWarp + lane();
-  UnitTile<G, H, V, kFull, ranks != kAnyRanks> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
+  UnitTile<G, H, V, kFull, ranks> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
 #pragma unroll 1
   for (int c = 0; c < b.unit.chunks; ++c)
 #pragma unroll

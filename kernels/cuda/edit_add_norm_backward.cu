@@ -19,7 +19,7 @@ int launch_unit(const Backward& b, void* stream) {
   auto run = [&](auto kernel) { return launch(kernel, shape, stream, b); };
   auto run_rank = [&](auto part) {
     constexpr BackwardPart kPart = part.value;
-    if constexpr (kPart == kPlainReftNorm || kPart == kPlainReft) {
+    if constexpr (kPart == kPlainReft) {
       if (b.a.form.rank == 4) return run(unit_backward<G, H, V, kPart, kFourRanks>);
     }
     if (b.a.form.rank % kRanks == 0) return run(unit_backward<G, H, V, kPart, kWholeRanks>);

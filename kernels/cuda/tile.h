@@ -105,7 +105,7 @@ __device__ inline void load_shared(float (&out)[M], const float* from) {
 
 // added[r][c] += Σ_j weight[j kRows + r] · matrix[j] over the V columns of each of C chunks from `first` on, which the
 // thread has.
-template <bool kWhole, int N, int C, int V>
+template <bool kWhole, int kTogether = kRanks / 2, int N, int C, int V>
 __device__ inline void tile_combine(float (&added)[N][C][V], const float* weight, const RowEdit (&row)[N],
                                     const float* matrix, int rank, int64_t width, int first) {
   const float* from[N];
@@ -127,7 +127,7 @@ __device__ inline void tile_combine(float (&added)[N][C][V], const float* weight
     }
   };
   if constexpr (kWhole) {
-    constexpr int K = kRanks / 2;  // at a time: vectors under way, as many as the registers have room for
+    constexpr int K = kTogether;  // ranks at a time: vectors under way, as many as the registers have room for
     const float* end = weight + rank * N;
 #pragma unroll 1
     do {  // the rank is not 0

@@ -30,9 +30,9 @@ def whole(rank):
     return "true" if rank and rank % 4 == 0 else "false"
 
 
-def ranks(rank, reft):
-    """The last template argument of the backward's: LoReFT's knows a rank of four."""
-    return f"(Ranks){0 if rank % 4 or not rank else 2 if reft and rank == 4 else 1}>"
+def ranks(rank, four=False):
+    """The last template argument of the backward's: LoReFT's without a norm knows a rank of four."""
+    return f"(Ranks){0 if rank % 4 or not rank else 2 if four and rank == 4 else 1}>"
 
 
 def needs_of(rank, reft):
@@ -98,7 +98,7 @@ def test_backward_behind_a_norm(cuda, dtype, rank, width, kind, weighted, reft):
         )  # fmt: skip
 
     part = 4 if reft else 2 if rank else 1
-    run_both(cuda, call, make_form(width, rank, reft), f"(BackwardPart){part}, {ranks(rank, reft)}")
+    run_both(cuda, call, make_form(width, rank, reft), f"(BackwardPart){part}, {ranks(rank)}")
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF], ids=["bf16", "f16"])
