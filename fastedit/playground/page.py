@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -69,8 +68,6 @@ def _chat(session, dials):
         length = gr.Slider(8, 512, value=128, step=8, label="Longest reply, tokens", elem_id="length")
         temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0: greedy)")
 
-    worker = ThreadPoolExecutor(1)  # Gradio's threads come and go, and what each one's forwards left in its heap would stay
-
     def answer(message, plain_said, edited_said, mine, tokens, heat):
         message = (message or "").strip()
         if not message:
@@ -79,7 +76,7 @@ def _chat(session, dials):
         said = [[*_plain(history), {"role": "user", "content": message}] for history in (plain_said, edited_said)]
         kls = []  # of the edited reply's tokens
         steps = session.reply(*said, lambda: mine, max_new_tokens=int(tokens), temperature=heat, seed=0)
-        for step in _told(steps, worker):
+        for step in _told(steps):
             kls += [] if step.kl is None else [step.kl]
             shown = [[*s, {"role": "assistant", "content": r}] for s, r in zip(said, (step.plain, step.edited), strict=True)]
             over = step.finished or mine.stop
@@ -97,11 +94,10 @@ def _chat(session, dials):
     clear.click(lambda: ([], [], "KL to the unedited model: –"), None, [plain, edited, meter], queue=False)
 
 
-def _told(steps, worker):
-    """The steps, each made by the worker; what the model's own code raises becomes a message on the page."""
+def _told(steps):
+    """The steps; what the model's own code raises becomes a message on the page, and its traceback goes to the terminal."""
     try:
-        while (step := worker.submit(next, steps, None).result()) is not None:
-            yield step
+        yield from steps
     except Exception as error:
         raise gr.Error(f"The model failed while it wrote: {type(error).__name__}: {error}") from error
 
