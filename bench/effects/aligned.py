@@ -5,7 +5,7 @@ Fixed before the first run:
     teacher    rahf_teachers.teach, mode scit, by RED merged into the weights (published: full fine-tuning): 6 steps of 4 pairs
                at 1e-2
     student    RED on the teacher, rahf.train: 16 steps of 4 rows `chosen` at 5e-3 (published: LoRA, 450 steps of 64 rows)
-    control    the same with half of the fold's pairs turned round at random
+    control    the same with half of the labels of the fold's pairs flipped at random
     margin     log p(chosen) − log p(rejected) under the neutral prompt, for the model as it is, the teacher, the student;
                gains paired by pair, 95 % intervals over the 24 pairs
 """
@@ -71,7 +71,7 @@ def measured(model, tokenizer, labels, fold):
 
 def markdown(path):
     rows, lines = Rows(path, KEYS, FIELDS).read(), []
-    for labels, title in (("true", "as they are"), ("shuffled", "half turned round")):
+    for labels, title in (("true", "as they are"), ("shuffled", "half of the labels flipped")):
         own = [row for row in rows if row["labels"] == labels]
         if not own:
             lines.append([title])

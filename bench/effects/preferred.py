@@ -9,7 +9,7 @@ Fixed before the first run:
     training   fastedit.training.prefer: β = 0.1, 10 steps of 4 pairs, a cosine; RED at all layers, the vector at the
                output of block 10. The rates are not tuned: RED's is the command line's of SFT; the vector's moves each of its
                numbers by at most 2.5 in these steps, its length to at most 60, where a residual is some 200 long
-    controls   DPO with RED on the same pairs, half of them turned round at random; a random vector at the KL of DPO's
+    controls   DPO with RED on the same pairs, half of their labels flipped at random; a random vector at the KL of DPO's
                vector; asking for it in the system turn; no edit. BiPO's vector also at strength −1
     accuracy   share of held-out pairs with log p(chosen) > log p(rejected), sums over the answers
     gain       the same difference in nats, less that without an edit, pair by pair
@@ -54,7 +54,7 @@ KEYS, FIELDS = ("condition", "fold"), ("kl", "margins", "replies", "hits", "oppo
 CONDITIONS = {
     "none": "no edit", "dpo red": "DPO, RED", "dpo vector": "DPO, vector", "bipo vector": "BiPO, vector",
     "bipo vector -1": "the same at strength −1", "random": "random vector, KL of DPO's", "asked": "asked in the system turn",
-    "bipo red": "BiPO, RED", "dpo red shuffled": "DPO, RED, half of the pairs turned round",
+    "bipo red": "BiPO, RED", "dpo red shuffled": "DPO, RED, half of the labels flipped",
 }  # fmt: skip
 
 

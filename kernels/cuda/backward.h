@@ -58,7 +58,7 @@ int run_units(const Backward& backward, void* stream);
 // d_form, d_weight, d_norm_bias.
 int finish_sums(const Backward& backward, void* stream);
 
-// Rows that share a slot, in a unit at most kBlockRows; `order` null: rows first … first + count.
+// Rows that share a slot; a unit has at most kBlockRows of them. `order` null: rows first … first + count.
 struct Unit {
   const int32_t* order;
   int64_t first;

@@ -1,4 +1,6 @@
-// The plan of every backward, and its second half: parameter gradients from the units' partials (backward.h).
+// The plan of every backward, and its second half: parameter gradients from the units' partials (backward.h),
+//
+//     d = Σ over units of partial[unit].
 //
 // Streams: the partials in, one fp32 gradient a column out. Grid: 32 columns × slots; a block's eight
 // warps take eight aligned runs of units. The sum is the pairwise tree over unit numbers, padded with zeros

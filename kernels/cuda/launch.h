@@ -1,5 +1,5 @@
-// Launch shapes: pure functions of sizes, vector width and the number of multiprocessors, so that they
-// can be tested where there is no GPU. What a thread block sums along a row, and in which order, depends on the
+// Launch shapes: pure functions of sizes, dtypes, vector width and the chip (multiprocessors, architecture, shared memory), so
+// that they can be tested where there is no GPU. What a thread block sums along a row, and in which order, depends on the
 // width alone: rows and multiprocessors only decide which block takes a row. Down the columns it depends on the
 // units, too (below).
 #pragma once
