@@ -5,6 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/openmp.h"
 #include "forms.h"
+#include "frames.h"
 #include "torch.h"
 #include "xla.h"
 
@@ -80,6 +81,7 @@ PYBIND11_MODULE(_native, m) {
     if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();
   }
   m.def("use_torch", use_torch, py::arg("torch"), py::arg("quick") = true);
+  m.def("calls_of_other_threads", calls_of_other_threads);
   m.def("serve", serve);
   m.def("raw", raw);
   m.def("workspace", workspace);

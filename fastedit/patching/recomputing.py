@@ -56,8 +56,7 @@ class Recomputed:
         self.carry, self.function, self.again = carry, function, False
         self.context = copy_context()
         self.dials = {m: (m.at, m.dialled) for m in carry.masters}
-        sources = [(name, t) for m in carry.masters if m.whole is None for _, name, t in m.sources()]
-        self.versions = [(tensor, tensor._version) for name, tensor in sources if name != "dial"]
+        self.versions = [(t, t._version) for m in carry.masters if m.whole is None for t in m.masters().values()]
         for entered in IN_FORCE.get().values():
             entered.carried = True
 

@@ -159,13 +159,16 @@ class Stage:
             dials = [m.at if grad else m.dial for m in self.masters] if then is None else [then[m][0] for m in self.masters]
             return fold_all([at_strength(m.form(), d) for m, d in zip(self.masters, dials, strict=True)]).tensors()
 
+    def in_place(self):
+        return self.masters[0].dial.is_cuda
+
     def keep(self, folded):
         """The fold, in tensors of its own. On a GPU in those of the last one, if it fits: a CUDA graph may hold their addresses.
 
         On a CPU another thread may be reading the last one.
         """
         kept = self.folded
-        same = kept is not None and self.masters[0].dial.is_cuda and all(
+        same = kept is not None and self.in_place() and all(
             (a is None) == (b is None) and (a is None or (a.shape == b.shape and a.device == b.device))
             for a, b in zip(kept, folded, strict=True)
         )

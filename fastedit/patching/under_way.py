@@ -1,23 +1,24 @@
 """Changes of a model beside forwards in other threads. A change waits for the forwards that are under way, for PATIENCE at
 most, and is refused then. A forward that begins during a change waits for it.
 
-Forwards pay nothing for it. A change looks at what every other thread is doing (`sys._current_frames`): a call of one of the
-model's modules, of a module around it or of `generate` has a frame there. And each forward looks first whether the model's
+Forwards pay nothing for it. A change looks at what every other thread is doing (csrc/frames.cpp): a call of one of the model's
+modules, of a module around it or of `generate` has a frame there. And each forward looks first whether the model's
 modules are in their places (`Root.look`): while a change is under way, a `Held` stands there and makes it wait.
 
-Not seen are a function of one's own that a compiler has merged with the model's forward, a program that was exported, and
+Without the native module, or without the GIL, no call is seen. Nor are a function of one's own that a compiler has merged with the model's forward, a program that was exported, and
 methods of one's own under other names that call layer after layer.
 """
 
 import contextlib
 import os
-import sys
 import threading
 import time
 import warnings
 import weakref
 
 from torch import nn
+
+from ..ops.native import _native
 
 CALLS = frozenset(("forward", "__call__", "_call_impl", "_wrapped_call_impl", "generate"))
 PATIENCE, AT_EXIT = 1.0, 60.0  # seconds that a change waits for forwards under way; the end of a `with` waits longer
@@ -138,23 +139,17 @@ def settle(model, what, held, patience=None):
 
 def calling(model):
     """{ident: name} of the other threads that are within a call of the model."""
-    found, mine, names = {}, threading.get_ident(), {}
-    inner = _modules(model)
-    for ident, frame in sys._current_frames().items():
-        called = []
-        while frame is not None and ident != mine:
-            code = frame.f_code
-            if code.co_name in CALLS and code.co_varnames:
-                first = frame.f_locals.get(code.co_varnames[0])
-                if isinstance(first, nn.Module):
-                    called.append(first)
-            frame = frame.f_back
+    inner, threads, found = _modules(model), {}, {}
+    for ident, first in () if _native is None else _native.calls_of_other_threads(CALLS):
+        if isinstance(first, nn.Module):
+            threads.setdefault(ident, []).append(first)
+    names = {thread.ident: thread.name for thread in threading.enumerate()} if threads else {}
+    for ident, called in threads.items():
         around = set()  # what is within a module that was looked through
         for module in reversed(called):
             if id(module) not in inner and id(module) not in around:
                 around |= _modules(module)
         if id(model) in around or any(id(module) in inner for module in called):
-            names = names or {thread.ident: thread.name for thread in threading.enumerate()}
             found[ident] = names.get(ident, str(ident))
     return found
 

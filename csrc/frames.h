@@ -1,0 +1,13 @@
+// What other threads are calling.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace fastedit {
+
+namespace py = pybind11;
+
+// [(thread's ident, first argument)] of the other threads' frames with one of these names, each thread's innermost first.
+// Empty on a build without the GIL.
+py::list calls_of_other_threads(const py::frozenset& names);
+
+}  // namespace fastedit
