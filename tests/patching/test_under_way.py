@@ -23,6 +23,9 @@ VECTOR = torch.linspace(-1, 1, WIDTH)
 STEER = fe.Steer(VECTOR, site="mlp")
 
 
+pytestmark = pytest.mark.skipif(under_way._native is None, reason="without the native module no call is seen")
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(under_way, "PATIENCE", 0.05)
@@ -566,3 +569,41 @@ def test_a_backward_does_not_take_what_a_change_after_its_forward_has_put_there(
         getattr(handle, change)()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_looks_at_running_threads_do_not_crash():
+    """Reading sys._current_frames()'s f_locals did, in less than a second of this."""
+    models, stop, seen = [model() for _ in range(6)], threading.Event(), 0
+
+    def serve(llama):
+        while not stop.is_set():
+            _logits(llama)
+
+    threads = [threading.Thread(target=serve, args=(llama,)) for llama in models]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        seen += len(under_way.calling(models[0]))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert seen and not under_way.calling(models[0])
+
+
+def test_a_look_leaves_a_forward_its_own_locals():
+    found = []
+
+    class Own(Around):
+        def forward(self, ids):
+            mine = locals()
+            self.first()
+            found.append(mine["ids"] is ids)
+            return self.inner(ids)
+
+    llama = model()
+    handle = fe.patch(llama, STEER)
+    with Within(llama, lambda stop: Own(llama, stop)(IDS), elsewhere=True), pytest.raises(RuntimeError, match="under way"):
+        handle.remove()
+    assert found == [True]
+    handle.remove()
