@@ -3,7 +3,7 @@
 // A frame that runs in another thread must be read in one hold of the GIL: CPython 3.11 copies a frame's variables into the
 // dict behind f_locals, which frees what the dict held from the last time; a destructor may release the GIL there, and the
 // frame may be gone when the copy goes on. sys._current_frames() and f_locals crashed so. Here nothing is freed on the way: no
-// collection runs, and the dict is emptied again. Frames that use it themselves are not read.
+// collection runs, and the dict is emptied again. A frame that uses it itself is not read; the one that it has called stands for it.
 #include "frames.h"
 
 #include <initializer_list>
@@ -11,25 +11,28 @@
 namespace fastedit {
 namespace {
 
+// A frame's first argument. Null where there is none, or where it may not be read.
+py::object first_argument(PyFrameObject* frame) {
+  const auto own = py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(PyFrame_GetCode(frame)));
+  auto* code = reinterpret_cast<PyCodeObject*>(own.ptr());
+  if (!code->co_argcount) return {};
+  const auto variables = py::reinterpret_steal<py::object>(PyCode_GetVarnames(code));
+  PyObject* name = PyTuple_GET_ITEM(variables.ptr(), 0);
 #if PY_VERSION_HEX >= 0x030C0000  // a variable by itself, without that dict
-py::object variable(PyFrameObject* frame, PyCodeObject*, PyObject* name) {
   auto found = py::reinterpret_steal<py::object>(PyFrame_GetVar(frame, name));
   if (!found) PyErr_Clear();
-  return found;
-}
 #else
-py::object variable(PyFrameObject* frame, PyCodeObject* code, PyObject* name) {
-  for (const char* user : {"locals", "vars", "dir", "eval", "exec"}) {
+  for (const char* user : {"locals", "vars", "dir"}) {
     const py::str used(user);
     if (PySequence_Contains(code->co_names, used.ptr())) return {};
   }
   const auto locals = py::reinterpret_steal<py::object>(PyFrame_GetLocals(frame));
   if (!locals || !PyDict_Check(locals.ptr())) return PyErr_Clear(), py::object();
-  const auto found = py::reinterpret_borrow<py::object>(PyDict_GetItem(locals.ptr(), name));
+  auto found = py::reinterpret_borrow<py::object>(PyDict_GetItem(locals.ptr(), name));
   PyDict_Clear(locals.ptr());  // the frame still holds all of it
+#endif
   return found;
 }
-#endif
 
 }  // namespace
 
@@ -40,19 +43,20 @@ py::list calls_of_other_threads(const py::frozenset& names) {
   const int collecting = PyGC_Disable();  // a collection runs destructors
   for (PyThreadState* thread = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(mine)); thread;
        thread = PyThreadState_Next(thread)) {
+    PyFrameObject* inner = nullptr;  // what `frame` has called
     for (PyFrameObject* frame = thread == mine ? nullptr : PyThreadState_GetFrame(thread); frame;) {
       PyCodeObject* code = PyFrame_GetCode(frame);
-      if (code->co_argcount > 0 && PySet_Contains(names.ptr(), code->co_name) == 1) {
-        const auto variables = py::reinterpret_steal<py::object>(PyCode_GetVarnames(code));
-        if (const auto first = variable(frame, code, PyTuple_GET_ITEM(variables.ptr(), 0))) {
-          found.append(py::make_tuple(thread->thread_id, first));
-        }
+      if (PySet_Contains(names.ptr(), code->co_name) == 1) {
+        auto first = first_argument(frame);
+        if (!first && inner) first = first_argument(inner);  // transformers' generate calls locals(), and methods of its model
+        if (first) found.append(py::make_tuple(thread->thread_id, first));
       }
-      PyFrameObject* back = PyFrame_GetBack(frame);
       Py_DECREF(code);
-      Py_DECREF(frame);
-      frame = back;
+      Py_XDECREF(inner);
+      inner = frame;
+      frame = PyFrame_GetBack(frame);
     }
+    Py_XDECREF(inner);
   }
   if (collecting) PyGC_Enable();
 #endif

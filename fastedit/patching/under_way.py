@@ -5,8 +5,8 @@ Forwards pay nothing for it. A change looks at what every other thread is doing 
 modules, of a module around it or of `generate` has a frame there. And each forward looks first whether the model's
 modules are in their places (`Root.look`): while a change is under way, a `Held` stands there and makes it wait.
 
-Without the native module, or without the GIL, no call is seen. Nor are a function of one's own that a compiler has merged with the model's forward, a program that was exported, and
-methods of one's own under other names that call layer after layer.
+Without the native module, or on a Python without the GIL, no call is seen. Nor are a function of one's own that a compiler has
+merged with the model's forward, a program that was exported, and methods under other names that call layer after layer.
 """
 
 import contextlib
