@@ -121,21 +121,39 @@ def put(tab, box, value):
     number.press("Enter")
 
 
+def make(tab, name, positive, negative):
+    tab.fill("#positive textarea", "\n".join(positive))
+    tab.fill("#negative textarea", "\n".join(negative))
+    tab.fill("#name input, #name textarea", name)
+    tab.click("#make")
+    tab.wait_for_selector(f"#dial-{name}")
+
+
+def color(tab, text):
+    tab.get_by_role("tab", name="Color tokens").click()
+    tab.fill("#colored-text textarea", text)
+    tab.click("#color")
+    tab.wait_for_selector("#colored .token")
+
+
+def export(tab):
+    tab.get_by_role("tab", name="Export").click()
+    tab.click("#export")
+
+
 def use(driver, minutes, every=20):
     from fastedit.examples import HAPPY, SAD, lines
 
     with served("playground") as (process, url), tab_at(driver, url) as tab:
-        tab.fill("#positive textarea", "\n".join(lines(HAPPY)))
-        tab.fill("#negative textarea", "\n".join(lines(SAD)))
-        tab.fill("#name input, #name textarea", "happy")
-        tab.click("#make")
-        tab.wait_for_selector("#dial-happy")
+        make(tab, "happy", lines(HAPPY), lines(SAD))
         begun, replies = time.monotonic(), 0
         while time.monotonic() - begun < 60 * minutes:
             due = begun + every * replies
             time.sleep(max(0, due - time.monotonic()))
             if replies % 10 == 0:
-                look(tab)
+                color(tab, "It was a wonderful day, and then it was a terrible day.")
+                export(tab)
+                tab.wait_for_function("document.querySelector('#files').innerText.includes('.zip')")
                 tab.reload(wait_until="commit")
                 tab.wait_for_selector("#dial-happy")
                 put(tab, "#length", 32)
@@ -159,17 +177,6 @@ def finish(tab, count):
         " && !document.querySelector('#meter').innerText.trim().endsWith('…')",
         arg=count,
     )
-
-
-def look(tab):
-    """Color a text and export, each on its own tab of the page."""
-    tab.get_by_role("tab", name="Color tokens").click()
-    tab.fill("#colored-text textarea", "It was a wonderful day, and then it was a terrible day.")
-    tab.click("#color")
-    tab.wait_for_selector("#colored .token")
-    tab.get_by_role("tab", name="Export").click()
-    tab.click("#export")
-    tab.wait_for_function("document.querySelector('#files').innerText.includes('.zip')")
 
 
 def write(path, rows):

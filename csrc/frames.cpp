@@ -3,7 +3,7 @@
 // A frame that runs in another thread must be read in one hold of the GIL: CPython 3.11 copies a frame's variables into the
 // dict behind f_locals, which frees what the dict held from the last time; a destructor may release the GIL there, and the
 // frame may be gone when the copy goes on. sys._current_frames() and f_locals crashed so. Here nothing is freed on the way: no
-// collection runs, and the dict is emptied again. A frame that uses it itself is not read; the one that it has called stands for it.
+// collection runs, and the dict is emptied again. A frame that uses it itself is not read; what it has called stands for it.
 #include "frames.h"
 
 #include <initializer_list>
@@ -34,13 +34,20 @@ py::object first_argument(PyFrameObject* frame) {
   return found;
 }
 
+struct NoCollection {  // a collection runs destructors
+  const int was = PyGC_Disable();
+  ~NoCollection() {
+    if (was) PyGC_Enable();
+  }
+};
+
 }  // namespace
 
 py::list calls_of_other_threads(const py::frozenset& names) {
   py::list found;
 #ifndef Py_GIL_DISABLED
   PyThreadState* mine = PyThreadState_Get();
-  const int collecting = PyGC_Disable();  // a collection runs destructors
+  const NoCollection none;
   for (PyThreadState* thread = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(mine)); thread;
        thread = PyThreadState_Next(thread)) {
     PyFrameObject* inner = nullptr;  // what `frame` has called
@@ -58,7 +65,6 @@ py::list calls_of_other_threads(const py::frozenset& names) {
     }
     Py_XDECREF(inner);
   }
-  if (collecting) PyGC_Enable();
 #endif
   return found;
 }

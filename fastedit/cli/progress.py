@@ -28,7 +28,7 @@ def pictures(console):
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "matplotlib":
+        if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         console.print("no picture: it needs matplotlib (pip install matplotlib)", markup=False)
 

@@ -258,7 +258,7 @@ class Handle:
         largest = max((abs(value * edit.strength) for edit in self.edits), default=0.0)
         if not largest <= torch.finfo(torch.float32).max:  # before the first dial is set: all of them or none
             raise ValueError(f"strength is {value}, which makes an edit's own strength {largest:g}: beyond what fp32 holds")
-        with self._root.turn, torch.no_grad():
+        with self._root.dials, torch.no_grad():
             self._changeable()
             for edit, _, masters in self._each():
                 masters.set_strength(value * edit.strength)

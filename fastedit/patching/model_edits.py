@@ -36,7 +36,8 @@ class Root(nn.Module):
         self.merged = []  # handles whose edits are in the weights, in the order of merging
         self.rows = Rows()
         self.stacks, self.planned = {}, []  # of edits with positions: {name: Stack}, and the modules swapped for them
-        self.owned, self.watch, self.turn = False, None, Turn()  # whether rows are assigned to banks or tenants; a Watch
+        self.owned, self.watch = False, None  # whether rows are assigned to banks or tenants; a Watch
+        self.turn, self.dials = Turn(), Turn()  # held by who changes the model; by who turns a dial. In this order
         self.warned = set()  # what was said of this model already
         self.owners = {}  # {stack name: the module that is given its tokens}
         self.frozen = []  # the parameters that freeze=True found trainable

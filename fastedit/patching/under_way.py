@@ -44,7 +44,8 @@ class Turn:
 
 def _renew():
     for turn in _turns:
-        turn.lock = threading.RLock()
+        if not turn.lock._is_owned():  # by the thread that forked, which releases it
+            turn.lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_renew)
@@ -84,7 +85,9 @@ class Held:
 
 @contextlib.contextmanager
 def changing(model, root, what, patience=None):
-    """A context in which this thread alone changes a model and its forwards stand still.
+    """A context in which this thread alone changes a model, its forwards stand still and its dials, too.
+
+    A dial may be turned while this waits for forwards: one of them may be what turns it.
 
     Raises:
         RuntimeError: a forward of the model was under way in another thread for all of `patience` (PATIENCE). Nothing has
@@ -99,7 +102,8 @@ def changing(model, root, what, patience=None):
             held.passing |= calling(model).keys()
             held.open = False
             settle(model, what, held, patience)
-            yield
+            with root.dials:
+                yield
         finally:
             root.watch = held.then
 
@@ -139,10 +143,11 @@ def settle(model, what, held, patience=None):
 
 def calling(model):
     """{ident: name} of the other threads that are within a call of the model."""
-    inner, threads, found = _modules(model), {}, {}
+    threads, found = {}, {}
     for ident, first in () if _native is None else _native.calls_of_other_threads(CALLS):
         if isinstance(first, nn.Module):
             threads.setdefault(ident, []).append(first)
+    inner = _modules(model) if threads else ()
     names = {thread.ident: thread.name for thread in threading.enumerate()} if threads else {}
     for ident, called in threads.items():
         around = set()  # what is within a module that was looked through

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import fastedit as fe
+from bench.playground import CHROMIUM, WAIT, color, export, make, put
 from fastedit.examples import HAPPY, SAD, lines
 from fastedit.patching.handle import handles
 from fastedit.playground.session import Session, best_layers
@@ -324,16 +325,11 @@ def opened(session, title, port):
     served = page.serve(session, title, port=port, block=False)
     try:
         with playwright.sync_playwright() as driver:
-            quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-                     "--disable-sync", "--no-first-run", "--disable-quic"]  # fmt: skip
-            browser = driver.chromium.launch(executable_path=binary, args=quiet, timeout=WAIT)
+            browser = driver.chromium.launch(executable_path=binary, args=CHROMIUM, timeout=WAIT)
             yield browser, served.local_url
             browser.close()
     finally:
         served.close()
-
-
-WAIT = 600_000  # ms, for a machine that does much else
 
 
 def new_tab(browser, url, hosts):
@@ -343,20 +339,6 @@ def new_tab(browser, url, hosts):
     tab.goto(url, wait_until="commit")
     tab.wait_for_selector("#message textarea")
     return tab
-
-
-def put(tab, box, value):
-    number = tab.locator(f"{box} input[type=number]")
-    number.fill(str(value))
-    number.press("Enter")
-
-
-def make(tab, name, positive, negative):
-    tab.fill("#positive textarea", "\n".join(positive))
-    tab.fill("#negative textarea", "\n".join(negative))
-    tab.fill("#name input, #name textarea", name)
-    tab.click("#make")
-    tab.wait_for_selector(f"#dial-{name}")
 
 
 def send(tab, text, written):
@@ -406,12 +388,8 @@ def test_the_page_in_a_browser(session, monkeypatch):
         assert plain in first.inner_text("#plain") and plain in second.inner_text("#plain")
         assert "0.00 nats now" in second.inner_text("#meter").replace("*", "")
 
-        first.get_by_role("tab", name="Color tokens").click()
-        first.fill("#colored-text textarea", "the girl was happy")
-        first.click("#color")
-        first.wait_for_selector("#colored .token")
-        first.get_by_role("tab", name="Export").click()
-        first.click("#export")
+        color(first, "the girl was happy")
+        export(first)
         for file in ("happy.zip", "happy.gguf"):  # a name is shown in two parts
             first.wait_for_function(
                 "file => document.querySelector('#files').innerText.replace(/\\s/g, '').includes(file)", arg=file

@@ -1,9 +1,6 @@
 """Changes of a model beside forwards of other threads: refused while one is under way, and one that begins meanwhile waits."""
 
-import copy
 import functools
-import os
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny_models as tiny
 import torch
+from standing_still import STEER, VECTOR, Around, Within
 
 import fastedit as fe
 from fastedit.patching import explain, under_way
@@ -19,10 +17,6 @@ from tools.argued.models import difference, state
 from tools.readers import WIDTH, model
 from tools.soak import IDS, _logits
 
-VECTOR = torch.linspace(-1, 1, WIDTH)
-STEER = fe.Steer(VECTOR, site="mlp")
-
-
 pytestmark = pytest.mark.skipif(under_way._native is None, reason="without the native module no call is seen")
 
 
@@ -30,44 +24,6 @@ pytestmark = pytest.mark.skipif(under_way._native is None, reason="without the n
 def impatient(monkeypatch):
     monkeypatch.setattr(under_way, "PATIENCE", 0.05)
     monkeypatch.setattr(under_way, "AT_EXIT", 0.05)
-
-
-class Within:
-    """A thread that stands still within layer 1 of a call of a model, until it is let go.
-
-    call: given a function that does the standing still, if it does so elsewhere.
-    """
-
-    def __init__(self, llama, call=None, elsewhere=False):
-        self.reached, self.go, self.found = threading.Event(), threading.Event(), []
-        stop, call = torch.compiler.disable(self.stop), (lambda: llama(IDS)) if call is None else call
-        if elsewhere:
-            call = functools.partial(call, stop)
-        self.hook = torch.nn.Identity() if elsewhere else llama.model.layers[1].self_attn
-        self.hook = self.hook.register_forward_hook(stop)
-        self.thread = threading.Thread(target=self.run, args=(call,), name="a reader")
-
-    def stop(self, *_):
-        self.reached.set()
-        assert self.go.wait(300)
-
-    @torch.no_grad()
-    def run(self, call):
-        try:
-            self.found.append(call())
-        except BaseException as error:
-            self.found.append(error)
-            self.reached.set()
-
-    def __enter__(self):
-        self.thread.start()
-        assert self.reached.wait(300) and not self.found, self.found
-        return self
-
-    def __exit__(self, *_):
-        self.go.set()
-        self.thread.join()
-        self.hook.remove()
 
 
 def changes(llama, folder):
@@ -112,16 +68,6 @@ def test_a_change_beside_a_forward_is_refused_and_made_after_it(name, tmp_path):
     _logits(llama)
     if name in ("patch", "load", "load_tensors", "remove"):
         assert not torch.equal(_logits(llama), unharmed)
-
-
-class Around(torch.nn.Module):
-    def __init__(self, inner, first=lambda: None):
-        super().__init__()
-        self.inner, self.first = inner, first
-
-    def forward(self, ids):
-        self.first()
-        return self.inner(ids)
 
 
 class Called(Around):
@@ -243,87 +189,6 @@ def test_calibrate_beside_a_server_leaves_no_edit(monkeypatch):
     assert not handles(llama) and torch.equal(_logits(llama), before)
 
 
-def two_at_once(first, second):
-    """Their errors, one after the other, where both have begun before either may go on."""
-    found = []
-
-    def run(act):
-        try:
-            act()
-        except Exception as error:
-            found.append(f"{type(error).__name__}: {error}")
-
-    return found, [threading.Thread(target=run, args=(act,)) for act in (first, second)]
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "said"),
-    [
-        ("merge", "merge", "MergeError: this handle is merged already"),
-        ("remove", "remove", None),
-        ("merge", "dial", "MergeError: the edits are merged"),
-        ("merge", "load_tensors", "MergeError: the edits are merged"),
-        ("remove", "load_tensors", "RuntimeError: this handle was removed"),
-        ("remove", "merge", "RuntimeError: this handle was removed"),
-    ],
-)
-def test_two_changes_of_one_handle_take_turns(first, second, said):
-    llama = model()
-    handle = fe.patch(llama, STEER)
-    acts = {
-        "merge": handle.merge, "remove": handle.remove, "dial": lambda: setattr(handle, "strength", 0.0),
-        "load_tensors": lambda: handle.load_tensors({name: 0 * t for name, t in handle.named_tensors().items()}),
-    }  # fmt: skip
-    found, threads = two_at_once(acts[first], acts[second])
-    with llama.fastedit.turn:
-        for thread in threads:
-            thread.start()
-            time.sleep(0.1)
-    for thread in threads:
-        thread.join()
-    assert found == [] if said is None else found[0].startswith(said) and len(found) == 1, found
-
-
-def test_a_bank_is_closed_twice_at_once():
-    llama = model()
-    bank = fe.Bank(llama, 2)
-    found, threads = two_at_once(bank.close, bank.close)
-    with llama.fastedit.turn:
-        for thread in threads:
-            thread.start()
-            time.sleep(0.1)
-    for thread in threads:
-        thread.join()
-    assert found == [] and bank.closed
-
-
-def test_a_dial_within_a_fold_is_seen_by_the_next_forward(monkeypatch):
-    """Two edits of one site are folded. The tensors that a forward reads are never written again."""
-    llama, want = model(), []
-    handle = fe.patch(llama, [fe.ScaleBias(site="mlp"), STEER])
-    for strength in (0.25, 1.5):
-        handle.strength = strength
-        want.append(_logits(llama))
-    stage = next(iter(handle._root.sites.values())).stages[0]
-    read = stage.folded
-    kept = [None if t is None else t.clone() for t in read]
-    handle.strength = 0.25
-    assert torch.equal(_logits(llama), want[0])
-    assert all(t is None or torch.equal(t, k) for t, k in zip(read, kept, strict=True))
-    fold = type(stage).fold
-
-    def dialled_meanwhile(self, *given):
-        folded = fold(self, *given)
-        handle.strength = 0.25
-        return folded
-
-    handle.strength = 1.5
-    with monkeypatch.context() as patch:
-        patch.setattr(type(stage), "fold", dialled_meanwhile)
-        _logits(llama)
-    assert torch.equal(_logits(llama), want[0])
-
-
 def test_a_second_stack_is_looked_at_again(monkeypatch):
     t5 = tiny.build("t5").eval()
     vector = torch.linspace(-5, 5, t5.config.d_model)
@@ -378,18 +243,6 @@ def test_a_compiled_forward_that_begins_during_a_change():
         assert torch.equal(found[0], before)
 
 
-def test_a_copy_made_during_a_change_is_protected():
-    llama = model()
-    handle = fe.patch(llama, STEER)
-    with handle._root.changing(llama, "a test"):
-        twin = copy.deepcopy(llama)
-    (other,) = handles(twin)
-    with Within(twin), pytest.raises(RuntimeError, match="under way"):
-        other.remove()
-    assert torch.equal(torch.compile(twin, backend="eager")(IDS).logits, twin(IDS).logits)
-    other.remove()
-
-
 def test_a_module_that_another_thread_rebuilds_is_in_nobodys_way():
     class Rebuilt(torch.nn.Module):
         def forward(self, stop):
@@ -409,30 +262,6 @@ def test_a_module_that_another_thread_rebuilds_is_in_nobodys_way():
         thread.join()
 
 
-def test_a_fork_during_a_change_does_not_hang():
-    llama = model()
-    handle = fe.patch(llama, STEER)
-    holding, go = threading.Event(), threading.Event()
-
-    def hold():
-        with under_way.MAKING, handle._root.turn:
-            holding.set()
-            assert go.wait(60)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    assert holding.wait(60)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(30)
-        handle.strength = 0.5
-        fe.patch(llama, STEER).remove()
-        os._exit(0)
-    go.set()
-    thread.join()
-    assert os.waitpid(child, 0)[1] == 0
-
-
 def test_explain_of_a_model_whose_forward_uses_threads_is_refused(monkeypatch):
     monkeypatch.setattr(explain, "WORKERS", 0.2)
 
@@ -449,18 +278,6 @@ def test_explain_of_a_model_whose_forward_uses_threads_is_refused(monkeypatch):
         with pytest.raises(RuntimeError, match="explain cannot serve the model"):
             handle.explain(IDS)
         assert torch.equal(pooled(IDS).logits, before)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_does_not_compute_again_with_other_tensors(reentrant):
-    llama = model().train()
-    llama.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    llama.enable_input_require_grads()
-    handle = fe.patch(llama, fe.RED())
-    loss = llama(IDS, labels=IDS).loss
-    handle.load_tensors({name: tensor + 1 for name, tensor in handle.named_tensors().items()})
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 def test_another_model_and_a_dial_need_no_waiting():
@@ -523,52 +340,6 @@ def test_a_forward_that_begins_before_the_first_patch_is_in_force(monkeypatch):
         inner[0].__exit__()
     assert difference(before, state(llama)) is None and "fastedit" not in llama._modules
     assert len(inner) == 1 and torch.equal(inner[0].found[0].logits, _logits(llama))
-
-
-def test_two_threads_patch_one_model():
-    llama, handles, start = model(), [], threading.Barrier(2)
-
-    def work():
-        start.wait()
-        handles.append(fe.patch(llama, STEER))
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert {handle._root for handle in handles} == {llama.fastedit} and len({handle.name for handle in handles}) == 2
-    with_both = _logits(llama)
-    for handle in handles:
-        handle.remove()
-    fe.patch(llama, [STEER, STEER])
-    assert torch.allclose(with_both, _logits(llama), atol=1e-6)
-
-
-def test_a_load_that_fails_under_its_own_change_leaves_nothing(tmp_path):
-    llama = tiny.build("llama")
-    with fe.patch(llama, fe.RED()) as handle:
-        handle.save(tmp_path)
-    (tmp_path / "edit.safetensors").write_bytes(b"")
-    before = state(llama)
-    with pytest.raises(fe.EditFileError):
-        fe.load(llama, tmp_path)
-    assert difference(before, state(llama)) is None
-
-
-@pytest.mark.parametrize("change", ["merge", "unmerge", "load_tensors"])
-def test_a_backward_does_not_take_what_a_change_after_its_forward_has_put_there(change):
-    llama = model()
-    handle = fe.patch(llama, fe.RED() if change == "load_tensors" else STEER)
-    if change == "unmerge":
-        handle.merge()
-    loss = llama(IDS, labels=IDS).loss
-    if change == "load_tensors":
-        handle.load_tensors({name: tensor + 1 for name, tensor in handle.named_tensors().items()})
-    else:
-        getattr(handle, change)()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 def test_looks_at_running_threads_do_not_crash():
