@@ -151,7 +151,7 @@ inline int64_t unit_blocks(int threads, int shared_bytes, int shared_limit) {
 // every machine of it, run after run. Leaf numbers count both kinds of cuts; where two fall together a number is
 // left out, and its partial is 0.
 struct Cut {
-  int64_t tiles, pieces, others;  // others 0: one kind of cuts
+  int64_t tiles, pieces, larger;  // pieces for the larger chip; 0: one kind of cuts
   int tile, blocks;               // rows; blocks of a multiprocessor
 };
 FASTEDIT_BOTH inline int64_t cut_start(int64_t tiles, int64_t pieces, int64_t i) { return i * tiles / pieces; }
@@ -159,14 +159,14 @@ FASTEDIT_BOTH inline int64_t cut_at(int64_t tiles, int64_t pieces, int64_t tile)
   return ((tile + 1) * pieces - 1) / tiles;  // the last piece that starts at this tile or before it
 }
 FASTEDIT_BOTH inline int64_t leaf_at(const Cut& cut, int64_t tile) {
-  return cut_at(cut.tiles, cut.pieces, tile) + (cut.others ? cut_at(cut.tiles, cut.others, tile) : 0);
+  return cut_at(cut.tiles, cut.pieces, tile) + (cut.larger ? cut_at(cut.tiles, cut.larger, tile) : 0);
 }
-FASTEDIT_BOTH inline int64_t leaves(const Cut& cut) { return cut.pieces + (cut.others ? cut.others - 1 : 0); }
+FASTEDIT_BOTH inline int64_t leaves(const Cut& cut) { return cut.pieces + (cut.larger ? cut.larger - 1 : 0); }
 // The first tile of the leaf after the one that has this tile.
 FASTEDIT_BOTH inline int64_t next_leaf(const Cut& cut, int64_t tile) {
   int64_t next = cut_start(cut.tiles, cut.pieces, cut_at(cut.tiles, cut.pieces, tile) + 1);
-  if (!cut.others) return next;
-  int64_t other = cut_start(cut.tiles, cut.others, cut_at(cut.tiles, cut.others, tile) + 1);
+  if (!cut.larger) return next;
+  int64_t other = cut_start(cut.tiles, cut.larger, cut_at(cut.tiles, cut.larger, tile) + 1);
   return other < next ? other : next;
 }
 // Where run i of `runs` starts: at a leaf.
@@ -187,8 +187,8 @@ inline int64_t cut_pieces(int64_t rows, int64_t wave, int64_t most_rows) {
 inline Cut unit_cut(int64_t rows, int tile, Chips chips, int64_t blocks, double share, int64_t most_rows) {
   if (rows == 0) return {};
   Cut cut{ceil_div(rows, tile), cut_pieces(rows, chips.fewest * blocks, most_rows), 0, tile, static_cast<int>(blocks)};
-  int64_t others = cut_pieces(rows, chips.most * blocks, most_rows);
-  if (others != cut.pieces && 10 * others < rows * share) cut.others = others;
+  int64_t larger = cut_pieces(rows, chips.most * blocks, most_rows);
+  if (larger != cut.pieces && 10 * larger < rows * share) cut.larger = larger;
   return cut;
 }
 // Over slots a unit is a part of a slot's block of `most_rows` rows: how many parts, a power of two.
