@@ -4,8 +4,8 @@
     python -m tools.drift numpy jax "peft oldest"       some of them
 
 A lane is a folder with the other version, in front of the environment's own packages; the environment stays as it was. torch
-comes from its own index of builds for the CPU: others need CUDA's libraries beside them. What the newest of everything makes of
-the whole suite: make newest.
+comes with what it depends on: of a common index these are CUDA's libraries, some gigabytes. What the newest of everything makes
+of the whole suite: make newest.
 """
 
 import argparse
@@ -26,13 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Lane:
-    """oldest: what pyproject.toml lets in, with what that version insists on. tests: files of tests/. index: pip's."""
+    """oldest: what pyproject.toml lets in, with what that version insists on. tests: files of tests/. whole: with all of it."""
 
     package: str
     oldest: tuple
     tests: tuple
     newest: tuple = ()
-    index: str | None = None
+    whole: bool = False
 
     def specifications(self, age):
         return self.oldest if age == "oldest" else (self.package, *self.newest)
@@ -46,7 +46,7 @@ LANES = (
     ),
     Lane(
         "torch", ("torch==2.11.0",), ("test_thin_face", "test_torch_face", "test_ops", "test_patch", "test_second_derivatives"),
-        index="https://download.pytorch.org/whl/cpu",
+        whole=True,
     ),
     Lane(
         "transformers", ("transformers==5.17.0", "huggingface_hub>=1.5,<2"),
@@ -71,14 +71,14 @@ def run(lane, age, folder, options):
     row = {"package": lane.package, "age": age, "tested": importlib.metadata.version(lane.package), "version": "", "tests": 0}
     row |= {"failed": 0, "skipped": 0, "wall_s": 0.0}
     begun = time.monotonic()
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    install += [] if lane.index is None else ["--index-url", lane.index]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--ignore-installed"]
+    look = [*install, "--no-deps", "--dry-run", "--report", "-"]
+    install += [] if lane.whole else ["--no-deps"]
     wanted = lane.specifications(age)
-    look = [*install, "--dry-run", "--ignore-installed", "--report", "-", wanted[0]]
-    found = subprocess.run(look, capture_output=True, text=True)
+    found = subprocess.run([*look, wanted[0]], capture_output=True, text=True)
     if not found.returncode:
         row["version"] = json.loads(found.stdout)["install"][0]["metadata"]["version"]
-        if row["version"] == row["tested"]:
+        if row["version"].partition("+")[0] == row["tested"].partition("+")[0]:
             return row, ["the tested version: nothing to run"]
         found = subprocess.run([*install, "--upgrade", "--target", str(place), *wanted], capture_output=True, text=True)
     if found.returncode:

@@ -276,7 +276,8 @@ def _seen(op, rows, form, *how, gate=None, rule=None, want_z=False, want_residua
         names = TAKES[op]
         check(op, dict(zip(names, (*rows, *form, *how), strict=False)) | {"gate": gate, "rule": rule, "want_z": want_z})
         if gate is not None:
-            form = (*form[:6], _behind(gate, rule, _given_to_edit(op, rows, how), form[5], form[6]))
+            strength = _behind(gate, rule, _given_to_edit(op, rows, how), form[5], form[6])
+            form = (*form[:6], strength.to(torch.promote_types(rows[0].dtype, torch.float32)))  # x may be narrower than the sum
     arguments = (*rows, *form, *how)
     if traced:
         out = OPERATORS[op](*arguments)

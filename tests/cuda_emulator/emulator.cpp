@@ -12,6 +12,15 @@
 #include <string>
 #include <vector>
 
+// Under AddressSanitizer, which must know whose stack it is and what of the shared memory was asked for.
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define ASAN(...) __VA_ARGS__
+#else
+#define ASAN(...)
+#endif
+
 namespace emulator {
 
 Index thread_index, block_index, block_size, grid_size;
@@ -41,6 +50,7 @@ struct Fiber {
   float sent[2];  // by turns, so that one rendezvous a shuffle is enough
   int turn = 0;
   std::vector<Copy> copies;  // asked for and not waited for
+  void *stack = nullptr, *frames = nullptr;
 };
 
 struct Launch {
@@ -64,12 +74,22 @@ size_t last_allowed = 0;
 std::vector<Launch> launches;
 std::string message;
 
+#ifdef __SANITIZE_ADDRESS__
+const void* scheduler_stack;
+size_t scheduler_bytes;
+void* scheduler_frames;
+#endif
+
 void leave(State state) {
-  fibers[current].state = state;
-  if (_setjmp(fibers[current].jump) == 0) _longjmp(scheduler, 1);
+  Fiber& fiber = fibers[current];
+  fiber.state = state;
+  ASAN(__sanitizer_start_switch_fiber(&fiber.frames, scheduler_stack, scheduler_bytes);)
+  if (_setjmp(fiber.jump) == 0) _longjmp(scheduler, 1);
+  ASAN(__sanitizer_finish_switch_fiber(fibers[current].frames, &scheduler_stack, &scheduler_bytes);)
 }
 
 void fiber_main() {
+  ASAN(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_bytes);)
   for (;;) {
     (*body)();
     leave(State::kDone);
@@ -80,12 +100,16 @@ void resume(int index) {
   Fiber& fiber = fibers[index];
   current = index;
   thread_index.x = index;
-  if (_setjmp(scheduler)) return;
+  if (!fiber.started) fiber.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (_setjmp(scheduler)) {
+    ASAN(__sanitizer_finish_switch_fiber(scheduler_frames, nullptr, nullptr);)
+    return;
+  }
+  ASAN(__sanitizer_start_switch_fiber(&scheduler_frames, fiber.stack, kStack);)
   if (fiber.started) _longjmp(fiber.jump, 1);
   fiber.started = true;
-  void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   getcontext(&fiber.context);
-  fiber.context.uc_stack = {stack, 0, kStack};
+  fiber.context.uc_stack = {fiber.stack, 0, kStack};
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, fiber_main, 0);
   setcontext(&fiber.context);
@@ -243,8 +267,12 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
   for (int64_t i = 0; i < blocks; ++i) {
     block_index.x = order_seed % 2 ? blocks - 1 - i : i;
     shared.assign(shared_bytes / 4 + kGuard, kPoison);
+    ASAN(float* behind = shared.data() + shared_bytes / 4; const size_t unasked = 4 * (shared.capacity() - shared_bytes / 4);)
+    ASAN(ASAN_POISON_MEMORY_REGION(behind, unasked);)
     for (int t = 0; t < threads; ++t) fibers[t].turn = 0, fibers[t].copies.clear();
-    if (!run_block(threads)) {
+    const bool whole = run_block(threads);
+    ASAN(ASAN_UNPOISON_MEMORY_REGION(behind, unasked);)
+    if (!whole) {
       for (Fiber& fiber : fibers) {  // those in the middle of the kernel are lost, with their stacks
         if (fiber.state != State::kDone) fiber = Fiber();
       }

@@ -1,4 +1,5 @@
 """Builds kernels/cuda for the emulator and calls it on torch tensors: kernels/abi.h in ctypes.
+FASTEDIT_EMULATOR_FLAGS: further flags of the compiler (make sanitize: AddressSanitizer's).
 
 Every output lies poisoned between guards; `check` fails when a guard changed or an element kept its poison.
 """
@@ -6,6 +7,7 @@ Every output lies poisoned between guards; `check` fails when a guard changed or
 import ctypes
 import fcntl
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +23,7 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Fortified longjmp takes a switch of fibers for a smashed stack.
 FLAGS = [
     "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", f"-I{HERE}",
-    f"-I{ROOT / 'kernels'}",
+    f"-I{ROOT / 'kernels'}", *os.environ.get("FASTEDIT_EMULATOR_FLAGS", "").split(),
 ]  # fmt: skip
 PARAMETERS = ("scale", "bias", "read", "offset", "write")
 FORM = (*PARAMETERS, "slot", "coefficient")
@@ -88,7 +90,7 @@ def compile_all(library):
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    subprocess.run([compiler(), "-shared", "-o", str(library), *objects], check=True)
+    subprocess.run([compiler(), *FLAGS, "-shared", "-o", str(library), *objects], check=True)
 
 
 def reference():

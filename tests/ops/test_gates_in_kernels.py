@@ -282,10 +282,12 @@ def test_gradients_of_soft_gates(op, slotted, cosine):
 
 
 @pytest.mark.parametrize("cosine, sharpness", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_with_gradients_it_gives_what_it_gives_without(dtype, cosine, sharpness):
-    x, residual, form, gate, rule = gated_case(100, dtype, cosine, sharpness, "cpu", rank=4, residual=dtype)
-    weight = torch.ones(100, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float64)], ids=str
+)
+def test_with_gradients_it_gives_what_it_gives_without(dtype, wide, cosine, sharpness):
+    x, residual, form, gate, rule = gated_case(100, dtype, cosine, sharpness, "cpu", rank=4, residual=wide)
+    weight = torch.ones(100, dtype=wide)
     gated = {"gate": gate, "rule": rule}
     for call in (
         lambda x: ops.edit_add(x, residual, **form, on="sum", **gated),
