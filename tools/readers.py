@@ -125,7 +125,7 @@ def _named(llama, folder):
 
 def _head(folder):
     digest = hashlib.sha256((folder / "head.safetensors").read_bytes()).hexdigest()
-    return kept.read_head(folder, {"training": {"head": digest}})
+    return kept.read_head(folder, {"tensors": {"sha256": ""}, "training": {"head": digest}})
 
 
 def _sums(folder):

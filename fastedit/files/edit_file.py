@@ -2,10 +2,12 @@
 
     folder/edit.safetensors   every tensor, fp32
     folder/edit.json          what it is, its base, the sha256 of the tensors it belongs to, and its own
+    folder/head.safetensors   what trained beside the edit (patching/trained_beside.py); `training` names its sha256
 
-Replacing edit.json is the commit. `write` first puts the tensors under edit-<sha256>.safetensors, then replaces
-edit.json, then renames the tensors to edit.safetensors. A writer killed before the last step leaves them under the
-first name, where `read` also looks. Each step is synced before the next. Writers of one folder take turns (flock).
+Replacing edit.json is the commit. `write` first puts the tensors under edit-<sha256>.safetensors and the head under
+head-<sha256>.safetensors, then replaces edit.json, then gives both their own names. A writer killed before the last step
+leaves them under the first names, where readers also look. Each step is synced before the next. Writers of one folder take
+turns (flock).
 """
 
 import contextlib
@@ -31,11 +33,11 @@ try:
 except ImportError:  # Windows: concurrent writers of one folder are the caller's business there
     fcntl = None
 
-JSON, TENSORS = "edit.json", "edit.safetensors"
+JSON, TENSORS, HEAD = "edit.json", "edit.safetensors", "head.safetensors"
 MAX_JSON_BYTES, MAX_TENSOR_BYTES = 16 << 20, 4 << 30
 _KEYS = {"fastedit", "edits", "strength", "base", "training"}  # of a header; `write` adds format, version, tensors, sha256
 _RECORD = {"sha256", "bytes", "parameters"}
-_STAGED = re.compile(r"edit-[0-9a-f]{64}\.safetensors|\.edit-[0-9a-f]{16}\.tmp")
+_STAGED = re.compile(r"(?:edit|head)-([0-9a-f]{64})\.safetensors|\.edit-[0-9a-f]{16}\.tmp")
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
 
@@ -46,10 +48,11 @@ class EditFileError(ValueError):
     """An edit on disk is not what it should be. The message says what was expected, what was found and what to do."""
 
 
-def write(folder, header, tensors):
+def write(folder, header, tensors, head=None):
     """Save `tensors` (name -> fp32 tensor) and the JSON-able `header` as the folder's edit.
 
     header: with the keys fastedit, edits, strength, base, training. Other keys that `read` returns are made again.
+    head: the bytes of head.safetensors, whose sha256 is training's "head". One that is there and not named any more goes.
 
     OSError if it cannot be written (full disk, no permission). The edit that was there is then still there.
     """
@@ -65,10 +68,11 @@ def write(folder, header, tensors):
     said = {key: value for key, value in header.items() if key in _KEYS}
     document = {"format": "fastedit", "version": VERSION, **said, "tensors": record}
     text = seal_json(document)
+    files = {TENSORS: (digest, payload)} | ({} if head is None else {HEAD: (named(document)[1], head)})
     with _saving(folder):
         _make_folder(folder)
         with turn(folder):
-            _commit(folder, digest, payload, text)
+            _commit(folder, files, text, named(document))
 
 
 @contextlib.contextmanager
@@ -100,30 +104,46 @@ def reseal(folder):
         raise EditFileError(found)
     _tensors(folder / TENSORS, payload)
     with _saving(folder), turn(folder):
-        replace(folder / JSON, sealed)
+        replace(folder / JSON, sealed, kind="edit")
     return header
 
 
-def _commit(folder, digest, payload, text):
-    staged = folder / _staged_name(digest)
+def _commit(folder, files, text, wanted):
+    """files: {name: (sha256, bytes)}. text: of edit.json, which names `wanted`, the sha256 of the tensors and of the head."""
+    staged = {name: folder / staged_name(name, digest) for name, (digest, _) in files.items()}
     try:
-        replace(staged, payload, like=folder / TENSORS)
-        replace(folder / JSON, text)
+        for name, (_, payload) in files.items():
+            private = folder / name if (folder / name).exists() else folder / TENSORS
+            replace(staged[name], payload, like=private, kind="edit")
+        replace(folder / JSON, text, kind="edit")
     except BaseException:
-        with contextlib.suppress(OSError):  # what still names it, if anything, is the edit now in force
-            if _promised(folder) != digest:
-                staged.unlink()
+        with contextlib.suppress(OSError):  # what still names them, if anything, is the edit now in force
+            for name, (digest, _) in files.items():
+                if digest not in promised(folder):
+                    staged[name].unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # saved already: read() finds the tensors under either name
-        os.replace(staged, folder / TENSORS)
+    with contextlib.suppress(OSError):  # saved already: readers find them under either name
+        for name, path in staged.items():
+            os.replace(path, folder / name)
+        if wanted[1] is None:
+            (folder / HEAD).unlink(missing_ok=True)
         _sync(folder)
         for leftover in folder.iterdir():
-            if _STAGED.fullmatch(leftover.name):
+            found = _STAGED.fullmatch(leftover.name)
+            if found and (found[1] is None or found[1] not in wanted):
                 leftover.unlink()
 
 
-def _staged_name(digest):
-    return f"edit-{digest}.safetensors"
+def staged_name(name, digest):
+    """Of edit.safetensors or head.safetensors before edit.json names it."""
+    return f"{name.partition('.')[0]}-{digest}.safetensors"
+
+
+def named(document):
+    """(sha256 of the tensors, of the head or None) that an edit.json names."""
+    training = document.get("training")
+    head = training.get("head") if isinstance(training, dict) else None
+    return document["tensors"]["sha256"], head
 
 
 def _make_folder(folder):
@@ -134,12 +154,13 @@ def _make_folder(folder):
         _sync(folder.parent)
 
 
-def replace(path, content, like=None):
+def replace(path, content, like=None, kind="part"):
     """Put `content` at `path` in one step that survives a crash: temporary file, fsync, rename, fsync.
 
-    The file has the permissions of the old one, or of the file `like`: a private file stays private.
+    The file has the permissions of the old one, or of the file `like`: a private file stays private. Temporary files of
+    the kind "edit" are made in a turn alone: the next writer of an edit there removes what a crash left of them.
     """
-    temporary = path.parent / f".edit-{secrets.token_hex(8)}.tmp"
+    temporary = path.parent / f".{kind}-{secrets.token_hex(8)}.tmp"
     mode = _mode(path if like is None else like)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode & 0o600)
@@ -197,12 +218,12 @@ def turn(folder):
         os.close(descriptor)
 
 
-def _promised(folder):
-    """The sha256 that the folder's edit.json names, or None."""
+def promised(folder):
+    """What the folder's edit.json names (`named`). Empty if it cannot be read."""
     try:
-        return json.loads(read_regular(folder / JSON, MAX_JSON_BYTES))["tensors"]["sha256"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
+        return named(json.loads(read_regular(folder / JSON, MAX_JSON_BYTES)))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return ()
 
 
 def read(folder, limit=None):
@@ -293,7 +314,7 @@ def _check_header(folder, text):
 def _payload(folder, record, most=MAX_TENSOR_BYTES):
     """(the bytes whose sha256 edit.json names, None), or (None, what was found instead)."""
     found = f"{folder} has no {TENSORS}; both files belong to an edit: copy the folder again"
-    for name in (TENSORS, _staged_name(record["sha256"]), TENSORS):  # the last: renamed between the looks
+    for name in (TENSORS, staged_name(TENSORS, record["sha256"]), TENSORS):  # the last: renamed between the looks
         path = folder / name
         try:
             size = path.stat().st_size

@@ -52,14 +52,13 @@ def load(
     folder = fetch(folder, revision)
     if not os.path.exists(folder / JSON) and (saved := states.find(folder)) is not None:
         return _load_state(model, saved, freeze, head)
-    header, edits, tensors, strength = _opened(model, folder)
+    header, edits, tensors, strength, also = _opened(model, folder, kept.read if head else read)
 
     def fill(handle):
         try:
             handle.load_tensors(tensors)
             handle.strength = strength
-            if head:
-                kept.restore(model, folder, header)
+            kept.restore(model, folder, header, also)
         except Exception as error:
             raise EditFileError(f"{folder}: {error}") from error
 
@@ -97,11 +96,11 @@ def opened(model, folder):
     Raises:
         EditFileError: as `load`.
     """
-    return _opened(model, folder)[1:]
+    return _opened(model, folder)[1:4]
 
 
-def _opened(model, folder):
-    """(edit.json, and what `opened` returns)."""
+def _opened(model, folder, read=read):
+    """(edit.json, what `opened` returns, what trained beside it or {})."""
     checked = {}
 
     def limit(header):
@@ -113,9 +112,9 @@ def _opened(model, folder):
         checked.update(edits=edits, strength=strength, shapes=shapes)
         return sum(4 * math.prod(shape) + len(name) + 200 for name, shape in shapes.items()) + 4096
 
-    header, tensors = read(folder, limit)
+    header, tensors, *head = read(folder, limit)
     _check_tensors(folder, checked["shapes"], tensors)
-    return header, checked["edits"], tensors, checked["strength"]
+    return header, checked["edits"], tensors, checked["strength"], *(head or [{}])
 
 
 def strength_of(folder, header):

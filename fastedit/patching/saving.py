@@ -53,7 +53,7 @@ def save(handle, folder, *, base_model=None, training=None, tenant=None):
         ) from None
     also, left = kept.beside(handle) if tenant is None else ({}, [])
     _warn(handle, left)
-    digest = None
+    content = None
     if also:
         content, digest = kept.payload(also)
         training = {**(training or {}), "head": digest}
@@ -64,10 +64,7 @@ def save(handle, folder, *, base_model=None, training=None, tenant=None):
         "base": describe_base(handle.model, base_model, root_of(handle.model).layers), "training": training,
     }  # fmt: skip
     if _writes(handle):
-        if also:
-            kept.stage(folder, content, digest)
-        write(folder, header, tensors)
-        kept.settle(folder, digest)
+        write(folder, header, tensors, head=content)
     return Path(folder)
 
 

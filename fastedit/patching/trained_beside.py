@@ -3,13 +3,10 @@
     folder/head.safetensors   parameters by their names on the model: a task head, an adapter; in their own dtypes
     folder/edit.json          in `training`: "head", the sha256 of that file, and "adapters", PEFT's configs
 
-It is written before edit.json as head-<sha256>.safetensors and renamed after it. So a crash leaves the old pair or the
-new one.
+It is written and read in one with the edit (files/edit_file.py): a crash leaves the old pair or the new one.
 """
 
-import contextlib
 import hashlib
-import os
 import sys
 from pathlib import Path
 
@@ -18,12 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
-from ..files.edit_file import EditFileError, replace
+from ..files import edit_file
+from ..files.edit_file import HEAD, EditFileError, named, promised, staged_name
 from ..files.sealed import Damaged, read_regular, stored_header
 from ..ops.parameter_changes import has_stepped
 from .heads import heads
-
-HEAD = "head.safetensors"
 
 
 def beside(handle):
@@ -82,31 +78,29 @@ def payload(tensors):
     return content, hashlib.sha256(content).hexdigest()
 
 
-def stage(folder, content, digest):
-    """Put the head where `settle` finds it, before edit.json names it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    replace(Path(folder) / f"head-{digest}.safetensors", content)
+def read(folder, limit=None, must=False):
+    """(edit.json, the edit's tensors by name, the head's) of one save, whatever writers do meanwhile.
 
-
-def settle(folder, digest):
-    """After edit.json: give the head its own name, and remove heads that edit.json does not name."""
+    limit: of `edit_file.read`. must: whether a folder without a head is refused, by EditFileError. Else the head is {}.
+    """
     folder = Path(folder)
-    with contextlib.suppress(OSError):
-        if digest is None:
-            (folder / HEAD).unlink(missing_ok=True)
-        else:
-            os.replace(folder / f"head-{digest}.safetensors", folder / HEAD)
-        for left in folder.glob("head-*.safetensors"):
-            left.unlink()
+    while True:
+        header, tensors = edit_file.read(folder, limit)
+        if not must and named(header)[1] is None:
+            return header, tensors, {}
+        try:
+            return header, tensors, read_head(folder, header)
+        except EditFileError:
+            if promised(folder) == named(header):
+                raise
 
 
 def read_head(folder, header):
     """{name: tensor} of a folder's head, checked against edit.json. EditFileError if it is missing or of another
     edit."""
-    folder, training = Path(folder), header.get("training")
-    digest = training.get("head") if isinstance(training, dict) else None
+    folder, digest = Path(folder), named(header)[1]
     found = f"{folder} has no {HEAD}: expected a folder that handle.save wrote after training with a head"
-    for path in (folder / HEAD, folder / f"head-{digest}.safetensors"):
+    for path in (folder / HEAD, folder / staged_name(HEAD, digest), folder / HEAD):  # the last: renamed between the looks
         try:
             content = read_regular(path, 64 << 30)
             if hashlib.sha256(content).hexdigest() == digest:
@@ -161,18 +155,17 @@ def _plain(value):
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def restore(model, folder, header):
-    """Bring back onto a model what was trained beside a folder's edit. Does nothing if there was nothing.
+def restore(model, folder, header, head):
+    """Bring back onto a model what was trained beside a folder's edit, as `read` gives it. Does nothing if there was nothing.
 
     PEFT injects adapters that the model does not have, in place.
 
     Raises:
         EditFileError: damaged, or not of this model. Nothing has changed except for injected adapters.
     """
-    note = header.get("training") or {}
-    if not note.get("head"):
+    if not head:
         return
-    head = read_head(folder, header)
+    note = header["training"]
     own = {name: p for name, p in model.named_parameters() if name in head}
     if head.keys() != own.keys() and note.get("adapters"):
         _inject(model, note["adapters"], folder)

@@ -118,9 +118,9 @@ class EditCallback(TrainerCallback):
                 f"{folder} holds no edit to go on from (no {JSON}): was it written with an EditCallback? Else say where it is, "
                 "EditCallback(handle, resume=folder)"
             )
-        header, tensors = store.read(folder)
+        header, tensors, head = kept.read(folder)
         self.handle.load_tensors(tensors)
-        kept.restore(self.handle.model, folder, header)
+        kept.restore(self.handle.model, folder, header, head)
 
     def _decayed(self, optimizer):
         """(group, master, where decay pulls it or None) of the edit's masters that the optimizer decays."""

@@ -123,9 +123,8 @@ def load_trained(model: nn.Module, handle: Handle, folder: Folder) -> None:
     Raises:
         EditFileError: the files are damaged, or of other edits or another head. Nothing has changed.
     """
-    header, tensors = store.read(folder)
     own = kept.beside(handle)[0]
-    head = kept.read_head(folder, header) if own or (header.get("training") or {}).get("head") else {}
+    _, tensors, head = kept.read(folder, must=bool(own))
     kept.check_head(folder, head, own)
     try:
         handle.load_tensors(tensors)
@@ -140,8 +139,7 @@ def load_head(model: nn.Module, folder: Folder) -> None:
     Raises:
         EditFileError: it is damaged, or does not belong to the folder's edit or to this model.
     """
-    header, _ = store.read(folder)
-    head = kept.read_head(folder, header)
+    *_, head = kept.read(folder, must=True)
     own = {name: p for name, p in model.named_parameters() if name in head}
     kept.check_head(folder, head, own)
     kept.copy_head(head, own)

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import fastedit as fe
+from fastedit.files import edit_file
 from fastedit.files.edit_file import EditFileError
 from fastedit.training import EditCallback
 
@@ -75,10 +76,13 @@ def test_a_crash_between_head_and_edit_leaves_the_old_pair(tmp_path, monkeypatch
     with torch.no_grad():
         model.classifier.weight.add_(1.0)
 
-    def crash(*_):
-        raise KeyboardInterrupt
+    def crash(path, *given, **named):
+        if path.name == "edit.json":
+            raise KeyboardInterrupt
+        return replace(path, *given, **named)
 
-    monkeypatch.setattr("fastedit.patching.saving.write", crash)
+    replace = edit_file.replace
+    monkeypatch.setattr(edit_file, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         handle.save(tmp_path / "edit")
     monkeypatch.undo()
