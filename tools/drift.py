@@ -45,7 +45,8 @@ LANES = (
         ("jaxlib",),
     ),
     Lane(
-        "torch", ("torch==2.11.0",), ("test_thin_face", "test_torch_face", "test_ops", "test_patch", "test_second_derivatives"),
+        "torch", ("torch==2.11.0",), ("test_thin_face", "test_torch_face", "test_ops", "test_patch", "test_second_derivatives",
+                                     "test_modes_compiled", "test_patch_compiled", "test_recontrol_compiled", "test_bank_assign"),
         whole=True,
     ),
     Lane(

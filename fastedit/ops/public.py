@@ -22,7 +22,7 @@ from .checks import check, check_ascent, check_group, check_tensor
 from .native import try_edit, try_edit_add, try_edit_add_norm, try_project
 from .parameter_changes import transformed
 from .registered import OPERATORS, ascend
-from .running import PLAIN, run
+from .running import PLAIN, exporting, run
 
 
 def edit(
@@ -229,7 +229,7 @@ def value_ascent(hidden, value_net, steps, step_size, target=None):
         return value_net.ascended(hidden, steps, float(step_size), target)
     traced = _traced(hidden)
     gram = value_net.gram(torch.float64 if hidden.dtype is torch.float64 else torch.float32)
-    version = value_net.gram_version if traced and not torch.compiler.is_exporting() else -1  # a weight exported has no past
+    version = value_net.gram_version if traced and not exporting() else -1  # a weight exported has no past
     arguments = (hidden, *value_net.tensors(), gram, version, steps, float(step_size))
     return OPERATORS["value_ascent"](*arguments) if traced else ascend(*arguments)
 

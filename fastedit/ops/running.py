@@ -43,6 +43,11 @@ def run(op, *arguments, backend=None):
     return tuple(None if r is None else _shaped(name, r, given) for name, r in zip(names, results, strict=True))
 
 
+def exporting():
+    """Whether torch.export traces. torch 2.11's is_exporting() is true in every graph of torch.compile; what it reads is not."""
+    return torch.compiler._is_exporting_flag
+
+
 def flat(tensor):
     """(rows, width) with unit inner stride: a view if strides allow, else a copy."""
     if tensor.dim() != 2:

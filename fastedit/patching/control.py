@@ -17,6 +17,7 @@ import torch
 from .. import ops
 from ..arguments import check_steps, check_target
 from ..edits.kinds import Edit
+from ..ops.running import exporting
 from ..ops.value_net import NAMES, ValueNet
 
 _stages, _numbers = weakref.WeakValueDictionary(), itertools.count()  # what a compiled graph knows a stage by
@@ -77,7 +78,7 @@ class Ascending:
 
         An exported program may run where there is no stage. It holds the present net and Gram matrix.
         """
-        if torch.compiler.is_exporting():
+        if exporting():
             if self.net is None:
                 raise RuntimeError("a Control prepares its value net in the first forward: run one before torch.export")
             return self.net
@@ -91,7 +92,7 @@ class Ascending:
 def _in_graph():
     """The stage under torch.compile. A graph calls it by its number and reads dial, net and Gram matrix in each
     call."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not exporting()
 
 
 def _control(hidden, stage):

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 
 import torch
 
+from ...ops.running import exporting
 from ..recomputing import IN_FORCE, Runs, by_hand, recomputing
 
 _COPIES = ContextVar("rows a sequence may have", default=(1,))
@@ -110,7 +111,7 @@ class Owner:
 
     def guarded(self, slot):
         """The slots, in a compiled graph, once it has run from the context in which they were assigned."""
-        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if not torch.compiler.is_compiling() or exporting():
             return slot
         return torch.ops.fastedit.assigned(slot, self.number)
 
