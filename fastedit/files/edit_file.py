@@ -90,20 +90,20 @@ def reseal(folder):
     Returns the parsed document. Raises EditFileError if it is not an edit otherwise, OSError as `write`.
     """
     folder = Path(folder)
-    text = _read_json(folder)
-    document = _parse(folder, text)
-    document.pop("sha256", None)
-    document["version"] = VERSION
-    try:
-        sealed = seal_json(document)
-    except ValueError as error:
-        raise EditFileError(f"{folder / JSON} holds numbers that are NaN or infinite ({error}): not sealed") from None
-    header = _check_header(folder, sealed)
-    payload, found = _payload(folder, header["tensors"])
-    if payload is None:
-        raise EditFileError(found)
-    _tensors(folder / TENSORS, payload)
-    with _saving(folder), turn(folder):
+    _read_json(folder)
+    with _saving(folder), turn(folder):  # what it reads is what it replaces: not the edit of before another writer's turn
+        document = _parse(folder, _read_json(folder))
+        document.pop("sha256", None)
+        document["version"] = VERSION
+        try:
+            sealed = seal_json(document)
+        except ValueError as error:
+            raise EditFileError(f"{folder / JSON} holds numbers that are NaN or infinite ({error}): not sealed") from None
+        header = _check_header(folder, sealed)
+        payload, found = _payload(folder, header["tensors"])
+        if payload is None:
+            raise EditFileError(found)
+        _tensors(folder / TENSORS, payload)
         replace(folder / JSON, sealed, kind="edit")
     return header
 
@@ -118,8 +118,9 @@ def _commit(folder, files, text, wanted):
         replace(folder / JSON, text, kind="edit")
     except BaseException:
         with contextlib.suppress(OSError):  # what still names them, if anything, is the edit now in force
+            still = promised(folder)
             for name, (digest, _) in files.items():
-                if digest not in promised(folder):
+                if digest not in still:
                     staged[name].unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # saved already: readers find them under either name
@@ -219,10 +220,10 @@ def turn(folder):
 
 
 def promised(folder):
-    """What the folder's edit.json names (`named`). Empty if it cannot be read."""
+    """What the folder's edit.json names (`named`). Empty if there is none or it says nothing. OSError: it cannot be read now."""
     try:
         return named(json.loads(read_regular(folder / JSON, MAX_JSON_BYTES)))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ()
 
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..files.edit_file import JSON, read
+from ..files.edit_file import JSON, read, turn
 
 CARD = "README.md"
 _KEPT = ("edit*.safetensors", "head*.safetensors", JSON, CARD)
@@ -31,12 +31,14 @@ def push(folder, repo, *, private=None, token=None, message="Upload an edit", re
     folder = Path(folder)
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ValueError(f"repo is {repo!r}, expected user/name")
-    header, tensors = read(folder)
+    read(folder)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as staged:
-        for pattern in _KEPT:
-            for file in folder.glob(pattern):
-                shutil.copy(file, staged)
+        with turn(folder):  # files of one save, and none of a save that is under way
+            header, tensors = read(folder)
+            for pattern in _KEPT:
+                for file in folder.glob(pattern):
+                    shutil.copy(file, staged)
         card_file = Path(staged, CARD)
         if not card_file.exists():
             card_file.write_text(card(header, tensors, repo), encoding="utf-8")

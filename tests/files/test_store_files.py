@@ -1,5 +1,6 @@
 """An edit's two files: no crash, full disk or hostile file is ever read as an edit that nobody saved."""
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -210,6 +211,28 @@ def test_failure_at_every_step_is_an_error_and_keeps_a_whole_edit(tmp_path, code
         write(folder, *edit(3))
         assert value_of(folder) == 3 and names(folder) == ["edit.json", "edit.safetensors"]
     assert errors > 5
+
+
+@pytest.mark.parametrize("value", [2, 3])
+def test_a_process_without_descriptors_keeps_a_whole_edit(tmp_path, value):
+    """From one step of a save on nothing can be opened any more, edit.json neither: its tensors are not taken for nobody's."""
+    real = os.open
+    for number in range(1, 12):
+        folder, opened = tmp_path / f"{number}", []
+        write(folder, *edit(value - 1))
+
+        def refused(*args, number=number, opened=opened, **kwargs):
+            opened.append(args)
+            if len(opened) >= number:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return real(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "open", refused)
+            with contextlib.suppress(OSError):
+                write(folder, *edit(value))
+        assert value_of(folder) in (value - 1, value)
+    assert len(opened) < number, "a save opens more files than this"
 
 
 @pytest.mark.parametrize("limit", [0, 100, 1000, 1 << 18])

@@ -135,6 +135,23 @@ def test_a_missing_checksum_or_an_unknown_key_is_refused(tmp_path):
         edit_file.write(folder, {"edits": [], "comment": 1}, {})
 
 
+def test_a_seal_is_of_what_is_there_in_its_turn(tmp_path, monkeypatch):
+    """Another writer saves between the call and its turn: the seal is of the new edit, whose tensors are the ones there."""
+    folder = made(tmp_path)["edit.json"][0].parent
+    header, tensors = edit_file.read(folder)
+    turn = edit_file.turn
+
+    def later(folder):
+        monkeypatch.setattr(edit_file, "turn", turn)
+        edit_file.write(folder, header, {name: tensor + 1 for name, tensor in tensors.items()})
+        return turn(folder)
+
+    monkeypatch.setattr(edit_file, "turn", later)
+    edit_file.reseal(folder)
+    found = edit_file.read(folder)[1]
+    assert all(torch.equal(found[name], tensor + 1) for name, tensor in tensors.items())
+
+
 def test_resealed_by_hand(tmp_path):
     folder = made(tmp_path)["edit.json"][0].parent
     document = json.loads((folder / "edit.json").read_text())
