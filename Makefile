@@ -41,7 +41,7 @@ endif
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* kernels/*.h kernels/cpu/* kernels/cuda/*)
 PACKAGES := $(wildcard fastedit/__init__.py fastedit/*/__init__.py fastedit/*/*/__init__.py kernels/*/__init__.py)  # editable maps them
 
-.PHONY: help setup demo test test-long test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes soak sanitize sanitize-short drift docs docs-short playground-test wheels lint bench \
+.PHONY: help setup demo test test-long test-slow test-all newest renew conformance serving-test serving-test-short fuzz arguments crashes threads soak sanitize sanitize-short drift docs docs-short playground-test wheels lint bench \
 	peers gpu gpu-more clean distclean
 
 help:
@@ -56,8 +56,8 @@ help:
 	@echo "make peers   $(PEERS): other libraries for editing, for $(PEERS)/bin/python -m bench.models to measure, too"
 	@echo "make gpu     on a machine with an NVIDIA GPU, no network: build, check, measure, profile, test into OUT=$(OUT)"
 	@echo "make gpu-more   there, afterwards: sanitizers, peers, a bank, models"
-	@echo "make fuzz, arguments, crashes, soak   attacked files and calls, killed writers, a day in an hour; hours"
-	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
+	@echo "make fuzz, arguments, crashes, threads, soak   attacked files and calls, killed writers, forwards beside changes, a day in an hour; hours"
+	@echo "make sanitize  random native calls under AddressSanitizer and UBSan, the CUDA sources emulated, threads under ThreadSanitizer; CALLS=, SECONDS_OF_THREADS="
 	@echo "make sanitize-short   a cut of it, some minutes"
 	@echo "make docs    the documentation site, into docs/_build; warnings are errors, no network; make docs-short: no notebooks"
 	@echo "make playground-test   the playground's page in a real Chromium"
@@ -118,6 +118,9 @@ crashes: $(STAMPS)/fastedit
 drift: $(STAMPS)/fastedit
 	$(BIN)/python -m tools.drift $(LANES) --out $(OUT)/drift.csv
 
+threads: $(STAMPS)/fastedit
+	$(BIN)/python -m tools.threads --forwards $(or $(N),100000) --out $(OUT)/threads.csv
+
 soak: $(STAMPS)/fastedit
 	$(BIN)/python -m tools.soak --cycles $(or $(N),20000) --changes $(or $(N),100000) --out $(OUT)/soak.csv
 
@@ -171,6 +174,8 @@ sanitize: $(STAMPS)/fastedit $(STAMPS)/sanitize
 		kernels/cpu/isa.cpp -o $(VENV)/threads && $(VENV)/threads
 	$(UNDER_SANITIZERS) tests/sanitize/calls.py $(CALLS) $(SECONDS_OF_THREADS)
 	$(UNDER_SANITIZERS) -m pytest -q --capture=sys -p no:cacheprovider $(BAD_INPUTS)
+	FASTEDIT_EMULATOR_FLAGS=-fsanitize=address $(UNDER_SANITIZERS) -m pytest -q --capture=sys -p no:cacheprovider \
+		-k "not broken_rule" $(wildcard tests/kernels/test_cuda_emulated*.py)
 
 # The build, 3,000 calls, five seconds of threads and the bad inputs.
 sanitize-short: $(STAMPS)/fastedit $(STAMPS)/sanitize

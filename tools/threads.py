@@ -1,4 +1,4 @@
-"""make soak, its threads: eight threads of forwards beside each operation that docs/reliability.md calls safe.
+"""make threads: eight threads of forwards beside each operation that docs/reliability.md calls safe.
 
     python -m tools.threads --forwards 100000 --out bench/results/threads.csv
 
