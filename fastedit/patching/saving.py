@@ -27,12 +27,13 @@ def save(handle, folder, *, base_model=None, training=None, tenant=None):
 
     Args:
         base_model: id of the base, for edit.json. By default the name under which the model was loaded.
-        training: a JSON-able summary of how the edits were trained, for edit.json.
+        training: a JSON-able dict, a summary of how the edits were trained, for edit.json.
         tenant: of a handle with tenants, the one whose edit to save. It becomes an ordinary edit.
 
     Raises:
         OSError: the folder could not be written (full disk, no permission). An edit saved there before is intact.
-        ValueError: `training` is not JSON-able, a tensor holds NaN or infinities, or `tenant` is missing.
+        ValueError: `training` is not such a dict, or has the key "head" or "adapters"; a tensor holds NaN or infinities; `tenant`
+            is missing.
     """
     if tenant is None and handle.tenancy is not None:
         raise ValueError(
@@ -45,6 +46,10 @@ def save(handle, folder, *, base_model=None, training=None, tenant=None):
             raise ValueError(
                 f"{name} holds values that are NaN or infinite: not saved; lower the learning rate"
             )
+    if not isinstance(training, dict | None) or {"head", "adapters"} & (training or {}).keys():
+        raise ValueError(
+            f'training is {training!r:.80}, expected a dict without "head" and "adapters", which name what was trained beside the edit'
+        )
     try:
         json.dumps(training, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -52,6 +52,15 @@ def test_save_and_load_keep_the_head(family, tmp_path):
     assert all(torch.equal(again.classifier.state_dict()[n], t) for n, t in untrained.items())
 
 
+@pytest.mark.parametrize("training", [{"head": "linear"}, {"adapters": {}}, "by hand", [1]])
+def test_a_summary_that_would_be_taken_for_what_was_trained_beside_is_refused(tmp_path, training):
+    """Saved, such an edit could not be loaded: it would name a head that is not there."""
+    handle = fe.patch(tiny.build("llama"), fe.RED())
+    with pytest.raises(ValueError, match="training is .*expected a dict without"):
+        fe.store.save(handle, tmp_path / "edit", training=training)
+    assert not (tmp_path / "edit").exists()
+
+
 def test_a_head_that_is_damaged_or_of_another_model_is_refused(tmp_path):
     _, handle = trained(tmp_path / "run", save_strategy="no")
     handle.save(tmp_path / "edit")
