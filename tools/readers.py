@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import fastedit as fe
 from fastedit import store
@@ -76,6 +77,14 @@ def readers(folder):
     Trajectories(vectors, torch.tensor([1, 1]), torch.ones(2), ["a", "b"], ["c", "d"]).save(trajectories)
     key = "model.layers.0.mlp.down_proj.delta_vector.activation_"
     torch.save({key + "scaling": torch.ones(1, WIDTH), key + "bias": vectors[:1].clone()}, folder / "delta_vector.pth")
+    with fe.patch(llama, gated) as handle:
+        state = {name: tensor for name, tensor in llama.state_dict().items() if name.startswith("fastedit.")}
+        _note(folder / "state", bytes(state.pop("fastedit._extra_state").tolist()))
+    net = torch.nn.ModuleDict({"fc1": torch.nn.Linear(WIDTH, 2), "fc2": torch.nn.Linear(2, 1)})
+    torch.save(net.state_dict(), folder / "net.pth")
+    with fe.patch(llama, fe.ScaleBias(1 + vectors, site="mlp")) as handle:
+        fe.save_peft(handle, folder / "peft")
+    _pyreft(folder / "pyreft", vectors)
     edit, own, refused = folder / "edit", folder / "tensors", (fe.EditFileError,)
     made = {
         "edit.json": Reader(edit / "edit.json", lambda: store.opened(llama, edit), refused, _json),
@@ -99,6 +108,11 @@ def readers(folder):
             folder / "delta_vector.pth", lambda: red._grouped("f", red.read_state(folder / "delta_vector.pth", "RED")), refused,
             _archive,
         ),
+        "saved state": Reader(folder / "state" / "note", lambda: _state(llama, folder / "state", state), refused),
+        "value net": Reader(folder / "net.pth", lambda: fe.ValueNet.from_released(folder / "net.pth"), (ValueError,), _archive),
+        "PEFT's config": _adapter(llama, folder / "peft", "adapter_config.json"),
+        "PEFT's tensors": _adapter(llama, folder / "peft", "adapter_model.safetensors"),
+        "pyreft's config": _adapter(llama, folder / "pyreft", "config.json"),
     }  # fmt: skip
     try:
         control_vectors.save_gguf(directions, folder / "vector.gguf")
@@ -121,6 +135,34 @@ def _named(llama, folder):
     document["tensors"] |= {"sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)}
     (folder / "edit.json").write_bytes(sealed.seal_json(document))
     return store.opened(llama, folder)
+
+
+def _note(folder, content):
+    folder.mkdir()
+    (folder / "note").write_bytes(content)
+
+
+def _state(llama, folder, tensors):
+    """With the note where a model's saved state has it."""
+    note = torch.tensor(list((folder / "note").read_bytes()), dtype=torch.uint8)
+    save_file(tensors | {"fastedit._extra_state": note}, folder / "model.safetensors")
+    fe.load(llama, folder).remove()
+
+
+def _pyreft(folder, vectors):
+    folder.mkdir()
+    config = {
+        "sorted_keys": ["0"], "mode": "parallel", "representations": [[0, "block_output", "pos", 1, 3, *[None] * 9]],
+        "intervention_types": ["<class 'pyreft.interventions.LoreftIntervention'>"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    rotation = torch.linalg.qr(vectors.T)[0]
+    torch.save({"weight": vectors, "bias": torch.zeros(len(vectors)), "rotate_layer": rotation}, folder / "intkey_0.bin")
+
+
+def _adapter(llama, folder, name):
+    positions = None if "adapter" in name else "all"
+    return Reader(folder / name, lambda: fe.load_adapter(llama, folder, positions=positions).remove(), (fe.EditFileError,))
 
 
 def _head(folder):

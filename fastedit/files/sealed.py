@@ -95,12 +95,22 @@ def open_tensors(payload, keys):
     Raises:
         Damaged: it is not one, was changed, or has other metadata.
     """
+    note, version = _note(payload, keys)
+    return note, plain_tensors(payload), version
+
+
+def plain_tensors(payload):
+    """{name: tensor} of a safetensors file, whatever its metadata, which is not looked at.
+
+    Raises:
+        Damaged: it is not one.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    note, version = _note(payload, keys)
+    stored_header(payload)
     try:
-        return note, load(payload), version
+        return load(payload)
     except (SafetensorError, ValueError, RuntimeError, LookupError, TypeError, OverflowError) as error:
         raise Damaged(f"is not a valid safetensors file: {error}") from None
 

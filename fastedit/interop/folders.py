@@ -11,14 +11,12 @@ import re
 from types import SimpleNamespace
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import nn
 
 from ..edits.form import Form
 from ..families import find_layers
 from ..files.edit_file import EditFileError
-from ..files.sealed import Damaged, parse_json, read_regular, stored_header
+from ..files.sealed import Damaged, parse_json, plain_tensors, read_regular
 from ..hints import Folder, WhichTokens
 from ..patching import edit_folder
 from ..patching.handle import Handle, patch_as
@@ -106,12 +104,10 @@ def _peft(model, folder):
             f"it is PEFT's {kind!r:.40}, of which (IA)3 alone edits representations; load it with peft, and patch beside it"
         )
     try:
-        payload = read_regular(folder / PEFT_TENSORS, _LARGE)
-        stored_header(payload)
-        tensors = load_tensors(payload)
+        tensors = plain_tensors(read_regular(folder / PEFT_TENSORS, _LARGE))
     except FileNotFoundError:
         raise Refusal(f"it has no {PEFT_TENSORS}: save it again with safe_serialization=True") from None
-    except (Damaged, OSError, SafetensorError, ValueError, RuntimeError, LookupError, TypeError, OverflowError) as error:
+    except (Damaged, OSError) as error:
         raise Refusal(f"{PEFT_TENSORS} {error}") from None
     for name, tensor in tensors.items():
         path = re.fullmatch(rf"(?:{re.escape(PEFT_PREFIX)})?(.+)\.ia3_l(?:\.default)?", name)
@@ -163,7 +159,7 @@ def _where(model, layers, number, component):
     path = _PATH.fullmatch(re.sub(r"\[(\d+)\]", r".\1", str(component)))
     if path is not None:
         return _submodule(model, path[1]), path[2]
-    site = _COMPONENTS.get(component)
+    site = _COMPONENTS.get(component) if isinstance(component, str) else None
     if site is None or not isinstance(number, int) or not 0 <= number < len(layers):
         raise Refusal(f"it intervenes at {component!r:.60} of layer {number!r}, which is no site here")
     return layers[number].at(site), "output"

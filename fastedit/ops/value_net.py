@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from ..files.archive import LIMIT, read_archive
+from ..files.sealed import Damaged, plain_tensors, read_regular
 from .parameter_changes import optimizer_steps
 
 NAMES = ("weight", "bias", "weight2", "bias2", "weight3", "bias3", "head", "offset")  # of the parameters
@@ -238,15 +240,13 @@ class ValueNet(nn.Module):
 def _read_state(path):
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(path)
+            state = plain_tensors(read_regular(path, LIMIT))
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no such file fails in many ways
-        raise ValueError(f"{path} could not be read as a state dict: {error}") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict of tensors")
+            state = read_archive(path)
+    except (Damaged, OSError) as error:
+        raise ValueError(f"{path} could not be read as a state dict: it {error}") from None
+    if not all(isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()):
+        raise ValueError(f"{path} holds something else than tensors by name, expected a state dict")
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
 

@@ -72,7 +72,7 @@ def _load_state(model, saved, freeze, head):
     record, tensors = saved.handles[0], saved.tensors(saved.handles[0])
     edits = rebuild(saved.folder, record["edits"])
     layers = _layers(model)
-    check_base(saved.folder, record["base"], describe_base(model, layers=layers))
+    check_base(saved.folder, record.get("base"), describe_base(model, layers=layers))
     _check_tensors(saved.folder, _shapes(saved.folder, edits, layers), tensors)
 
     def fill(handle):

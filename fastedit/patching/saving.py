@@ -48,7 +48,8 @@ def save(handle, folder, *, base_model=None, training=None, tenant=None):
             )
     if not isinstance(training, dict | None) or {"head", "adapters"} & (training or {}).keys():
         raise ValueError(
-            f'training is {training!r:.80}, expected a dict without "head" and "adapters", which name what was trained beside the edit'
+            f'training is {training!r:.80}, expected a dict without "head" and "adapters", which here name what was trained '
+            "beside the edit"
         )
     try:
         json.dumps(training, allow_nan=False)

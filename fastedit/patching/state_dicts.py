@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files.edit_file import JSON, EditFileError
+from ..files.sealed import open_regular, parse_json, read_regular
 from .base_model import describe_base
 from .eval_mode import check_data
 from .trained_beside import beside
@@ -110,18 +111,31 @@ def find(folder):
         return None
     try:
         if (folder / _INDEX).is_file():
-            files = sorted({folder / name for name in json.loads((folder / _INDEX).read_text())["weight_map"].values()})
+            index = parse_json(read_regular(folder / _INDEX, 1 << 30))
+            files = sorted({folder / name for name in index["weight_map"].values()})
         else:
             files = [path for path in (folder / _WHOLE,) if path.is_file()]
         where = {}
         for path in files:
+            open_regular(path, None).close()
             with safe_open(path, "pt") as file:
                 where |= dict.fromkeys(file.keys(), path)
         key = next((key for key in where if key == f"fastedit.{KEY}" or key.endswith(f".fastedit.{KEY}")), None)
         if key is None:
             return None
         with safe_open(where[key], "pt") as file:
-            read = json.loads(bytes(file.get_tensor(key).tolist()))
-        return Saved(folder, key.removesuffix(KEY), read["handles"], where)
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+            read = parse_json(bytes(file.get_tensor(key).tolist()))
+        return Saved(folder, key.removesuffix(KEY), _checked(read["handles"]), where)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise EditFileError(f"{folder}: the edits in its weights could not be read: {error}") from error
+
+
+def _checked(handles):
+    kinds = {"name": str, "edits": list, "strength": (int, float), "trained": list}
+    for handle in handles if isinstance(handles, list) else [handles]:
+        for key, kind in kinds.items():
+            if not isinstance(handle, dict) or not isinstance(handle.get(key), kind):
+                raise ValueError(f"it holds {handle!r:.80} as a handle, expected {', '.join(kinds)} and base")
+        if not all(isinstance(edit, dict) for edit in handle["edits"]) or not all(isinstance(n, str) for n in handle["trained"]):
+            raise ValueError(f"the edits or trained names of its handle {handle['name']!r:.40} are none")
+    return handles

@@ -204,6 +204,14 @@ def test_pyreft_folders_by_component_and_position(tmp_path):
             fe.load_adapter(model, pyreft_folder(tmp_path / "bad", "Loreft", **changes), positions="all")
 
 
+def test_a_pyreft_file_that_announces_more_than_it_holds_is_refused(tmp_path):
+    folder = pyreft_folder(tmp_path / "reft", "Loreft")
+    path = next(folder.glob("intkey_*.bin"))
+    torch.save(torch.load(path) | {"weight": torch.ones(1).expand(1 << 16, 1 << 15)}, path)
+    with pytest.raises(fe.EditFileError, match=r"announces 2,147,483,648 numbers in weight and holds fewer"):
+        fe.load_adapter(tiny.build("llama"), folder, positions="all")
+
+
 def test_what_pyreft_saves_is_read(tmp_path):
     pyreft = needs("pyreft")
     made = [pyreft.LoreftIntervention(embed_dim=32, low_rank_dimension=3, dtype=torch.float32) for _ in range(3)]

@@ -237,7 +237,7 @@ def test_a_bomb_is_refused_before_it_grows(tmp_path):
     torch.save({key: torch.ones(1).expand(1, 1 << 31)}, path)
     assert path.stat().st_size < 4096
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(fe.EditFileError, match="announces 2,147,483,648 numbers and holds fewer"):
+    with pytest.raises(fe.EditFileError, match=r"announces 2,147,483,648 numbers in .* and holds fewer"):
         interop_red._grouped(path, interop_red.read_state(path, "RED"))
     with zipfile.ZipFile(small(tmp_path)) as archive:
         parts = {part: archive.read(part) for part in archive.namelist()}

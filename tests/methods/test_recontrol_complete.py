@@ -1,6 +1,8 @@
 """States in shards, resumed and by several processes; the authors' files; what RE-Control is compared with; trained rewards."""
 
 import itertools
+import os
+import resource
 
 import pytest
 import tiny_models as tiny
@@ -101,6 +103,25 @@ def test_the_authors_files_load(sizes, tmp_path):
     torch.save(made, tmp_path / "pickled.pth")
     with pytest.raises(ValueError, match="could not be read as a state dict"):
         fe.ValueNet.from_released(tmp_path / "pickled.pth")
+
+
+def test_a_file_of_another_hand_is_refused_before_it_grows(tmp_path):
+    """A pipe, a kilobyte that announces eight gigabytes, numbers of which a bit has changed."""
+    os.mkfifo(tmp_path / "pipe.pth"), os.mkfifo(tmp_path / "pipe.safetensors")
+    state = Released(32, 8, 1).state_dict()
+    torch.save(state | {"fc1.weight": torch.ones(1).expand(1 << 16, 1 << 15)}, tmp_path / "bomb.pth")
+    torch.save(state, tmp_path / "flipped.pth")
+    content = bytearray((tmp_path / "flipped.pth").read_bytes())
+    content[content.index(state["fc1.weight"].numpy().tobytes())] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, said in (
+        ("pipe.pth", "not a regular file"), ("pipe.safetensors", "not a regular file"), ("bomb.pth", "announces 2,147,483,648"),
+        ("flipped.pth", "checksum of its part"),
+    ):
+        with pytest.raises(ValueError, match=f"could not be read as a state dict: it .*{said}"):
+            fe.ValueNet.from_released(tmp_path / name)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
 
 
 # --- three hidden layers, several outputs, target scores ----------------------------------------------------------------

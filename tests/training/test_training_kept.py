@@ -56,7 +56,7 @@ def test_save_and_load_keep_the_head(family, tmp_path):
 def test_a_summary_that_would_be_taken_for_what_was_trained_beside_is_refused(tmp_path, training):
     """Saved, such an edit could not be loaded: it would name a head that is not there."""
     handle = fe.patch(tiny.build("llama"), fe.RED())
-    with pytest.raises(ValueError, match="training is .*expected a dict without"):
+    with pytest.raises(ValueError, match=r"training is .*expected a dict without"):
         fe.store.save(handle, tmp_path / "edit", training=training)
     assert not (tmp_path / "edit").exists()
 
