@@ -20,6 +20,7 @@ from ..edits.kinds import Edit
 from ..edits.per_layer import Spot
 from ..edits.sites import MODEL_SITES, check_site
 from ..edits.stack import check_gates, check_positions, steepest
+from ..files.sealed import Damaged, read_regular
 from ..patching import edit_folder as store
 from ..patching.handle import Handle
 from ..patching.layer_plan import choose, device_at, width_at
@@ -226,9 +227,10 @@ class Spill:
             RuntimeError: the file is not what was written.
         """
         try:
-            payload = path.read_bytes()
-        except OSError as error:
-            raise RuntimeError(f"{path}, where the bank keeps an evicted edit, cannot be read: {error.strerror}") from error
+            payload = read_regular(path, None)
+        except (Damaged, OSError) as error:
+            reason = getattr(error, "strerror", None) or f"it {error}"
+            raise RuntimeError(f"{path}, where the bank keeps an evicted edit, cannot be read: {reason}") from error
         if hashlib.sha256(payload).digest() != self.digests[path]:
             raise RuntimeError(f"{path}, where the bank keeps an evicted edit, was changed: remove that edit and add it again")
         named = from_bytes(payload)

@@ -7,12 +7,13 @@ llama.cpp refuses layer 0. repeng numbers layers in the same way.
 
 import os
 import re
-import secrets
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..files.edit_file import replace
 from ..files.sealed import Damaged, open_regular
 
 ARCHITECTURE = "controlvector"
@@ -32,9 +33,8 @@ def write(path, vectors, model):
     """
     gguf = _gguf()
     path = Path(path)
-    temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}.tmp"
-    try:
-        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
+    with tempfile.TemporaryDirectory() as made:
+        writer = gguf.GGUFWriter(Path(made, path.name), ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(vectors))
         for layer, vector in vectors.items():
@@ -43,11 +43,7 @@ def write(path, vectors, model):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        replace(path, Path(made, path.name).read_bytes())
     return path
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from ..arguments import FP32_MAX, as_list, check_flag, check_whole
 from ..edits.kinds import Steer
 from ..files.edit_file import replace
+from ..files.sealed import parse_json, read_regular
 from ..hints import Folder, Site
 from ..patching.handle import patch
 from .directions import Directions
@@ -228,9 +229,9 @@ class _Kept:
         if self.path is None or not self.path.exists():
             return
         try:
-            note = json.loads(self.path.read_bytes())
+            note = parse_json(read_regular(self.path, 1 << 30))
             found, cells = note["key"], [Cell(**cell | {"layers": tuple(cell["layers"])}) for cell in note["cells"]]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path} is not what fastedit.sweep writes: {error!r}; remove it") from None
         if found != key:
             raise ValueError(f"{self.path} is of another sweep ({_differences(found, key)}); remove it, or resume elsewhere")

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch.nn import functional as F
 from transformers import Trainer
 
 from ..files.edit_file import EditFileError, replace
+from ..files.sealed import Damaged, open_tensors, read_regular, seal_tensors
 from ..patching.eval_mode import evaluating
 
 STUDENT = "student.safetensors"
@@ -20,13 +19,16 @@ class StudentTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        replace(folder / STUDENT, to_bytes({name: p.detach().cpu().clone() for name, p in self._student().items()}))
+        replace(folder / STUDENT, seal_tensors({name: p.detach().cpu().clone() for name, p in self._student().items()}, {}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         path, own = Path(resume_from_checkpoint) / STUDENT, self._student()
-        if not path.is_file():
-            raise EditFileError(f"{path} is not there: a checkpoint of a RAHF student has it")
-        found = load_file(path)
+        try:
+            found = open_tensors(read_regular(path, None), ())[1]
+        except FileNotFoundError:
+            raise EditFileError(f"{path} is not there: a checkpoint of a RAHF student has it") from None
+        except (Damaged, OSError) as error:
+            raise EditFileError(f"{path} {error}: go on from another checkpoint") from None
         if found.keys() != own.keys() or any(found[name].shape != own[name].shape for name in own):
             raise EditFileError(f"{path} is of another student: its tensors are not those that train here")
         with torch.no_grad():

@@ -194,7 +194,7 @@ def _begin(folder, asked, shards):
 
 def _plan(folder):
     try:
-        plan = json.loads((folder / _PLAN).read_text())
+        plan = parse_json(read_regular(folder / _PLAN, 1 << 20))
         if plan["format"] != _FORMAT or not isinstance(plan["shards"], int):
             raise ValueError(f"its format is {plan['format']!r}")
         return plan

@@ -9,7 +9,6 @@ summed over the traits that are on. A token that begins several words of a trait
 tokens are those of the word alone and after a space, as written and capitalized.
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import torch
 from transformers import LogitsProcessor
+
+from ..files.sealed import Damaged, parse_json
 
 _WORDS = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
@@ -31,7 +32,10 @@ def read_lexicons(path):
     path = Path(path)
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        found = json.loads(text)
+        try:
+            found = parse_json(text)
+        except Damaged as error:
+            raise ValueError(f"{path} {error}") from None
         if not isinstance(found, dict) or not all(isinstance(words, dict) for words in found.values()):
             raise ValueError(f"{path}: expected {{trait: {{word: strength}}}}")
         entries = [(str(trait), trait, word, s) for trait, words in found.items() for word, s in words.items()]
@@ -45,7 +49,7 @@ def read_lexicons(path):
         try:
             where, trait, word, strength = entry
             strength = float(strength)
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             raise ValueError(f"{path}, {entry[0]}: found {entry[1:]!r}, expected trait, word and a number") from None
         if not word.strip() or not math.isfinite(strength):
             raise ValueError(f"{path}, {where}: word {word!r} with strength {strength}, expected a word and a finite number")

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ..files.edit_file import EditFileError, replace
+from ..files.sealed import Damaged, open_tensors, read_regular, seal_tensors
 from ..hints import Folder, Row
 from ..patching.eval_mode import evaluating
 from ..patching.handle import Handle, handles
@@ -131,7 +130,7 @@ def store_reference(
     """
     digests = {"format": _FORMAT, "model": model_digest(handle.model), "rows": rows_digest(rows)}
     path = Path(path)
-    if path.is_file() and _note(path) == digests:
+    if path.is_file() and _stored(path)[0] == digests:
         return load_reference(handle, rows, path)
     collate, found = Padded(pad), torch.zeros(len(rows), 2)
     device = next(handle.model.parameters()).device
@@ -145,7 +144,7 @@ def store_reference(
         if progress is not None:
             progress(min(start + batch_size, len(rows)), len(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, to_bytes({"reference": found}, digests))
+    replace(path, seal_tensors({"reference": found}, digests))
     return _with(rows, found)
 
 
@@ -155,22 +154,22 @@ def load_reference(handle, rows, path):
     Raises:
         EditFileError: it is damaged, or of another model or other rows.
     """
-    note = _note(path)
+    note, found = _stored(path)
     for what, now in (("model", model_digest(handle.model)), ("rows", rows_digest(rows))):
-        if note.get(what) != now:
+        if note[what] != now:
             raise EditFileError(
                 f"{path} holds log-probabilities of {'another model' if what == 'model' else 'other rows'} (digest "
-                f"{str(note.get(what))[:12]}, expected {now[:12]}): store them again with store_reference"
+                f"{note[what]:.12}, expected {now[:12]}): store them again with store_reference"
             )
-    with safe_open(path, "pt") as file:
-        return _with(rows, file.get_tensor("reference"))
+    return _with(rows, found)
 
 
-def _note(path):
+def _stored(path):
+    """({"format", "model", "rows"}, the pairs' log-probabilities) in a file, checked."""
     try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+        note, tensors, _ = open_tensors(read_regular(path, 4 << 30), ("format", "model", "rows"))
+        return {what: note[what] for what in ("format", "model", "rows")}, tensors["reference"]
+    except (Damaged, OSError, LookupError) as error:
         raise EditFileError(f"{path} holds no stored log-probabilities: {error}") from error
 
 

@@ -347,7 +347,9 @@ def test_gguf_both_ways(tmp_path):
     assert reader.get_field("controlvector.layer_count").parts[-1][0] == 2
     loaded = fe.Directions.load_gguf(path)
     assert loaded == saved and loaded.about["type"] == "llama"
-    assert [p.name for p in tmp_path.iterdir()] == ["vector.gguf"]
+    path.chmod(0o600)
+    saved.save_gguf(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["vector.gguf"] and path.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(

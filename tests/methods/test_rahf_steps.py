@@ -128,6 +128,11 @@ def test_checkpoints_hold_the_student_alone_and_a_run_goes_on_from_them(student,
         assert torch.equal(a, b)
     saved = tmp_path / "None/checkpoint-4"
     assert (saved / "student.safetensors").is_file() and not (saved / "model.safetensors").exists()
+    content = bytearray((saved / "student.safetensors").read_bytes())
+    content[-1] ^= 1
+    (saved / "student.safetensors").write_bytes(content)
+    with pytest.raises(EditFileError, match="does not have the checksum that it names"):
+        rahf.train(module, rows, collator, **given | {"resume": str(saved), "steps": 6})
     (saved / "student.safetensors").unlink()
     with pytest.raises(EditFileError, match="is not there"):
         rahf.train(module, rows, collator, **given | {"resume": str(saved), "steps": 6})

@@ -62,9 +62,11 @@ def test_files(tmp_path):
         (tmp_path / "b.tsv").write_text(text)
         with pytest.raises(ValueError, match=says):
             read_lexicons(tmp_path / "b.tsv")
-    (tmp_path / "c.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"expected \{trait"):
-        read_lexicons(tmp_path / "c.json")
+    wrong = {"[1]": r"expected \{trait", '{"warm": {"kind": []}}': "a number", "[" * 9999: "not valid JSON"}
+    for text, says in (wrong | {'{"warm": {"kind": 1' + 400 * "0" + "}}": "a number"}).items():
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            read_lexicons(tmp_path / "c.json")
 
 
 def test_wrong_traits():

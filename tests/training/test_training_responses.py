@@ -213,6 +213,11 @@ def test_stored_log_probabilities_give_the_same_run_and_are_tied_to_model_and_ro
         model.lm_head.weight[0, 0] += 1e-3
     with pytest.raises(EditFileError, match="of another model"):
         load_reference(handle, rows, path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # of a number
+    path.write_bytes(content)
+    with pytest.raises(EditFileError, match="does not have the checksum that it names"):
+        load_reference(handle, rows, path)
     path.write_bytes(b"torn")
     with pytest.raises(EditFileError, match="holds no stored log-probabilities"):
         load_reference(handle, rows, path)
