@@ -5,6 +5,9 @@ import json
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import seed as seed_of_hypothesis
+from hypothesis import strategies as st
 
 from tools import fuzz
 from tools.fuzz import Feeder, _mutated
@@ -24,6 +27,30 @@ def test_each_reader_refuses_by_its_own_error(made, tmp_path):
             feeder(data)
         assert feeder.row["refused"] > 40, name
         reader.path.write_bytes(reader.seeds[0])
+
+
+def cut_and_fed(whole, feeder):
+    piece = st.tuples(st.integers(0, len(whole)), st.integers(0, 16), st.binary(max_size=16))
+
+    @seed_of_hypothesis(0)
+    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from([b"\0", b"\xff"]), st.lists(piece, min_size=1, max_size=4))
+    def feed(first, pieces):
+        data = whole
+        for at, cut, put in pieces:
+            data = data[:at] + put + data[at + cut :]
+        feeder(first + data)
+
+    feed()
+
+
+def test_each_reader_refuses_what_hypothesis_makes_of_its_files(made, tmp_path):
+    """One to four pieces cut out of a sound file and others put in; what fails comes in its smallest form."""
+    for name, reader in made.items():
+        seed, feeder = reader.seeds[0], Feeder(reader, name, tmp_path, "hypothesis", 60)
+        cut_and_fed(seed, feeder)
+        assert feeder.row["inputs"] >= 50 and feeder.row["refused"] > 15, (name, feeder.row)
+        reader.path.write_bytes(seed)
 
 
 def test_each_reader_reads_the_kept_corpus(made, tmp_path):

@@ -1,6 +1,10 @@
-"""Files of format version 1 load, with one warning each; of version 2 every byte is under a checksum."""
+"""Files of format version 1 load, with one warning each; of version 2 every byte is under a checksum.
+
+FLIPS=1500 for 10,500 flips in all.
+"""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -13,8 +17,10 @@ import fastedit as fe
 from fastedit.capturing.rows_on_disk import Rows
 from fastedit.files import edit_file
 from fastedit.methods.trajectories import Trajectories
+from fastedit.patching import trained_beside
 
 OLD = Path(__file__).parents[1] / "fixtures" / "version-1"
+FLIPS = int(os.environ.get("FLIPS", 150))  # of each kind of file
 DATA = [[3, 7, 11, 2], [5, 5, 1], [9, 8, 7, 6, 5], [4, 4]]
 
 
@@ -70,6 +76,8 @@ def made(folder):
     with fe.load(model, OLD / "all-kinds") as handle:
         handle.save(folder / "edit")
     fe.Directions.load(OLD / "directions").save(folder / "directions")
+    head, digest = trained_beside.payload({"score": torch.ones(8)})
+    edit_file.write(folder / "headed", {"edits": [], "training": {"head": digest}}, {}, head=head)
     fe.capture(model, None, DATA, layers=[1], batch_size=2, rows=folder / "rows", resume=folder / "sums")
     Trajectories.load(OLD / "trajectories.safetensors").save(folder / "trajectories.safetensors")
     (shard,) = (folder / "rows").iterdir()
@@ -80,6 +88,7 @@ def made(folder):
     return {
         "edit.json": (folder / "edit" / "edit.json", lambda: edit_file.read(folder / "edit"), fe.EditFileError),
         "edit.safetensors": (folder / "edit" / "edit.safetensors", lambda: edit_file.read(folder / "edit"), fe.EditFileError),
+        "head": (folder / "headed" / "head.safetensors", lambda: trained_beside.read(folder / "headed"), fe.EditFileError),
         "directions": (
             folder / "directions" / "directions.safetensors", lambda: fe.Directions.load(folder / "directions"),
             fe.DirectionsFileError,
@@ -107,7 +116,7 @@ def test_no_flipped_bit_loads(tmp_path):
     for kind, (path, load, error) in made(tmp_path).items():
         load()
         whole = path.read_bytes()
-        for number, content in enumerate(flips(whole, 150, kind)):
+        for number, content in enumerate(flips(whole, FLIPS, kind)):
             path.write_bytes(content)
             with pytest.raises(error):
                 load()
