@@ -199,6 +199,7 @@ def test_pyreft_folders_by_component_and_position(tmp_path):
     for changes, message in (
         ({"mode": "serial"}, "serial"), ({"sorted_keys": ["../a"] * 3}, "names an intervention"),
         ({"intervention_types": ["<class 'mine.Odd'>"] * 3}, "is Odd; read are"), ({"representations": 3}, "none that pyreft"),
+        ({"representations": [[0, ["block_output"], "pos", 1, 3, *[None] * 9]] * 3}, "which is no site here"),
     ):  # fmt: skip
         with pytest.raises(fe.EditFileError, match=message):
             fe.load_adapter(model, pyreft_folder(tmp_path / "bad", "Loreft", **changes), positions="all")

@@ -294,6 +294,23 @@ def test_options_are_made_whole(library, tmp_path):
     assert empty["sites"] == ["mlp", "attn", "block"] and empty["gates"] is False
 
 
+def test_one_bad_folder_keeps_no_server_from_starting(library, tmp_path, caplog):
+    """A pipe in the place of a file, one that is no JSON, a folder without any: left out, and refused by name."""
+    shutil.copytree(library.folder, tmp_path / "edits")
+    for name in ("pipe", "torn", "empty"):
+        (tmp_path / "edits" / name).mkdir()
+    os.mkfifo(tmp_path / "edits" / "pipe" / "edit.json")
+    (tmp_path / "edits" / "torn" / "edit.json").write_text("{")
+    found = resolve({"edits": str(tmp_path / "edits")}, engine_config())
+    assert found | {"edits": None, "staging": None} == resolve({"edits": str(library.folder)}, engine_config()) | {
+        "edits": None, "staging": None
+    }  # fmt: skip
+    for name, said in (("pipe", "is not a regular file"), ("torn", "not valid JSON"), ("empty", "there is no edit 'empty'")):
+        assert any(name in record.getMessage() for record in caplog.records)
+        with pytest.raises(Refused, match=said):
+            Library(found).plan([(name, 1.0)])
+
+
 @pytest.mark.parametrize(
     ("changed", "parallel", "said"),
     [
