@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -103,6 +104,29 @@ def test_push_and_load_by_name(server):
     assert all(torch.equal(found[name], tensor) for name, tensor in handle.named_tensors().items())
     with pytest.raises(fe.EditFileError, match="there is no folder anna/quieter, and as a Hub repo"):
         fe.load(tiny.build("llama"), "anna/quieter")
+
+
+def test_what_is_pushed_is_of_one_save(server, tmp_path, monkeypatch):
+    """A second writer comes after the first file: it waits until all are copied."""
+    handle, copy, writers = fe.patch(tiny.build("llama"), fe.Steer({1: torch.ones(32)})), shutil.copy, []
+    handle.save(tmp_path / "edit")
+    header, tensors = fe.store.read(tmp_path / "edit")
+
+    def copied(*given):
+        found = copy(*given)
+        if not writers:
+            later = {name: 2 * tensor for name, tensor in tensors.items()}
+            writers.append(threading.Thread(target=fe.store.write, args=(tmp_path / "edit", header, later)))
+            writers[0].start()
+            writers[0].join(0.5)
+        return found
+
+    monkeypatch.setattr(hub.shutil, "copy", copied)
+    hub.push(tmp_path / "edit", "anna/first")
+    writers[0].join()
+    found = fe.load(tiny.build("llama"), "anna/first").named_tensors()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert not any(torch.equal(tensors[name], tensor) for name, tensor in fe.store.read(tmp_path / "edit")[1].items())
 
 
 def test_a_card_of_the_users_own_is_kept_and_other_files_stay(server, tmp_path):
