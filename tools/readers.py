@@ -167,7 +167,7 @@ def _adapter(llama, folder, name):
 
 def _head(folder):
     digest = hashlib.sha256((folder / "head.safetensors").read_bytes()).hexdigest()
-    return kept.read_head(folder, {"tensors": {"sha256": ""}, "training": {"head": digest}})
+    return kept.read_head(folder, {"tensors": {"sha256": ""}, "training": {"head": digest}}, 1 << 20)
 
 
 def _sums(folder):

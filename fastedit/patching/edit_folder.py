@@ -52,7 +52,7 @@ def load(
     folder = fetch(folder, revision)
     if not os.path.exists(folder / JSON) and (saved := states.find(folder)) is not None:
         return _load_state(model, saved, freeze, head)
-    header, edits, tensors, strength, also = _opened(model, folder, kept.read if head else read)
+    header, edits, tensors, strength, also = _opened(model, folder, head)
 
     def fill(handle):
         try:
@@ -99,7 +99,7 @@ def opened(model, folder):
     return _opened(model, folder)[1:4]
 
 
-def _opened(model, folder, read=read):
+def _opened(model, folder, head=False):
     """(edit.json, what `opened` returns, what trained beside it or {})."""
     checked = {}
 
@@ -112,9 +112,9 @@ def _opened(model, folder, read=read):
         checked.update(edits=edits, strength=strength, shapes=shapes)
         return sum(4 * math.prod(shape) + len(name) + 200 for name, shape in shapes.items()) + 4096
 
-    header, tensors, *head = read(folder, limit)
+    header, tensors, also = kept.read(folder, model, limit) if head else (*read(folder, limit), {})
     _check_tensors(folder, checked["shapes"], tensors)
-    return header, checked["edits"], tensors, checked["strength"], *(head or [{}])
+    return header, checked["edits"], tensors, checked["strength"], also
 
 
 def strength_of(folder, header):

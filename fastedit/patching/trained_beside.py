@@ -77,32 +77,34 @@ def payload(tensors):
     return content, hashlib.sha256(content).hexdigest()
 
 
-def read(folder, limit=None, must=False):
+def read(folder, model, limit=None, must=False):
     """(edit.json, the edit's tensors by name, the head's) of one save, whatever writers do meanwhile.
 
-    limit: of `edit_file.read`. must: whether a folder without a head is refused, by EditFileError. Else the head is {}.
+    model: what the head is to be of: it says how large the head may be. limit: of `edit_file.read`. must: whether a folder
+        without a head is refused, by EditFileError. Else the head is {}.
     """
     folder = Path(folder)
+    most = (1 << 20) + 8 * sum(p.numel() for p in model.parameters())  # two 4-bit weights lie in one element: 4 bytes of each
     while True:
         header, tensors = edit_file.read(folder, limit)
         if not must and named(header)[1] is None:
             return header, tensors, {}
         try:
-            return header, tensors, read_head(folder, header)
+            return header, tensors, read_head(folder, header, most)
         except EditFileError:
             with contextlib.suppress(OSError):  # said by the next look
                 if promised(folder) == named(header):
                     raise
 
 
-def read_head(folder, header):
+def read_head(folder, header, most):
     """{name: tensor} of a folder's head, checked against edit.json. EditFileError if it is missing or of another
-    edit."""
+    edit, or of more than `most` bytes."""
     folder, digest = Path(folder), named(header)[1]
     found = f"{folder} has no {HEAD}: expected a folder that handle.save wrote after training with a head"
     for path in (folder / HEAD, folder / staged_name(HEAD, digest), folder / HEAD):  # the last: renamed between the looks
         try:
-            content = read_regular(path, 64 << 30)
+            content = read_regular(path, most)
             if hashlib.sha256(content).hexdigest() == digest:
                 return plain_tensors(content)
         except FileNotFoundError:

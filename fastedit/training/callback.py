@@ -118,7 +118,7 @@ class EditCallback(TrainerCallback):
                 f"{folder} holds no edit to go on from (no {JSON}): was it written with an EditCallback? Else say where it is, "
                 "EditCallback(handle, resume=folder)"
             )
-        header, tensors, head = kept.read(folder)
+        header, tensors, head = kept.read(folder, self.handle.model)
         self.handle.load_tensors(tensors)
         kept.restore(self.handle.model, folder, header, head)
 

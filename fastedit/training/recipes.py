@@ -124,7 +124,7 @@ def load_trained(model: nn.Module, handle: Handle, folder: Folder) -> None:
         EditFileError: the files are damaged, or of other edits or another head. Nothing has changed.
     """
     own = kept.beside(handle)[0]
-    _, tensors, head = kept.read(folder, must=bool(own))
+    _, tensors, head = kept.read(folder, model, must=bool(own))
     kept.check_head(folder, head, own)
     try:
         handle.load_tensors(tensors)
@@ -139,7 +139,7 @@ def load_head(model: nn.Module, folder: Folder) -> None:
     Raises:
         EditFileError: it is damaged, or does not belong to the folder's edit or to this model.
     """
-    *_, head = kept.read(folder, must=True)
+    *_, head = kept.read(folder, model, must=True)
     own = {name: p for name, p in model.named_parameters() if name in head}
     kept.check_head(folder, head, own)
     kept.copy_head(head, own)

@@ -88,7 +88,9 @@ def made(folder):
     return {
         "edit.json": (folder / "edit" / "edit.json", lambda: edit_file.read(folder / "edit"), fe.EditFileError),
         "edit.safetensors": (folder / "edit" / "edit.safetensors", lambda: edit_file.read(folder / "edit"), fe.EditFileError),
-        "head": (folder / "headed" / "head.safetensors", lambda: trained_beside.read(folder / "headed"), fe.EditFileError),
+        "head": (
+            folder / "headed" / "head.safetensors", lambda: trained_beside.read(folder / "headed", model), fe.EditFileError,
+        ),
         "directions": (
             folder / "directions" / "directions.safetensors", lambda: fe.Directions.load(folder / "directions"),
             fe.DirectionsFileError,

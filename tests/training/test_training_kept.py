@@ -296,3 +296,12 @@ def test_freeze_leaves_what_is_new_trainable():
     masked = RobertaForMaskedLM(tiny.config("roberta"))
     fe.patch(masked, fe.RED(), freeze=True)
     assert {n.split(".")[0] for n, p in masked.named_parameters() if p.requires_grad} == {"fastedit"}
+
+
+def test_a_head_larger_than_its_model_is_not_read(tmp_path):
+    _, handle = trained(tmp_path / "run", save_strategy="no")
+    handle.save(tmp_path / "edit")
+    with open(tmp_path / "edit" / "head.safetensors", "r+b") as file:
+        file.truncate(1 << 40)  # of holes
+    with pytest.raises(EditFileError, match=r"head\.safetensors .*bytes"):
+        fe.load(tiny.build("bert"), tmp_path / "edit")
