@@ -4,6 +4,7 @@
 // units, too (below).
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 
 #ifdef __CUDACC__
 #define FASTEDIT_BOTH __host__ __device__
@@ -65,6 +66,20 @@ constexpr int kTileRows = (kLowRank ? 32 : 16) / E;
 constexpr int tile_threads(int64_t width, int elements) {
   return static_cast<int>(most(1, ceil_div(width, int64_t{elements} * 32)) * 32);
 }
+
+// Wider rows, where a cluster shares them (cluster.h): of how many blocks, each with 16 elements in every thread and none
+// without its own; 0: they cannot share it evenly. 256 threads let two blocks share a multiprocessor.
+constexpr int kClusterElements = 16;
+constexpr int cluster_size(int64_t width) {
+  for (int threads : {256, 512})
+    for (int blocks : {2, 4, 8})
+      if (width % (blocks * 32 * kClusterElements) == 0 && width <= int64_t{blocks} * threads * kClusterElements) return blocks;
+  return 0;
+}
+// A tile's sums that its blocks exchange: of each row the dot products' or the norm's one; and the shared memory for it: two
+// counts of arrivals, and two buffers of every block's sums.
+FASTEDIT_BOTH constexpr int exchanged(int64_t dots, int rows) { return static_cast<int>(dots > 1 ? dots : 1) * rows; }
+FASTEDIT_BOTH constexpr int exchange_floats(int sums, int blocks) { return 4 + 2 * sums * blocks; }
 
 // Row kernels: floats of shared memory for block sums, the warps' shares of each dot product, the results.
 constexpr int row_shared_bytes(int rank, int rows, int threads) {
