@@ -99,8 +99,9 @@ int launch(void (*kernel)(P...), const Shape& shape, void* stream, const A&... a
   return cudaGetLastError();
 }
 
-// What a kernel asks of sm_90, behind switches that are off until a GPU has shown a gain: true where the device has it and
-// the kernel's code was made for it.
+// Switches, off until a GPU has shown a gain: FASTEDIT_PDL, FASTEDIT_CLUSTERS (bench/gpu/switches.py). Both need sm_90.
+#if defined(FASTEDIT_PDL) || defined(FASTEDIT_CLUSTERS)
+// True where the device has it and the kernel's code was made for it.
 template <class... P>
 bool has_sm90(void (*kernel)(P...), const Shape& shape) {
   cudaFuncAttributes made{};
@@ -116,6 +117,7 @@ int launch_with(cudaLaunchAttribute attribute, void (*kernel)(P...), const Shape
   int error = cudaLaunchKernelEx(&config, kernel, args...);
   return error ? (cudaGetLastError(), error) : cudaGetLastError();
 }
+#endif
 
 // The same for a kernel that calls wait_for_kernel_before() (vec.h): under FASTEDIT_PDL it is launched while the kernel before
 // it ends.
@@ -132,6 +134,7 @@ int launch_early(void (*kernel)(P...), const Shape& shape, void* stream, const A
   return launch(kernel, shape, stream, args...);
 }
 
+#ifdef FASTEDIT_CLUSTERS
 // In clusters of so many blocks (cluster.h); kNoClusters where they cannot be had.
 constexpr int kNoClusters = -1;
 template <class... P, class... A>
@@ -142,5 +145,6 @@ int launch_clusters(int blocks, void (*kernel)(P...), const Shape& shape, void* 
   clusters.val.clusterDim.x = blocks, clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
   return launch_with(clusters, kernel, shape, stream, args...);
 }
+#endif
 
 }  // namespace fastedit::cuda

@@ -3,7 +3,11 @@
 Checked as test_cuda_emulated.py checks. Two blocks share 9216 columns, four 12288, eight 20480; 8704 have no even shares.
 """
 
+import csv
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import emulated_cases as emulated
 import pytest
@@ -181,3 +185,45 @@ def test_the_loop_takes_what_a_cluster_cannot(cuda, folder):
 
 def test_no_rows(cuda):
     assert cuda.edit(torch.empty(0, 12288, dtype=BF16), make_form(0, 12288, 2), True)[0].shape == (0, 12288)
+
+
+# The step of `make gpu` that decides (bench/gpu/switches.py), on both builds
+
+STEP = """
+import ctypes, pathlib, sys
+import torch
+from bench.gpu import switches
+from bench.gpu.device import Table
+from bench.gpu.switches import CLUSTERS, Case, PDL
+import harness
+
+folder, out = map(pathlib.Path, sys.argv[1:])
+present = harness.build(folder).library
+switched = harness.build(folder, "FASTEDIT_CLUSTERS", ("edit_add_norm", "edit_gated")).library
+
+class Wrong:
+    edit_add = switched.edit_add
+    def edit(args, stream):  # the first element of what it stores
+        error = switched.edit(args, stream)
+        ctypes.c_uint16.from_address(args._obj.out).value ^= 64
+        return error
+
+cases = [Case(CLUSTERS, "edit_add_norm", 3, 9216, 2), Case(CLUSTERS, "edit", 3, 9216, 2),
+         Case(CLUSTERS, "edit", 3, 9216, 0, True), Case(PDL, "edit_add", 1, 64, 0)]
+torch.manual_seed(0)
+print(switches.run(Table(out / "right.csv", switches.FIELDS), (present, switched), cases))
+print(switches.run(Table(out / "wrong.csv", switches.FIELDS), (present, Wrong), cases))
+"""
+
+
+def test_the_step_of_make_gpu_checks_and_times_both(switched, folder, tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    env = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")} | {"FASTEDIT_GPU_REHEARSAL": "1"}
+    command = [sys.executable, "-c", STEP, str(folder), str(tmp_path)]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = [line for line in done.stdout.splitlines() if line.isdigit()]
+    assert counts == ["0", "3"], done.stdout  # edit is wrong twice, edit_add_norm is not there
+    right, wrong = (list(csv.DictReader((tmp_path / f"{name}.csv").open())) for name in ("right", "wrong"))
+    assert len(right) == 4 and all(r["verdict"] == "ok" and float(r["of_present"]) > 0 for r in right)
+    assert [r["verdict"].split(":")[0] for r in wrong] == ["WRONG", "WRONG", "ok"]
