@@ -206,11 +206,22 @@ inline Cut unit_cut(int64_t rows, int tile, Chips chips, int64_t blocks, double 
   if (larger != cut.pieces && 10 * larger < rows * share) cut.larger = larger;
   return cut;
 }
-// Over slots a unit is a part of a slot's block of `most_rows` rows: how many parts, a power of two.
-inline int64_t unit_parts(int64_t rows, int64_t slots, int64_t target, int64_t most_rows) {
-  int64_t blocks = ceil_div(rows, most_rows) + least(slots, rows), parts = 1;
-  while (blocks * parts * 2 <= target && parts * 2 * 8 <= most_rows) parts *= 2;
-  return parts;
+// Over slots a unit is a part of a slot's block of `most_rows` rows: how many parts, a power of two. The host does not know the
+// slots' sizes. So the time, in rows of a block, is that of slots of one size, halfway to that of units which end in any
+// order, plus the partials, which parts without rows have, too.
+inline int64_t unit_parts(int64_t rows, int64_t slots, int64_t wave, double share, int64_t most_rows) {
+  if (rows == 0) return 1;
+  slots = most(1, least(slots, rows));
+  int64_t of_slot = ceil_div(rows, slots), blocks = slots * ceil_div(of_slot, most_rows), best = 1;
+  double shortest = 0;
+  for (int64_t parts = 1; most_rows / parts >= 8; parts *= 2) {
+    int64_t unit = least(most_rows / parts, of_slot);
+    int64_t units = slots * (of_slot / most_rows * parts + ceil_div(of_slot % most_rows, unit));
+    double even = static_cast<double>(ceil_div(units, wave) * unit), any = static_cast<double>(rows) / wave + unit;
+    double time = (even + any) / 2 + static_cast<double>(blocks * parts) / share / wave;
+    if (parts == 1 || time < shortest) shortest = time, best = parts;
+  }
+  return best;
 }
 
 // Column sums: one block for each column tile of each unit. Units of fewer rows where there are few blocks: of 2048
