@@ -195,7 +195,8 @@ int fail(long rows, long width, int vector, int sms, const char* what) {
 }
 int main() {
   const int64_t all_rows[] = {0, 1, 7, 31, 32, 33, 300, 8192, 65536, 100000000};
-  const int64_t widths[] = {0, 1, 8, 64, 96, 100, 768, 1024, 4096, 4104, 5120, 8192, 8200, 9216, 16384, 16392, 20480, 53248, 65536};
+  const int64_t widths[] = {0, 1, 8, 64, 96, 100, 768, 1024, 4096, 4104, 5120, 8192, 8200,
+                            9216, 16384, 16392, 20480, 53248, 65536};
   const int vectors[] = {1, 4, 8}, chips[] = {1, 84, 108, 128, 132, 148, 170};
   const int ranks[] = {0, 1, 4, 17, 64, 66};  // 66: 64 behind a gate
   static_assert(vector_width(4) == 4 && vector_width(2) == 8, "128 bits");

@@ -74,6 +74,8 @@ def test_what_travels_back_is_few_files_and_what_is_asked_for_fits(tmp_path):
         "gpu-switches.csv",
     }
     sources = "".join(path.read_text() for path in (ROOT / "bench/gpu").glob("*.py"))
+    (models,) = (s for s in gpu.more_steps(options(tmp_path, more=True)) if s.name == "models")
+    assert "--csv" in models.command  # or six more: beside its own two, --more writes one file a measuring step
     assert len(files) <= 8 and all(name.removesuffix("-triton.csv").split(".")[0] in sources for name in files)
 
 
