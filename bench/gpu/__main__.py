@@ -21,7 +21,7 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TESTS = ("gpu", "gpu_gates", "ops", "gates_in_kernels", "nan", "moments", "value_ascent", "frameworks_page")
+TESTS = ("gpu", "gpu_gates", "ops", "gates_in_kernels", "nan", "moments", "value_ascent", "frameworks_page", "modes_compiled")
 KERNELS = "regex:stream_rows|tile_rows|column_sums|unit_backward"
 METRICS = ",".join(
     (
@@ -143,7 +143,7 @@ def run(step, options, log):
         step.command, cwd=ROOT, env=environment(options, step), stdout=target, stderr=log, start_new_session=True
     )
     try:
-        code = child.wait(timeout=step.seconds)
+        code = child.wait(timeout=step.seconds * (4 if options.rehearse else 1))  # limits are for a GPU
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()

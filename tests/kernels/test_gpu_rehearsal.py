@@ -79,6 +79,11 @@ def test_what_travels_back_is_few_files_and_what_is_asked_for_fits(tmp_path):
     assert len(files) <= 8 and all(name.removesuffix("-triton.csv").split(".")[0] in sources for name in files)
 
 
+def test_every_test_that_needs_a_gpu_is_in_the_step():
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    assert {path.stem for path in marked} - {Path(__file__).stem} == {f"test_{name}" for name in gpu.TESTS}
+
+
 def test_headers_from_a_folder_reach_the_build(tmp_path):
     build = next(s for s in gpu.steps(options(tmp_path)) if s.name == "build")
     made = gpu.environment(options(tmp_path, pybind11=str(tmp_path)), build)
