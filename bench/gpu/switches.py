@@ -56,10 +56,11 @@ CASES = (
 )  # fmt: skip
 
 
-def build(folder, switches):
+def build(folder, switch):
+    folder.mkdir()
     (folder / "exports.cpp").write_text(EXPORTS)
     sources = [*(path for path in bits.KERNEL_SOURCES if path.stem in UNITS), folder / "exports.cpp"]
-    return bits.build(folder, sources, [f"-D{switch}" for switch in switches])
+    return bits.build(folder, sources, [f"-D{switch}"] if switch else [])
 
 
 def calls_of(library):
@@ -156,13 +157,13 @@ def measure(table, case, present, switched):
 
 
 def run(table, libraries, cases=CASES):
-    """How many cases fail."""
-    present, switched = map(calls_of, libraries)
+    """How many cases fail; `libraries` by switch, the present one by none."""
+    calls = {switch: calls_of(library) for switch, library in libraries.items()}
     failed = 0
     with torch.device(NAME):
         for case in cases:
             try:
-                failed += not measure(table, case, present, switched)
+                failed += not measure(table, case, calls[""], calls[case.switch])
             except Exception as error:  # the next case may run
                 failed += 1
                 print(case, f"{type(error).__name__}: {error}", flush=True)
@@ -175,11 +176,12 @@ def main():
     options = parser.parse_args()
     require()
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
-        folders = [pathlib.Path(name) / kind for kind in ("present", "switched")]
-        for folder in folders:
-            folder.mkdir()
-        libraries = list(pool.map(build, folders, ((), (CLUSTERS, PDL))))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        folders = {switch: pathlib.Path(folder) / (switch or "present") for switch in ("", CLUSTERS, PDL)}
+        made = {switch: pool.submit(build, path, switch) for switch, path in folders.items()}
+    libraries = {switch: library.result() for switch, library in made.items() if not library.exception()}
+    for switch in made.keys() - libraries.keys():
+        print(f"{switch or 'the present kernels'}: {made[switch].exception()}", flush=True)
     failed = run(Table(pathlib.Path(options.out) / "gpu-switches.csv", FIELDS), libraries)
     raise SystemExit(f"{failed} cases failed" if failed else 0)
 

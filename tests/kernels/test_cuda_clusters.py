@@ -203,16 +203,17 @@ switched = harness.build(folder, "FASTEDIT_CLUSTERS", ("edit_add_norm", "edit_ga
 
 class Wrong:
     edit_add = switched.edit_add
-    def edit(args, stream):  # the first element of what it stores
+    def edit(args, stream):  # the first element that it stores is wrong
         error = switched.edit(args, stream)
-        ctypes.c_uint16.from_address(args._obj.out).value ^= 64
+        ctypes.c_uint16.from_address(args._obj.out).value ^= 0x4000  # by a factor of 2^128
         return error
 
 cases = [Case(CLUSTERS, "edit_add_norm", 3, 9216, 2), Case(CLUSTERS, "edit", 3, 9216, 2),
          Case(CLUSTERS, "edit", 3, 9216, 0, True), Case(PDL, "edit_add", 1, 64, 0)]
 torch.manual_seed(0)
-print(switches.run(Table(out / "right.csv", switches.FIELDS), (present, switched), cases))
-print(switches.run(Table(out / "wrong.csv", switches.FIELDS), (present, Wrong), cases))
+print(switches.run(Table(out / "right.csv", switches.FIELDS), {"": present, CLUSTERS: switched, PDL: switched}, cases))
+print(switches.run(Table(out / "wrong.csv", switches.FIELDS), {"": present, CLUSTERS: Wrong, PDL: Wrong}, cases[1:]))
+print(switches.run(Table(out / "none.csv", switches.FIELDS), {"": present}, cases[3:]))
 """
 
 
@@ -223,7 +224,7 @@ def test_the_step_of_make_gpu_checks_and_times_both(switched, folder, tmp_path):
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = [line for line in done.stdout.splitlines() if line.isdigit()]
-    assert counts == ["0", "3"], done.stdout  # edit is wrong twice, edit_add_norm is not there
+    assert counts == ["0", "2", "1"], done.stdout  # edit is wrong twice; one that was not built
     right, wrong = (list(csv.DictReader((tmp_path / f"{name}.csv").open())) for name in ("right", "wrong"))
     assert len(right) == 4 and all(r["verdict"] == "ok" and float(r["of_present"]) > 0 for r in right)
     assert [r["verdict"].split(":")[0] for r in wrong] == ["WRONG", "WRONG", "ok"]
