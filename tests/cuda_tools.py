@@ -25,11 +25,11 @@ def find_cuobjdump():
     return found
 
 
-def compile_unit(unit, folder, arch="sm_90"):
+def compile_unit(unit, folder, arch="sm_90", flags=()):
     """(cubin, ptxas' report)."""
     cubin = Path(folder) / f"{unit.stem}.{arch}.cubin"
     done = subprocess.run(
-        [find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-I{KERNELS}",
+        [find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-I{KERNELS}", *flags,
          str(unit), "-o", str(cubin)],
         capture_output=True, text=True,
     )  # fmt: skip

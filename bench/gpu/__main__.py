@@ -5,7 +5,7 @@
 
 Needs no network and nothing but a checkout, nvcc, and a Python with torch, Triton, transformers, pytest and xdist. Results
 are on the disk as they come: gpu-steps.csv says how each step ended, gpu.log holds all that they printed, the others what
-they measured; six files, and three more of --more in theirs. A profiler or a sanitizer that is missing or refused ends its
+they measured; eight files, and five of --more in theirs. A profiler or a sanitizer that is missing or refused ends its
 own step only. --rehearse runs every step on the CPU with small shapes: what a machine without a GPU can say of the script.
 """
 
@@ -21,7 +21,7 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TESTS = ("gpu", "gpu_gates", "ops", "gates_in_kernels", "nan", "moments", "value_ascent", "frameworks_page")
+TESTS = ("gpu", "gpu_gates", "ops", "gates_in_kernels", "nan", "moments", "value_ascent", "frameworks_page", "modes_compiled")
 KERNELS = "regex:stream_rows|tile_rows|column_sums|unit_backward"
 METRICS = ",".join(
     (
@@ -91,15 +91,16 @@ def steps(options):
         METRICS,
     )
     quick = ("--quick",) if rehearse else ()
-    yield Step("build", 150, (*build, str(ROOT)), environment=native)
+    yield Step("build", 120, (*build, str(ROOT)), environment=native)
     yield Step("check", 35, (*module, "bench.gpu.check", "--out", out, *quick))
     yield Step("speed", 75, (*module, "bench.gpu.speed", "--out", out, *speed))
     yield Step("profile", 75, (*ncu, *module, "bench.gpu.speed", "--once"), needs="ncu", into="gpu-ncu.csv")
-    yield Step("tests", 110, (*pytest, *workers, "-k", "cuda or not triton"))
-    yield Step("decode", 50, (*module, "bench.gpu.decode", "--out", out))
+    yield Step("tests", 100, (*pytest, *workers, "-k", "cuda or not triton"))
+    yield Step("decode", 45, (*module, "bench.gpu.decode", "--out", out))
     if not rehearse:  # Triton compiles for a GPU that is there, or interprets for minutes
-        yield Step("triton", 50, (*module, "bench.gpu.check", "--out", out, "--backend", "triton", "--quick"))
-        yield Step("bits", 50, (*module, "bench.gpu.bits"), needs="nvcc")
+        yield Step("triton", 45, (*module, "bench.gpu.check", "--out", out, "--backend", "triton", "--quick"))
+        yield Step("switches", 55, (*module, "bench.gpu.switches", "--out", out), needs="nvcc")
+        yield Step("bits", 45, (*module, "bench.gpu.bits"), needs="nvcc")
 
 
 def more_steps(options):
@@ -112,7 +113,7 @@ def more_steps(options):
         return
     yield Step("peers", 240, (*module, "bench.kernels", "--out", out, "--minutes", "3"))
     yield Step("bank", 120, (*module, "bench.bank", "--out", out))
-    yield Step("models", 240, (*module, "bench.models", "--out", out, "--minutes", "3", "--processes", "2"))
+    yield Step("models", 240, (*module, "bench.models", "--out", out, "--minutes", "3", "--processes", "2", "--csv"))
 
 
 def environment(options, step):
@@ -142,7 +143,7 @@ def run(step, options, log):
         step.command, cwd=ROOT, env=environment(options, step), stdout=target, stderr=log, start_new_session=True
     )
     try:
-        code = child.wait(timeout=step.seconds)
+        code = child.wait(timeout=step.seconds * (4 if options.rehearse else 1))  # limits are for a GPU
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()

@@ -22,6 +22,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/cuda_emulator")]
+KERNEL_SOURCES = sorted(path for path in (ROOT / "kernels/cuda").glob("*.cu") if path.stem != "probe")
 FILE = pathlib.Path(__file__).with_name("bits.json")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 SHAPES = ((70, 256), (9, 512), (5, 100))  # the last: an element an access
@@ -73,13 +74,12 @@ def digests(library, device="cpu"):
     return found
 
 
-def build(folder):
-    """kernels/cuda for this GPU without contraction, under C names, as one shared library."""
-    from cuda_tools import KERNELS, UNITS, find_nvcc
+def build(folder, sources, extra):
+    """Sources of kernels/cuda for this GPU, and one that gives them C names, as one shared library."""
+    from cuda_tools import KERNELS, find_nvcc
 
     major, minor = torch.cuda.get_device_capability()
-    flags = ["-std=c++17", "-O3", f"-arch=sm_{major}{minor}", "-fmad=false", "-Xcompiler", "-fPIC", f"-I{KERNELS}"]
-    sources = [*(unit for unit in UNITS if unit.stem != "probe"), ROOT / "tests/cuda_emulator/exports.cpp"]
+    flags = ["-std=c++17", "-O3", f"-arch=sm_{major}{minor}", "-Xcompiler", "-fPIC", f"-I{KERNELS}", *extra]
 
     def compile_one(source):
         target = folder / f"{source.stem}.o"
@@ -89,7 +89,7 @@ def build(folder):
 
     with ThreadPoolExecutor() as pool:
         objects = list(pool.map(compile_one, sources))
-    library = folder / "bits.so"
+    library = folder / "kernels.so"
     subprocess.run([find_nvcc(), "-shared", "-cudart=shared", "-o", str(library), *objects], check=True)
     return ctypes.CDLL(str(library))
 
@@ -135,7 +135,7 @@ def main():
             return
         if not torch.cuda.is_available():
             raise SystemExit("no GPU is here")
-        library = build(folder)
+        library = build(folder, [*KERNEL_SOURCES, ROOT / "tests/cuda_emulator/exports.cpp"], ["-fmad=false"])
         with torch.device("cuda"):
             found = digests(on_gpu(library), "cuda")
     expected = json.loads(FILE.read_text())

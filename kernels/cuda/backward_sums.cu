@@ -142,13 +142,13 @@ bool take_what_fits(Backward& b) {
   return fits(b);
 }
 
-// Bytes of the unit kernel's streams over the bytes of the partials that one unit leaves, written and read.
-double partial_share(const Backward& b) {
+// Bytes of a row's streams in the unit kernel over those of a unit's partials of so many sums, written and read.
+double partial_share(const Backward& b, int64_t sums) {
   const EditAddNormBackwardArgs& a = b.a;
   int64_t wide = element_bytes(a.residual_dtype), narrow = element_bytes(a.x_dtype);
   int64_t bytes = wide * ((a.grad_residual != nullptr) + 2 * (a.grad_normed != nullptr) + (a.d_residual != nullptr)) +
                   narrow * (b.reads_h + (a.d_x != nullptr)) + (b.reads_h && a.residual ? element_bytes(b.sum_dtype) : 0);
-  return static_cast<double>(bytes) / (8 * most(1, b.unit_sums));
+  return static_cast<double>(bytes) / (8 * most(1, sums));
 }
 
 // The units of the unit kernel. Sums of a rank that are left over weigh most in the partials: units are larger.
@@ -157,10 +157,11 @@ void cut_units(Backward& b, bool sorted) {
   Chips chips = chips_of(capability());
   int64_t blocks = outer ? 1 : unit_blocks(b.unit.threads, b.unit.shared_bytes, shared_limit());
   if (sorted) {
-    b.parts = unit_parts(b.a.rows, b.a.form.slots, chips.most * blocks, kBlockRows);
+    b.parts = unit_parts(b.a.rows, b.a.form.slots, chips.most * blocks,
+                         partial_share(b, ceil_div(b.partial_size, b.a.width)), kBlockRows);
     b.unit_rows = kBlockRows / b.parts;
   } else {
-    b.cut = unit_cut(b.a.rows, b.vector / 4, chips, blocks, outer ? 0 : partial_share(b), kBlockRows);
+    b.cut = unit_cut(b.a.rows, b.vector / 4, chips, blocks, outer ? 0 : partial_share(b, b.unit_sums), kBlockRows);
   }
 }
 

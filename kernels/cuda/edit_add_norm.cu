@@ -10,7 +10,8 @@
 // registers from the first load to the last store; parameters come through L1, once for a tile's rows.
 // Rows wider than kTileWidth, odd widths and unaligned views go row by row through loop_rows, which forms each
 // vector again, from L1 or L2, where it needs it: once for z, once for out and the squares, once for normed, and
-// once more for LayerNorm's mean. Vectors are of one element where width or alignment ask for it.
+// once more for LayerNorm's mean. Vectors are of one element where width or alignment ask for it. Under FASTEDIT_CLUSTERS
+// (off: cluster.h) a cluster of blocks takes most wide rows, in tiles.
 // A row's sums are trees over lanes and warps whose shape the width fixes: no other row, and no grid,
 // changes a bit of it.
 #include "row_kernels.h"

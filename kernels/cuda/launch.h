@@ -4,6 +4,7 @@
 // units, too (below).
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 
 #ifdef __CUDACC__
 #define FASTEDIT_BOTH __host__ __device__
@@ -65,6 +66,20 @@ constexpr int kTileRows = (kLowRank ? 32 : 16) / E;
 constexpr int tile_threads(int64_t width, int elements) {
   return static_cast<int>(most(1, ceil_div(width, int64_t{elements} * 32)) * 32);
 }
+
+// Wider rows, where a cluster shares them (cluster.h): of how many blocks, each with 16 elements in every thread and none
+// without its own; 0: they cannot share it evenly. 256 threads let two blocks share a multiprocessor.
+constexpr int kClusterElements = 16;
+constexpr int cluster_size(int64_t width) {
+  for (int threads : {256, 512})
+    for (int blocks : {2, 4, 8})
+      if (width % (blocks * 32 * kClusterElements) == 0 && width <= int64_t{blocks} * threads * kClusterElements) return blocks;
+  return 0;
+}
+// A tile's sums that its blocks exchange: of each row the dot products' or the norm's one; and the shared memory for it: two
+// counts of arrivals, and two buffers of every block's sums.
+FASTEDIT_BOTH constexpr int exchanged(int64_t dots, int rows) { return static_cast<int>(dots > 1 ? dots : 1) * rows; }
+FASTEDIT_BOTH constexpr int exchange_floats(int sums, int blocks) { return 4 + 2 * sums * blocks; }
 
 // Row kernels: floats of shared memory for block sums, the warps' shares of each dot product, the results.
 constexpr int row_shared_bytes(int rank, int rows, int threads) {
@@ -191,11 +206,22 @@ inline Cut unit_cut(int64_t rows, int tile, Chips chips, int64_t blocks, double 
   if (larger != cut.pieces && 10 * larger < rows * share) cut.larger = larger;
   return cut;
 }
-// Over slots a unit is a part of a slot's block of `most_rows` rows: how many parts, a power of two.
-inline int64_t unit_parts(int64_t rows, int64_t slots, int64_t target, int64_t most_rows) {
-  int64_t blocks = ceil_div(rows, most_rows) + least(slots, rows), parts = 1;
-  while (blocks * parts * 2 <= target && parts * 2 * 8 <= most_rows) parts *= 2;
-  return parts;
+// Over slots a unit is a part of a slot's block of `most_rows` rows: how many parts, a power of two. The host does not know the
+// slots' sizes. So the time, in rows of a block, is that of slots of one size, halfway to that of units which end in any
+// order, plus the partials, which parts without rows have, too.
+inline int64_t unit_parts(int64_t rows, int64_t slots, int64_t wave, double share, int64_t most_rows) {
+  if (rows == 0) return 1;
+  slots = most(1, least(slots, rows));
+  int64_t of_slot = ceil_div(rows, slots), blocks = slots * ceil_div(of_slot, most_rows), best = 1;
+  double shortest = 0;
+  for (int64_t parts = 1; most_rows / parts >= 8; parts *= 2) {
+    int64_t unit = least(most_rows / parts, of_slot);
+    int64_t units = slots * (of_slot / most_rows * parts + ceil_div(of_slot % most_rows, unit));
+    double even = static_cast<double>(ceil_div(units, wave) * unit), any = static_cast<double>(rows) / wave + unit;
+    double time = (even + any) / 2 + static_cast<double>(blocks * parts) / share / wave;
+    if (parts == 1 || time < shortest) shortest = time, best = parts;
+  }
+  return best;
 }
 
 // Column sums: one block for each column tile of each unit. Units of fewer rows where there are few blocks: of 2048

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(256) moment_merge(const MomentsArgs a, const f
   for (int64_t b = begin; b < end; ++b) {
     const float* at = partials + b * 3 * a.width + column;
     int64_t before = (b - begin) * kBlockRows, rows = at_most(kBlockRows, total - before);
-    float shift = at[0], sum = at[a.width], shifted = sum / static_cast<float>(rows);
+    float shift = __ldcs(at), sum = __ldcs(at + a.width), shifted = sum / static_cast<float>(rows);
     if (before == 0) mean.set(shift, shifted);
     else {
       float delta = (shift - mean.high) + (shifted - mean.low);
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(256) moment_merge(const MomentsArgs a, const f
       mean.add(delta * share);
       m2.add(delta * delta * (static_cast<float>(before) * share));
     }
-    float left = fmaf(-sum, shifted, at[2 * a.width]);
+    float left = fmaf(-sum, shifted, __ldcs(at + 2 * a.width));
     m2.add(left < 0.f ? 0.f : left);  // rounding; a NaN stays
   }
   int64_t low = a.groups * a.width, at = group * a.width + column;

@@ -3,6 +3,7 @@
 // written as absent, so that the code for it goes. Results are the general kernel's to the bit.
 #pragma once
 #include "backward.h"
+#include "cluster.h"
 #include "tile.h"
 
 namespace fastedit::cuda {
@@ -15,7 +16,9 @@ __device__ inline void assume(Facts... facts) {
 #endif
 }
 
-enum Part { kGeneral, kPlainEdit, kPlainAdd, kPlainSum, kPlainNorm, kPlainSumNorm };  // Sum: the edit is on the sum
+// Sum: the edit is on the sum. kClustered: any call, where a cluster of blocks
+// shares a row (cluster.h).
+enum Part { kGeneral, kPlainEdit, kPlainAdd, kPlainSum, kPlainNorm, kPlainSumNorm, kClustered };
 
 __host__ __device__ inline bool is_plain(const Form& form) {
   return !form.slot && !form.coefficient && !form.gate;
@@ -40,9 +43,28 @@ __device__ inline Form plain(Form form) {
   return form;
 }
 
+template <class P>
+__device__ inline void move(P*& data, int64_t bytes) {
+  if (data) data = reinterpret_cast<P*>(reinterpret_cast<uintptr_t>(data) + bytes);
+}
+
+// As if the row began with this block's columns. What there is once for a row is for the first block to store.
+__device__ inline EditAddNormArgs own_columns(EditAddNormArgs a) {
+  const int64_t first = int64_t{cluster_rank()} * blockDim.x * kClusterElements;
+  const int64_t x = first * (a.add.x_dtype == F32 ? 4 : 2), residual = first * (a.add.residual_dtype == F32 ? 4 : 2);
+  Form& form = a.add.form;
+  move(a.add.x, x), move(a.add.residual, residual), move(a.add.out, residual), move(a.normed, residual);
+  move(a.weight, residual), move(a.norm_bias, residual);
+  move(form.scale, 4 * first), move(form.bias, 4 * first), move(form.gate, 4 * first);
+  move(form.read, 4 * first), move(form.write, 4 * first);
+  if (cluster_rank() > 0) a.add.z = a.mean = a.rstd = nullptr;
+  return a;
+}
+
 template <Part part, bool kLowRank, bool kWhole>
 __device__ inline EditAddNormArgs plain(EditAddNormArgs a) {
   if constexpr (part == kGeneral) return a;
+  if constexpr (part == kClustered) return own_columns(a);
   a.add.form = plain(a.add.form);
   a.mean = nullptr, a.norm_bias = nullptr;
   constexpr bool kNorm = part == kPlainNorm || part == kPlainSumNorm;

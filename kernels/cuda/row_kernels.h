@@ -10,14 +10,15 @@ namespace {
 
 // z of a tile's rows, in shared memory as z[j N + r], and stored where it is wanted. Behind a gate each row's k
 // comes after them.
-template <bool kGated, bool kFull, bool kWhole, int N, int C, int V>
+template <bool kGated, bool kFull, bool kWhole, class Team, int N, int C, int V>
 __device__ inline const float* tile_project(const float (&h)[N][C][V], RowEdit (&row)[N], const EditAddArgs& a,
-                                            int64_t first, float* shared) {
+                                            int64_t first, float* shared, Team& team) {
   int rank = static_cast<int>(a.form.rank);
   float* z = shared + kBlockSumFloats;
   float* part = z + (rank + kGated) * N;
   tile_dots<kFull, kWhole>(h, row, a.form.read, rank, a.width, part);
   if constexpr (kGated) tile_gate_sums(h, row, a.form.gate, a.width, part + rank * N * warps());
+  team.add_shares(part, (rank + 2 * kGated) * N);
   finish_dots<N>(rank + kGated, part, [&](int j, int r, float sum) {
     RowEdit edit = row_edit(a.form, tile_row(first, r, a.rows));
     if constexpr (kGated) {
@@ -95,9 +96,9 @@ __device__ inline void tile_edit(float (&h)[N][C][V], const Pack<R, V> (&residua
   }
 }
 
-template <class R, bool kFull, int N, int C, int V>
-__device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, int64_t first, float* shared,
-                                 int& turn) {
+template <class R, bool kFull, class Team, int N, int C, int V>
+__device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, int64_t first, float* shared, int& turn,
+                                 Team& team) {
   const float inverse = 1.f / static_cast<float>(a.add.width);
   float mean[N] = {}, rstd[N] = {};
   if (a.kind == LAYER) {
@@ -108,6 +109,7 @@ __device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, 
 #pragma unroll
         for (int v = 0; v < V; ++v) mean[i] += r[i][c][v];
     block_sum(mean, shared, turn);
+    team.add(mean);
 #pragma unroll
     for (int i = 0; i < N; ++i) mean[i] *= inverse;
   }
@@ -123,6 +125,7 @@ __device__ inline void tile_norm(float (&r)[N][C][V], const EditAddNormArgs& a, 
       }
   }
   block_sum(rstd, shared, turn);
+  team.add(rstd);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     rstd[i] = reciprocal_root(fmaf(rstd[i], inverse, a.eps));
@@ -156,20 +159,28 @@ __device__ inline void ask_for_parameters(const EditAddNormArgs& a) {
   prefetch(static_cast<const R*>(a.weight) + column);
 }
 
+// Rows of shared sums: z's and, behind a gate, h · gate and h · h.
+template <bool kGated>
+__host__ __device__ inline int64_t summed(const Form& form) {
+  return form.rank + (kGated ? 2 : 0);
+}
+
 template <class X, class R, int V, int E, bool kLowRank, bool kGated, Part part, bool kWhole>
 __global__ void __launch_bounds__(kLowRank || E == 8 ? 512 : 1024, kLowRank || E == 16 ? 1 : 2)
     tile_rows_kernel(const EditAddNormArgs given) {
   const EditAddNormArgs a = plain<part, kLowRank, kWhole>(given);
   constexpr int N = kTileRows<E, kLowRank>, C = E / V;
-  constexpr bool kFull = part != kGeneral;
-  FASTEDIT_SHARED(shared);
+  constexpr bool kFull = part != kGeneral, kCluster = part == kClustered;
+  FASTEDIT_SHARED(whole);
+  float* shared = whole;
   const EditAddArgs& add = a.add;
   int turn = 0;
   wait_for_kernel_before();
   if constexpr (kFull && !kLowRank && C == 1) ask_for_parameters<R, V>(a);  // others have no register left for it
   using Row = std::conditional_t<kFull, int, int64_t>;
-  const Row rows = static_cast<Row>(add.rows), step = static_cast<Row>(gridDim.x) * N;
-  for (Row first = static_cast<Row>(blockIdx.x) * N; first < rows; first += step) {
+  std::conditional_t<kCluster, Cluster, Alone> team(shared, exchanged(summed<kGated>(add.form), N));
+  const Row rows = static_cast<Row>(add.rows), step = static_cast<Row>(gridDim.x) / team.blocks() * N;
+  for (Row first = static_cast<Row>(blockIdx.x) / team.blocks() * N; first < rows; first += step) {
     Pack<X, V> x[N][C] = {};
     Pack<R, V> residual[N][C] = {};
     RowEdit row[N];
@@ -200,17 +211,13 @@ __global__ void __launch_bounds__(kLowRank || E == 8 ? 512 : 1024, kLowRank || E
         for (int v = 0; v < V; ++v) h[r][c][v] = add.on_sum ? h[r][c][v] + before[v] : h[r][c][v];
       }
     const float* z = nullptr;
-    if constexpr (kLowRank) z = tile_project<kGated, kFull, kWhole>(h, row, add, first, shared);
-    if (part == kGeneral && !add.out && !a.normed) continue;
+    if constexpr (kLowRank) {
+      if (!kCluster || kGated || add.form.rank) z = tile_project<kGated, kFull, kWhole>(h, row, add, first, shared, team);
+    }
+    if ((part == kGeneral || kCluster) && !add.out && !a.normed) continue;
     tile_edit<X, R, kLowRank, kGated, kFull, kWhole>(h, residual, row, add, z, first);
-    if (a.normed) tile_norm<R, kFull>(h, a, first, shared, turn);
+    if (a.normed) tile_norm<R, kFull>(h, a, first, shared, turn, team);
   }
-}
-
-// Rows of shared sums: z's and, behind a gate, h · gate and h · h.
-template <bool kGated>
-int64_t summed(const Form& form) {
-  return form.rank + (kGated ? 2 : 0);
 }
 
 template <class X, class R, int V, int E, bool kLowRank, bool kWhole>
@@ -240,6 +247,23 @@ int run_tiles(const EditAddNormArgs& a, void* stream) {
   return launch_early(tile_rows_kernel<X, R, V, E, kLowRank, kGated, kGeneral, false>, shape, stream, a);
 }
 
+#ifdef FASTEDIT_CLUSTERS
+// kNoClusters where the loop is left to take the rows.
+template <class X, class R, int V, bool kGated>
+int run_clusters(const EditAddNormArgs& a, void* stream) {
+  const EditAddArgs& add = a.add;
+  int blocks = cluster_size(add.width);
+  if (!blocks || !is_short(add.rows, add.width, add.x_stride, add.residual_stride)) return kNoClusters;
+  constexpr int kRows = kTileRows<kClusterElements, true>;
+  Shape shape = tile_shape(add.rows, add.width / blocks, summed<kGated>(add.form), kClusterElements, kRows,
+                           static_cast<int>(most(1, multiprocessors() / blocks)));
+  shape.blocks *= blocks;
+  shape.shared_bytes += 4 * exchange_floats(exchanged(summed<kGated>(add.form), kRows), blocks);
+  auto kernel = tile_rows_kernel<X, R, V, kClusterElements, true, kGated, kClustered, false>;
+  return launch_clusters(blocks, kernel, shape, stream, a);
+}
+#endif
+
 template <class X, class R, int V, bool kGated>
 int run_rows(const EditAddNormArgs& a, void* stream) {
   const EditAddArgs& add = a.add;
@@ -251,6 +275,9 @@ int run_rows(const EditAddNormArgs& a, void* stream) {
       if (elements == 8) return run_tiles<X, R, V, 8, false, false>(a, stream);
       if (elements == 16) return run_tiles<X, R, V, 16, false, false>(a, stream);
     }
+#ifdef FASTEDIT_CLUSTERS
+    if (int error = run_clusters<X, R, V, kGated>(a, stream); error != kNoClusters) return error;
+#endif
   }
   Shape shape = loop_shape(add.rows, add.width, summed<kGated>(add.form), multiprocessors());
   return launch(loop_rows_kernel<X, R, V, kGated>, shape, stream, a);

@@ -99,26 +99,52 @@ int launch(void (*kernel)(P...), const Shape& shape, void* stream, const A&... a
   return cudaGetLastError();
 }
 
-// The same for a kernel that calls wait_for_kernel_before() (vec.h). Compiled with FASTEDIT_PDL, which is off until a GPU
-// has shown a gain, it is launched while the kernel before it ends, where the architecture has that.
+// Switches, off until a GPU has shown a gain: FASTEDIT_PDL, FASTEDIT_CLUSTERS (bench/gpu/switches.py). Both need sm_90.
+#if defined(FASTEDIT_PDL) || defined(FASTEDIT_CLUSTERS)
+// True where the device has it and the kernel's code was made for it.
+template <class... P>
+bool has_sm90(void (*kernel)(P...), const Shape& shape) {
+  cudaFuncAttributes made{};
+  return capability() >= 90 && cudaFuncGetAttributes(&made, kernel) == 0 && made.ptxVersion >= 90 && shape.blocks > 0 &&
+         shape.blocks <= kMaxBlocks && shape.shared_bytes <= kShared;
+}
+template <class... P, class... A>
+int launch_with(cudaLaunchAttribute attribute, void (*kernel)(P...), const Shape& shape, void* stream, const A&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks)), config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute, config.numAttrs = 1;
+  int error = cudaLaunchKernelEx(&config, kernel, args...);
+  return error ? (cudaGetLastError(), error) : cudaGetLastError();
+}
+#endif
+
+// The same for a kernel that calls wait_for_kernel_before() (vec.h): under FASTEDIT_PDL it is launched while the kernel before
+// it ends.
 template <class... P, class... A>
 int launch_early(void (*kernel)(P...), const Shape& shape, void* stream, const A&... args) {
-#if defined(FASTEDIT_PDL) && defined(__CUDACC__)
-  cudaFuncAttributes made{};  // of code for an older architecture, which does not wait
-  if (capability() >= 90 && cudaFuncGetAttributes(&made, kernel) == 0 && made.ptxVersion >= 90 &&
-      shape.blocks > 0 && shape.blocks <= kMaxBlocks && shape.shared_bytes <= kShared) {
+#ifdef FASTEDIT_PDL
+  if (has_sm90(kernel, shape)) {
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)), config.blockDim = dim3(shape.threads);
-    config.dynamicSmemBytes = shape.shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &early, config.numAttrs = 1;
-    int error = cudaLaunchKernelEx(&config, kernel, args...);
-    return error ? (cudaGetLastError(), error) : cudaGetLastError();
+    return launch_with(early, kernel, shape, stream, args...);
   }
 #endif
   return launch(kernel, shape, stream, args...);
 }
+
+#ifdef FASTEDIT_CLUSTERS
+// In clusters of so many blocks (cluster.h); kNoClusters where they cannot be had.
+constexpr int kNoClusters = -1;
+template <class... P, class... A>
+int launch_clusters(int blocks, void (*kernel)(P...), const Shape& shape, void* stream, const A&... args) {
+  if (!has_sm90(kernel, shape)) return kNoClusters;
+  cudaLaunchAttribute clusters{};
+  clusters.id = cudaLaunchAttributeClusterDimension;
+  clusters.val.clusterDim.x = blocks, clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
+  return launch_with(clusters, kernel, shape, stream, args...);
+}
+#endif
 
 }  // namespace fastedit::cuda

@@ -37,7 +37,7 @@ __device__ inline int step_units(const AscentState& s, float* steps_on, int firs
       s.z[unit] = now;
       on = now > 0.f;
       flipped = on != (old > 0.f);
-      if (flipped) steps_on[unit] += static_cast<float>(on ? -t : t);
+      if (flipped) put(steps_on + unit, load_no_allocate(steps_on + unit) + static_cast<float>(on ? -t : t));
     }
     unsigned mask = __ballot_sync(kAllLanes, flipped);
     if (flipped) s.list[first + found + __popc(mask & ((1u << lane()) - 1))] = on ? unit : ~unit;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kAscentThreads, 1) ascent_steps(const ValueAsc
   float* steps_on = a.total + row;
   for (int unit = first + lane(); unit < end; unit += kWarp) {
     s.z[unit] = __ldg(a.z + row + unit), s.slope[unit] = __ldg(a.slope + row + unit);
-    s.lost[unit] = 0.f, steps_on[unit] = 0.f;
+    s.lost[unit] = 0.f, put(steps_on + unit, 0.f);
   }
   for (int t = 1; t < steps; ++t) {
     int found = step_units(s, steps_on, first, run, units, a.step_size, t);
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kAscentThreads, 1) ascent_steps(const ValueAsc
     __syncthreads();
   }
   for (int unit = first + lane(); unit < end; unit += kWarp) {
-    float count = steps_on[unit] + (s.z[unit] > 0.f ? static_cast<float>(steps) : 0.f);
-    steps_on[unit] = count * __ldg(a.head + unit);
+    float count = load_no_allocate(steps_on + unit) + (s.z[unit] > 0.f ? static_cast<float>(steps) : 0.f);
+    put(steps_on + unit, count * __ldg(a.head + unit));
   }
 }
 

@@ -3,7 +3,8 @@
 // The threads of a block are fibers of one operating-system thread, run one after another between barriers,
 // in an order that a test chooses: a missing barrier then shows as a result that depends on the order. A
 // barrier or shuffle that not all threads reach, a misaligned vector access and a write past the shared
-// memory asked for make the launch fail. Shared memory starts out poisoned, and so is the target of an asynchronous
+// memory asked for make the launch fail. The blocks of a cluster run by turns, each until it waits for the
+// others; what one sends another comes when the last of the expected bytes does, and is poison from the sending on. Shared memory starts out poisoned, and so is the target of an asynchronous
 // copy from the moment it is asked for until the thread waits. Every access that goes through vec.h's functions is
 // counted for the tensor it falls into.
 #pragma once
@@ -36,6 +37,10 @@ struct float4 {
   alignas(16) float x;
   float y, z, w;
 };
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  explicit dim3(unsigned x = 1) : x(x) {}
+};
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
@@ -52,23 +57,55 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+using cudaStream_t = void*;
+enum { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    dim3 clusterDim;
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+struct uint3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-struct Index {
-  unsigned x = 0, y = 0, z = 0;
-};
-extern Index thread_index, block_index, block_size, grid_size;
-extern int multiprocessors, shared_limit, last_error;
+extern int multiprocessors, shared_limit, last_error, cluster_size;
+constexpr int kMaxCluster = 8;  // that every chip with clusters has
+
+inline int architecture() {
+  int kib = shared_limit / 1024;
+  return kib == 227 ? 90 : kib == 163 ? 80 : kib == 99 ? 89 : 75;
+}
 
 int device_number();
 void fail(const char* what);
 void block_barrier(const char* file, int line);
+void wait_for_cluster(const char* file, int line);
+void init_arrivals(const void* at);
+void expect_arrivals(const void* at, int bytes);
+void wait_for_arrivals(const void* at, int parity);
+void send(float* to, float value, const void* arrivals, int rank);
 float exchange(float value, int source_lane, const char* file, int line);
 float* shared_memory();
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
 void note_launch(const void* kernel, int64_t blocks, int threads, int shared_bytes);
 void allow_shared(int bytes);  // for the next launch
+void cluster_next(int blocks);
 void copy_later(void* to, const void* from, int bytes);
 void copy_now();
 void count(const void* at, int bytes, bool store);
@@ -117,12 +154,16 @@ inline float f16_value(uint32_t bits) {
 
 }  // namespace emulator
 
-#define threadIdx (::emulator::thread_index)
-#define blockIdx (::emulator::block_index)
-#define blockDim (::emulator::block_size)
-#define gridDim (::emulator::grid_size)
 #define __shfl_xor_sync(mask, value, lane_mask) \
   ::emulator::exchange(value, (threadIdx.x % 32) ^ (lane_mask), __FILE__, __LINE__)
+
+inline int cluster_blocks() { return emulator::cluster_size; }
+inline int cluster_rank() { return blockIdx.x % emulator::cluster_size; }
+inline void init_arrivals(uint64_t* arrivals) { emulator::init_arrivals(arrivals); }
+inline void expect_arrivals(uint64_t* arrivals, int bytes) { emulator::expect_arrivals(arrivals, bytes); }
+inline void wait_for_arrivals(uint64_t* arrivals, int parity) { emulator::wait_for_arrivals(arrivals, parity); }
+inline void send(float* to, float value, uint64_t* arrivals, int rank) { emulator::send(to, value, arrivals, rank); }
+#define cluster_barrier() ::emulator::wait_for_cluster(__FILE__, __LINE__)
 
 inline unsigned ballot(bool vote, const char* file, int line) {
   uint32_t bits = uint32_t{vote} << threadIdx.x % 32;
@@ -183,16 +224,28 @@ inline float from_f16(uint32_t bits) { return emulator::f16_value(bits & 0xffff)
 // A device for each chip that a test describes, since kernels/cuda asks each device once.
 inline int cudaGetDevice(int* device) { return *device = emulator::device_number(), cudaSuccess; }
 inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  int kib = emulator::shared_limit / 1024, architecture = kib == 227 ? 90 : kib == 163 ? 80 : kib == 99 ? 89 : 75;
   *value = attribute == cudaDevAttrMultiProcessorCount       ? emulator::multiprocessors
-           : attribute == cudaDevAttrComputeCapabilityMajor ? architecture / 10
-           : attribute == cudaDevAttrComputeCapabilityMinor ? architecture % 10
+           : attribute == cudaDevAttrComputeCapabilityMajor ? emulator::architecture() / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor ? emulator::architecture() % 10
                                                             : emulator::shared_limit;
   return cudaSuccess;
 }
 inline int cudaFuncSetAttribute(const void*, int, int bytes) {
   if (bytes > emulator::shared_limit) return emulator::last_error = cudaErrorInvalidValue;
   return emulator::allow_shared(bytes), cudaSuccess;
+}
+template <class... P>
+int cudaFuncGetAttributes(cudaFuncAttributes* made, void (*)(P...)) {
+  return made->ptxVersion = emulator::architecture(), cudaSuccess;
+}
+template <class... P, class... A>
+int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... args) {
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) emulator::cluster_next(attribute.val.clusterDim.x);
+  }
+  emulator::launch(kernel, config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, args...);
+  return emulator::last_error;
 }
 inline int cudaGetLastError() {
   int error = emulator::last_error;

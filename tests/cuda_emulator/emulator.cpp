@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <cstdio>
+#include <map>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -20,11 +21,11 @@
 #else
 #define ASAN(...)
 #endif
+uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-Index thread_index, block_index, block_size, grid_size;
-int multiprocessors = 3, shared_limit = 227 * 1024, last_error = cudaSuccess;
+int multiprocessors = 3, shared_limit = 227 * 1024, last_error = cudaSuccess, cluster_size = 1;
 
 namespace {
 
@@ -32,12 +33,20 @@ constexpr size_t kStack = 64 * 1024;
 constexpr int kGuard = 64;  // floats behind the shared memory asked for
 const float kPoison = float_of(0x7fc0dead);
 
-enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+enum class State { kReady, kAtBarrier, kAtCluster, kAtShuffle, kWaiting, kDone };
 
 struct Copy {
   char* to;
   const void* from;
   int bytes;
+};
+
+// What a block of a cluster waits for.
+struct Arrivals {
+  int parity = 0;  // of the phase that has not ended
+  bool expected = false;
+  int64_t bytes = 0;  // that are expected and have not come; below 0 before they are expected
+  std::vector<std::pair<float*, float>> sent;
 };
 
 struct Fiber {
@@ -49,6 +58,8 @@ struct Fiber {
   int line = 0;
   float sent[2];  // by turns, so that one rendezvous a shuffle is enough
   int turn = 0;
+  const Arrivals* waits_for = nullptr;
+  int parity = 0;
   std::vector<Copy> copies;  // asked for and not waited for
   void *stack = nullptr, *frames = nullptr;
 };
@@ -63,11 +74,14 @@ struct Watched {
 };
 
 std::vector<Fiber> fibers;
-std::vector<float> shared;
+std::vector<float> shared;  // of the cluster's blocks, each with its guard
+int shared_floats = 0;      // of a block without its guard
 jmp_buf scheduler;
 const std::function<void()>* body;
 int current = -1;
-int order_seed = 0, shared_allowed = 48 * 1024;
+int order_seed = 0, shared_allowed = 48 * 1024, next_cluster = 1;
+int64_t first_block = 0, resumed = 0;  // of the cluster that runs; how often a fiber went on
+std::map<const void*, Arrivals> arrivals;
 std::vector<Watched> watched;
 std::vector<std::pair<const char*, const char*>> allowed;  // memory of the call's arguments; empty: everything is
 size_t last_allowed = 0;
@@ -98,8 +112,10 @@ void fiber_main() {
 
 void resume(int index) {
   Fiber& fiber = fibers[index];
+  ++resumed;
   current = index;
-  thread_index.x = index;
+  threadIdx.x = index % blockDim.x;
+  blockIdx.x = first_block + index / blockDim.x;
   if (!fiber.started) fiber.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (_setjmp(scheduler)) {
     ASAN(__sanitizer_finish_switch_fiber(scheduler_frames, nullptr, nullptr);)
@@ -136,8 +152,19 @@ bool all_at(State state, int begin, int end) {
   return true;
 }
 
+bool all_done(int begin, int end) {
+  return std::all_of(&fibers[begin], &fibers[begin] + (end - begin), [](const Fiber& f) { return f.state == State::kDone; });
+}
+
+int shared_stride() { return (shared_floats + 3) / 4 * 4 + kGuard; }
+float* shared_of(int rank) { return shared.data() + rank * shared_stride(); }
+
 void release(int begin, int end) {
   for (int i = begin; i < end; ++i) fibers[i].state = State::kReady;
+}
+
+bool can_go_on(const Fiber& fiber) {
+  return fiber.state == State::kReady || (fiber.state == State::kWaiting && fiber.waits_for->parity != fiber.parity);
 }
 
 // Runs a warp until it needs the block; false if its lanes have parted at a shuffle.
@@ -145,7 +172,7 @@ bool run_warp(int begin, const std::vector<int>& lanes) {
   for (;;) {
     bool ran = false;
     for (int lane : lanes) {
-      if (fibers[begin + lane].state != State::kReady) continue;
+      if (!can_go_on(fibers[begin + lane])) continue;
       resume(begin + lane);
       ran = true;
     }
@@ -158,18 +185,40 @@ bool run_warp(int begin, const std::vector<int>& lanes) {
   return true;
 }
 
-bool run_block(int threads) {
+// Runs a block until it ends or needs the others of its cluster.
+bool run_block(int begin, int threads) {
   std::vector<int> lanes = order_of(32), warps = order_of(threads / 32);
-  release(0, threads);
   for (;;) {
     for (int warp : warps) {
-      if (!run_warp(warp * 32, lanes)) return fail("a shuffle that not all lanes of the warp reach"), false;
+      if (!run_warp(begin + warp * 32, lanes)) return fail("a shuffle that not all lanes of the warp reach"), false;
     }
-    bool done = true;
-    for (int i = 0; i < threads; ++i) done = done && fibers[i].state == State::kDone;
-    if (done) return true;
-    if (!all_at(State::kAtBarrier, 0, threads)) return fail("a barrier that not all threads reach"), false;
-    release(0, threads);
+    if (all_done(begin, begin + threads) || all_at(State::kAtCluster, begin, begin + threads)) return true;
+    if (all_at(State::kAtBarrier, begin, begin + threads)) {
+      release(begin, begin + threads);
+      continue;
+    }
+    bool waiting = false, goes_on = false;
+    for (int i = begin; i < begin + threads; ++i) {
+      waiting = waiting || fibers[i].state == State::kWaiting;
+      goes_on = goes_on || can_go_on(fibers[i]);
+    }
+    if (!waiting) return fail("a barrier that not all threads reach"), false;
+    if (!goes_on) return true;
+  }
+}
+
+bool run_cluster(int threads) {
+  std::vector<int> ranks = order_of(cluster_size);
+  int all = threads * cluster_size;
+  release(0, all);
+  for (;;) {
+    int64_t before = resumed;
+    for (int rank : ranks) {
+      if (!run_block(rank * threads, threads)) return false;
+    }
+    if (all_done(0, all)) return true;
+    if (all_at(State::kAtCluster, 0, all)) release(0, all);
+    else if (resumed == before) return fail("blocks of a cluster that wait for each other"), false;
   }
 }
 
@@ -178,13 +227,58 @@ bool run_block(int threads) {
 void fail(const char* what) {
   if (last_error == cudaSuccess) {
     char where[160];
-    std::snprintf(where, sizeof where, "%s (block %u, thread %u)", what, block_index.x, thread_index.x);
+    std::snprintf(where, sizeof where, "%s (block %u, thread %u)", what, blockIdx.x, threadIdx.x);
     message = where;
   }
   last_error = cudaErrorLaunchFailure;
 }
 
-float* shared_memory() { return shared.data(); }
+float* shared_memory() { return shared_of(current / blockDim.x); }
+
+void init_arrivals(const void* at) { arrivals[at] = {}; }
+
+static Arrivals* find_arrivals(const void* at) {
+  auto found = arrivals.find(at);
+  if (found == arrivals.end()) return fail("arrivals that nobody has counted from the start"), nullptr;
+  return &found->second;
+}
+
+static void end_phase(Arrivals* count) {
+  if (count->expected && count->bytes < 0) fail("more arrivals than expected");
+  if (!count->expected || count->bytes != 0) return;
+  for (const auto& [to, value] : count->sent) *to = value;
+  *count = {count->parity ^ 1, false, 0, {}};
+}
+
+void expect_arrivals(const void* at, int bytes) {
+  Arrivals* count = find_arrivals(at);
+  if (!count) return;
+  if (count->expected) fail("arrivals expected twice");
+  count->expected = true;
+  count->bytes += bytes;
+  end_phase(count);
+}
+
+void wait_for_arrivals(const void* at, int parity) {
+  Fiber& self = fibers[current];
+  self.waits_for = find_arrivals(at);
+  self.parity = parity;
+  if (self.waits_for && self.waits_for->parity == parity) leave(State::kWaiting);
+}
+
+// The shared memory of a block is gone when it has ended.
+void send(float* to, float value, const void* at, int rank) {
+  int64_t place = to - shared_memory(), begin = int64_t{rank} * blockDim.x;
+  if (place < 0 || place >= shared_floats || rank < 0 || rank >= cluster_size) return fail("no place of the cluster's shared memory");
+  if (all_done(begin, begin + blockDim.x)) return fail("shared memory of a block that has ended");
+  float* there = shared_of(rank) + place;
+  Arrivals* count = find_arrivals(shared_of(rank) + (static_cast<const float*>(at) - shared_memory()));
+  if (!count) return;
+  *there = kPoison;
+  count->sent.push_back({there, value});
+  count->bytes -= 4;
+  end_phase(count);
+}
 
 int device_number() {
   static std::vector<std::pair<int, int>> chips;
@@ -202,10 +296,11 @@ void note_launch(const void* kernel, int64_t blocks, int threads, int shared_byt
 }
 
 void allow_shared(int bytes) { shared_allowed = bytes; }
+void cluster_next(int blocks) { next_cluster = blocks; }
 
 void copy_later(void* to, const void* from, int bytes) {
   char* at = static_cast<char*>(to);
-  const char *begin = reinterpret_cast<char*>(shared.data()), *end = begin + 4 * (shared.size() - kGuard);
+  const char *begin = reinterpret_cast<char*>(shared_memory()), *end = begin + 4 * shared_floats;
   if (at < begin || at + bytes > end) return fail("a copy past the shared memory");
   std::memset(at, 0xff, bytes);
   fibers[current].copies.push_back({at, from, bytes});
@@ -241,6 +336,12 @@ void block_barrier(const char* file, int line) {
   leave(State::kAtBarrier);
 }
 
+void wait_for_cluster(const char* file, int line) {
+  fibers[current].file = file;
+  fibers[current].line = line;
+  leave(State::kAtCluster);
+}
+
 float exchange(float value, int source_lane, const char* file, int line) {
   Fiber& self = fibers[current];
   int turn = self.turn ^= 1, warp = current / 32 * 32;
@@ -255,34 +356,38 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
   if (last_error != cudaSuccess) return;
   int allowed = shared_allowed;
   shared_allowed = 48 * 1024;
-  if (threads % 32 || threads < 32 || threads > 1024 || shared_bytes > min(allowed, shared_limit)) {
+  cluster_size = next_cluster;
+  next_cluster = 1;
+  bool clusters = cluster_size == 1 || (cluster_size <= kMaxCluster && blocks % cluster_size == 0 && architecture() >= 90);
+  if (!clusters || threads % 32 || threads < 32 || threads > 1024 || shared_bytes > min(allowed, shared_limit)) {
     fail("launch shape");
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
-  if (fibers.empty()) fibers = std::vector<Fiber>(1024);
+  if (fibers.empty()) fibers = std::vector<Fiber>(1024 * kMaxCluster);
   body = &kernel;
-  grid_size.x = blocks;
-  block_size.x = threads;
-  for (int64_t i = 0; i < blocks; ++i) {
-    block_index.x = order_seed % 2 ? blocks - 1 - i : i;
-    shared.assign(shared_bytes / 4 + kGuard, kPoison);
-    ASAN(float* behind = shared.data() + shared_bytes / 4; const size_t unasked = 4 * (shared.capacity() - shared_bytes / 4);)
-    ASAN(ASAN_POISON_MEMORY_REGION(behind, unasked);)
-    for (int t = 0; t < threads; ++t) fibers[t].turn = 0, fibers[t].copies.clear();
-    const bool whole = run_block(threads);
-    ASAN(ASAN_UNPOISON_MEMORY_REGION(behind, unasked);)
+  gridDim.x = blocks;
+  blockDim.x = threads;
+  shared_floats = shared_bytes / 4;
+  for (int64_t i = 0; i < blocks; i += cluster_size) {
+    first_block = order_seed % 2 ? blocks - cluster_size - i : i;
+    shared.assign(cluster_size * shared_stride(), kPoison);
+    arrivals.clear();
+    for (int t = 0; t < threads * cluster_size; ++t) fibers[t].turn = 0, fibers[t].copies.clear();
+    ASAN(for (int r = 0; r < cluster_size; ++r) ASAN_POISON_MEMORY_REGION(shared_of(r) + shared_floats, 4 * kGuard);)
+    const bool whole = run_cluster(threads);
+    ASAN(for (int r = 0; r < cluster_size; ++r) ASAN_UNPOISON_MEMORY_REGION(shared_of(r) + shared_floats, 4 * kGuard);)
     if (!whole) {
       for (Fiber& fiber : fibers) {  // those in the middle of the kernel are lost, with their stacks
         if (fiber.state != State::kDone) fiber = Fiber();
       }
       return;
     }
-    for (int g = 0; g < kGuard; ++g) {
-      if (bits_of(shared[shared_bytes / 4 + g]) != bits_of(kPoison))
+    for (int g = 0; g < kGuard * cluster_size; ++g) {
+      if (bits_of(shared_of(g / kGuard)[shared_floats + g % kGuard]) != bits_of(kPoison))
         return fail("a write past the shared memory");
     }
-    for (int t = 0; t < threads; ++t) {
+    for (int t = 0; t < threads * cluster_size; ++t) {
       if (!fibers[t].copies.empty()) return fail("a copy that nobody waits for");
     }
     if (last_error != cudaSuccess) return;

@@ -66,24 +66,33 @@ def apart():
     return ["-fno-gnu-unique"] if compiler().endswith("g++") else []
 
 
-def build(folder):
-    """The kernels and the emulator as one shared library in `folder`; one that is there is loaded as it is."""
-    library = folder / "emulated.so"
+def build(folder, switch="", units=()):
+    """The kernels and the emulator as one shared library in `folder`; one that is there is loaded as it is.
+
+    `switch` is a macro that is defined for `units` (kernels/cuda/*.cu); the others are as they were built without it.
+    """
+    library = folder / f"emulated{switch}.so"
+    if switch:
+        build(folder)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            compile_all(library)
+            compile_all(library, switch, units)
     return Emulated(ctypes.CDLL(str(library)), library)
 
 
-def compile_all(library):
+def compile_all(library, switch="", units=()):
     folder = library.parent
     kernels = [path for path in sorted((ROOT / "kernels/cuda").glob("*.cu")) if path.name != "probe.cu"]  # it asks a real device
     sources = [*kernels, *sorted(HERE.glob("*.cpp"))]
 
     def compile_one(source):
-        target = folder / f"{source.stem}.o"
-        command = [compiler(), *FLAGS, *apart(), "-x", "c++", "-c", str(source), "-o", str(target)]
+        switched = source.stem in units
+        target = folder / f"{source.stem}{switch if switched else ''}.o"
+        if switch and not switched:
+            return str(target)
+        flags = [*FLAGS, *apart(), *([f"-D{switch}"] if switched else [])]
+        command = [compiler(), *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return str(target)

@@ -35,6 +35,31 @@ void past_the_end(float*) {
   shared[16 + threadIdx.x / 32] = 0;
 }
 void misaligned(float* out) { out[0] = __ldg(reinterpret_cast<float4*>(out + 1)).x; }
+void a_block_leaves(float* out) {
+  if (blockIdx.x == 1) return;
+  cluster_barrier();
+  out[threadIdx.x] = 1;
+}
+// A float to the other block of two, which expects so many bytes.
+void sends(float* out, int rank, int bytes, bool early = false) {
+  FASTEDIT_SHARED(shared);
+  uint64_t* arrivals = reinterpret_cast<uint64_t*>(shared);
+  if (threadIdx.x == 0) init_arrivals(arrivals), expect_arrivals(arrivals, bytes);
+  cluster_barrier();
+  if (threadIdx.x == 0) send(shared + 4, 3, arrivals, rank < 0 ? 1 - cluster_rank() : rank);
+  const float at_once = shared[4];
+  wait_for_arrivals(arrivals, 0);
+  out[64 * cluster_rank() + threadIdx.x] = early ? at_once : shared[4];
+}
+void sends_well(float* out) { sends(out, -1, 4); }
+void reads_before_the_wait(float* out) { sends(out, -1, 4, true); }
+void sends_too_little(float* out) { sends(out, -1, 8); }
+void sends_too_much(float* out) { sends(out, 1 - cluster_rank(), cluster_rank() ? 4 : 2); }
+void sends_beyond_the_cluster(float* out) { sends(out, 2, 4); }
+void sends_to_nobody(float* out) {
+  FASTEDIT_SHARED(shared);
+  if (threadIdx.x == 0) send(shared + 4, 3, reinterpret_cast<uint64_t*>(shared), 1 - cluster_rank());
+}
 void race(float* out) {
   FASTEDIT_SHARED(shared);
   if (threadIdx.x == 63) shared[0] = 2;
@@ -53,5 +78,14 @@ extern "C" int refused_then_good(float* out) {
 extern "C" int break_rule(int index, float* out) {
   void (*rules[])(float*) = {some_leave, two_barriers, half_a_warp, past_the_end, misaligned, race};
   emulator::launch(rules[index], 1, 64, 64, out);
+  return cudaGetLastError();
+}
+
+// Of so many blocks in clusters of two.
+extern "C" int break_cluster_rule(int index, int blocks, float* out) {
+  void (*rules[])(float*) = {sends_well,     reads_before_the_wait,    a_block_leaves, sends_too_little,
+                             sends_too_much, sends_beyond_the_cluster, sends_to_nobody};
+  emulator::cluster_next(2);
+  emulator::launch(rules[index], blocks, 64, 64, out);
   return cudaGetLastError();
 }

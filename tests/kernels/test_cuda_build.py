@@ -92,6 +92,25 @@ def test_no_kernel_touches_local_memory_or_computes_in_fp64(sass):
 
 @needs_nvcc
 @needs_cuobjdump
+@pytest.mark.parametrize("unit", ["edit_add_norm", "edit_gated"])
+def test_kernels_behind_switches(tmp_path, unit):
+    """No spill; and of a cluster's barriers, which empty L1, the one before the rows alone (cluster.h)."""
+    source = KERNELS / f"cuda/{unit}.cu"
+    cubin, report = compile_unit(source, tmp_path, flags=("-DFASTEDIT_CLUSTERS", "-DFASTEDIT_PDL"))
+    assert "warning" not in report, report
+    assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
+    kernels = {name: [op for op, _ in code] for name, code in instructions(cubin).items() if "tile_rows" in name}
+    clusters = {name: ops for name, ops in kernels.items() if "PartE6" in name}
+    assert len(clusters) == 5
+    for ops in clusters.values():
+        assert ops.count("UCGABAR_WAIT") == ops.count("CCTL.IVALL") == 1
+        assert "STAS" in ops and any(op.startswith("SYNCS.PHASECHK") for op in ops)
+    for ops in kernels.values():  # and each waits for the kernel before it
+        assert "ACQBULK" in ops
+
+
+@needs_nvcc
+@needs_cuobjdump
 def test_streams_move_128_bits_at_a_time(sass):
     """Every stream of every kernel but those of the scalar path."""
     kernels = vectorised(sass)
@@ -176,7 +195,8 @@ int fail(long rows, long width, int vector, int sms, const char* what) {
 }
 int main() {
   const int64_t all_rows[] = {0, 1, 7, 31, 32, 33, 300, 8192, 65536, 100000000};
-  const int64_t widths[] = {0, 1, 8, 64, 96, 100, 768, 1024, 4096, 4104, 5120, 8192, 8200, 16384, 16392, 53248};
+  const int64_t widths[] = {0, 1, 8, 64, 96, 100, 768, 1024, 4096, 4104, 5120, 8192, 8200,
+                            9216, 16384, 16392, 20480, 53248, 65536};
   const int vectors[] = {1, 4, 8}, chips[] = {1, 84, 108, 128, 132, 148, 170};
   const int ranks[] = {0, 1, 4, 17, 64, 66};  // 66: 64 behind a gate
   static_assert(vector_width(4) == 4 && vector_width(2) == 8, "128 bits");
@@ -202,6 +222,11 @@ int main() {
       CHECK(vector == 1 || width > (rank ? 8192 : 16384) || elements > 0);
       Shape s = loop_shape(rows, width, rank, sms);
       CHECK(s.blocks <= rows && (rows == 0 || s.blocks >= 1) && s.shared_bytes <= 48 * 1024);
+      if (int blocks = cluster_size(width); blocks && !elements && vector > 1) {
+        s = tile_shape(rows, width / blocks, rank, kClusterElements, 2, sms);
+        CHECK(s.threads <= 512 && int64_t{s.threads} * kClusterElements * blocks == width);  // none without its own
+        CHECK(s.shared_bytes + 4 * exchange_floats(exchanged(rank, 2), blocks) <= 48 * 1024);
+      }
       if (!elements) continue;
       int per_block = (rank ? 32 : 16) / elements;
       s = tile_shape(rows, width, rank, elements, per_block, sms);
@@ -232,8 +257,10 @@ int main() {
       CHECK(blocks >= 1 && blocks * s.threads * kUnitRegisters <= 65536);
       CHECK(blocks == 1 || blocks * (s.shared_bytes + 1024) <= limit + 1024);
       for (int slots : {1, 7, 256}) {
-        int64_t parts = unit_parts(rows, slots, target, 256);
-        CHECK(parts >= 1 && 256 % parts == 0 && 256 / parts >= 8);
+        for (double share : {0.05, 0.75}) {
+          int64_t parts = unit_parts(rows, slots, target, share, 256);
+          CHECK(parts >= 1 && 256 % parts == 0 && 256 / parts >= 8);
+        }
       }
     }
     CHECK(column_shape(5, 3, vector).shared_bytes <= 48 * 1024 && column_shape(5, 3, vector).blocks == 15);

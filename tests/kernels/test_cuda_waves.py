@@ -4,6 +4,7 @@ The share of the time that multiprocessors work is rows over (rows of the longes
 """
 
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -15,6 +16,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 PROGRAM = r"""
 #include <cstdio>
 #include <initializer_list>
+#include <queue>
+#include <vector>
 #include "cuda/launch.h"
 using namespace fastedit::cuda;
 struct Chip { int capability, multiprocessors, kib; };
@@ -45,6 +48,33 @@ int check(const Cut& cut, int64_t rows, int64_t runs, int64_t* longest) {
   return 0;
 }
 
+// Of slots with so many rows each: a block a unit, the next one where the first ends.
+double over_slots(const std::vector<int64_t>& sizes, int64_t unit, int64_t wave) {
+  std::priority_queue<int64_t, std::vector<int64_t>, std::greater<int64_t>> ends;
+  for (int64_t i = 0; i < wave; ++i) ends.push(0);
+  int64_t all = 0, longest = 0;
+  for (int64_t size : sizes) {
+    all += size;
+    for (int64_t first = 0; first < size; first += unit) {
+      int64_t end = ends.top() + least(unit, size - first);
+      ends.pop(), ends.push(end), longest = most(longest, end);
+    }
+  }
+  return double(all) / (longest * wave);
+}
+void all_slots(const Chip& chip, int64_t rows, int64_t width, int64_t blocks, double share) {
+  for (int64_t slots : {1, 10, 64, 256}) for (int even : {0, 1}) {
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < slots; ++i) {  // uneven: the last slot has three times the first one's rows
+      int64_t begin = rows * i / slots, end = rows * (i + 1) / slots;
+      if (!even) begin = (begin + begin * begin / rows) / 2, end = (end + end * end / rows) / 2;
+      sizes.push_back(end - begin);
+    }
+    int64_t unit = 256 / unit_parts(rows, slots, chips_of(chip.capability).most * blocks, share, 256);
+    worst(even ? "slots, even" : "slots, uneven", chip, rows, width, 8, over_slots(sizes, unit, chip.multiprocessors * blocks));
+  }
+}
+
 int main() {
   const Chip chips[] = {{80, 108, 163}, {90, 114, 227}, {90, 132, 227}, {89, 142, 99}, {100, 148, 227}, {120, 170, 99},
                         {89, 128, 99},  {120, 188, 99}, {90, 78, 227},  {86, 72, 99},  {75, 40, 48}};
@@ -63,7 +93,9 @@ int main() {
       int64_t wave = chip.multiprocessors * blocks, grid = runs(cut, chip.multiprocessors), longest = 0;
       if (int error = check(cut, rows, grid, &longest))
         return std::printf("%s: rule %d, %ld rows, %ld runs\n", s.name, error, long(rows), long(grid)), 1;
-      if (mb >= 64) worst(s.name, chip, rows, width, vector, double(rows) / (longest * wave));
+      if (mb < 64) continue;
+      worst(s.name, chip, rows, width, vector, double(rows) / (longest * wave));
+      if (vector == 8 && !s.outer) all_slots(chip, rows, width, blocks, share);
     }
     if (mb < 64) continue;
     int64_t tiles = column_tiles(width, vector), blocks = tiles * ceil_div(rows, column_unit_rows(rows, tiles, 256));
@@ -100,7 +132,7 @@ def shares(tmp_path_factory):
 
 @pytest.mark.parametrize("multiprocessors", [108, 114, 132, 142, 148, 170])
 def test_waves_are_full(shares, multiprocessors):
-    found = [s for s in shares if s[1] == multiprocessors]
+    found = [s for s in shares if s[1] == multiprocessors and not s[0].startswith("slots")]
     assert len({what for what, *_ in found}) == 10 and len(found) > 300
     # Sums of a large rank have the smaller chip's cuts alone, since of their partials each costs most: 18 or 19 rows each.
     for large in (False, True):
@@ -112,3 +144,14 @@ def test_the_chips_that_most_run_on_lose_no_more_than_their_partials_cost(shares
     """Behind a norm the larger chip of an architecture has cuts of its own."""
     assert min(s[-1] for s in shares if s[1] == 132 and s[0] in ("scale, bias", "weight, too")) >= 0.95
     assert min(s[-1] for s in shares if s[1] == 114 and s[0] == "rank 4") >= 0.95
+
+
+def test_over_slots_waves_are_mostly_full(shares):
+    """A slot's rows are units of their own, and a unit of few rows costs a partial: from 1000 MB on no call is below 85 %."""
+    for kind in ("slots, even", "slots, uneven"):
+        by_size = {}
+        for what, _chip, rows, width, _vector, share in shares:
+            if what == kind:
+                by_size.setdefault(rows * width * 2 >> 20, []).append(share)
+        assert len(by_size) == 7 and all(statistics.mean(found) >= 0.84 for found in by_size.values())
+        assert min(by_size[1000]) >= 0.85 and min(by_size[256]) >= 0.7 and min(min(found) for found in by_size.values()) >= 0.45

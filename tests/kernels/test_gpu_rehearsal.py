@@ -61,7 +61,7 @@ def test_what_travels_back_is_few_files_and_what_is_asked_for_fits(tmp_path):
         assert len({s.name for s in listed}) == len(listed) >= 5
     assert sum(s.seconds for s in gpu.steps(options(tmp_path))) < 600
     assert [s.name for s in gpu.steps(options(tmp_path))] == [
-        "build", "check", "speed", "profile", "tests", "decode", "triton", "bits",
+        "build", "check", "speed", "profile", "tests", "decode", "triton", "switches", "bits",
     ]  # fmt: skip
     files = {
         "gpu-steps.csv",
@@ -71,9 +71,17 @@ def test_what_travels_back_is_few_files_and_what_is_asked_for_fits(tmp_path):
         "gpu-speed.csv",
         "gpu-ncu.csv",
         "gpu-decode.csv",
+        "gpu-switches.csv",
     }
     sources = "".join(path.read_text() for path in (ROOT / "bench/gpu").glob("*.py"))
+    (models,) = (s for s in gpu.more_steps(options(tmp_path, more=True)) if s.name == "models")
+    assert "--csv" in models.command  # or six more: beside its own two, --more writes one file a measuring step
     assert len(files) <= 8 and all(name.removesuffix("-triton.csv").split(".")[0] in sources for name in files)
+
+
+def test_every_test_that_needs_a_gpu_is_in_the_step():
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    assert {path.stem for path in marked} - {Path(__file__).stem} == {f"test_{name}" for name in gpu.TESTS}
 
 
 def test_headers_from_a_folder_reach_the_build(tmp_path):

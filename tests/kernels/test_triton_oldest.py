@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1]
+FOLDER = Path(__file__).parent
 OLDEST = os.environ.get("FASTEDIT_TRITON_36")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(not OLDEST, reason="needs FASTEDIT_TRITON_36: the folder of pip install --target ... triton==3.6.0")
 def test_every_kernel_compiles_on_the_oldest_triton():
