@@ -39,6 +39,7 @@ _HOME = {
     "interop.adopt": ("adopt",),
     "interop.folders": ("load_adapter",),
     "interop.peft_folder": ("save_peft",),
+    "interop.pyreft_folder": ("save_pyreft",),
     "interop.red": ("load_red_checkpoint",),
     "interop.smollm2": ("chat_model",),
     "directions.sweep": ("Sweep", "sweep"),

@@ -39,6 +39,7 @@ from .edits.stack import Stack as Stack
 from .interop.adopt import adopt as adopt
 from .interop.folders import load_adapter as load_adapter
 from .interop.peft_folder import save_peft as save_peft
+from .interop.pyreft_folder import save_pyreft as save_pyreft
 from .interop.red import load_red_checkpoint as load_red_checkpoint
 from .interop.smollm2 import chat_model as chat_model
 from .ops import arrays as arrays

@@ -39,10 +39,10 @@ SLOW = (  # from eighty seconds of processor time to ten
 
 
 # Files and tests of some seconds of processor time each, eleven minutes in all: compilers, emulated thread orders, processes
-# that train together, the blocks and commands of the pages. `make test` leaves them out, `make test-long` runs them, and
-# .ci/run both.
+# that train together, the blocks and commands of the pages and of --help. `make test` leaves them out, `make test-long` runs
+# them, and .ci/run both.
 LONG = (
-    "commands_of_pages", "pages", "method_pages", "notebooks", "cli_without_packages",
+    "commands_of_pages", "pages", "method_pages", "notebooks", "cli_without_packages", "help_examples",
     "training_sentences::test_pairs_are_told_apart_by_their_segments",
     "training_sentences::test_classify_learns_and_comes_back",
     "ready_adds::test_a_compiled_patched_layer_has_few_guards_more_than_a_hooked_one",

@@ -2,18 +2,19 @@
 methods.py and tools.py.
 
 A command's imports happen when it runs. Exit codes: 0; 1 where the answer is no (verify, doctor) or a step failed; 2 where
-what was given is wrong, and nothing was done; 130 where the user stopped it. An error is one line on stderr.
+what was given is wrong, or does not go together; 130 where the user stopped it. An error is one line on stderr.
 """
 
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import methods, tools
-from .loading import BatchSize, Device, DeviceMap, Dtype, Out, Quantize
+from .loading import BatchSize, Device, DeviceMap, Dtype, Out, OutFile, Quantize
 
 app = typer.Typer(
     name="fastedit", no_args_is_help=True, rich_markup_mode="markdown",
@@ -49,7 +50,11 @@ def run_demo(
     Steered: replies along the direction from sad sentences to happy ones, beside a random direction at the same KL.
     Fine-tuned: 4,500 sentences of Python's own documentation, half of them with two words swapped: which?
 
-    **Example:** `fastedit demo --out demo-output`
+    **Example:**
+
+    ```
+    fastedit demo --out demo-output
+    ```
     """
     from .demo import run
 
@@ -62,7 +67,11 @@ def run_doctor():
 
     Exit code 1: a compiler is here and the kernels that it should have built are not.
 
-    **Example:** `fastedit doctor`
+    **Example:**
+
+    ```
+    fastedit doctor
+    ```
     """
     from .doctor import run
 
@@ -77,7 +86,11 @@ def run_show(
 ):
     """Print an edit: what it does where, its base, how it was trained, how far it is from doing nothing.
 
-    **Example:** `fastedit show demo-output/edit`
+    **Example,** of what `fastedit contrast --help` makes:
+
+    ```
+    fastedit show happy
+    ```
     """
     from .show import run
 
@@ -87,7 +100,9 @@ def run_show(
 @app.command("train")
 def run_train(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or Hub id: an encoder for sentences, else a causal model.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id: an encoder for sentences, else a causal model; or minilm, smollm2.")
+    ],
     data: Annotated[Path, typer.Argument(help="Rows: .jsonl, .json, .parquet, .tsv or .csv; see below.")],
     out: Out = Path("my-edit"),
     method: Annotated[str, typer.Option(help="red, red+, loreft, direft, noreft, vector; or rahf, recontrol.")] = "red",
@@ -148,7 +163,7 @@ def run_train(
     target: Annotated[float | None, typer.Option(help="recontrol: a value to steer to, instead of upwards.")] = None,
     seed: int | None = None,
 ):
-    """Train an edit by a method on a task, and save it with what was trained beside it.
+    r"""Train an edit by a method on a task, and save it with what was trained beside it.
 
     classify, pairs, regress: an edit and a head on an encoder; columns text (and other) and label.
     sft: an edit on a causal model; rows with messages, or prompt and response.
@@ -156,12 +171,22 @@ def run_train(
     rahf: preferences into an edit or LoRA; rows with prompt, chosen and rejected.
     recontrol: a value net for sampled responses' rewards; prompts as .txt, .json or .jsonl.
 
-    **Examples:** `fastedit train ./encoder reviews.tsv --out my-edit`,
-    `fastedit train ./encoder pairs.tsv --task pairs --method loreft --rank 4 --lr 1e-3 --head token`,
-    `fastedit train ./model chats.jsonl --task sft --method red --lr 2e-2 --out style`,
-    `fastedit train ./model prefs.jsonl --task preference --loss dpo --store --out aligned`,
-    `fastedit train ./model pairs.jsonl --method rahf --mode scit --student red --out aligned` and
-    `fastedit train ./model prompts.txt --method recontrol --reward word:dog --lam 0.9 --out control`
+    **Examples:**
+
+    ```
+    fastedit train minilm fastedit/examples/moods.tsv --epochs 20 --out my-edit
+    fastedit train minilm fastedit/examples/moods.tsv --method loreft --rank 4 \
+        --lr 5e-3 --epochs 20 --out my-loreft
+    fastedit train smollm2 fastedit/examples/preferences.jsonl --task sft \
+        --response chosen --chat --out style
+    fastedit train smollm2 fastedit/examples/preferences.jsonl \
+        --task preference --loss dpo --chat --out aligned
+    fastedit train smollm2 fastedit/examples/preferences.jsonl --method rahf \
+        --student red --chat --teacher lora --teacher-steps 10 --steps 20 \
+        --out rahf
+    fastedit train smollm2 fastedit/examples/prompts.txt --method recontrol \
+        --chat --reward word:the --lam 0.9 --out control
+    ```
     """
     from .train import run
 
@@ -182,13 +207,18 @@ def run_predict(
     quantize: Quantize = None,
     batch_size: BatchSize = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 100,
-    out: Annotated[Path | None, typer.Option(help="Also write the answers here, as .jsonl.")] = None,
+    out: OutFile("Also write the answers here, as .jsonl.") = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ):
-    """Use what was trained: the label, number or reward of each text, or the reply to each prompt.
+    r"""Use what was trained: the label, number or reward of each text, or the reply to each prompt.
 
-    **Examples:** `fastedit predict my-edit --model ./encoder "a fine film"` and
-    `fastedit predict style --model ./model --texts prompts.txt --out replies.jsonl`
+    **Examples,** of what `fastedit train --help` makes:
+
+    ```
+    fastedit predict my-edit "What a lovely surprise!"
+    fastedit predict style --texts fastedit/examples/prompts.txt \
+        --out replies.jsonl
+    ```
     """
     from .predict import run
 
@@ -217,7 +247,7 @@ def run_contrast(
     prompts: Annotated[Path | None, typer.Option(help="For --kl: prompts whose continuations are compared.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts to this many tokens.")] = None,
-    gguf: Annotated[Path | None, typer.Option(help="Also write a control vector for llama.cpp here.")] = None,
+    gguf: OutFile("Also write a control vector for llama.cpp here.") = None,
     resume: Annotated[Path | None, typer.Option(help="Keep finished work here, and continue from it.")] = None,
     seed: int = 0,
     device: Device = "auto",
@@ -225,14 +255,20 @@ def run_contrast(
     device_map: DeviceMap = None,
     quantize: Quantize = None,
 ):
-    """Find the direction from one set of texts to another; save it, the edit that steers along it, and a picture.
+    r"""Find the direction from one set of texts to another; save it, the edit that steers along it, and a picture.
 
     Files hold one text per line (.txt), a JSON list (.json), or objects with "text", "messages" or "prompt" and "response"
-    (.jsonl, .parquet). Prose is measured at the mean of its tokens, a chat at its response, a question where the answer
-    begins. Without --layers, the third of the layers is saved that separates the sets best.
+    (.jsonl, .parquet, .csv, .tsv). Prose is measured at the mean of its tokens, a chat at its response, a question where the
+    answer begins. Without --layers, the third of the layers is saved that separates the sets best.
 
-    **Examples:** `fastedit contrast smollm2 --positive happy.txt --negative sad.txt --method probe --kl 0.5 --out happy` and
-    `fastedit contrast ./model --positive happy.txt --negative sad.txt --layers 8-15 --at "last token"`
+    **Examples:**
+
+    ```
+    fastedit contrast smollm2 --positive fastedit/examples/happy.txt \
+        --negative fastedit/examples/sad.txt --out happy
+    fastedit contrast smollm2 --positive fastedit/examples/happy.txt \
+        --negative fastedit/examples/sad.txt --method probe --kl 0.3 --out dosed
+    ```
     """
     from .contrast import run
 
@@ -260,17 +296,22 @@ def run_generate(
     lexicons: Annotated[Path | None, typer.Option(help="Words by trait, as `fastedit ubpl` writes them.")] = None,
     trait: Annotated[list[str] | None, typer.Option(help="Of --lexicons, such as happy=2; may be given several times.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: number, strength, prompt, reply.")] = False,
-    page: Annotated[Path | None, typer.Option("--html", help="Also write a page with the replies side by side.")] = None,
+    page: OutFile("Also write a page with the replies side by side.", "--html") = None,
     device: Device = "auto",
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
 ):
-    """Generate with an edit on the model, at one strength or several. Replies are numbered.
+    r"""Generate with an edit on the model, at one strength or several. Replies are numbered.
 
-    **Examples:** `fastedit generate smollm2 --chat --edit happy --strength 1 --prompt "How was your weekend?"`,
-    `fastedit generate ./model --edit happy.gguf --strength 2 --prompt "Once upon a time"` and
-    `fastedit generate ./model --edit happy --strength 0 --strength 1 --prompts prompts.txt --html replies.html`
+    **Examples,** with what `fastedit contrast --help` makes:
+
+    ```
+    fastedit generate smollm2 --chat --edit happy --strength 0 --strength 0.3 \
+        --prompt "How was your weekend?"
+    fastedit generate smollm2 --edit happy --strength 0 --strength 0.3 \
+        --prompts fastedit/examples/prompts.txt --html replies.html
+    ```
     """
     from .generate import run
 
@@ -300,7 +341,12 @@ def run_verify(
     Modes: forward, batch, cache, no cache, static cache, padding, beams, threads, packing, checkpointing, compile. Each is
     right, refused, wrong, or left out because the model without edits differs there. Exit code 1: something is wrong.
 
-    **Examples:** `fastedit verify ./model --edit happy` and `fastedit verify ./model --mode cache --mode beams --json`
+    **Examples:**
+
+    ```
+    fastedit verify smollm2 --mode cache --mode beams --json
+    fastedit verify ./model --edit my-edit
+    ```
     """
     from .verify import run
 
@@ -331,7 +377,11 @@ def run_serve(
     A request names its edit in `vllm_xargs`: `{"fastedit": "anna", "fastedit_strength": 1.0}`. Folders may be added and
     removed while the server runs.
 
-    **Example:** `fastedit serve ./model --edits ./edits --rank 4 --port 8000 --max-num-seqs 64`
+    **Example:**
+
+    ```
+    fastedit serve ./model --edits ./edits --rank 4 --port 8000 --max-num-seqs 64
+    ```
     """
     from .serve import run
 
@@ -351,7 +401,12 @@ def run_playground(
 ):
     """Open a local page: chat with the unedited and the edited model side by side, and turn dials while they write.
 
-    **Examples:** `fastedit playground smollm2` and `fastedit playground ./model --edits ./edits`
+    **Examples:**
+
+    ```
+    fastedit playground smollm2
+    fastedit playground ./model --edits ./edits
+    ```
     """
     from .playground import run
 
@@ -363,7 +418,11 @@ app.add_typer(tools.app)
 
 
 def main():
-    """The program `fastedit`: the app, with errors as one line. FASTEDIT_TRACEBACK=1 shows where one came from."""
+    """The program `fastedit`: the app, with errors as one line. FASTEDIT_TRACEBACK=1 shows where one came from.
+
+    Files of fastedit/examples are found from every folder, in the package where they are not in this folder.
+    """
+    sys.argv[1:] = map(_located, sys.argv[1:])
     # of click's own, or of the copy of click that newer typers hold
     usage = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
@@ -379,10 +438,23 @@ def main():
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("FASTEDIT_TRACEBACK"):
             raise
-        code = _complain(error, 1)
+        given = isinstance(error, (ValueError, ImportError, FileNotFoundError, FileExistsError, IsADirectoryError,
+                                   NotADirectoryError, PermissionError))  # fmt: skip
+        code = _complain(error, 2 if given else 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _located(argument):
+    found = Path(__file__).parents[2] / argument
+    ours = argument.startswith("fastedit/examples/") and not Path(argument).exists() and found.is_file()
+    return str(found) if ours else argument
+
+
 def _complain(message, code):
-    print("fastedit: " + " ".join(str(message).split()), file=sys.stderr)
+    print("fastedit: " + plain(" ".join(str(message).split())), file=sys.stderr)
     return code
+
+
+def plain(text):
+    """The text with characters that control a terminal, or the direction of reading, written out as \x1b is."""
+    return "".join(c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in str(text))

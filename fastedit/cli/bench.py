@@ -3,6 +3,8 @@
 import copy
 import statistics
 
+import typer
+
 from .loading import load_model
 
 BLOCKS = 5
@@ -26,6 +28,7 @@ def run(model, edit, tokens, batch, rounds, **loading):
     else:
         fastedit.load(twin, edit)
     models = {"unedited": base, "edited": twin, "unedited again": base}
+    _check_reads(base, model, batch, tokens + 1)
     ids = torch.randint(base.config.get_text_config().vocab_size, (batch, tokens + 1), device=base.device)
     found = []
     with torch.no_grad():
@@ -39,6 +42,16 @@ def run(model, edit, tokens, batch, rounds, **loading):
                 row = {"work": work, "variant": name, "ms": 1e3 * statistics.median(times)}
                 found.append(row | ({} if name == "unedited" else {"ratio": middle, "interval": half}))
     return found
+
+
+def _check_reads(model, name, batch, tokens):
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(torch.zeros(batch, tokens, dtype=torch.long, device=model.device))
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise typer.BadParameter(f"{name} cannot read {tokens} tokens: {error}; --tokens says how many") from None
 
 
 def _prefill(model, ids):

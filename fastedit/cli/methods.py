@@ -35,9 +35,15 @@ def roleref(
     device_map: DeviceMap = None,
     quantize: Quantize = None,
 ):
-    """Refuse what conflicts with a role (RoleRef, arXiv 2409.16913): pairs of queries into a saved edit.
+    r"""Refuse what conflicts with a role (RoleRef, arXiv 2409.16913): pairs of queries into a saved edit.
 
-    **Example:** `fastedit roleref smollm2 --role "You are a farmer of 1750." --answerable can.txt --conflicting cannot.txt`
+    **Example:**
+
+    ```
+    fastedit roleref smollm2 --role "You are a farmer of 1750." \
+        --answerable fastedit/examples/can.txt \
+        --conflicting fastedit/examples/cannot.txt --out role
+    ```
     """
     from ..methods import roleref as method
     from .texts import as_chat, layer_numbers, read_texts
@@ -83,9 +89,14 @@ def inferaligner(
     device_map: DeviceMap = None,
     quantize: Quantize = None,
 ):
-    """Guide a model by an aligned one (InferAligner, arXiv 2401.11206), where its own states say that a prompt is harmful.
+    r"""Guide a model by an aligned one (InferAligner, arXiv 2401.11206), where its own states say that a prompt is harmful.
 
-    **Example:** `fastedit inferaligner ./target ./aligned --harmful harmful.txt --harmless harmless.txt --chat`
+    **Example,** with sad sentences in place of harmful prompts, and one model for both:
+
+    ```
+    fastedit inferaligner smollm2 smollm2 --harmful fastedit/examples/sad.txt \
+        --harmless fastedit/examples/happy.txt --at-least 0.7 --out guided
+    ```
     """
     from ..directions.directions import Directions, is_saved
     from ..methods import inferaligner as method
@@ -130,9 +141,15 @@ def cast(
     device_map: DeviceMap = None,
     quantize: Quantize = None,
 ):
-    """Steer under a condition (CAST, arXiv 2409.05907): the condition is found by F1, the behavior is given.
+    r"""Steer under a condition (CAST, arXiv 2409.05907): the condition is found by F1, the behavior is given.
 
-    **Example:** `fastedit cast smollm2 --opens sport.txt --closed other.txt --behaviour happy --chat --out happy-sport`
+    **Example,** with the directions that `fastedit contrast --help` makes:
+
+    ```
+    fastedit cast smollm2 --opens fastedit/examples/can.txt \
+        --closed fastedit/examples/cannot.txt --behaviour happy --chat \
+        --out happy-farmer
+    ```
     """
     from ..directions.directions import Directions
     from ..methods import cast as method
@@ -176,9 +193,14 @@ def ubpl(
     least: Annotated[int, typer.Option(min=1, help="A word must occur so often.")] = 2,
     z: Annotated[float, typer.Option(help="How far a word must stand out; less for a few dozen texts.")] = 1.96,
 ):
-    """Build a lexicon for UBPL (arXiv 2310.16582) from texts alone; `fastedit generate --lexicons` uses it.
+    r"""Build a lexicon for UBPL (arXiv 2310.16582) from texts alone; `fastedit generate --lexicons` uses it.
 
-    **Example:** `fastedit ubpl --texts happy.txt --background sad.txt --trait happy --out lexicons.json`
+    **Example:**
+
+    ```
+    fastedit ubpl --texts fastedit/examples/happy.txt \
+        --background fastedit/examples/sad.txt --trait happy --z 0.7
+    ```
     """
     from ..files.edit_file import replace
     from ..methods.ubpl import build, read_lexicons

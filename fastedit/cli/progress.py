@@ -3,6 +3,7 @@
 import warnings
 from contextlib import contextmanager
 
+from huggingface_hub.utils import logging as hub
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,10 +17,11 @@ from transformers.utils import logging
 
 
 def quiet():
-    """Leave the terminal to the bars: no bar for every weight that transformers loads, no advice."""
+    """Leave the terminal to the bars: no bar for every weight that transformers loads, no advice, no line for each retry."""
     warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers has deprecated
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub.set_verbosity_error()
 
 
 @contextmanager

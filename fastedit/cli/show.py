@@ -4,7 +4,6 @@ A file's contents are printed as text. Control characters, which a terminal woul
 """
 
 import json
-import unicodedata
 from pathlib import Path
 
 import typer
@@ -15,6 +14,7 @@ from rich.text import Text
 from ..directions.directions import is_saved
 from ..files import edit_file
 from ..patching import edit_folder as store
+from . import plain
 
 
 def run(folder, reseal=False, as_json=False):
@@ -30,8 +30,7 @@ def run(folder, reseal=False, as_json=False):
         header, tensors = store.read(folder)
         store.rebuild(folder, header["edits"])
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(plain(error), style="red", highlight=False, markup=False)
-        raise typer.Exit(1) from None
+        raise typer.BadParameter(plain(" ".join(str(error).split()))) from None
     if as_json:
         print(json.dumps(header | {"shapes": {name: list(tensor.shape) for name, tensor in tensors.items()}}, indent=1))
         return
@@ -48,11 +47,6 @@ def run(folder, reseal=False, as_json=False):
         console.print(plain(f"training {name}: {value}"), highlight=False, markup=False)
     for number, edit in enumerate(header["edits"]):
         console.print(_table(number, edit, tensors))
-
-
-def plain(text):
-    """The text with characters that control a terminal, or the direction of reading, written out as \x1b is."""
-    return "".join(c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _table(number, edit, tensors):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .loading import BatchSize, Device, DeviceMap, Dtype, Out, Quantize
+from .loading import BatchSize, Device, DeviceMap, Dtype, Out, Quantize, folder, folder_or_gguf
 
 app = typer.Typer(rich_markup_mode="markdown")
 
@@ -29,7 +29,11 @@ def merge(
 ):
     """Put an edit into the weights, and save an ordinary model that needs no fastedit.
 
-    **Example:** `fastedit merge ./model my-edit --out merged`
+    **Example,** of what `fastedit train --help` makes:
+
+    ```
+    fastedit merge smollm2 style --out merged
+    ```
     """
     from .edited import merged
 
@@ -39,16 +43,24 @@ def merge(
 @app.command("convert")
 def convert(
     source: Annotated[str, typer.Argument(help="A saved edit, directions, a .gguf, or a folder of PEFT or pyreft.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; for llama.cpp a file that ends in .gguf.")],
-    to: Annotated[str | None, typer.Option(help="edit, gguf, peft or directions; by default by OUT's end.")] = None,
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write; for llama.cpp a file that ends in .gguf.", callback=folder_or_gguf)
+    ],
+    to: Annotated[str | None, typer.Option(help="edit, gguf, peft, pyreft or directions; by default by OUT's end.")] = None,
     model: Annotated[str | None, typer.Option(help="The base; by default the one that SOURCE names.")] = None,
     positions: Annotated[str | None, typer.Option(help='pyreft: where it acted, such as "last 1".')] = None,
     as_json: Json = False,
 ):
     """Turn edits of one library into those of another: PEFT's (IA)³, pyreft's, repeng's and llama.cpp's vectors, and ours.
 
-    **Examples:** `fastedit convert happy.gguf happy --model ./model`, `fastedit convert happy happy.gguf`,
-    `fastedit convert ./peft-ia3 my-edit --model ./model` and `fastedit convert my-edit ./peft --to peft --model ./model`
+    **Examples,** of what `fastedit contrast --help` makes, and with PEFT:
+
+    ```
+    fastedit convert happy happy.gguf
+    fastedit convert happy.gguf happy-again --model smollm2
+    fastedit convert ./peft-ia3 my-edit --model ./model
+    fastedit convert my-edit ./peft --to peft --model ./model
+    ```
     """
     from .convert import run
 
@@ -71,12 +83,17 @@ def evaluate(
     batch_size: BatchSize = 8,
     as_json: Json = False,
 ):
-    """Say how good an edit is on held-out data: accuracy or correlations of a trained head, else loss, perplexity and KL.
+    r"""Say how good an edit is on held-out data: accuracy or correlations of a trained head, else loss, perplexity and KL.
 
     KL: from the model without the edit to the one with it, nats per token of the texts: the dose.
 
-    **Examples:** `fastedit evaluate ./encoder test.csv --edit my-edit` and
-    `fastedit evaluate smollm2 texts.txt --edit happy --strength 1 --strength 2 --json`
+    **Examples,** of what `train --help` and `contrast --help` make:
+
+    ```
+    fastedit evaluate minilm fastedit/examples/moods.tsv --edit my-edit
+    fastedit evaluate smollm2 fastedit/examples/prompts.txt --edit happy \
+        --strength 0.3 --strength 0.6 --json
+    ```
     """
     from .edited import evaluated
 
@@ -99,7 +116,9 @@ def sweep(
     control: Annotated[bool, typer.Option("--control", help="Also a random direction at each place.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 48,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are user turns of the tokenizer's template.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the best edit, the picture and what is done so far.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the best edit, the picture and what is done so far.", callback=folder)
+    ] = None,
     seed: int = 0,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -108,9 +127,14 @@ def sweep(
     batch_size: BatchSize = 8,
     as_json: Json = False,
 ):
-    """Choose layers and a dose: steer at each of a grid, reply to the prompts, and let a measure judge.
+    r"""Choose layers and a dose: steer at each of a grid, reply to the prompts, and let a measure judge.
 
-    **Example:** `fastedit sweep smollm2 happy --prompts prompts.txt --measure word:happy --layers 8-11 --dose 1 --dose 2`
+    **Example,** of what `fastedit contrast --help` makes:
+
+    ```
+    fastedit sweep smollm2 happy --prompts fastedit/examples/prompts.txt \
+        --measure word:happy --dose 0.5 --max-new-tokens 16 --out best
+    ```
     """
     from .sweep import run
 
@@ -140,7 +164,12 @@ def bench(
     The variants take turns in one process; printed are medians, and their ratio with an interval. A busy machine shows in
     the interval, and in "unedited again", which should be 1.
 
-    **Example:** `fastedit bench ./model --edit my-edit`
+    **Examples:**
+
+    ```
+    fastedit bench smollm2 --rounds 10
+    fastedit bench ./model --edit my-edit
+    ```
     """
     from .bench import run
 
@@ -161,11 +190,16 @@ def push(
 
     The token is huggingface_hub's: HF_TOKEN, or `hf auth login`.
 
-    **Example:** `fastedit push my-edit anna/my-edit`
+    **Example,** of what `fastedit contrast --help` makes; without `--card` it is uploaded:
+
+    ```
+    fastedit push happy anna/happy --card
+    ```
     """
     from ..files.edit_file import read
     from ..patching import hub
 
+    hub.check_repo(repo)
     if card:
         print(hub.card(*read(folder), repo))
         return

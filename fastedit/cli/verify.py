@@ -17,6 +17,9 @@ def run(model, edit, prompts, modes, new_tokens, backend, as_json, seed, **loadi
         raise typer.BadParameter(f"{model} has no tokenizer: leave --prompt out")
     requests = [tokenizer(prompt)["input_ids"] for prompt in prompts] if prompts else None
     edits = [fastedit.ScaleBias(False, site="block")] if edit is None else edit
+    if edit is not None:
+        with fastedit.load(loaded, edit):  # one that cannot be loaded is the user's mistake, not the model's refusal
+            pass
     try:
         outcome = fastedit.verify(
             loaded, edits, requests, modes=modes or None, new_tokens=new_tokens, backend=backend, seed=seed

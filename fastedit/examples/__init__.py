@@ -1,5 +1,5 @@
 """Small texts written for this project: sentences in two moods, neutral prompts, words that tell the moods
-apart, and pairs of a helpful and a rude answer.
+apart, pairs of a helpful and a rude answer, and what a farmer of the year 1750 can and cannot answer, line by line.
 
 The command line's examples and the demo use them. The files are beside this one.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 HAPPY, SAD, PROMPTS, MOODS = (FOLDER / name for name in ("happy.txt", "sad.txt", "prompts.txt", "moods.json"))
 PREFERENCES = FOLDER / "preferences.jsonl"
+LABELED = FOLDER / "moods.tsv"  # the sentences of HAPPY and SAD, shuffled, with columns text and label
+CAN, CANNOT = FOLDER / "can.txt", FOLDER / "cannot.txt"
 
 
 def lines(path):

@@ -30,7 +30,7 @@ PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (PEFT_CONFIG, PEFT_TENSORS, "config.json", "intkey_*.bin")
 PEFT_PREFIX = "base_model.model."
 _SMALL, _LARGE = 16 << 20, 4 << 30
-_COMPONENTS = {  # of pyvene, whose outputs are ours
+COMPONENTS = {  # of pyvene, whose outputs are ours
     "block_output": "block", "mlp_output": "mlp", "attention_output": "attn", "query_output": "q", "key_output": "k",
     "value_output": "v", "mlp_activation": None,
 }  # fmt: skip
@@ -159,7 +159,7 @@ def _where(model, layers, number, component):
     path = _PATH.fullmatch(re.sub(r"\[(\d+)\]", r".\1", str(component)))
     if path is not None:
         return _submodule(model, path[1]), path[2]
-    site = _COMPONENTS.get(component) if isinstance(component, str) else None
+    site = COMPONENTS.get(component) if isinstance(component, str) else None
     if site is None or not isinstance(number, int) or not 0 <= number < len(layers):
         raise Refusal(f"it intervenes at {component!r:.60} of layer {number!r}, which is no site here")
     return layers[number].at(site), "output"

@@ -29,8 +29,7 @@ def push(folder, repo, *, private=None, token=None, message="Upload an edit", re
     from huggingface_hub import HfApi
 
     folder = Path(folder)
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise ValueError(f"repo is {repo!r}, expected user/name")
+    check_repo(repo)
     read(folder)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as staged:
@@ -42,8 +41,18 @@ def push(folder, repo, *, private=None, token=None, message="Upload an edit", re
         card_file = Path(staged, CARD)
         if not card_file.exists():
             card_file.write_text(card(header, tensors, repo), encoding="utf-8")
-        api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=staged, commit_message=message, revision=revision))
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo, folder_path=staged, commit_message=message, revision=revision))
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of its HTTP library, which differs between versions
+            raise OSError(f"{repo} could not be pushed: {type(error).__name__}: {error}") from error
+
+
+def check_repo(repo):
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise ValueError(f"repo is {repo!r}, expected user/name")
 
 
 def card(header, tensors, repo):

@@ -175,6 +175,10 @@ def test_the_examples_keep_their_rules():
     from fastedit import examples
 
     happy, sad, prompts = (examples.lines(path) for path in (examples.HAPPY, examples.SAD, examples.PROMPTS))
+    labeled = [line.split("\t") for line in examples.lines(examples.LABELED)]
+    assert labeled[0] == ["text", "label"]
+    assert sorted(labeled[1:]) == sorted([[text, "happy"] for text in happy] + [[text, "sad"] for text in sad])
+    assert len(examples.lines(examples.CAN)) == len(examples.lines(examples.CANNOT)) == 16
     assert len(happy) == len(sad) == 40 and len(set(happy + sad)) == 80 and len(set(prompts)) == 32
     words = examples.moods()
     assert not words["happy"] & words["sad"]

@@ -63,7 +63,7 @@ def test_each_has_help_with_an_example():
     for command in COMMANDS:
         assert command in listed
         said = invoke(command, "--help")
-        assert re.search(r"Examples?:", said) and f"fastedit {command}" in said
+        assert re.search(r"Examples?[:,]", said) and f"fastedit {command}" in said
 
 
 def test_merge_saves_an_ordinary_model(model, program, tmp_path):
@@ -79,7 +79,8 @@ def test_merge_saves_an_ordinary_model(model, program, tmp_path):
     torch.testing.assert_close(logits(merged), logits(loaded), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, logits(merged), atol=1e-2)
     placed = saved(model, fe.Steer({1: torch.ones(32)}, site="mlp", positions="last 1"), tmp_path / "placed")
-    assert "weights act on every token" in program("merge", model, placed, "--out", tmp_path / "no", code=1)
+    assert "weights act on every token" in program("merge", model, placed, "--out", tmp_path / "no", code=2)
+    assert "is not a folder" in program("verify", model, "--edit", tmp_path / "none", code=2)
     assert not (tmp_path / "no").exists()
 
 
@@ -208,10 +209,18 @@ def program(monkeypatch, capsys):
     return program
 
 
-def test_errors_are_one_line_with_an_exit_code(program, tmp_path):
+def test_errors_are_one_line_with_an_exit_code(program, encoder, tmp_path):  # noqa: F811
+    assert "cannot read 301 tokens" in program("bench", encoder, "--tokens", 300, code=2)
+    assert "is no causal language model" in program("generate", encoder, "--prompt", "good", code=2)
     assert "No such command 'frobnicate'" in program("frobnicate", code=2)
     assert "is no saved edit" in program("convert", tmp_path, tmp_path / "a.gguf", code=2)
-    assert "has no edit.json" in program("push", tmp_path, "anna/edit", code=1)
+    assert "has no edit.json" in program("push", tmp_path, "anna/edit", code=2)
+    assert "is not a folder" in program("show", tmp_path / "none", code=2)
+    assert "expected user/name" in program("push", tmp_path, "anna", "--card", code=2)
+    assert "there is no such folder" in program("bench", "./none", code=2)
+    (tmp_path / "file").touch()
+    assert "is a file" in program("merge", "./none", "edit", "--out", tmp_path / "file", code=2)
+    assert "there is no folder" in program("generate", "./none", "--html", tmp_path / "none" / "a.html", code=2)
 
 
 def test_a_shell_completes_commands():
@@ -229,7 +238,8 @@ def test_what_the_program_makes_of_what_is_raised(monkeypatch, capsys):
         return app
 
     for error, code, message in (
-        (ValueError("so and\nso"), 1, "so and so"), (cli.typer.BadParameter("no"), 2, "no"),
+        (ValueError("so and\nso"), 2, "so and so"), (OSError(28, "disk full"), 1, "disk full"),
+        (cli.typer.BadParameter("no"), 2, "no"),
         (KeyboardInterrupt(), 130, "stopped"),
     ):  # fmt: skip
         monkeypatch.setattr(cli, "app", raising(error))

@@ -1,4 +1,4 @@
-"""Folders of PEFT's (IA)3 and of pyreft, read without those libraries, and (IA)3 written for PEFT."""
+"""Folders of PEFT's (IA)3 and of pyreft, read without those libraries, and written for them."""
 
 import json
 import subprocess
@@ -228,3 +228,54 @@ def test_what_pyreft_saves_is_read(tmp_path):
     plain = tiny.build("llama")
     fe.load_adapter(plain, tmp_path / "reft", positions="all")
     torch.testing.assert_close(tiny.output(plain, "llama"), said.detach(), rtol=1e-4, atol=1e-3)
+
+
+def low_rank():
+    """A LoReFT and a vector at one place, an ablation at another, a rank-2 map at a third; strengths of their own."""
+    basis = torch.linalg.qr(drawn(32, 2))[0].T.contiguous()
+    return [
+        fe.LowRank(read=0.3 * drawn(2, 32, seed=2), write=basis, offset=drawn(2, seed=3), layers=[1], strength=0.5),
+        fe.Steer({1: drawn(32, seed=4)}, strength=0.7), fe.Ablate({0: drawn(32, seed=5)}, site="mlp"),
+        fe.LowRank(read=0.3 * drawn(3, 32, seed=6), offset=None, write=0.3 * drawn(3, 32, seed=7), site="attn", layers=[2]),
+    ]  # fmt: skip
+
+
+def test_what_is_written_for_pyreft_is_the_same_edit(tmp_path):
+    model = tiny.build("llama")
+    handle = fe.patch(model, low_rank())
+    handle.strength = 0.8
+    said, plain = tiny.output(model, "llama"), tiny.output(tiny.build("llama"), "llama")
+    assert (said - plain).abs().max() > 0.1
+    fe.save_pyreft(handle, tmp_path / "reft")
+    again = tiny.build("llama")
+    fe.load_adapter(again, tmp_path / "reft", positions="all")
+    torch.testing.assert_close(tiny.output(again, "llama"), said, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        (fe.RED({0: torch.full((32,), 2.0)}, {0: torch.ones(32)}), "LoReFT scales nothing"),
+        (fe.Steer({0: torch.ones(32)}, keep_norm=True), "no keep_norm"),
+        (fe.Steer({0: torch.ones(48)}, site="ffn_in"), "at block, mlp and attn"),
+        ([fe.Steer({0: torch.ones(32)}), fe.Steer({0: torch.ones(32)}, positions="last 1")], "different tokens"),
+    ],
+)
+def test_what_loreft_does_not_express_is_not_written(edits, message, tmp_path):
+    handle = fe.patch(tiny.build("llama"), edits)
+    with pytest.raises(ValueError, match=message):
+        fe.save_pyreft(handle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pyreft_reads_what_is_written_for_it(tmp_path):
+    pyreft = needs("pyreft")
+    model = tiny.build("llama")
+    fe.save_pyreft(fe.patch(model, low_rank()), tmp_path)
+    theirs = pyreft.ReftModel.load(str(tmp_path), tiny.build("llama"))
+    for key, one in theirs.interventions.items():  # its load makes them bfloat16
+        one.float()
+        one.load_state_dict(torch.load(tmp_path / f"intkey_{key}.bin"))
+    theirs.eval()
+    said = theirs(base=tiny.inputs("llama"))[1].logits
+    torch.testing.assert_close(said.detach(), tiny.output(model, "llama"), rtol=1e-4, atol=1e-3)

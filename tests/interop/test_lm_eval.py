@@ -46,7 +46,7 @@ def test_the_page_scores_an_edited_model(tmp_path, monkeypatch):
     (tmp_path / "tasks" / "four.yaml").write_text(TASK.format(file=tmp_path / "four.jsonl"))
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     names = {"fe": fe, "model": model, "tokenizer": said, "tasks": ["four"], "manager": manager}
-    (block,) = pages.blocks("lm-evaluation-harness.md")
+    _, block = pages.blocks("lm-evaluation-harness.md")
     exec(compile(block.code, str(block), "exec"), names)
     ids = said.convert_tokens_to_ids(CHOICES)
     for strength, found in names["found"].items():

@@ -20,8 +20,7 @@ from fastedit.interop import smollm2
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("methods.md", "recontrol.md", "rahf.md", "reft.md", "training.md")
 FILES = {
-    "happy": "what a good day", "sad": "what a bad day", "can": "is the cat good ?", "cannot": "is the moon bad ?",
-    "phrases": "no", "harmful": "a bad dog", "harmless": "a good dog", "sport": "who won the game ?", "other": "who ate it ?",
+    "happy": "what a good day", "sad": "what a bad day", "harmful": "a bad dog", "harmless": "a good dog",
     "prompts": "what is a dog",
 }  # fmt: skip
 ENDS = ("so", "very", "big", "small", "red", "on")
@@ -67,6 +66,7 @@ def roberta(folder):
 BIG = {
     "meta-llama/Llama-3.1-8B-Instruct": llama(16), "meta-llama/Meta-Llama-3-8B-Instruct": llama(3), "./model": llama(3),
     "Qwen/Qwen2.5-0.5B-Instruct": qwen, "FacebookAI/roberta-base": roberta, "./encoder": roberta,
+    "minilm": roberta,
 }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_the_commands_of_a_page(page, here):
     assert set(ran) >= {
         "methods.md": {"contrast", "generate", "roleref", "inferaligner", "cast", "ubpl"},
         "recontrol.md": {"recontrol", "generate"}, "rahf.md": {"rahf", "generate"}, "reft.md": {"train"},
-        "training.md": {"train", "predict", "vector", "recontrol"},
+        "training.md": {"train", "predict", "evaluate", "vector", "recontrol"},
     }[page]  # fmt: skip
 
 
