@@ -64,24 +64,24 @@ def apart():
     return ["-fno-gnu-unique"] if compiler().endswith("g++") else []
 
 
-def build(folder):
+def build(folder, *flags):
     """The kernels and the emulator as one shared library in `folder`; one that is there is loaded as it is."""
     library = folder / "emulated.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            compile_all(library)
+            compile_all(library, flags)
     return Emulated(ctypes.CDLL(str(library)), library)
 
 
-def compile_all(library):
+def compile_all(library, flags=()):
     folder = library.parent
     kernels = [path for path in sorted((ROOT / "kernels/cuda").glob("*.cu")) if path.name != "probe.cu"]  # it asks a real device
     sources = [*kernels, *sorted(HERE.glob("*.cpp"))]
 
     def compile_one(source):
         target = folder / f"{source.stem}.o"
-        command = [compiler(), *FLAGS, *apart(), "-x", "c++", "-c", str(source), "-o", str(target)]
+        command = [compiler(), *FLAGS, *flags, *apart(), "-x", "c++", "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return str(target)
