@@ -26,10 +26,11 @@ def find_cuobjdump():
 
 
 def compile_unit(unit, folder, arch="sm_90"):
-    """(cubin, ptxas' report)."""
+    """(cubin, ptxas' report). What is off by default is looked at, too."""
     cubin = Path(folder) / f"{unit.stem}.{arch}.cubin"
+    flags = [] if "tensor" not in unit.stem else ["-DFASTEDIT_TENSOR"]
     done = subprocess.run(
-        [find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-I{KERNELS}",
+        [find_nvcc(), "-std=c++17", "-O3", *flags, f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-I{KERNELS}",
          str(unit), "-o", str(cubin)],
         capture_output=True, text=True,
     )  # fmt: skip
