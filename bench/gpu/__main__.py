@@ -5,7 +5,7 @@
 
 Needs no network and nothing but a checkout, nvcc, and a Python with torch, Triton, transformers, pytest and xdist. Results
 are on the disk as they come: gpu-steps.csv says how each step ended, gpu.log holds all that they printed, the others what
-they measured; six files, and three more of --more in theirs. A profiler or a sanitizer that is missing or refused ends its
+they measured; eight files, and three more of --more in theirs. A profiler or a sanitizer that is missing or refused ends its
 own step only. --rehearse runs every step on the CPU with small shapes: what a machine without a GPU can say of the script.
 """
 
@@ -91,15 +91,16 @@ def steps(options):
         METRICS,
     )
     quick = ("--quick",) if rehearse else ()
-    yield Step("build", 150, (*build, str(ROOT)), environment=native)
+    yield Step("build", 120, (*build, str(ROOT)), environment=native)
     yield Step("check", 35, (*module, "bench.gpu.check", "--out", out, *quick))
     yield Step("speed", 75, (*module, "bench.gpu.speed", "--out", out, *speed))
     yield Step("profile", 75, (*ncu, *module, "bench.gpu.speed", "--once"), needs="ncu", into="gpu-ncu.csv")
-    yield Step("tests", 110, (*pytest, *workers, "-k", "cuda or not triton"))
-    yield Step("decode", 50, (*module, "bench.gpu.decode", "--out", out))
+    yield Step("tests", 90, (*pytest, *workers, "-k", "cuda or not triton"))
+    yield Step("decode", 40, (*module, "bench.gpu.decode", "--out", out))
     if not rehearse:  # Triton compiles for a GPU that is there, or interprets for minutes
-        yield Step("triton", 50, (*module, "bench.gpu.check", "--out", out, "--backend", "triton", "--quick"))
+        yield Step("triton", 40, (*module, "bench.gpu.check", "--out", out, "--backend", "triton", "--quick"))
         yield Step("bits", 50, (*module, "bench.gpu.bits"), needs="nvcc")
+        yield Step("tensor", 70, (*module, "bench.gpu.tensor", "--out", out), needs="nvcc")
 
 
 def more_steps(options):

@@ -73,12 +73,12 @@ def digests(library, device="cpu"):
     return found
 
 
-def build(folder):
-    """kernels/cuda for this GPU without contraction, under C names, as one shared library."""
+def build(folder, *options):
+    """kernels/cuda for this GPU, under C names, as one shared library."""
     from cuda_tools import KERNELS, UNITS, find_nvcc
 
     major, minor = torch.cuda.get_device_capability()
-    flags = ["-std=c++17", "-O3", f"-arch=sm_{major}{minor}", "-fmad=false", "-Xcompiler", "-fPIC", f"-I{KERNELS}"]
+    flags = ["-std=c++17", "-O3", f"-arch=sm_{major}{minor}", *options, "-Xcompiler", "-fPIC", f"-I{KERNELS}"]
     sources = [*(unit for unit in UNITS if unit.stem != "probe"), ROOT / "tests/cuda_emulator/exports.cpp"]
 
     def compile_one(source):
@@ -89,7 +89,7 @@ def build(folder):
 
     with ThreadPoolExecutor() as pool:
         objects = list(pool.map(compile_one, sources))
-    library = folder / "bits.so"
+    library = folder / "kernels.so"
     subprocess.run([find_nvcc(), "-shared", "-cudart=shared", "-o", str(library), *objects], check=True)
     return ctypes.CDLL(str(library))
 
@@ -116,6 +116,7 @@ def on_gpu(library):
             harness.ARGUMENTS.clear()
             assert error == 0, f"{op}: error {error}"
             outputs.check()
+            self.again = lambda keep=(outputs, workspace): getattr(library, op)(ctypes.byref(args), *extra)
 
     return OnGpu()
 
@@ -135,7 +136,7 @@ def main():
             return
         if not torch.cuda.is_available():
             raise SystemExit("no GPU is here")
-        library = build(folder)
+        library = build(folder, "-fmad=false")
         with torch.device("cuda"):
             found = digests(on_gpu(library), "cuda")
     expected = json.loads(FILE.read_text())

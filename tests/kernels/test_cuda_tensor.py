@@ -146,3 +146,16 @@ def test_streams(cuda):
     assert cuda.moved["grad_residual"] == cuda.moved["x"] == (1.0, 0.0)
     assert cuda.moved["grad_normed"] == cuda.moved["residual_out"] == (2.0, 0.0)
     assert cuda.moved["d_x"] == cuda.moved["d_residual"] == (0.0, 1.0)
+
+
+def test_the_gpus_step_on_the_emulator(cuda, monkeypatch):
+    """bench/gpu/tensor.py, as far as it goes without a GPU."""
+    from bench.gpu import bits, tensor
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(tensor, "CHECKED", ((9, 64),))
+    library = bits.on_gpu(cuda.library)
+    assert tensor.check(library) == 0
+    for op in ("edit", "edit_add_norm"):
+        assert tensor.backward(library, op, 16, 64)() == 0
+        assert "tensor_backward" in cuda.launches()[-2][0]

@@ -61,7 +61,7 @@ def test_what_travels_back_is_few_files_and_what_is_asked_for_fits(tmp_path):
         assert len({s.name for s in listed}) == len(listed) >= 5
     assert sum(s.seconds for s in gpu.steps(options(tmp_path))) < 600
     assert [s.name for s in gpu.steps(options(tmp_path))] == [
-        "build", "check", "speed", "profile", "tests", "decode", "triton", "bits",
+        "build", "check", "speed", "profile", "tests", "decode", "triton", "bits", "tensor",
     ]  # fmt: skip
     files = {
         "gpu-steps.csv",
@@ -71,6 +71,7 @@ def test_what_travels_back_is_few_files_and_what_is_asked_for_fits(tmp_path):
         "gpu-speed.csv",
         "gpu-ncu.csv",
         "gpu-decode.csv",
+        "gpu-tensor.csv",
     }
     sources = "".join(path.read_text() for path in (ROOT / "bench/gpu").glob("*.py"))
     assert len(files) <= 8 and all(name.removesuffix("-triton.csv").split(".")[0] in sources for name in files)
