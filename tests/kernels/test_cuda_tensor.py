@@ -159,3 +159,50 @@ def test_the_gpus_step_on_the_emulator(cuda, monkeypatch):
     for op in ("edit", "edit_add_norm"):
         assert tensor.backward(library, op, 16, 64)() == 0
         assert "tensor_backward" in cuda.launches()[-2][0]
+
+
+# Forward, of ranks that are a multiple of eight
+
+
+@pytest.mark.parametrize("dtype", [BF16, HALF], ids=["bf16", "f16"])
+@pytest.mark.parametrize(("rows", "width", "rank"), [(1, 64, 8), (16, 128, 16), (37, 384, 24), (50, 2048, 16), (9, 4096, 64)])
+def test_forward_of_many_ranks(cuda, rows, width, rank, dtype):
+    form = make_form(rows, width, rank)
+    x, residual = (stream(rows, width, dtype, view) for view in ("strided", "plain"))
+    for given in (form, {n: p for n, p in form.items() if n not in ("scale", "offset")}):
+        emulated.check_edit(cuda, x, given)
+        assert "tensor_rows" in launched(cuda)
+        got = cuda.edit_add(x, residual, given, want_z=True)
+        assert "tensor_rows" in launched(cuda)
+        eager = emulated.reference.edit_add(x, residual, *emulated.reference_form(given, F32), False, True)
+        double = emulated.double((x, residual))
+        exact = emulated.reference.edit_add(*double, *emulated.reference_form(given, torch.float64), False, True)
+        emulated.assert_all("out z", got, exact, eager)
+
+
+def test_a_rows_forward_depends_on_no_other_row_grid_or_order(cuda):
+    x, residual, form = stream(70, 192, BF16), stream(70, 192, BF16), make_form(70, 192, 16)
+    whole, z = cuda.edit_add(x, residual, form, want_z=True)
+    for sms, seed in ((1, 1), (132, 2), (2, 3)):
+        cuda.schedule(sms, seed)
+        out, of_part = cuda.edit_add(x[3:40], residual[3:40], form, want_z=True)
+        assert emulated.same_bits(out, whole[3:40]) and emulated.same_bits(of_part, z[3:40])
+    x[5] = torch.inf
+    out = cuda.edit_add(x, residual, form)[0]
+    assert not torch.isfinite(out[5]).any()
+    out[5] = whole[5]
+    assert emulated.same_bits(out, whole)
+
+
+@pytest.mark.parametrize("case", ["rank 12", "fp32", "on the sum", "coefficient", "width", "no room"])
+def test_a_forward_that_it_does_not_serve(cuda, case):
+    rows, width = 5, {"width": 24, "no room": 8192}.get(case, 64)
+    form = make_form(rows, width, 12 if case == "rank 12" else 8, None, "rows" if case == "coefficient" else None)
+    x, residual = (stream(rows, width, F32 if case == "fp32" else BF16) for _ in range(2))
+    cuda.edit_add(x, residual, form, case == "on the sum")
+    assert "tensor_rows" not in launched(cuda)
+
+
+def test_streams_of_a_forward(cuda):
+    cuda.edit_add(stream(16, 4096, BF16), stream(16, 4096, BF16), make_form(16, 4096, 16))
+    assert cuda.moved["x"] == cuda.moved["residual"] == (1.0, 0.0) and cuda.moved["out"] == (0.0, 1.0)
