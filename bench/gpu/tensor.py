@@ -18,7 +18,7 @@ import torch
 from . import bits
 from .device import Table, microseconds
 
-FIELDS = ("op", "rows", "width", "us_default", "us_default_again", "us_tensor", "of_default")
+FIELDS = ("op", "rank", "rows", "width", "us_default", "us_again", "us_tensor", "of_default")
 SHAPES = ((8192, 4096), (16384, 4096), (65536, 4096), (16384, 2048), (32768, 1024))
 FLAGS = {"default": (), "tensor": ("-DFASTEDIT_TENSOR",)}
 CHECKED, TURNS, CALLS = ((1, 64), (33, 384), (300, 1024), (3000, 4096)), 15, 4
@@ -42,7 +42,23 @@ def check(library):
             except Exception as error:
                 wrong += 1
                 print(f"WRONG: {name} {rows} x {width} {dtype}: {type(error).__name__} {str(error)[:200]}", flush=True)
+    for (rows, width), rank in ((s, r) for s in CHECKED for r in (8, 16, 64)):
+        try:
+            for dtype in (torch.bfloat16, torch.float16):
+                cases.check_edit(library, torch.randn(rows, width).to(dtype), cases.make_form(rows, width, rank))
+            print(f"right: edit forward {rows} x {width} rank {rank}", flush=True)
+        except Exception as error:
+            wrong += 1
+            print(f"WRONG: edit forward {rows} x {width} rank {rank}: {type(error).__name__} {str(error)[:200]}", flush=True)
     return wrong
+
+
+def forward(library, rank, rows, width):
+    from emulated_cases import make_form
+
+    x, form = torch.randn(rows, width).bfloat16(), make_form(rows, width, rank)
+    library.edit(x, form)
+    return lambda again=library.again, keep=(x, form): again()
 
 
 def backward(library, op, rows, width):
@@ -77,17 +93,21 @@ def main():
     torch.manual_seed(0)
     with torch.device("cuda"):
         wrong = check(tensor)
-        for op, (rows, width) in ((op, shape) for shape in SHAPES for op in ("edit", "edit_add_norm")):
+        kinds = (("edit", 4), ("edit_add_norm", 4), ("edit forward", 8), ("edit forward", 16), ("edit forward", 64))
+        for (op, rank), (rows, width) in ((kind, shape) for shape in SHAPES for kind in kinds):
             libraries = {"default": default, "again": default, "tensor": tensor}
-            calls = {n: backward(library, op, rows, width) for n, library in libraries.items()}
+            calls = {
+                n: forward(library, rank, rows, width) if op == "edit forward" else backward(library, op, rows, width)
+                for n, library in libraries.items()
+            }
             times = {n: [] for n in calls}
             for _ in range(TURNS):
                 for n, call in calls.items():
                     times[n].append(microseconds(call, CALLS))
             us = {n: statistics.median(t) for n, t in times.items()}
-            table.write(op=op, rows=rows, width=width, us_default=f"{us['default']:.1f}", us_default_again=f"{us['again']:.1f}",
-                        us_tensor=f"{us['tensor']:.1f}", of_default=f"{us['tensor'] / us['default']:.3f}")  # fmt: skip
-            print(f"{op} {rows} x {width}: {us['tensor'] / us['default']:.3f} of the default kernel's time", flush=True)
+            row = {f"us_{n}": f"{t:.1f}" for n, t in us.items()} | {"of_default": f"{us['tensor'] / us['default']:.3f}"}
+            table.write(op=op, rank=rank, rows=rows, width=width, **row)
+            print(f"{op} rank {rank} {rows} x {width}: {row['of_default']} of the default kernel's time", flush=True)
     sys.exit(1 if wrong else 0)
 
 

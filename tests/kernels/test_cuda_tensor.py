@@ -136,6 +136,27 @@ def test_what_is_not_finite_stays_where_it_belongs(cuda):
     assert torch.isnan(d_read).all() and torch.isnan(d_offset).all()
 
 
+def test_the_parts_of_a_factor_are_all_of_it(cuda):
+    """Of one row with a gradient of ones d_write is z, of one of ones d_read is q, to the bit."""
+    rows, needs = torch.zeros(3, 64, dtype=BF16), [True] * 6 + [False]
+    rows[0] = 1
+    for _ in range(20):
+        z = torch.randn(3, 4)
+        found = cuda.edit_backward(rows, rows, None, make_form(3, 64, 4), None, z, needs, BF16, (3, 64))
+        assert torch.equal(found[5], z[0][:, None].expand(4, 64))
+        assert torch.equal(found[3], found[4][:, None].expand(4, 64)) and found[4].any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, HALF], ids=["bf16", "f16"])
+def test_ranks_that_cancel(cuda, dtype):
+    """q @ read is a small difference of large terms: both have more bits than one part."""
+    form = make_form(9, 64, 4)
+    form["write"][:2] = 1e3 * form["write"][:1]
+    form["read"][1] = -form["read"][0] * (1 + 2.0**-10 * torch.randn(64))
+    emulated.check_edit_backward(cuda, 9, 64, (dtype, dtype), form, without=("coefficient", "grad_z"))
+    assert "tensor_backward" in launched(cuda)
+
+
 def test_streams(cuda):
     """Each once; the norm's two once more for the second pass, from L2."""
     rows, width = 16, 4096
