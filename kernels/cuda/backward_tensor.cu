@@ -24,8 +24,8 @@ namespace {
 
 constexpr int kTensorRanks = 4, kSums = 2 * kTensorRanks + 2, kV = 8, kVectors = kTensorColumns / kV;
 
-// In shared memory: q and z of each rank and row of a tile, a norm's rstd and dot of each row, Σ q, and the warps' shares of what is
-// summed along the rows.
+// In shared memory: q and z of each rank and row of a tile, a norm's rstd and dot of each row, Σ q, and the warps' shares of
+// what is summed along the rows.
 struct RowSums {
   float *q, *z, *norm, *offset, *share;
   __device__ explicit RowSums(float* shared)
@@ -188,9 +188,9 @@ struct TensorTile {
   }
   __device__ Streams second_streams(const Places& p, int i) const {
     Streams s{};
-    const int rows = i < b.unit.chunks ? live - 2 * member : 0;
+    const int there = i < b.unit.chunks ? live - 2 * member : 0;  // rows of the two
     auto take = [&](Vector& vector, const char* place, int64_t stride, int r) {
-      if (r < rows) vector = load<kOnce, T, kV>(step(place, stride, r, chunk_at(i)), 0, 0);
+      if (r < there) vector = load<kOnce, T, kV>(step(place, stride, r, chunk_at(i)), 0, 0);
     };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(32 * kTensorWarps, 1) tensor_backward(const Ba
   run.rows = {nullptr, 0, first + run.rows.count, 0, true}, run.end += first;
   float4* sums = reinterpret_cast<float4*>(shared) + b.unit.sums_at / 16;
   uint4* stage = reinterpret_cast<uint4*>(sums + kSums * (b.a.width / 4));
-  TensorTile<T, part == kPlainRankNorm || part == kPlainReftNorm> tile{
+  TensorTile<T, part == kPlainRankNorm> tile{
       b, RowSums(shared), sums, stage, first, run.rows.count, 0};
   auto places = tile.places();
 #pragma unroll 1

@@ -147,7 +147,7 @@ struct TensorRows {
 };
 
 template <class T, Part kPart>
-__global__ void __launch_bounds__(32 * kTensorWarps, 1) tensor_rows_kernel(const EditAddNormArgs given, const int chunks) {
+__global__ void __launch_bounds__(32 * kTensorWarps, 2) tensor_rows_kernel(const EditAddNormArgs given, const int chunks) {
   const EditAddNormArgs args = plain<kPart, true, true>(given);
   const EditAddArgs& a = args.add;
   FASTEDIT_SHARED(shared);
