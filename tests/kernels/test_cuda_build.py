@@ -239,6 +239,13 @@ int main() {
         CHECK(parts >= 1 && 256 % parts == 0 && 256 / parts >= 8);
       }
     }
+    for (int kib : {99, 163, 227}) {
+      UnitShape s = tensor_shape(width, 9, 10, kib * 1024);
+      CHECK(width != 4096 || kib < 227 || s.shared_bytes > 0);
+      if (!s.shared_bytes) continue;
+      CHECK(s.threads % 32 == 0 && s.threads <= 256 && int64_t{s.threads} * s.chunks * 2 == width);
+      CHECK(s.sums_at % 16 == 0 && s.sums_at + width * 56 == s.shared_bytes && s.shared_bytes <= kib * 1024);
+    }
     CHECK(column_shape(5, 3, vector).shared_bytes <= 48 * 1024 && column_shape(5, 3, vector).blocks == 15);
   }
   return 0;
