@@ -39,9 +39,11 @@ class Case:
         return self.kernel.replace("{t}", kind)
 
 
-TILE, UNIT = (
+TILE, UNIT, TENSOR, TENSOR_ROWS = (
     r"tile_rows_kernel<{t}, {t}, 8, %s, false, \(Part\)%d, %s>",
     r"unit_backward<{t}, {t}, 8, \(BackwardPart\)%d, \(Ranks\)%d>",
+    r"tensor_backward<{t}, \(BackwardPart\)%d>",  # off by default, as the next
+    r"tensor_rows_kernel<{t}, \(Part\)%d>",
 )
 CASES = (
     Case("edit", "forward", 0, r"stream_rows<{t}, {t}, 8, false, false>", 2),
@@ -53,10 +55,14 @@ CASES = (
     Case("edit_add on the sum", "forward", 4, TILE % ("16, true", 3, "true"), 3),
     Case("edit_add_norm", "forward", 4, TILE % ("16, true", 4, "true"), 4),
     Case("edit_add_norm on the sum", "forward", 4, TILE % ("16, true", 5, "true"), 4),
+    Case("edit on tensor cores", "forward", 16, TENSOR_ROWS % 1, 2),
+    Case("edit_add on tensor cores", "forward", 16, TENSOR_ROWS % 2, 3),
     Case("edit", "backward", 0, r"column_sums<{t}, {t}, 8, false, true>", 3),
     Case("edit_add_norm", "backward", 0, UNIT % (1, 0), 6),
     Case("edit", "backward", 4, UNIT % (3, 1), 3),
     Case("edit_add_norm", "backward", 4, UNIT % (2, 1), 6),
+    Case("edit on tensor cores", "backward", 4, TENSOR % 3, 3),
+    Case("edit_add_norm on tensor cores", "backward", 4, TENSOR % 2, 6),
     Case("edit of LoReFT", "backward", 4, UNIT % (5, 2), 3),
     Case("edit_add_norm of LoReFT", "backward", 4, UNIT % (4, 1), 6),
 )
@@ -128,16 +134,38 @@ def tile_slots(loop, kind, rank, chunks, threads):
     return issued(loop)
 
 
+def tensor_slots(loop, chunks, warps):
+    """The same for a tile of eight rows on tensor cores, of which a thread has `chunks` times 64 columns of its warp."""
+    trips = {inner.first: chunks if inner.count("HMMA") else -(-warps // 4) / warps for inner in loop.inner}
+    assert sorted(trips.values())[-2:] == [chunks] * 2, "two passes over the tile's columns"
+    return len(loop.own) + sum(trips[inner.first] * total(inner) for inner in loop.inner)
+
+
+def tensor_rows_slots(loop, rank, chunks, warps):
+    """The same for a tile of sixteen rows, whose loops are: eight ranks, columns; z, shares; columns, eight ranks."""
+    project, finish, edit = loop.inner
+    (columns,), (shares,), (combine,) = project.inner, finish.inner, edit.inner
+    assert columns.count("HMMA") and combine.count("HMMA") and not total(finish) > 200
+    groups, z = rank // 8, -(-rank * 16 // (32 * warps))
+    projected = groups * (len(project.own) + chunks * len(columns.own))
+    finished = z * (len(finish.own) + -(-warps // 4) * len(shares.own))
+    return len(loop.own) + projected + finished + chunks * (len(edit.own) + groups * len(combine.own))
+
+
 def slots_an_element(kernel, code, rank):
     """Of 16-bit rows of WIDTH columns."""
     main = max(loops(code), key=total)
     if kernel.startswith(("stream_rows", "column_sums")):
         assert not main.inner, f"{kernel}: loops that bench/slots.py does not know"
         return len(main.own) / 32  # four rows of eight columns
+    if kernel.startswith("tensor_rows"):
+        return tensor_rows_slots(main, rank, WIDTH // 64 // 8, 8) / (16 * WIDTH / 256)
     if kernel.startswith("tile_rows"):
         elements = 32 if rank else 16
         return tile_slots(main, "tile", rank, 1, WIDTH * 2 // elements) / elements
     main = max(main.inner, key=total)  # a unit's tiles; around them a run's units
+    if kernel.startswith("tensor"):
+        return tensor_slots(main, WIDTH // 64 // 8, 8) / (8 * WIDTH / 256)
     return tile_slots(main, "unit", rank, WIDTH // 2048, 256) / (2 * 8 * WIDTH // 2048)
 
 
@@ -153,7 +181,10 @@ def table(codes):
             yield dict(zip(FIELDS, row, strict=True))
 
 
-def compiled_codes(folder, units=("edit", "edit_add", "edit_add_norm", "edit_add_norm_backward", "edit_backward")):
+UNITS = ("edit", "edit_add", "edit_add_norm", "edit_add_norm_backward", "edit_backward", "backward_tensor", "rows_tensor")
+
+
+def compiled_codes(folder, units=UNITS):
     from cuda_tools import KERNELS, compile_unit, listing
 
     from .static import plain_names

@@ -26,8 +26,9 @@ def find_cuobjdump():
 
 
 def compile_unit(unit, folder, arch="sm_90", flags=()):
-    """(cubin, ptxas' report)."""
+    """(cubin, ptxas' report). What is off by default is looked at, too."""
     cubin = Path(folder) / f"{unit.stem}.{arch}.cubin"
+    flags = [*flags, *(["-DFASTEDIT_TENSOR"] if "tensor" in unit.stem else [])]
     done = subprocess.run(
         [find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-I{KERNELS}", *flags,
          str(unit), "-o", str(cubin)],

@@ -35,13 +35,17 @@ def names(value):
     return "-".join(map(names, value)) if isinstance(value, tuple) else NAMES.get(value, str(value))
 
 
-@pytest.fixture(scope="module")
-def cuda(tmp_path_factory):
+def built(tmp_path_factory, name, switch=""):
     """Compiled once a run: the first file that asks for it compiles, whichever process it is in, and others wait."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_emulated"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
-    return harness.build(folder)
+    return harness.build(folder, switch)
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory):
+    return built(tmp_path_factory, "cuda_emulated")
 
 
 @pytest.fixture(autouse=True)

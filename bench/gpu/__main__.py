@@ -5,7 +5,7 @@
 
 Needs no network and nothing but a checkout, nvcc, and a Python with torch, Triton, transformers, pytest and xdist. Results
 are on the disk as they come: gpu-steps.csv says how each step ended, gpu.log holds all that they printed, the others what
-they measured; eight files, and five of --more in theirs. A profiler or a sanitizer that is missing or refused ends its
+they measured; eight files, and six of --more in theirs. A profiler or a sanitizer that is missing or refused ends its
 own step only. --rehearse runs every step on the CPU with small shapes: what a machine without a GPU can say of the script.
 """
 
@@ -111,6 +111,7 @@ def more_steps(options):
         yield Step(tool, 120, (*sanitizer, *module, "bench.gpu.sanitize"), needs="compute-sanitizer")
     if rehearse:
         return
+    yield Step("tensor", 150, (*module, "bench.gpu.tensor", "--out", out), needs="nvcc")
     yield Step("peers", 240, (*module, "bench.kernels", "--out", out, "--minutes", "3"))
     yield Step("bank", 120, (*module, "bench.bank", "--out", out))
     yield Step("models", 240, (*module, "bench.models", "--out", out, "--minutes", "3", "--processes", "2", "--csv"))

@@ -3,6 +3,7 @@
 // edit_backward and project_backward fill the same struct as edit_add_norm_backward and leave the norm out.
 // Kinds of kernel:
 //   units    backward_unit.h     sums along the rows and, as far as they fit on the chip, down the columns
+//            backward_tensor.cu  the same of four ranks on tensor cores; off unless compiled with FASTEDIT_TENSOR
 //   columns  backward_columns.h  rank 0 without a norm: one pass, column tiles
 //   rows     backward_rows.h     sums along the rows, for odd widths, unaligned views and rows of which not one
 //                                vector sum fits on the chip; columns takes the rest
@@ -27,6 +28,7 @@ struct Backward {
   bool has_grad;  // a gradient comes in through the rows, not through z alone
   bool pulls;     // q has a part grad @ writeᵀ
   bool unit_kernel, rows_kernel;
+  bool tensor;         // the unit kernel is backward_tensor.cu's, which takes every sum
   bool columns_d_x;    // the column kernel stores d_x
   const float* q;      // (rows, rank) for d_read and d_offset: the workspace's, or grad_z itself; null: zero
   float* q_out;        // (rows, rank), null where nobody reads it
@@ -51,8 +53,9 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
 // for any of them, since the launch after it would be the same.
 int next_launch(Backward& backward);
 
-// Every launch of the unit kernel (edit_add_norm_backward.cu).
+// Every launch of the unit kernel (edit_add_norm_backward.cu), and that on tensor cores (backward_tensor.cu).
 int run_units(const Backward& backward, void* stream);
+int run_tensor_units(const Backward& backward, void* stream);
 
 // After the rows: d_read and d_write where they are left, then the pairwise sum of the units' partials into
 // d_form, d_weight, d_norm_bias.

@@ -6,6 +6,7 @@
 // warps take eight aligned runs of units. The sum is the pairwise tree over unit numbers, padded with zeros
 // on the right to a power of two: which warp adds a subtree changes nothing, so no launch shape does.
 #include "backward_outer.h"
+#include "plain.h"
 
 namespace fastedit::cuda {
 namespace {
@@ -109,13 +110,17 @@ int row_vector(const EditAddNormBackwardArgs& a, int sum_dtype) {
       .vector;
 }
 
+// Columns of sums.
+int count(const Sums& s, int rank) {
+  return (s.scale >= 0) + (s.bias >= 0) + (s.weight >= 0) + (s.norm_bias >= 0) + rank * ((s.read >= 0) + (s.write >= 0));
+}
+
 // The unit kernel's shape for the sums that are taken; false where they do not fit.
 bool fits(Backward& b) {
   const EditAddNormBackwardArgs& a = b.a;
   const Sums& s = b.taken;
   int rank = static_cast<int>(a.form.rank);
-  b.unit_sums = (s.scale >= 0) + (s.bias >= 0) + (s.weight >= 0) + (s.norm_bias >= 0) +
-                rank * ((s.read >= 0) + (s.write >= 0));
+  b.unit_sums = count(s, rank);
   b.reads_h = a.x && ((a.d_form.coefficient && a.form.scale) || s.scale >= 0 || s.read >= 0);
   int of_total = (a.grad_residual != nullptr) + 2 * (a.grad_normed != nullptr);
   int of_h = b.reads_h + (b.reads_h && a.residual);
@@ -142,6 +147,22 @@ bool take_what_fits(Backward& b) {
   return fits(b);
 }
 
+// Takes every sum of four ranks to the kernel on tensor cores, where it serves and all of them fit.
+void take_all_to_tensor_cores(Backward& b) {
+#ifdef FASTEDIT_TENSOR
+  const EditAddNormBackwardArgs& a = b.a;
+  Backward all = b;
+  all.taken = b.wanted, all.left = {}, all.tensor = true;
+  all.unit_sums = count(all.taken, static_cast<int>(a.form.rank));
+  all.unit = tensor_shape(a.width, a.grad_normed ? 9 : 4, all.unit_sums, shared_limit());
+  BackwardPart part = backward_part(all, a.width);
+  if (a.form.rank == 4 && a.x_dtype == a.residual_dtype && a.x_dtype != F32 &&
+      a.form.scale && all.unit_sums == 10 && all.taken.scale >= 0 && all.unit.shared_bytes &&
+      (part == kPlainRank || part == kPlainRankNorm))
+    b = all;
+#endif
+}
+
 // Bytes of a row's streams in the unit kernel over those of a unit's partials of so many sums, written and read.
 double partial_share(const Backward& b, int64_t sums) {
   const EditAddNormBackwardArgs& a = b.a;
@@ -161,7 +182,7 @@ void cut_units(Backward& b, bool sorted) {
                          partial_share(b, ceil_div(b.partial_size, b.a.width)), kBlockRows);
     b.unit_rows = kBlockRows / b.parts;
   } else {
-    b.cut = unit_cut(b.a.rows, b.vector / 4, chips, blocks, outer ? 0 : partial_share(b, b.unit_sums), kBlockRows);
+    b.cut = unit_cut(b.a.rows, b.tensor ? kTensorRows : b.vector / 4, chips, blocks, outer ? 0 : partial_share(b, b.unit_sums), kBlockRows);
   }
 }
 
@@ -218,7 +239,7 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
   b.taken = b.wanted;
   b.unit_kernel = along && b.vector > 1 && one_wide && args.width > 0 &&
                   (!b.wanted.vectors() || one_sum_fits(b)) && take_what_fits(b);
-  if (b.unit_kernel) cut_units(b, sorted);
+  if (b.unit_kernel) take_all_to_tensor_cores(b), cut_units(b, sorted);
   else b.taken = {}, b.left = b.wanted;
   if (!b.unit_kernel && !along && !sorted && b.vector > 1)
     b.unit_rows = column_unit_rows(args.rows, column_tiles(args.width, b.vector), kBlockRows);

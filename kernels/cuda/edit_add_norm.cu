@@ -20,6 +20,9 @@
 namespace fastedit::cuda {
 
 int edit_rows(const EditAddNormArgs& a, void* stream) {
+#ifdef FASTEDIT_TENSOR
+  if (tensor_rows_serve(a)) return run_tensor_rows(a, stream);
+#endif
   return a.add.form.gate ? edit_gated_rows(a, stream) : run_any_rows<false>(a, stream);
 }
 

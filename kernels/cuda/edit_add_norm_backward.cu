@@ -49,6 +49,9 @@ int run_unit(const Backward& b, void* stream) {
 }  // namespace
 
 int run_units(const Backward& b, void* stream) {
+#ifdef FASTEDIT_TENSOR
+  if (b.tensor) return run_tensor_units(b, stream);
+#endif
   return with_types(b.a.x_dtype, b.a.residual_dtype, [&](auto narrow, auto wide) {
     using H = typename decltype(narrow)::type;
     using G = typename decltype(wide)::type;

@@ -137,6 +137,21 @@ inline UnitShape unit_shape(int64_t width, int vector, int rank, int tile, int t
   return shape;
 }
 
+// The unit kernel on tensor cores (backward_tensor.cu): eight rows at a time, of which a warp takes 64 columns, every warp as
+// often. In shared memory lie `shares` sums of each row from every warp, the columns' sums, and one of the tile's streams;
+// 0 bytes: they do not fit, or the width has no such
+// share for at least half of the warps.
+constexpr int kTensorRows = 8, kTensorColumns = 64, kTensorWarps = 8, kTensorFloats = (3 * 4 + 2) * kTensorRows;
+inline UnitShape tensor_shape(int64_t width, int shares, int64_t sums, int shared_limit) {
+  int chunks = static_cast<int>(width / kTensorColumns), warps = kTensorWarps;
+  if (chunks == 0 || width % kTensorColumns) return {};
+  while (chunks % warps) --warps;
+  if (chunks > kTensorWarps && warps < kTensorWarps / 2) return {};
+  int sums_at = (kTensorFloats + shares * kTensorRows * warps) * 4;
+  int64_t bytes = sums_at + width * (sums * 4 + kTensorRows * 2);
+  return {32 * warps, chunks / warps, bytes <= shared_limit ? static_cast<int>(bytes) : 0, sums_at, true, true};
+}
+
 // The chips that an architecture is sold with, as numbers of multiprocessors: the fewest and the most of those that
 // the cut below is made for. Others of it run, too, with a less even share of the rows.
 struct Chips {

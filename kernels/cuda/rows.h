@@ -11,6 +11,10 @@ int edit_rows(const EditAddNormArgs& args, void* stream);
 // Its rows behind a gate (edit_gated.cu).
 int edit_gated_rows(const EditAddNormArgs& args, void* stream);
 
+// Ranks that are a multiple of eight on tensor cores (rows_tensor.cu), where FASTEDIT_TENSOR has them and they serve.
+bool tensor_rows_serve(const EditAddNormArgs& args);
+int run_tensor_rows(const EditAddNormArgs& args, void* stream);
+
 // True where rank 0 needs no sum along the row, so that the stream kernel serves.
 inline bool streams(const Form& form) { return form.rank == 0 && !form.gate; }
 

@@ -101,6 +101,8 @@ void expect_arrivals(const void* at, int bytes);
 void wait_for_arrivals(const void* at, int parity);
 void send(float* to, float value, const void* arrivals, int rank);
 float exchange(float value, int source_lane, const char* file, int line);
+constexpr int kFragment = 6;  // of A and B in a product of matrices
+void product(float (&sum)[4], const float (&fragment)[kFragment], int columns, const char* file, int line);
 float* shared_memory();
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
 void note_launch(const void* kernel, int64_t blocks, int threads, int shared_bytes);
@@ -164,6 +166,14 @@ inline void expect_arrivals(uint64_t* arrivals, int bytes) { emulator::expect_ar
 inline void wait_for_arrivals(uint64_t* arrivals, int parity) { emulator::wait_for_arrivals(arrivals, parity); }
 inline void send(float* to, float value, uint64_t* arrivals, int rank) { emulator::send(to, value, arrivals, rank); }
 #define cluster_barrier() ::emulator::wait_for_cluster(__FILE__, __LINE__)
+#define __syncwarp() ((void)::emulator::exchange(0.f, 0, __FILE__, __LINE__))
+inline void multiply_at(const char* file, int line, float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  emulator::product(sum, {a0, a1, a2, a3, b0, b1}, 8, file, line);
+}
+inline void multiply_at(const char* file, int line, float (&sum)[4], float a0, float a1, float b0) {
+  emulator::product(sum, {a0, a1, 0.f, 0.f, b0, 0.f}, 4, file, line);
+}
+#define multiply(...) multiply_at(__FILE__, __LINE__, __VA_ARGS__)
 
 inline unsigned ballot(bool vote, const char* file, int line) {
   uint32_t bits = uint32_t{vote} << threadIdx.x % 32;

@@ -56,7 +56,7 @@ struct Fiber {
   State state = State::kDone;
   const char* file = nullptr;
   int line = 0;
-  float sent[2];  // by turns, so that one rendezvous a shuffle is enough
+  float sent[2][kFragment];  // by turns, so that one rendezvous a shuffle is enough
   int turn = 0;
   const Arrivals* waits_for = nullptr;
   int parity = 0;
@@ -342,14 +342,54 @@ void wait_for_cluster(const char* file, int line) {
   leave(State::kAtCluster);
 }
 
-float exchange(float value, int source_lane, const char* file, int line) {
+// Waits for the warp with what this lane sends, and says which of its turns that is.
+int send(const float* values, int count, const char* file, int line) {
   Fiber& self = fibers[current];
-  int turn = self.turn ^= 1, warp = current / 32 * 32;
-  self.sent[turn] = value;
+  int turn = self.turn ^= 1;
+  std::copy_n(values, count, self.sent[turn]);
   self.file = file;
   self.line = line;
   leave(State::kAtShuffle);
-  return fibers[warp + source_lane].sent[turn];
+  return turn;
+}
+
+float exchange(float value, int source_lane, const char* file, int line) {
+  int turn = send(&value, 1, file, line);
+  return fibers[current / 32 * 32 + source_lane].sent[turn][0];
+}
+
+// c + Σ terms as tensor cores are known to add, at their coarsest: every term is cut off two bits behind the last of a float
+// of the largest one's exponent, and so is the sum behind its own last bit.
+float cut_sum(const double* terms, int count) {
+  double largest = 0, sum = 0;
+  for (int i = 0; i < count; ++i) {
+    if (!std::isfinite(terms[i])) return static_cast<float>(std::accumulate(terms, terms + count, 0.0));
+    largest = std::max(largest, std::fabs(terms[i]));
+  }
+  if (largest == 0) return 0.f;
+  double step = std::ldexp(1.0, std::ilogb(largest) - 24);
+  for (int i = 0; i < count; ++i) sum += std::trunc(terms[i] / step) * step;
+  float nearest = static_cast<float>(sum);
+  return std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.f) : nearest;
+}
+
+// sum += A B of tf32 by the PTX ISA's fragments of m16n8k8 and m16n8k4: lane 4 group + member has A's (group, member),
+// (group + 8, member), (group, member + 4), (group + 8, member + 4), then B's (member, group), (member + 4, group), and of the
+// sums (group, 2 member), (group, 2 member + 1) and the same of group + 8.
+void product(float (&sum)[4], const float (&fragment)[kFragment], int columns, const char* file, int line) {
+  for (float operand : fragment)
+    if (bits_of(operand) & 0x1fff) fail("an operand of a product that is no tf32");
+  int turn = send(fragment, kFragment, file, line), lane = current % 32;
+  const Fiber* warp = &fibers[current - lane];
+  for (int i = 0; i < 4; ++i) {
+    int m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
+    double terms[9] = {sum[i]};
+    for (int k = 0; k < columns; ++k) {
+      double a = warp[m % 8 * 4 + k % 4].sent[turn][m / 8 + k / 4 * 2], b = warp[n * 4 + k % 4].sent[turn][4 + k / 4];
+      terms[1 + k] = a * b;
+    }
+    sum[i] = cut_sum(terms, 1 + columns);
+  }
 }
 
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {

@@ -66,13 +66,14 @@ def apart():
     return ["-fno-gnu-unique"] if compiler().endswith("g++") else []
 
 
-def build(folder, switch="", units=()):
+def build(folder, switch="", units=None):
     """The kernels and the emulator as one shared library in `folder`; one that is there is loaded as it is.
 
-    `switch` is a macro that is defined for `units` (kernels/cuda/*.cu); the others are as they were built without it.
+    `switch` is a macro that is defined for `units` (kernels/cuda/*.cu), or for all that is compiled; others are as they were
+    built without it.
     """
     library = folder / f"emulated{switch}.so"
-    if switch:
+    if units is not None:
         build(folder)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -81,13 +82,13 @@ def build(folder, switch="", units=()):
     return Emulated(ctypes.CDLL(str(library)), library)
 
 
-def compile_all(library, switch="", units=()):
+def compile_all(library, switch="", units=None):
     folder = library.parent
     kernels = [path for path in sorted((ROOT / "kernels/cuda").glob("*.cu")) if path.name != "probe.cu"]  # it asks a real device
     sources = [*kernels, *sorted(HERE.glob("*.cpp"))]
 
     def compile_one(source):
-        switched = source.stem in units
+        switched = switch and (units is None or source.stem in units)
         target = folder / f"{source.stem}{switch if switched else ''}.o"
         if switch and not switched:
             return str(target)

@@ -89,3 +89,27 @@ extern "C" int break_cluster_rule(int index, int blocks, float* out) {
   emulator::launch(rules[index], blocks, 64, 64, out);
   return cudaGetLastError();
 }
+
+namespace {
+
+// c += a b for matrices in memory, 16 × columns and columns × 8, by the PTX ISA's formulas for m16n8k8 and m16n8k4 of tf32.
+void product_kernel(const float* a, const float* b, float* c, int columns) {
+  const int group = threadIdx.x >> 2, in_group = threadIdx.x % 4;
+  auto of_a = [&](int i) {
+    const int row = i == 0 || i == 2 ? group : group + 8, column = i < 2 ? in_group : in_group + 4;
+    return a[row * columns + column];
+  };
+  auto of_b = [&](int i) { return b[(i == 0 ? in_group : in_group + 4) * 8 + group]; };
+  auto of_c = [&](int i) -> float& { return c[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)]; };
+  float sum[4] = {of_c(0), of_c(1), of_c(2), of_c(3)};
+  if (columns == 8) multiply(sum, of_a(0), of_a(1), of_a(2), of_a(3), of_b(0), of_b(1));
+  else multiply(sum, of_a(0), of_a(1), of_b(0));
+  for (int i = 0; i < 4; ++i) of_c(i) = sum[i];
+}
+
+}  // namespace
+
+extern "C" int product(const float* a, const float* b, float* c, int columns) {
+  emulator::launch(product_kernel, 1, 32, 0, a, b, c, columns);
+  return cudaGetLastError();
+}

@@ -103,6 +103,16 @@ def test_trips_of_a_tiles_loops():
     assert slots.tile_slots(two, "tile", 4, 1, 256) == 100 + 25 + (10 + 2 * 4) / 8 + 2 * 64
 
 
+def test_trips_of_a_tile_on_tensor_cores():
+    passes = loop(1, 2, ["HMMA"] * 8 + ["FADD"] * 12), loop(5, 6, ["HMMA"] * 60 + ["FFMA"] * 40)
+    whole = loop(0, 9, ["LDS"] * 100, passes[0], loop(3, 4, ["LDS", "FADD"] * 4), passes[1])
+    assert slots.tensor_slots(whole, 8, 8) == 100 + 8 * 20 + 2 / 8 * 8 + 8 * 100
+    project = loop(1, 4, ["STS"] * 30, loop(2, 3, ["HMMA"] * 16))
+    finish, edit = loop(5, 8, ["LDS"] * 40, loop(6, 7, ["FADD"] * 4)), loop(9, 12, ["FFMA"] * 50, loop(10, 11, ["HMMA"] * 24))
+    tile = loop(0, 13, ["BAR"] * 10, project, finish, edit)
+    assert slots.tensor_rows_slots(tile, 16, 8, 8) == 10 + 2 * (30 + 8 * 16) + (40 + 2 * 4) + 8 * (50 + 2 * 24)
+
+
 def test_slots_that_bytes_leave():
     assert slots.slots_left(1, 3.0) == pytest.approx(9.88, abs=0.01) and slots.slots_left(12, 4.3) == pytest.approx(82.8, abs=0.1)
 
