@@ -210,7 +210,7 @@ def test_what_is_trained_finds_the_texts_that_say_the_concept(tiny, monkeypatch)
     monkeypatch.setattr(detectors, "EPOCHS", 20)
     others = concepts.encoded(tokenizer, [{"input": one, "output": "I feel lonely, nobody calls any more"} for one in asked])
     gains = detectors.red_gain(model, sides[0], [*sides[0], *others], 2, 0)
-    assert gains[:8].min() > gains[8:].max() and gains[:8].min() > 0, gains
+    assert (gains[:8] > gains[8:] + 0.5).all() and gains[:8].min() > 0, gains  # of the same prompts
 
 
 def test_states_are_those_of_the_answer(tiny):

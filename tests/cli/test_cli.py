@@ -120,7 +120,7 @@ def test_show_prints_the_edit(trained):
 
 def test_show_of_nothing_is_exit_code_2(tmp_path):
     result = CliRunner().invoke(app, ["show", str(tmp_path)])
-    assert result.exit_code == 2 and "has no edit.json" in result.output.replace("\n", "")
+    assert result.exit_code == 2 and "has no edit.json" in re.sub(r"[│\s]+", " ", result.output)
     assert not isinstance(result.exception, fe.EditFileError)
 
 
