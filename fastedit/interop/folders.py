@@ -62,6 +62,8 @@ def load_adapter(
             found = list(_pyreft(model, layers, folder, positions))
         else:
             raise Refusal(f"expected {PEFT_CONFIG} (PEFT) or config.json and intkey_*.bin (pyreft)")
+        if not found:
+            raise Refusal("its adapter changes nothing: there is nothing to load")
         places = Places(layers)
         for one in found:
             _put(places, one)

@@ -150,6 +150,8 @@ def fetch(folder, revision=None, patterns=("edit*.safetensors", "head*.safetenso
 
 def rebuild(folder, configs):
     """The Edit objects of a file's configs, without their tensors. EditFileError names what is wrong."""
+    if not configs:
+        raise EditFileError(f"{folder} holds no edits: there is nothing to load")
     expected = {"kind": (str, str), "site": (str, str), "layers": (list, int), "tensors": (list, str)}
     for number, config in enumerate(configs):
         for key, (kind, of) in expected.items():

@@ -120,6 +120,7 @@ def test_folders_that_are_none_are_named(tmp_path):
     before = tiny.state(model)
     cases = {
         "empty": (lambda f: f.mkdir(), "expected adapter_config.json"),
+        "nothing": (lambda f: peft_folder(f, {}), "nothing to load"),
         "lora": (lambda f: peft_folder(f, some(), peft_type="LORA"), "'LORA', of which"),
         "nan": (lambda f: peft_folder(f, {("attn", 0): torch.full((32,), float("nan"))}), "NaN"),
         "wide": (lambda f: peft_folder(f, {("attn", 0): torch.ones(7)}), "7 wide, but site 'attn'"),

@@ -247,6 +247,12 @@ def test_a_json_that_does_not_fit_is_refused(tmp_path, change, match):
     refused(llama(), folder, match)
 
 
+def test_a_folder_of_no_edits_is_refused(tmp_path):
+    folder = saved(tmp_path)
+    store.write(folder, store.read(folder)[0] | {"edits": []}, {})
+    refused(llama(), folder, "holds no edits")
+
+
 def test_many_edits_promised_for_few_tensors_build_nothing(tmp_path):
     folder = saved(tmp_path)
     rewrite(folder, lambda header: header.update(edits=header["edits"] * 10_000))
