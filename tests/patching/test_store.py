@@ -226,7 +226,7 @@ def top(key, value):
         (first("strength", "much"), "strength is 'much'"),
         (first("positions", "promt"), "positions is 'promt'"),
         (first("colour", 1), "unknown key 'colour'"),
-        (top("edits", []), "not described 0.layers.0.mlp.bias"),
+        (top("edits", []), "holds no edits"),
         (top("strength", "much"), "strength is 'much', expected a number"),
         (top("strength", float("inf")), "strength is inf"),
         (top("strength", 1e39), r"strength is 1e\+39, beyond what fp32 holds"),
