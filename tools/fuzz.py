@@ -126,6 +126,7 @@ def _run(reader, name, place, inputs, atheris):
     (place / "words").write_text("".join(f'"{word.decode()}"\n' for word in words))
     corpora = [str(path) for path in (place / "corpus", _place(KEPT, name)) if path.is_dir()]
     options = [f"-runs={inputs}", "-max_len=65536", "-len_control=0", "-timeout=120", "-rss_limit_mb=0"]
+    options.append(f"-artifact_prefix={place}/")
     arguments = [sys.argv[0], *corpora, f"-dict={place / 'words'}", *options]
     atheris.Setup(arguments, feeder, custom_mutator=lambda *given: _rewritten(atheris.Mutate, *given))
     atheris.Fuzz()

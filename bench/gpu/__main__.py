@@ -111,7 +111,7 @@ def more_steps(options):
         yield Step(tool, 120, (*sanitizer, *module, "bench.gpu.sanitize"), needs="compute-sanitizer")
     if rehearse:
         return
-    yield Step("tensor", 150, (*module, "bench.gpu.tensor", "--out", out), needs="nvcc")
+    yield Step("tensor", 150, (*module, "bench.gpu.switches", "--out", out, "--more"), needs="nvcc")
     yield Step("peers", 240, (*module, "bench.kernels", "--out", out, "--minutes", "3"))
     yield Step("bank", 120, (*module, "bench.bank", "--out", out))
     yield Step("models", 240, (*module, "bench.models", "--out", out, "--minutes", "3", "--processes", "2", "--csv"))

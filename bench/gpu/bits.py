@@ -116,7 +116,6 @@ def on_gpu(library):
             harness.ARGUMENTS.clear()
             assert error == 0, f"{op}: error {error}"
             outputs.check()
-            self.again = lambda keep=(outputs, workspace): getattr(library, op)(ctypes.byref(args), *extra)
 
     return OnGpu()
 

@@ -1,13 +1,15 @@
 """Kernels behind switches that are off until a GPU has shown a gain: against float64, and timed beside the present ones.
 
-    python -m bench.gpu.switches --out bench/results
+    python -m bench.gpu.switches --out bench/results           clusters and programmatic launches
+    python -m bench.gpu.switches --out bench/results --more    tensor cores
 
-Writes gpu-switches.csv. `of_present` is the switched kernel's time over the present one's, which it takes turns with: where it
-is below 1, and every verdict is ok, the switch has earned its place (kernels/cuda, `-D` and its name). Both are compiled here,
-for this GPU.
+Writes gpu-switches.csv, or gpu-tensor.csv with --more. `of_present` is the switched kernel's time over the present one's,
+which it takes turns with: where it is below 1, and every verdict is ok, the switch has earned its place (kernels/cuda, `-D` and
+its name). Both are compiled here, for this GPU.
 
 FASTEDIT_CLUSTERS  rows wider than 8192 columns, by clusters of blocks (cluster.h)
 FASTEDIT_PDL       a kernel starts while the one before it ends (run.h): chains of calls on few rows
+FASTEDIT_TENSOR    products of a rank on tensor cores (backward_tensor.cu, rows_tensor.cu)
 """
 
 import argparse
@@ -35,6 +37,15 @@ EXPORT(edit, EditArgs)
 EXPORT(edit_add, EditAddArgs)
 EXPORT(edit_add_norm, EditAddNormArgs)
 """
+EXPORTS_MORE = """
+#define EXPORT_BACKWARD(op, Args) \\
+  extern "C" int op(const fastedit::Args* args, void* workspace, void* stream) { \\
+    return fastedit::cuda::op(*args, workspace, stream); \\
+  } \\
+  extern "C" int64_t op##_workspace(const fastedit::Args* args) { return fastedit::cuda::op##_workspace(*args); }
+EXPORT_BACKWARD(edit_backward, EditBackwardArgs)
+EXPORT_BACKWARD(edit_add_norm_backward, EditAddNormBackwardArgs)
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +58,25 @@ class Case:
     gate: bool = False
 
 
-CLUSTERS, PDL = "FASTEDIT_CLUSTERS", "FASTEDIT_PDL"
+CLUSTERS, PDL, TENSOR = "FASTEDIT_CLUSTERS", "FASTEDIT_PDL", "FASTEDIT_TENSOR"
 CASES = (
     Case(CLUSTERS, "edit_add_norm", 4096, 16384, 4), Case(CLUSTERS, "edit", 4096, 16384, 4),
     Case(CLUSTERS, "edit", 4096, 16384, 0, True), Case(CLUSTERS, "edit_add_norm", 4096, 12288, 4),
     Case(CLUSTERS, "edit_add_norm", 2048, 20480, 0), Case(CLUSTERS, "edit_add_norm", 1, 16384, 4),
     Case(PDL, "edit_add_norm", 1, 4096, 0), Case(PDL, "edit_add", 1, 4096, 0), Case(PDL, "edit_add_norm", 64, 4096, 4),
 )  # fmt: skip
+BACKWARDS = ("edit_backward", 4), ("edit_add_norm_backward", 4)
+MORE = tuple(
+    Case(TENSOR, op, rows, width, rank)
+    for rows, width in ((16384, 4096), (65536, 4096), (16384, 2048), (1000, 1024))
+    for op, rank in (*BACKWARDS, ("edit", 8), ("edit", 16), ("edit_add", 16), ("edit", 64))
+)
 
 
-def build(folder, switch):
+def build(folder, switch, more):
     folder.mkdir()
-    (folder / "exports.cpp").write_text(EXPORTS)
-    sources = [*(path for path in bits.KERNEL_SOURCES if path.stem in UNITS), folder / "exports.cpp"]
+    (folder / "exports.cpp").write_text(EXPORTS + EXPORTS_MORE * more)
+    sources = [*(path for path in bits.KERNEL_SOURCES if more or path.stem in UNITS), folder / "exports.cpp"]
     return bits.build(folder, sources, [f"-D{switch}"] if switch else [])
 
 
@@ -75,11 +92,16 @@ def calls_of(library):
             self.library, self.shift, self.checked = library, 0, False
 
         def call(self, op, args, outputs, backward=False):
-            function = getattr(library, op)
+            function, given, workspace = getattr(library, op), [ctypes.byref(args)], None
+            if backward:
+                size = getattr(library, f"{op}_workspace")
+                size.restype = ctypes.c_int64
+                workspace = torch.full((size(*given) // 4 + 1,), float("nan"))
+                given.append(ctypes.c_void_p(workspace.data_ptr()))
 
-            def launch():
+            def launch(kept=workspace):
                 stream = None if REHEARSAL else torch.cuda.current_stream().cuda_stream
-                error = function(ctypes.byref(args), ctypes.c_void_p(stream))
+                error = function(*given, ctypes.c_void_p(stream))
                 assert error == 0, f"{op}: error {error}"
 
             harness.ARGUMENTS.clear()
@@ -112,6 +134,11 @@ def check(calls, case, x, residual, form):
     calls.checked = True
     if case.op == "edit_add_norm":
         return cases.check_edit_add_norm(calls, x, residual, form, 0, False)
+    shape = case.rows, case.width, (x.dtype, x.dtype), form
+    if case.op == "edit_backward":
+        return cases.check_edit_backward(calls, *shape, without=("coefficient",))
+    if case.op == "edit_add_norm_backward":
+        return cases.check_norm_backward(calls, *shape, 0, False, without=("coefficient", "weight"))
     streams, options = ((x,), (False,)) if case.op == "edit" else ((x, residual), (False, False))
 
     def by_definition(dtype):
@@ -125,18 +152,26 @@ def check(calls, case, x, residual, form):
 
 def launches(calls, case, sets, form):
     """Calls in turn over the sets of buffers, each with outputs of its own."""
-    made = []
+    made, needs = [], [True] * 6 + [False]  # no coefficient's
+    z, rstd, weight = torch.randn(case.rows, case.rank), torch.rand(case.rows), torch.ones(case.width).to(sets[0][0].dtype)
     for x, residual in sets:
         if case.op == "edit_add_norm":
-            calls.edit_add_norm(x, residual, torch.ones(case.width).to(x.dtype), None, form)
+            calls.edit_add_norm(x, residual, weight, None, form)
+        elif case.op == "edit_backward":
+            calls.edit_backward(x, residual, None, form, None, z, needs, x.dtype, x.shape)
+        elif case.op == "edit_add_norm_backward":
+            calls.edit_add_norm_backward(
+                x, residual, x, residual, None, weight, None, rstd, form, None, z, False, 0, [*needs, True], (False, False),
+                x.dtype, x.dtype, x.shape,
+            )  # fmt: skip
         else:
             calls.edit_add(x, residual, form) if case.op == "edit_add" else calls.edit(x, form)
-        made.append((calls.launch, calls.outputs))
+        made.append((calls.launch, calls.outputs, z, rstd, weight))
     return Rotating(lambda i: made[i][0](), len(made))
 
 
 def measure(table, case, present, switched):
-    streams = {"edit": 2, "edit_add": 3, "edit_add_norm": 4}[case.op]
+    streams = {"edit": 2, "edit_add": 3, "edit_backward": 3}.get(case.op, 4)
     count = sets_for(streams, 2 * case.rows * case.width)
     sets = [[torch.randn(case.rows, case.width).bfloat16() for _ in range(2)] for _ in range(count)]
     form = form_of(case, sets[0][0])
@@ -173,16 +208,18 @@ def run(table, libraries, cases=CASES):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="bench/results")
+    parser.add_argument("--more", action="store_true", help="the kernels on tensor cores")
     options = parser.parse_args()
     require()
     torch.manual_seed(0)
+    switches, cases, name = ((TENSOR,), MORE, "tensor") if options.more else ((CLUSTERS, PDL), CASES, "switches")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        folders = {switch: pathlib.Path(folder) / (switch or "present") for switch in ("", CLUSTERS, PDL)}
-        made = {switch: pool.submit(build, path, switch) for switch, path in folders.items()}
+        folders = {switch: pathlib.Path(folder) / (switch or "present") for switch in ("", *switches)}
+        made = {switch: pool.submit(build, path, switch, options.more) for switch, path in folders.items()}
     libraries = {switch: library.result() for switch, library in made.items() if not library.exception()}
     for switch in made.keys() - libraries.keys():
         print(f"{switch or 'the present kernels'}: {made[switch].exception()}", flush=True)
-    failed = run(Table(pathlib.Path(options.out) / "gpu-switches.csv", FIELDS), libraries)
+    failed = run(Table(pathlib.Path(options.out) / f"gpu-{name}.csv", FIELDS), libraries, cases)
     raise SystemExit(f"{failed} cases failed" if failed else 0)
 
 

@@ -20,6 +20,13 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def not_written(save, edits, message, folder):
+    handle = fe.patch(tiny.build("llama"), edits)
+    with pytest.raises(ValueError, match=message):
+        save(handle, folder)
+    assert not folder.exists()
+
+
 # --- PEFT -------------------------------------------------------------------------------------------------------
 
 
@@ -109,10 +116,7 @@ def test_what_peft_saves_is_read(tmp_path):
     ],
 )
 def test_what_ia3_does_not_express_is_not_written(edit, message, tmp_path):
-    handle = fe.patch(tiny.build("llama"), edit)
-    with pytest.raises(ValueError, match=message):
-        fe.save_peft(handle, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    not_written(fe.save_peft, edit, message, tmp_path / "out")
 
 
 def test_folders_that_are_none_are_named(tmp_path):
@@ -263,10 +267,7 @@ def test_what_is_written_for_pyreft_is_the_same_edit(tmp_path):
     ],
 )
 def test_what_loreft_does_not_express_is_not_written(edits, message, tmp_path):
-    handle = fe.patch(tiny.build("llama"), edits)
-    with pytest.raises(ValueError, match=message):
-        fe.save_pyreft(handle, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    not_written(fe.save_pyreft, edits, message, tmp_path / "out")
 
 
 def test_pyreft_reads_what_is_written_for_it(tmp_path):

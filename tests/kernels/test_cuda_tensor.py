@@ -3,6 +3,10 @@
 The promise is emulated_cases.py's, as for every other kernel: float64, twice eager's error and one unit in the last place.
 """
 
+import os
+import subprocess
+import sys
+
 import emulated_cases as emulated
 import pytest
 import torch
@@ -169,17 +173,41 @@ def test_streams(cuda):
     assert cuda.moved["d_x"] == cuda.moved["d_residual"] == (0.0, 1.0)
 
 
-def test_the_gpus_step_on_the_emulator(cuda, monkeypatch):
-    """bench/gpu/tensor.py, as far as it goes without a GPU."""
-    from bench.gpu import bits, tensor
+STEP = """
+import ctypes, sys
+import torch
+from bench.gpu import switches
+from bench.gpu.device import Table
+from bench.gpu.switches import TENSOR, Case
 
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(tensor, "CHECKED", ((9, 64),))
-    library = bits.on_gpu(cuda.library)
-    assert tensor.check(library) == 0
-    for op in ("edit", "edit_add_norm"):
-        assert tensor.backward(library, op, 16, 64)() == 0
-        assert "tensor_backward" in cuda.launches()[-2][0]
+present, switched = (ctypes.CDLL(path) for path in sys.argv[1:3])
+
+class Wrong:  # of backwards the first element of d_hidden or d_x is wrong
+    def __getattr__(self, name):
+        if not name.endswith("backward"):
+            return getattr(switched, name)
+        def call(args, *more):
+            error = getattr(switched, name)(args, *more)
+            ctypes.c_uint16.from_address(getattr(args._obj, "d_hidden", None) or args._obj.d_x).value ^= 0x4000
+            return error
+        return call
+
+cases = [Case(TENSOR, op, 17, 384, rank)
+         for op, rank in (*switches.BACKWARDS, ("edit", 8), ("edit_add", 16))]
+torch.manual_seed(0)
+for name, library in (("right", switched), ("wrong", Wrong())):
+    print(switches.run(Table(f"{sys.argv[3]}/{name}.csv", switches.FIELDS), {"": present, TENSOR: library}, cases))
+"""
+
+
+def test_the_step_of_make_gpu_more_checks_and_times_both(cuda, tmp_path_factory, tmp_path):
+    """bench/gpu/switches.py --more, as far as it goes without a GPU."""
+    present = emulated.built(tmp_path_factory, "cuda_emulated")
+    env = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")} | {"FASTEDIT_GPU_REHEARSAL": "1"}
+    command = [sys.executable, "-c", STEP, str(present.path), str(cuda.path), str(tmp_path)]
+    done = subprocess.run(command, env=env, cwd=harness.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["0", "2"], done.stdout
 
 
 # Forward, of ranks that are a multiple of eight
