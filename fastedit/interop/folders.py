@@ -37,6 +37,13 @@ COMPONENTS = {  # of pyvene, whose outputs are ours
 _PATH = re.compile(r"(.+)\.(output|input)")
 
 
+def check_export(handle):
+    """Refuse a handle that is not one edit in force: a removed or merged one, or one of tenants."""
+    handle._changeable()
+    if handle.tenancy is not None:
+        raise ValueError("this handle holds tenants: save one by handle.save(folder, tenant=0), load it, and write that")
+
+
 def load_adapter(
     model: nn.Module, folder: Folder, *, positions: WhichTokens = None, revision: str | None = None, fused: bool = True
 ) -> Handle:

@@ -13,7 +13,7 @@ from ..hints import Folder
 from ..patching.base_model import describe_base
 from ..patching.handle import Handle
 from ..patching.merge import is_conv1d, is_linear
-from .folders import PEFT_CONFIG, PEFT_PREFIX, PEFT_TENSORS
+from .folders import PEFT_CONFIG, PEFT_PREFIX, PEFT_TENSORS, check_export
 
 
 def save_peft(handle: Handle, folder: Folder, *, task_type: str | None = None) -> Path:
@@ -27,7 +27,7 @@ def save_peft(handle: Handle, folder: Folder, *, task_type: str | None = None) -
     Raises:
         ValueError: an edit that (IA)³ does not express. Nothing is written.
     """
-    handle._changeable()
+    check_export(handle)
     paths = {module: path for path, module in handle.model.named_modules()}
     tensors, inputs = {}, []
     for (layer, site), stack in _stacks(handle).items():

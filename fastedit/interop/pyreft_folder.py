@@ -14,7 +14,7 @@ from ..edits.form import at_strength, fold_all
 from ..files.edit_file import replace
 from ..hints import Folder
 from ..patching.handle import Handle
-from .folders import COMPONENTS
+from .folders import COMPONENTS, check_export
 
 KIND = "<class 'pyreft.interventions.LoreftIntervention'>"
 _MEMBER = [None, None, "pos", 1, None, *[None] * 9]  # pyvene's RepresentationConfig: layer, component, unit, units, rank
@@ -33,7 +33,7 @@ def save_pyreft(handle: Handle, folder: Folder) -> Path:
     Raises:
         ValueError: an edit that LoReFT does not express. Nothing is written.
     """
-    handle._changeable()
+    check_export(handle)
     if len({json.dumps(edit["positions"]) for edit in handle.config()}) > 1:
         raise ValueError("the edits act on different tokens, and a call of pyreft's names one set of them: save them apart")
     stacks = {}

@@ -20,6 +20,14 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("save", [fe.save_peft, fe.save_pyreft])
+def test_tenants_are_not_written(save, tmp_path):
+    handle = fe.patch(tiny.build("llama"), fe.ScaleBias({0: torch.ones(32)}, False, site="mlp"), tenants=3)
+    with pytest.raises(ValueError, match="holds tenants"):
+        save(handle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def not_written(save, edits, message, folder):
     handle = fe.patch(tiny.build("llama"), edits)
     with pytest.raises(ValueError, match=message):
