@@ -4,8 +4,10 @@ One model serves every visitor, and each visitor has their own dials. Each step 
 the model's lock. So replies of several visitors take turns token by token.
 """
 
+import ctypes
 import inspect
 import json
+import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,7 +163,6 @@ class Session:
             return list(found["input_ids"] if hasattr(found, "keys") else found)
         return self.tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
 
-    @torch.no_grad()
     def reply(self, plain_messages, edited_messages, dials, *, max_new_tokens=128, temperature=0.0, seed=0):
         """Yields a Step per token: the unedited model's reply and the edited one's, written side by side.
 
@@ -170,6 +171,13 @@ class Session:
             dials: a function that returns {edit's name: strength}, asked before every token.
             temperature: 0 is greedy. Both replies use the same random numbers.
         """
+        try:
+            yield from self._steps(plain_messages, edited_messages, dials, max_new_tokens, temperature, seed)
+        finally:
+            _give_back()
+
+    @torch.no_grad()
+    def _steps(self, plain_messages, edited_messages, dials, max_new_tokens, temperature, seed):
         device = next(self.model.parameters()).device
         ends = _ends(self.model, self.tokenizer)
         generator = torch.Generator().manual_seed(seed)
@@ -273,6 +281,13 @@ class Session:
             "Python": f"import fastedit as fe\n\nhandle = fe.load(model, {name!r})  # at strength {dial:g}, as exported",
             "vLLM request": json.dumps(request, indent=2),
         }
+
+
+def _give_back():
+    """To the system what was freed. glibc keeps it for the thread that took it, and each token is another thread's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class _Stream:

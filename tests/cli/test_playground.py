@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pages
 import pytest
@@ -52,6 +53,29 @@ def test_without_an_edit_both_sides_say_the_same_as_generate(session):
     expected = session.model.generate(ids, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids))
     said = session.tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
     assert step.plain == step.edited == said and step.kl == 0 and step.finished
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_a_reply_gives_back_what_many_threads_freed(session):
+    """Each of a page's tokens may be another thread's, and glibc keeps for each thread what was freed there."""
+
+    def anonymous():
+        return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon"))) >> 10  # MB
+
+    def fill(kept):
+        parts = [bytearray(64 << 10) for _ in range(256)]  # 16 MB of one thread, from its own heap
+        kept.append(parts[-1])  # the last one stays: the heap cannot shrink by itself
+        del parts
+
+    kept, steps = [], session.reply(ASK, ASK, dict, max_new_tokens=4)
+    next(steps)
+    before = anonymous()
+    with ThreadPoolExecutor(8) as pool:
+        barrier = threading.Barrier(8)
+        list(pool.map(lambda _: (barrier.wait(), fill(kept)), range(8)))
+        grown = anonymous() - before
+        steps.close()
+        assert anonymous() - before < grown / 4 and grown > 64
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
