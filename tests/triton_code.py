@@ -38,17 +38,24 @@ def record(monkeypatch, target):
     return launches
 
 
-def compile_launch(kernel, shape, args, options, target):
-    """(compiled, names of the run-time arguments in order), specialised on 1, None and 16 as Triton does."""
+def specialised(kernel, args, options):
+    """(signature, constants, attributes) as Triton specialises them: on 1, None and multiples of 16."""
     signature, constants, attributes = {}, dict(options), {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
+        number = isinstance(value, int)
+        if value is None or (number and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+        signature[parameter.name] = "i32" if number else POINTERS[value.dtype]
+        kept = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        if not number or (kept and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(options, "constexpr")
+    return signature | dict.fromkeys(options, "constexpr"), constants, attributes
+
+
+def compile_launch(kernel, shape, args, options, target):
+    """(compiled, names of the run-time arguments in order)."""
+    signature, constants, attributes = specialised(kernel, args, options)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(
         source, target=target, options={"num_warps": shape.num_warps, **host.COMPILE_OPTIONS}

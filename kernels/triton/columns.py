@@ -20,6 +20,7 @@ import triton.language as tl
 from .device import (
     FP32_PRODUCT,
     edit_input,
+    kernel,
     load_coefficient,
     load_parameter,
     load_ranks,
@@ -121,7 +122,7 @@ def coefficient_gradient(total, h, s, b, z, write):
     return tl.sum(total * update, axis=1)
 
 
-@triton.jit
+@kernel
 def columns_kernel(
     grad, grad_normed, stored, weight, mean, rstd, along, across, x, residual,
     scale, bias, read, write, coefficient, q, z, order, table, rank,

@@ -13,6 +13,18 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FP32_PRODUCT = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "bf16x6")
 
 
+# Compared with and looped over, never part of an address that is loaded in vectors.
+NUMBERS = ("rows", "slots", "steps", "count", "groups")
+
+
+def kernel(function):
+    """A kernel that is launched: compiled once for any number of rows, slots or steps, and for any rank but one.
+
+    Triton otherwise compiles three: for 1, for multiples of 16 and for the rest.
+    """
+    return triton.jit(function, do_not_specialize=NUMBERS, do_not_specialize_on_alignment=("rank",))
+
+
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
     """fp32 rounded once, to nearest even, to the dtype of a stream."""

@@ -9,7 +9,6 @@ Backward: backward.py.
 
 import torch
 
-import triton
 import triton.language as tl
 
 from . import host
@@ -17,6 +16,7 @@ from .backward import Gradient, form_backward
 from .device import (
     edit_input,
     edit_output,
+    kernel,
     load_coefficient,
     load_parameter,
     load_rows,
@@ -28,7 +28,7 @@ from .launch import tile_launch
 from .rows import run_rows
 
 
-@triton.jit
+@kernel
 def edit_kernel(
     x, residual, out, scale, bias, slot, coefficient, slots,
     rows, width, x_stride, residual_stride, steps,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..reference.slot_order import slot_order
 from . import host
-from .device import load_rows
+from .device import kernel, load_rows
 from .launch import PARTIAL_ROWS, Launch, cdiv, column_tile, warps
 
 
@@ -32,7 +32,7 @@ def add_exact(high, low, value):
     return two_sum(total, low + lost)
 
 
-@triton.jit
+@kernel
 def moment_sums_kernel(
     x, order, begins, ends, partials, rows, width, x_stride,
     PARTIAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -70,7 +70,7 @@ def moment_sums_kernel(
     tl.store(out + 2 * width, tl.sum(squares, axis=0), mask=inside)
 
 
-@triton.jit
+@kernel
 def moment_merge_kernel(
     partials, first, block_first, mean, m2, rows, width, groups, PARTIAL: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):

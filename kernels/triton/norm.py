@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import host
-from .device import load_parameter, load_rows, narrow
+from .device import kernel, load_parameter, load_rows, narrow
 from .launch import statistics_launch
 
 RMS, GEMMA, LAYER = 0, 1, 2
@@ -87,7 +87,7 @@ def load_gradient(
     return total
 
 
-@triton.jit
+@kernel
 def norm_means_kernel(
     grad_normed, stored, weight, mean, rstd, along, across, rows, width, normed_stride,
     KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,

@@ -9,11 +9,11 @@ Either way a row's sums run in an order fixed by width and rank, so its z depend
 
 import torch
 
-import triton
 import triton.language as tl
 
 from . import host
 from .device import (
+    kernel,
     load_coefficient,
     load_parameter,
     load_ranks,
@@ -26,7 +26,7 @@ from .launch import fits_rows, rank_block, rows_launch, uses_products, wide_laun
 from .norm import load_gradient, load_row_number
 
 
-@triton.jit
+@kernel
 def project_rows_kernel(
     grad, grad_normed, stored, weight, mean, rstd, along, across,
     matrix, offset, slot, coefficient, addend, z, slots, rank, rows, width, grad_stride, normed_stride,
@@ -59,7 +59,7 @@ def project_rows_kernel(
         tl.store(z + at, z_r, mask=live[:, None])
 
 
-@triton.jit
+@kernel
 def project_tiles_kernel(
     grad, grad_normed, stored, weight, mean, rstd, along, across,
     matrix, offset, slot, coefficient, addend, z, slots, rank, rows, width, grad_stride, normed_stride,

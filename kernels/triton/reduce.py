@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..reference.slot_order import slot_order
 from . import host
+from .device import kernel
 from .launch import PARTIAL_ROWS, cdiv, reduce_launch
 
 
@@ -26,7 +27,7 @@ def pairwise(x):
         return pairwise(tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), axis=1))
 
 
-@triton.jit
+@kernel
 def reduce_kernel(
     partials, sums, first, count, columns, stride, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):

@@ -23,6 +23,7 @@ from .device import (
     edit_input,
     edit_output,
     expand_tile,
+    kernel,
     load_coefficient,
     load_parameter,
     load_ranks,
@@ -78,7 +79,7 @@ def norm_rows(
     return normalised(r, centre, inverse, weight, norm_bias, KIND, value.dtype)
 
 
-@triton.jit
+@kernel
 def edit_rows_kernel(
     x, residual, out, normed, z, mean, rstd, weight, norm_bias,
     scale, bias, read, offset, write, slot, coefficient, gate, rule, slots, rank,
@@ -181,7 +182,7 @@ def wide_statistics(
     return mean, tl.rsqrt(tl.sum(squares, axis=1) / width + EPS)[:, None]
 
 
-@triton.jit
+@kernel
 def edit_wide_kernel(
     x, residual, stored, normed, z, mean, rstd, weight, norm_bias,
     scale, bias, read, offset, write, slot, coefficient, gate, rule, slots, rank,

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..reference.value_ascent import ascend
 from . import host
+from .device import kernel
 from .launch import Launch, next_power_of_2, warps
 
 MAX_UNITS = 8192  # in the registers of one program: six values a unit
@@ -23,7 +24,7 @@ def next_flip(flipped, on, units, after, BLOCK: tl.constexpr):
     return tl.min(tl.where(flipped & (units > after), 2 * units + on.to(tl.int32), 2 * BLOCK), axis=0)
 
 
-@triton.jit
+@kernel
 def ascent_steps_kernel(z, slope, head, gram, total, step_size, units, steps, BLOCK: tl.constexpr):
     """total = head ⊙ (the number of steps for which the unit is on). A unit that goes on at step t is counted −t, one
     that goes off t: what is on at the end adds all."""

@@ -33,6 +33,7 @@ from triton_code import (
     narrow_streams,
     needs,
     record,
+    specialised,
 )  # fmt: skip
 
 KERNELS = {
@@ -102,6 +103,25 @@ def test_the_same_for_bf16_added_to_fp32(monkeypatch):
     launches = record(monkeypatch, target)
     call_forwards(BF16, F32)
     check_code([entry for entry in launches if entry[0].__name__ == "edit_kernel"], target)
+
+
+@pytest.mark.parametrize("norm_dtype", [None, F32])
+def test_any_number_of_rows_slots_and_ranks_is_one_compilation(monkeypatch, norm_dtype):
+    """A decode step, a prompt and a batch run the same code: rows, slots and steps are no part of a kernel's key."""
+    compilations = set()
+    for rows, slots, rank in ((1, 1, 3), (7, 2, 4), (16, 16, 5), (4096, 48, 8), (70_000, 3, 7)):
+        launches = record(monkeypatch, TARGETS["sm_90"])
+        x, form = empty(rows, 512, dtype=BF16), make_form(rank, slots, width=512)
+        if norm_dtype is None:
+            backend.edit(x, *make_form(0, slots, width=512))
+            backend.edit(x, *form)
+            z = empty(rows, rank)
+            backend.edit_backward(x, x, None, *form, z, z, needs(form), BF16)
+        else:
+            backend.edit_add_norm(x, x, empty(512, dtype=norm_dtype), None, *form, False, norm.RMS, 1e-6, True)
+        keys = [(k.__name__, shape.num_warps, specialised(k, args, options)) for k, shape, args, options in launches]
+        compilations.add(repr(keys))
+    assert len(compilations) == 1, compilations
 
 
 def running_products(ttgir):
