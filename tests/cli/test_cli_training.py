@@ -84,7 +84,8 @@ def test_rahf_from_pairs_to_a_student(model, pairs, tmp_path, mode, student):
         "train", model, pairs, "--method", "rahf", "--mode", mode, "--student", student, "--rank", 2, "--out", out,
         "--teacher-steps", 3, "--teacher-lr", 1e-3, "--steps", 15, "--lr", 1e-2, "--batch-size", 2,
     )  # fmt: skip
-    assert "distance to the target pattern" in output and f"saved {out}" in output and "on 1 held-out pair:" in " ".join(output.split())
+    output = " ".join(output.split())
+    assert "distance to the target pattern on held-out pairs" in output and "on 1 held-out pair:" in output and "saved" in output
     base = AutoModelForCausalLM.from_pretrained(out / "model")
     before = AutoModelForCausalLM.from_pretrained(model)
     assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
