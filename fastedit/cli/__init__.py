@@ -371,6 +371,7 @@ def run_serve(
     max_change: Annotated[
         float | None, typer.Option(help="How much a request may change a row, as a multiple of its length; 1000.")
     ] = None,
+    staging: Annotated[Path | None, typer.Option(help="Folder of the workers' copies; .served in --edits.")] = None,
 ):
     """Serve a model with vLLM; each request may name an edit. Arguments not listed here go to `vllm serve`.
 
@@ -385,7 +386,9 @@ def run_serve(
     """
     from .serve import run
 
-    run(model, edits, sites, rank, capacity, context.args, gates=gates, max_names=max_names, max_change=max_change)
+    further = {"gates": gates, "max_names": max_names, "max_change": max_change}
+    further["staging"] = None if staging is None else str(staging.absolute())
+    run(model, edits, sites, rank, capacity, context.args, **further)
 
 
 @app.command("playground")

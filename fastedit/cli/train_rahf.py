@@ -7,6 +7,7 @@ from rich.console import Console
 
 from ..texts.data_files import read_rows
 from .loading import SIZES, load_model, trainer_options
+from .train_responses import as_chat, split
 
 DEFAULTS = {
     "mode": "scit", "student": "lora", "rank": 8, "teacher": "full", "teacher_steps": None, "teacher_epochs": None,
@@ -31,9 +32,11 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
     )
     micro = micro_batch or next(m for m in range(min(16, batch), 0, -1) if batch % m == 0)
     try:
-        pairs, held = _read(data, evaluate, rows, seed, chat)
+        pairs, held = split(data, evaluate, rows, seed, read_pairs)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
+    if chat:
+        pairs, held = ([as_chat(pair) for pair in part] for part in (pairs, held))
     loaded, tokenizer = load_model(model, device, dtype, device_map, quantize)
     from ..methods import rahf
     from ..methods.rahf_student import margins
@@ -51,10 +54,10 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
                     **cpu,
                 )  # fmt: skip
             module, keep, collator = _student(student, rank, loaded, rejected, tokenizer, alpha, tokens, seed)
-            given = rahf.rows_of(pairs, kind, seed)
+            given, judged = rahf.rows_of(pairs, kind, seed), rahf.rows_of(held, kind, seed)[:micro]
             with rahf.teacher(module.model):
                 base_margins = margins(module.model, collator, held)
-            before = _loss(module, collator, given[:micro])
+            before = _loss(module, collator, judged)
             rahf.train(
                 module, given, collator, steps=steps, batch_size=batch, micro_batch=micro, lr=lr, seed=seed,
                 resume=_last(out, resume), output_dir=str(Path(out) / "checkpoints"), save_strategy="steps",
@@ -62,7 +65,7 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
                 callbacks=[TrainingBar(progress, f"{mode}: student")],
                 **{name: value for name, value in sizes.items() if name != "gradient_accumulation_steps"},
             )  # fmt: skip
-            after, said = _loss(module, collator, given[:micro]), margins(module.model, collator, held)
+            after, said = _loss(module, collator, judged), margins(module.model, collator, held)
             shares = [sum(m > 0 for m in part) / len(part) for part in (base_margins, said)]
             means = [sum(part) / len(part) for part in (base_margins, said)]
             summary = {
@@ -81,12 +84,13 @@ def run(model, data, out, *, mode, student, rank, teacher, teacher_steps, teache
 
 def _tell(console, told, where, out):
     """Losses and margins of the summary, and what to do next."""
+    held = f"{told['held_out']} held-out pair{'s' * (told['held_out'] != 1)}"
     console.print(
-        f"distance to the target pattern {told['loss_before']:.4g} before, [bold]{told['loss_after']:.4g}[/] after "
-        f"{told['steps']} steps"
+        f"distance to the target pattern on held-out pairs {told['loss_before']:.4g} before, "
+        f"[bold]{told['loss_after']:.4g}[/] after {told['steps']} steps"
     )
     console.print(
-        f"log P(chosen) − log P(rejected) on {told['held_out']} held-out pairs: {told['margin_before']:.4g} for the teacher, "
+        f"log P(chosen) − log P(rejected) on {held}: {told['margin_before']:.4g} for the teacher, "
         f"[bold]{told['margin_after']:.4g}[/] "
         f"with the student; positive in {100 * told['preferred_before']:.0f} % and {100 * told['preferred_after']:.0f} %",
         highlight=False,
@@ -112,23 +116,6 @@ def _check(mode, student, teacher, teacher_steps, quantize):
         raise typer.BadParameter(
             "quantized weights do not train: --teacher lora, or --teacher-steps 0 with a ready teacher"
         )
-
-
-def _read(data, evaluate, rows, seed, chat):
-    """(pairs to train on, held-out pairs): a tenth, or those of another file; of two pairs or fewer, the same ones."""
-    import random
-
-    found = read_pairs(data)
-    if evaluate is None and len(found) > 9:
-        random.Random(seed).shuffle(found)
-    found = found[:rows]
-    held = read_pairs(evaluate) if evaluate is not None else found[: len(found) // 10]
-    train = found if evaluate is not None else found[len(held) :]
-    if chat:
-        train, held = (
-            [{**p, "prompt": [{"role": "user", "content": p["prompt"]}]} for p in part] for part in (train, held)
-        )
-    return train, held or train
 
 
 def read_pairs(path):

@@ -73,13 +73,13 @@ def run(model, data, out, method, task, *, rank, layers, positions, site, evalua
     console.print(f"saved {out}; try it with: fastedit predict {out} --model {model} 'a prompt'", markup=False)
 
 
-def split(data, evaluate, rows, seed):
+def split(data, evaluate, rows, seed, read=read_rows):
     """(rows to train on, rows held out): a tenth, or those of another file."""
-    found = read_rows(data)
+    found = read(data)
     random.Random(seed).shuffle(found)
     found = found[:rows]
     if evaluate is not None:
-        return found, read_rows(evaluate)
+        return found, read(evaluate)
     if len(found) < 2:
         raise ValueError(f"{data} has {len(found)} row, too few to hold some out; see --eval")
     held = max(1, len(found) // 10)

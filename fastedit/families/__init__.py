@@ -28,6 +28,7 @@ __all__ = [
     "Step",
     "alternatives",
     "find_layers",
+    "near_misses",
     "outputs_of",
     "register",
     "submodule",
@@ -114,6 +115,12 @@ def _final(model, path, members):
     holder = model.get_submodule(path.rpartition(".")[0])
     behind = (submodule(holder, name) for name in family.final)
     return next((module for module in behind if module is not None), layer)
+
+
+def near_misses(layer):
+    """Which registered families one wrong path keeps from a layer, as a text; "" if none."""
+    lacking = {family.name: family.missing(layer) for family in _REGISTERED.values()}
+    return "".join(f"; {name} has {paths[0]!r}, which is not in it" for name, paths in lacking.items() if len(paths) == 1)
 
 
 def _family(layer):

@@ -152,8 +152,12 @@ class Family:
     lacks: tuple = ()
 
     def matches(self, layer):
+        return not self.missing(layer) and not any(_has(layer, path) for path in self.lacks)
+
+    def missing(self, layer):
+        """The paths that a layer of the family has, and this one has not."""
         needed = (*(self.sites[site] for site in ("mlp", "attn", "block")), *self.requires)
-        return all(_has(layer, path) for path in needed) and not any(_has(layer, path) for path in self.lacks)
+        return [path for path in needed if not _has(layer, path)]
 
 
 def _has(layer, path):

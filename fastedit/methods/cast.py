@@ -9,7 +9,7 @@ for the generated tokens. Conditions combine with &, | and ~, and gate any edit,
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -63,7 +63,7 @@ class Condition:
     f1: on the held-out prompts. fitted_f1: on the others. held_out: how many. table: {layer: best fitted F1 there}.
     """
 
-    vector: torch.Tensor
+    vector: torch.Tensor = field(repr=False)
     layer: int
     threshold: float
     when: str

@@ -35,7 +35,7 @@ _PLAN = "collection.json"  # of a folder of shards: what was asked for, and how 
 logger = logging.getLogger("fastedit")
 
 
-@dataclass
+@dataclass(repr=False)
 class Trajectories:
     """n responses. states: (sum of lengths, width), in the model's dtype. lengths: (n,) int64. rewards: (n,) fp32, or
     (n, outputs) of a reward that gives several numbers.
@@ -51,6 +51,9 @@ class Trajectories:
     rewards: torch.Tensor
     prompts: list = field(default_factory=list)
     responses: list = field(default_factory=list)
+
+    def __repr__(self):
+        return f"Trajectories({len(self)} responses, {len(self.states)} states of width {self.width})"
 
     def __post_init__(self):
         if self.states.dim() != 2 or not self.states.is_floating_point():

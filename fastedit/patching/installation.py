@@ -3,7 +3,7 @@
 import itertools
 
 from ..edits.sites import SITES
-from ..families import alternatives, submodule
+from ..families import alternatives, near_misses, submodule
 from ..families.own_class import base_of
 from .class_swap import CARRIED, CARRY, STACK, swap, swap_back, swappable
 from .fused_chain import build_state
@@ -41,12 +41,12 @@ class Installation:
     def _fuse_one_of(self, recipes, sites, verdicts):
         """Fuse by the recipe that was proved. Sites that it does not carry get a reason."""
         tried = [recipe for recipe in recipes if verdicts.get(recipe) is not None]
-        if not tried:
-            return  # no site that a recipe of this owner could carry
-        recipe = next((recipe for recipe in tried if verdicts[recipe].reason is None), tried[0])
+        recipe = next((recipe for recipe in tried if verdicts[recipe].reason is None), (tried or recipes)[0])
         reason = getattr(recipe, "why_plain", lambda site: None)
         for site in sites:
             self.paths[site] = (reason(site) if site in _ADDED else None) or self.paths[site]
+        if not tried:
+            return  # no site that a recipe of this owner could carry
         mine = {name: site for name, site in sites.items() if name in recipe.sites}
         for name in [name for name, site in mine.items() if site.module is not self.layer.at(name)]:
             del mine[name]
@@ -127,7 +127,7 @@ class Installation:
 
 def _no_add(layer, site):
     if layer.family.name == "unknown":
-        return "no family describes this layer"
+        return "no family describes this layer" + near_misses(layer.module)
     if site in _ADDED:
         return layer.family.plain.get(site, "no recipe describes the adds of this layer")
     return "no add follows this site"

@@ -5,7 +5,7 @@ import itertools
 
 from ..edits.per_layer import Spot
 from ..edits.sites import MODEL_SITES
-from ..families import Input, Part, outputs_of
+from ..families import Input, Part, near_misses, outputs_of
 from .masters import join, masters_of
 from .rows.gate_sensors import Gating, Sensor
 
@@ -148,7 +148,7 @@ def _no_site(edit, layer):
     why = _WHY.get(edit.site, "no linear map there is known for it")
     return (
         f"site {edit.site!r} was not found in {type(layer.module).__name__} (layer {layer.name}): {why}; "
-        f"found {found}. A table entry in fastedit/families says where it is"
+        f"found {found}{near_misses(layer.module)}. fastedit.families.register says where it is"
     )
 
 

@@ -84,7 +84,8 @@ def test_rahf_from_pairs_to_a_student(model, pairs, tmp_path, mode, student):
         "train", model, pairs, "--method", "rahf", "--mode", mode, "--student", student, "--rank", 2, "--out", out,
         "--teacher-steps", 3, "--teacher-lr", 1e-3, "--steps", 15, "--lr", 1e-2, "--batch-size", 2,
     )  # fmt: skip
-    assert "distance to the target pattern" in output and f"saved {out}" in output and "on 3 held-out pairs" in output
+    output = " ".join(output.split())
+    assert "distance to the target pattern on held-out pairs" in output and "on 1 held-out pair:" in output and "saved" in output
     base = AutoModelForCausalLM.from_pretrained(out / "model")
     before = AutoModelForCausalLM.from_pretrained(model)
     assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
@@ -95,7 +96,7 @@ def test_rahf_from_pairs_to_a_student(model, pairs, tmp_path, mode, student):
         assert loaded.peft_config["default"].r == 2
         return
     note = head(out)["training"]
-    assert note["loss_after"] < note["loss_before"] and note["mode"] == mode and note["rows"] == 3
+    assert note["loss_after"] < note["loss_before"] and note["mode"] == mode and note["rows"] == 2 and note["held_out"] == 1
     kinds = {"red": ("RED", 2 * 32), "loreft": ("LoReFT", 2 * 32 * 2 + 2)}
     handle = fe.load(base, out)
     kind, parameters = kinds[student]

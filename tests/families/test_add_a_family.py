@@ -36,6 +36,26 @@ def test_the_worked_family_is_fused_and_says_what_hooks_say():
     assert [layer.family.name for layer in fe.families.find_layers(names["Mine"]())] == ["unknown"] * 3
 
 
+def test_report_names_the_path_that_keeps_a_family_away_and_the_step_that_keeps_an_edit_off_the_add():
+    names = {}
+    exec(blocks("add-a-family.md")[0].code, names)
+    names["handle"].remove()
+    step, layer = names["Step"], names["ResidualLayer"]
+    sites = {"mlp": "feed.down", "attn": "mixer.outside", "block": ""}
+    families.register(Family("mine", sites | {"mlp": "feed.dwn"}))
+    with pytest.raises(ValueError, match=r"; mine has 'feed\.dwn', which is not in it\. fastedit\.families\.register says"):
+        fe.patch(names["Mine"](), fe.RED())
+    with fe.patch(names["Mine"](), fe.RED(site="block")) as handle:
+        assert "no family describes this layer; mine has 'feed.dwn', which is not in it" in str(handle.report())
+    families.register(Family("mine", sites | {"mlp": "f", "attn": "m"}))  # another model's
+    with fe.patch(names["Mine"](), fe.RED(site="block")) as handle:
+        assert "mine" not in str(handle.report())
+    behind = layer((step("mixer", site="attn"), step("feed", site="mlp", behind="second_norm")))
+    families.register(Family("mine", sites, fused=(behind,)))
+    with fe.patch(names["Mine"](), fe.RED()) as handle:
+        assert "plain: a norm stands between it and the add" in str(handle.report())
+
+
 def test_what_register_refuses():
     whole = {"mlp": "a", "attn": "b", "block": ""}
     for family, error, message in (

@@ -88,6 +88,7 @@ def test_a_condition_is_found_by_f1_and_decides_as_it_was_fitted(over, kind):
     model = tiny.exact(tiny.build("llama"))
     positive, negative = asked()
     found = fit(model, None, positive, negative, over=over, vector=kind, held_out=0.25)
+    assert "threshold=" in repr(found) and "tensor" not in repr(found)
     assert found.held_out == 6 and set(found.table) == {0, 1, 2} and found.fitted_f1 == max(found.table.values())
     assert found.vector.norm().item() == pytest.approx(1, abs=1e-6) and -1 <= found.threshold <= 1
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()

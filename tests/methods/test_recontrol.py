@@ -126,6 +126,7 @@ def test_fit_finds_the_reward_and_gives_the_same_bits_again(lam, units):
 def test_fit_keeps_the_best_epoch_and_stops():
     data = made()
     data.rewards = torch.randn(len(data))  # noise: sooner or later the held-out error only grows
+    assert repr(data) == f"Trajectories(60 responses, {len(data.states)} states of width 6)"
     net = fresh()
     found = recontrol.fit(net, data, lr=3e-2, batch_size=8, patience=4)
     assert len(found.epochs) - 1 == found.best + 4 < 100

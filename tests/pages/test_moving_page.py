@@ -24,6 +24,15 @@ def test_the_other_librarys_half_runs(block, whole, tmp_path, monkeypatch):  # n
     names["model"] = copy.deepcopy(model)
     torch.manual_seed(0)
     exec(compile(block.code, str(block), "exec"), names)
+    if library == "repeng":  # "the same but for their sign"
+        told = {name: names[name] for name in ("model", "tokenizer", "positive", "negative")}
+        ours = names["fe"].contrast(*told.values(), method="pca", centre=True, layers=[8, 9, 10, 11])
+        for layer, vector in ours.items():
+            assert abs(vector @ torch.tensor(names["vector"].directions[layer])) > 0.999
+    if library == "transformer_lens":
+        plain = copy.deepcopy(model)
+        with torch.no_grad(), names["fe"].patch(plain, names["fe"].Steer(names["directions"], strength=1.5)):
+            torch.testing.assert_close(names["logits"], plain(names["inputs"]["input_ids"]).logits, rtol=1e-3, atol=1e-4)
     if library == "pyreft":
         names["handle"] = names["fe"].load_adapter(copy.deepcopy(model), "their-edit", positions="last 1")
         assert [str(edit).split("(")[0] for edit in names["handle"].edits] == ["LowRank"]  # h + (W h + c − R h) R, folded

@@ -20,7 +20,7 @@ from fastedit.edits.stack import stacked
 from fastedit.serving.admission import Library, Refused, admit, meant, wanted
 from fastedit.serving.contents import read_contents
 from fastedit.serving.failures import clean
-from fastedit.serving.options import resolve
+from fastedit.serving.options import _KNOWN, resolve
 from fastedit.serving.residency import Residency
 from fastedit.serving.rows import Rows, Wanted
 
@@ -261,7 +261,7 @@ def test_damage_is_refused(library, tmp_path):
 
 
 def test_the_command_that_is_started(monkeypatch, tmp_path):
-    from fastedit.cli import loading, serve
+    from fastedit.cli import app, loading, serve
 
     with pytest.raises(loading.UsageError, match=r"needs vllm: pip install vllm|no folder"):
         serve.command("m", tmp_path / "none", None, None, None, [])
@@ -272,6 +272,14 @@ def test_the_command_that_is_started(monkeypatch, tmp_path):
     assert json.loads(config) == {"fastedit": {"edits": str(tmp_path), "sites": ["mlp", "block"], "rank": 4}}
     line = serve.command("m", tmp_path, None, None, None, [], gates=True)
     assert json.loads(line[line.index("--additional-config") + 1])["fastedit"]["gates"] is True
+    started = []
+    monkeypatch.setattr(serve.os, "execv", lambda program, line: started.append(line))
+    given = {"rank": 2, "capacity": 8, "gates": True, "max_names": 3, "max_change": 9.0, "staging": str(tmp_path / "kept")}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "gates"]
+    command = ["serve", "m", "--edits", str(tmp_path), "--sites", "mlp", "--gates", *flags]
+    app(command, standalone_mode=False)
+    told = json.loads(started[0][started[0].index("--additional-config") + 1])["fastedit"]
+    assert told == given | {"edits": str(tmp_path), "sites": ["mlp"]} and set(told) == _KNOWN, "a flag for each option"
     for sites, rest, said in (("mlp,q", [], "expected some of"), (None, ["--additional-config={}"], "additional-config")):
         with pytest.raises(serve.typer.BadParameter, match=said):
             serve.command("m", tmp_path, sites, None, None, rest)
