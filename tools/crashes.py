@@ -5,6 +5,7 @@
 
 import argparse
 import functools
+import json
 import os
 import random
 import signal
@@ -20,7 +21,9 @@ import fastedit as fe
 from fastedit import store
 from fastedit.capturing import capture as capturing
 from fastedit.capturing.rows_on_disk import Rows, RowWriter
+from fastedit.directions import sweep as sweeping
 from fastedit.files import edit_file
+from fastedit.methods import trajectories
 from fastedit.methods.trajectories import Trajectories
 
 from . import table
@@ -122,6 +125,63 @@ def _resume_of(folder):
     return {float(note["position"]), float(note["digest"]), *map(float, found)}
 
 
+_SWEPT = {"directions": "of this sweep"}
+
+
+def _sweep(folder, value):
+    kept = sweeping._Kept(folder, _SWEPT)
+    for layer in (0, 1):
+        kept.cells[(layer,), 1.0] = sweeping.Cell((layer,), 1.0, value, value, value, value, 3)
+    kept.add(kept.cells[(1,), 1.0])
+
+
+def _sweep_of(folder):
+    return {cell.mean for cell in sweeping._Kept(folder, _SWEPT).cells.values()}
+
+
+def _plan(folder, value):
+    """A folder of shards has one plan for good: the old one is taken away."""
+    (folder / trajectories._PLAN).unlink(missing_ok=True)
+    trajectories._begin(folder, {"prompts": value}, int(value))
+
+
+def _plan_of(folder):
+    return {float(trajectories._plan(folder)["shards"])} if (folder / trajectories._PLAN).exists() else {NOTHING}
+
+
+def _peft(folder, value):
+    with fe.patch(model(), fe.ScaleBias(torch.full((WIDTH,), value), bias=False, site="mlp")) as handle:
+        fe.save_peft(handle, folder, task_type=str(value))
+
+
+def _peft_of(folder):
+    return _adapter_of(folder, "adapter_config.json", lambda config: float(config["task_type"]))
+
+
+def _pyreft(folder, value):
+    with fe.patch(model(), fe.Steer(torch.full((WIDTH,), value), layers=range(1 + int(value) % 2))) as handle:
+        fe.save_pyreft(handle, folder)
+
+
+def _pyreft_of(folder):
+    return _adapter_of(folder, "config.json", lambda config: None, positions="all")
+
+
+def _adapter_of(folder, name, said, positions=None):
+    """What all of an adapter's places hold, and its configuration; NOTHING where there is none, as PEFT and pyreft see it."""
+    try:
+        with fe.load_adapter(model(), folder, positions=positions) as handle:
+            found = {said(json.loads((folder / name).read_bytes()))} - {None}
+            for *_, masters in handle._each():
+                form = masters.form()
+                found |= {round(x, 3) for x in (form.offset @ form.write if form.scale is None else form.scale).tolist()}
+            return found
+    except fe.EditFileError:
+        if (folder / name).exists():
+            raise
+        return {NOTHING}
+
+
 def _bank(folder, value):
     """A bank that keeps nothing in memory; what a killed one leaves behind must not be in the way of the next."""
     bank = fe.Bank(model(), capacity=1, rank=0, host=0, folder=folder)
@@ -142,8 +202,11 @@ def _bank_of(folder):
 SAVED = {
     "edit": (_edit, _edit_of), "directions": (_directions, _directions_of), "rows": (_rows, _rows_of),
     "trajectories": (_trajectories, _trajectories_of), "resume": (_resume, _resume_of),
-    "checkpoint": (_checkpoint, _checkpoint_of),
+    "checkpoint": (_checkpoint, _checkpoint_of), "sweep": (_sweep, _sweep_of), "plan": (_plan, _plan_of),
+    "peft": (_peft, _peft_of), "pyreft": (_pyreft, _pyreft_of),
 }  # fmt: skip
+NOTHING = 0.0
+MAY_BE_NOTHING = ("plan", "peft", "pyreft")  # after a crash: none of it can be loaded, by anybody
 KINDS = {**SAVED, "bank": (_bank, _bank_of)}
 
 
@@ -170,7 +233,8 @@ def attack(kind, kills, seed=0, where=None):
                 hit += status == signal.SIGKILL
                 wrong += status != signal.SIGKILL  # it failed
             try:
-                wrong += len(read(folder)) != 1
+                found = read(folder)
+                wrong += len(found) != 1 or (found == {NOTHING} and kind not in MAY_BE_NOTHING)
             except ValueError as error:
                 print(kind, number, error, file=sys.stderr)
                 wrong += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,11 +21,13 @@ from torch import nn
 from ..arguments import FP32_MAX, as_list, check_flag, check_whole
 from ..edits.kinds import Steer
 from ..files.edit_file import replace
-from ..files.sealed import parse_json, read_regular
+from ..files.sealed import VERSION, open_json, read_regular, seal_json
 from ..hints import Folder, Site
 from ..patching.handle import patch
 from .directions import Directions
 from .dose import calibrate
+
+logger = logging.getLogger("fastedit")
 
 UNITS = ("strength", "residual", "kl")
 
@@ -229,10 +231,12 @@ class _Kept:
         if self.path is None or not self.path.exists():
             return
         try:
-            note = parse_json(read_regular(self.path, 1 << 30))
+            note, version = open_json(read_regular(self.path, 1 << 30), ("key", "cells"))
             found, cells = note["key"], [Cell(**cell | {"layers": tuple(cell["layers"])}) for cell in note["cells"]]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path} is not what fastedit.sweep writes: {error!r}; remove it") from None
+        if version == 1:
+            logger.warning("fastedit: %s is of format version 1, which has no checksum; its next cell gives it one", self.path)
         if found != key:
             raise ValueError(f"{self.path} is of another sweep ({_differences(found, key)}); remove it, or resume elsewhere")
         self.cells = {(cell.layers, cell.dose): cell for cell in cells}
@@ -244,8 +248,8 @@ class _Kept:
         self.cells[cell.layers, cell.dose] = cell
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            note = {"key": self.key, "cells": [asdict(cell) for cell in self.cells.values()]}
-            replace(self.path, json.dumps(note, indent=1).encode() + b"\n")
+            note = {"version": VERSION, "key": self.key, "cells": [asdict(cell) for cell in self.cells.values()]}
+            replace(self.path, seal_json(note, finite=False))  # the interval of one number is infinite
         return cell
 
 

@@ -161,6 +161,59 @@ def replace(path, content, like=None, kind="part"):
     The file has the permissions of the old one, or of the file `like`: a private file stays private. Temporary files of
     the kind "edit" are made in a turn alone: the next writer of an edit there removes what a crash left of them.
     """
+    temporary = _stage(path, content, like, kind)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        _discard(temporary)
+        raise
+    _sync(path.parent)
+
+
+def replace_all(folder, files, last):
+    """Put `files` {name: bytes} into a folder of which a reader needs them all, and nothing without the one named `last`.
+
+    For formats whose readers know no checksums. All are written beside the old ones first. Where more than one of them differs
+    from what is there, `last` is then removed, the others are put in place, and it is the last one: a crash within these
+    renames leaves a folder that every reader refuses, never some of the old files beside some of the new.
+    """
+    folder, staged = Path(folder), {}
+    _make_folder(folder)
+    with turn(folder):
+        changed = [name for name, content in files.items() if not _holds(folder / name, content)]
+        renewed = changed if len(changed) < 2 else [*(name for name in changed if name != last), last]
+        try:
+            for name in renewed:
+                staged[name] = _stage(folder / name, files[name])
+            if len(renewed) > 1:
+                (folder / last).unlink(missing_ok=True)
+                _sync(folder)
+            for name in renewed:
+                if name == last:
+                    _sync(folder)
+                os.replace(staged[name], folder / name)
+                del staged[name]
+        except BaseException:
+            for temporary in staged.values():
+                _discard(temporary)
+            raise
+        _sync(folder)
+
+
+def _holds(path, content):
+    try:
+        return read_regular(path, len(content)) == content
+    except (Damaged, OSError):
+        return False
+
+
+def _discard(temporary):
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
+def _stage(path, content, like=None, kind="part"):
+    """The path of a temporary file beside `path` that holds `content`, synced."""
     temporary = path.parent / f".{kind}-{secrets.token_hex(8)}.tmp"
     mode = _mode(path if like is None else like)
     try:
@@ -175,12 +228,10 @@ def replace(path, content, like=None, kind="part"):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        _discard(temporary)
         raise
-    _sync(path.parent)
+    return temporary
 
 
 def _mode(path):

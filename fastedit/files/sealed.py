@@ -69,9 +69,12 @@ def parse_json(text):
     return parsed
 
 
-def seal_json(document):
-    """The bytes of a JSON-able dict, with its seal. ValueError and TypeError as json.dumps raises them."""
-    text = json.dumps({"sha256": ZEROS, **document}, indent=2, allow_nan=False).encode() + b"\n"
+def seal_json(document, finite=True):
+    """The bytes of a JSON-able dict, with its seal. ValueError and TypeError as json.dumps raises them.
+
+    finite: whether NaN and infinities are refused.
+    """
+    text = json.dumps({"sha256": ZEROS, **document}, indent=2, allow_nan=not finite).encode() + b"\n"
     return _sealed(text, _JSON_SEAL.match(text))
 
 
@@ -79,6 +82,25 @@ def check_json(text, parsed):
     """Check that a document of version 2 is as it was written. Damaged says what to do about one that is not."""
     _check(text, _JSON_SEAL.match(text))
     parsed.pop("sha256")
+
+
+def open_json(text, keys):
+    """(document, version) of a JSON object with exactly `keys`, their version and their seal; of version 1 with `keys` alone.
+
+    Raises:
+        Damaged: it is not one, was changed, or has other keys.
+    """
+    parsed = parse_json(text)
+    found = sorted(parsed) if isinstance(parsed, dict) else type(parsed).__name__
+    if found == sorted(keys):
+        return parsed, 1
+    if found != sorted({*keys, "version", "sha256"}):
+        raise Damaged(f"holds {found!r:.200}, expected {sorted(keys)}, a version and a checksum: changed, or of something else")
+    check_json(text, parsed)
+    version = parsed.pop("version")
+    if version != VERSION:
+        raise Damaged(f"has format version {version!r:.40}, this fastedit reads 1 and {VERSION}: upgrade it")
+    return parsed, VERSION
 
 
 def seal_tensors(tensors, note):

@@ -61,6 +61,7 @@ def load_adapter(
     folder = edit_folder.fetch(folder, revision, patterns=FILES)
     layers = find_layers(model)
     try:
+        before = _written(folder)
         if (folder / PEFT_CONFIG).exists():
             found = list(_peft(model, folder))
             if positions is not None:
@@ -69,6 +70,8 @@ def load_adapter(
             found = list(_pyreft(model, layers, folder, positions))
         else:
             raise Refusal(f"expected {PEFT_CONFIG} (PEFT) or config.json and intkey_*.bin (pyreft)")
+        if _written(folder) != before:  # some of it may be of another adapter
+            raise Refusal("it was changed while it was read: load it again")
         if not found:
             raise Refusal("its adapter changes nothing: there is nothing to load")
         places = Places(layers)
@@ -77,6 +80,18 @@ def load_adapter(
     except Refusal as refusal:
         raise EditFileError(f"{folder}: {refusal}") from None
     return patch_as(Handle, model, edits_of(found), fused=fused)
+
+
+def _written(folder):
+    """What tells one writing of a folder's configuration from another: a writer makes it anew (edit_file.replace_all)."""
+    return [(name, said.st_ino, said.st_mtime_ns) for name in (PEFT_CONFIG, "config.json") if (said := _stat(folder / name))]
+
+
+def _stat(path):
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def _put(places, one):

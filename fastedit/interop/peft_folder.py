@@ -8,7 +8,7 @@ from safetensors.torch import save
 from ..edits.form import at_strength, fold_all
 from ..families import Input, Part
 from ..families.own_class import base_of
-from ..files.edit_file import replace
+from ..files.edit_file import replace_all
 from ..hints import Folder
 from ..patching.base_model import describe_base
 from ..patching.handle import Handle
@@ -45,11 +45,9 @@ def save_peft(handle: Handle, folder: Folder, *, task_type: str | None = None) -
         "target_modules": modules, "feedforward_modules": inputs, "inference_mode": True, "init_ia3_weights": True,
         "fan_in_fan_out": any(is_conv1d(handle.model.get_submodule(path)) for path in modules), "modules_to_save": None,
     }  # fmt: skip
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / PEFT_TENSORS, save(tensors, {"format": "pt"}))
-    replace(folder / PEFT_CONFIG, json.dumps(config, indent=2).encode() + b"\n")
-    return folder
+    files = {PEFT_TENSORS: save(tensors, {"format": "pt"}), PEFT_CONFIG: json.dumps(config, indent=2).encode() + b"\n"}
+    replace_all(folder, files, last=PEFT_CONFIG)
+    return Path(folder)
 
 
 def _stacks(handle):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..edits.form import at_strength, fold_all
-from ..files.edit_file import replace
+from ..files.edit_file import replace_all
 from ..hints import Folder
 from ..patching.handle import Handle
 from .folders import COMPONENTS, check_export
@@ -56,14 +56,16 @@ def save_pyreft(handle: Handle, folder: Folder) -> Path:
         "intervention_dimensions": [[state["weight"].shape[1]] for state in states.values()],
         "intervention_constant_sources": [True] * len(keys),
     }  # fmt: skip
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for key, state in zip(keys, states.values(), strict=True):
-        written = io.BytesIO()
-        torch.save(state, written)
-        replace(folder / f"intkey_{key}.bin", written.getvalue())
-    replace(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
-    return folder
+    files = {f"intkey_{key}.bin": _archive(state) for key, state in zip(keys, states.values(), strict=True)}
+    files["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
+    replace_all(folder, files, last="config.json")
+    return Path(folder)
+
+
+def _archive(state):
+    written = io.BytesIO()
+    torch.save(state, written)
+    return written.getvalue()
 
 
 def _loreft(where, stack):

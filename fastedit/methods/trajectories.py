@@ -22,7 +22,7 @@ import torch
 from ..edits.kinds import Edit
 from ..families import find_layers
 from ..files.edit_file import EditFileError, replace
-from ..files.sealed import open_tensors, parse_json, read_regular, seal_tensors
+from ..files.sealed import VERSION, open_json, open_tensors, parse_json, read_regular, seal_json, seal_tensors
 from ..patching.eval_mode import evaluating
 from ..patching.layer_plan import choose
 from ..patching.model_edits import root_of
@@ -192,14 +192,16 @@ def _begin(folder, asked, shards):
             raise EditFileError(f"{folder} holds states collected for other prompts or settings: use another folder, or empty it")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / _PLAN, json.dumps(plan).encode())
+    replace(folder / _PLAN, seal_json({"version": VERSION, **plan}))
 
 
 def _plan(folder):
     try:
-        plan = parse_json(read_regular(folder / _PLAN, 1 << 20))
+        plan, version = open_json(read_regular(folder / _PLAN, 1 << 20), ("format", "shards", "asked"))
         if plan["format"] != _FORMAT or not isinstance(plan["shards"], int):
             raise ValueError(f"its format is {plan['format']!r}")
+        if version == 1:
+            logger.warning("fastedit: %s is of format version 1, which has no checksum", folder / _PLAN)
         return plan
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise EditFileError(f"{folder} holds no shards of trajectories: {error}") from error

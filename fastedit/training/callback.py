@@ -38,7 +38,8 @@ class EditCallback(TrainerCallback):
 
     Raises:
         ValueError: when training begins: base weights train that no checkpoint of an edit holds, or there is weight
-            decay with an optimizer whose decay is not known. EditFileError: resumed, and there is no edit to restore.
+            decay with an optimizer whose decay is not known. EditFileError: resumed, and there is no edit to restore, or one of
+            other tensors, or with another head. The model is then as it was.
     """
 
     def __init__(
@@ -118,9 +119,14 @@ class EditCallback(TrainerCallback):
                 f"{folder} holds no edit to go on from (no {JSON}): was it written with an EditCallback? Else say where it is, "
                 "EditCallback(handle, resume=folder)"
             )
-        header, tensors, head = kept.read(folder, self.handle.model)
-        self.handle.load_tensors(tensors)
-        kept.restore(self.handle.model, folder, header, head)
+        _, tensors, head = kept.read(folder, self.handle.model)
+        own = {name: p for name, p in self.handle.model.named_parameters() if name in head}
+        kept.check_head(folder, head, own)  # an adapter that is not there would not be trained: none is put in
+        try:
+            self.handle.load_tensors(tensors)
+        except (KeyError, ValueError, TypeError) as error:
+            raise EditFileError(f"{folder}: {error}") from error
+        kept.copy_head(head, own)
 
     def _decayed(self, optimizer):
         """(group, master, where decay pulls it or None) of the edit's masters that the optimizer decays."""

@@ -34,13 +34,14 @@ from .norm import load_gradient, load_row_number, load_unit
 
 @triton.jit
 def load_input(x, residual, x_stride, residual_stride, row, live, cols, inside, ON_SUM: tl.constexpr):
-    """h, fp32; None where no wanted gradient reads it."""
+    """h, fp32; None where no wanted gradient reads it. Without a residual x is the sum itself: the edit's output, from which
+    d_read is recovered (ops/autograd.py)."""
     if x is None:
         return
     else:
         return edit_input(
             load_rows(x, row, x_stride, live, cols, inside),
-            load_rows(residual, row, residual_stride, live, cols, inside), ON_SUM,
+            load_rows(residual, row, residual_stride, live, cols, inside), ON_SUM and residual is not None,
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Where a bank keeps its edits: slots, eviction, files, pins, and threads that add while others run the model."""
 
+import io
 import threading
 
 import pytest
@@ -288,22 +289,38 @@ def test_tables_refuse_what_does_not_fit():
     assert tables.take() == 0 and tables.take() is None
 
 
-def test_a_full_disk_leaves_no_name_and_no_slot_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["open", "write", "close"])
+def test_a_full_disk_leaves_no_name_no_slot_and_no_file_behind(step, tmp_path, monkeypatch):
     """What was refused can be added again later under its name; who holds nothing, holds nothing."""
     model, bank = small(capacity=2, count=2, host=0, folder=tmp_path)
-    before = bank.stats()
+    before, files = bank.stats(), sorted(tmp_path.iterdir())
 
-    def full(staged):
-        raise OSError(28, "No space left on device")
+    class Full(io.FileIO):
+        def write(self, content):
+            if step == "write":
+                super().write(content[:100])
+                raise OSError(28, "No space left on device")
+            return super().write(content)
+
+        def close(self):
+            was_open = not self.closed
+            super().close()
+            if was_open and step == "close":
+                raise OSError(28, "No space left on device")
+
+    def opened(path, mode="r", *_):
+        if step == "open":
+            raise OSError(28, "No space left on device")
+        return Full(path, mode.replace("b", ""))
 
     with monkeypatch.context() as patch:
-        patch.setattr(bank._books.spill, "write", full)
+        patch.setattr(type(tmp_path), "open", opened)
         with pytest.raises(OSError, match="No space left"):
             bank.add("e2", red(2))
         assert "e2" not in bank and bank.stats().entries == 2 and bank.stats().host_bytes == 0
         with pytest.raises(OSError, match="No space left"):
             bank.replace("e0", red(5))
-    assert bank.stats().in_use == 0
+    assert bank.stats().in_use == 0 and sorted(tmp_path.iterdir()) == files
     for name in ("e0", "e1"):
         assert torch.equal(said(model, bank, name, name), expected(name))
     bank.add("e2", red(2))

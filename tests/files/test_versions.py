@@ -1,6 +1,6 @@
 """Files of format version 1 load, with one warning each; of version 2 every byte is under a checksum.
 
-FLIPS=1500 for 10,500 flips in all.
+FLIPS=1500 for 13,500 flips in all.
 """
 
 import json
@@ -15,7 +15,9 @@ from test_store import llama
 
 import fastedit as fe
 from fastedit.capturing.rows_on_disk import Rows
+from fastedit.directions import sweep as sweeping
 from fastedit.files import edit_file
+from fastedit.methods import trajectories
 from fastedit.methods.trajectories import Trajectories
 from fastedit.patching import trained_beside
 
@@ -70,6 +72,30 @@ def test_old_trajectories_load(caplog):
     assert old.lengths.tolist() == [2, 3] and old.prompts == ["a", "b"] and "version 1" in caplog.text
 
 
+KEY = {"directions": "0123", "unit": "strength"}
+CELL = {"layers": [1], "dose": 2.0, "strength": 2.0, "mean": 0.5, "low": float("-inf"), "high": float("inf"), "count": 1}
+
+
+def test_old_sweeps_load_and_are_renewed(tmp_path, caplog):
+    (tmp_path / "sweep.json").write_text(json.dumps({"key": KEY, "cells": [CELL | {"control": None}]}))
+    old = sweeping._Kept(tmp_path, KEY)
+    assert len(caplog.records) == 1 and "format version 1" in caplog.text
+    cell = old.add(old.get((1,), 2.0))
+    assert cell.mean == 0.5 and cell.high == float("inf")
+    caplog.clear()
+    assert sweeping._Kept(tmp_path, KEY).cells == old.cells and not caplog.records
+
+
+def test_old_plans_load(tmp_path, caplog):
+    trajectories._begin(tmp_path, {"prompts": ["a"]}, 3)
+    plan = json.loads((tmp_path / trajectories._PLAN).read_text())
+    assert trajectories._plan(tmp_path)["shards"] == 3 and not caplog.records
+    old = {key: plan[key] for key in ("format", "shards", "asked")}
+    (tmp_path / trajectories._PLAN).write_text(json.dumps(old))
+    trajectories._begin(tmp_path, {"prompts": ["a"]}, 3)  # goes on with it
+    assert len(caplog.records) == 1 and "format version 1" in caplog.text
+
+
 def made(folder):
     """{what: (file, a function that loads it)} of version 2, one of each kind."""
     model = llama()
@@ -81,6 +107,8 @@ def made(folder):
     fe.capture(model, None, DATA, layers=[1], batch_size=2, rows=folder / "rows", resume=folder / "sums")
     Trajectories.load(OLD / "trajectories.safetensors").save(folder / "trajectories.safetensors")
     (shard,) = (folder / "rows").iterdir()
+    sweeping._Kept(folder / "sweep", KEY).add(sweeping.Cell(**CELL | {"layers": (1,)}))
+    trajectories._begin(folder / "plan", {"prompts": ["a"]}, 3)
 
     def resume():
         fe.capture(model, None, DATA, layers=[1], batch_size=2, rows=folder / "again", resume=folder / "sums")
@@ -101,6 +129,8 @@ def made(folder):
             folder / "trajectories.safetensors", lambda: Trajectories.load(folder / "trajectories.safetensors"),
             fe.EditFileError,
         ),
+        "sweep": (folder / "sweep" / "sweep.json", lambda: sweeping._Kept(folder / "sweep", KEY), ValueError),
+        "plan": (folder / "plan" / trajectories._PLAN, lambda: trajectories._plan(folder / "plan"), fe.EditFileError),
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Folders of PEFT's (IA)3 and of pyreft, read without those libraries, and written for them."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 import fastedit as fe
 from fastedit.edits.form import Form
+from fastedit.interop import folders
 
 PLACES = {"mlp": "mlp.down_proj", "ffn_in": "mlp.down_proj", "attn": "self_attn.o_proj", "k": "self_attn.k_proj"}
 
@@ -98,6 +100,72 @@ def test_what_fastedit_writes_peft_reads(tmp_path):
     again = tiny.build("llama")
     fe.load_adapter(again, tmp_path)
     torch.testing.assert_close(tiny.output(again, "llama"), said, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("save, last", [(fe.save_peft, "adapter_config.json"), (fe.save_pyreft, "config.json")])
+def test_no_crash_leaves_some_of_an_old_adapter_beside_some_of_a_new_one(save, last, tmp_path, monkeypatch):
+    """Once the renames begin nobody reads the folder, PEFT included; after the last it is the new one."""
+
+    def said(scale):
+        edit = fe.ScaleBias if save is fe.save_peft else fe.Steer
+        more = {"bias": False, "site": "mlp"} if save is fe.save_peft else {}
+        layers = [0, int(scale)]
+        with fe.patch(tiny.build("llama"), edit(torch.full((32,), scale), layers=layers, **more)) as handle:
+            save(handle, tmp_path / "out")
+            return tiny.output(handle.model, "llama")
+
+    def read():
+        model = tiny.build("llama")
+        fe.load_adapter(model, tmp_path / "out", positions=None if save is fe.save_peft else "all")
+        return tiny.output(model, "llama")
+
+    old, real, done, refused = said(1.0), os.replace, [], 0
+    for stop in range(1, 9):
+
+        def crash(*paths, stop=stop):
+            done.append(paths)
+            if len(done) == stop:
+                raise KeyboardInterrupt
+            real(*paths)
+
+        done.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", crash)
+            try:
+                new = said(2.0)
+                break
+            except KeyboardInterrupt:
+                pass
+        refused += 1
+        assert not (tmp_path / "out" / last).exists()
+        with pytest.raises(fe.EditFileError, match=r"expected adapter_config\.json"):
+            read()
+        if save is fe.save_peft:
+            peft = pytest.importorskip("peft", reason="needs PEFT")
+            with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
+                peft.PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "out")
+        assert not list((tmp_path / "out").glob(".*")), "a file is left"
+        torch.testing.assert_close(said(1.0), old)
+        torch.testing.assert_close(read(), old, rtol=1e-4, atol=1e-4)
+    assert refused == (2 if save is fe.save_peft else 3)
+    torch.testing.assert_close(read(), new, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_is_written_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    edits = [fe.ScaleBias(torch.full((32,), scale), False, site="mlp", layers=[int(scale)]) for scale in (1.0, 2.0)]
+    handles = [fe.patch(tiny.build("llama"), edit) for edit in edits]
+    fe.save_peft(handles[0], tmp_path)
+    real = folders.plain_tensors
+
+    def meanwhile(content):
+        fe.save_peft(handles[1], tmp_path)
+        return real(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "plain_tensors", meanwhile)
+        with pytest.raises(fe.EditFileError, match="changed while it was read"):
+            fe.load_adapter(tiny.build("llama"), tmp_path)
+    fe.load_adapter(tiny.build("llama"), tmp_path)
 
 
 def test_what_peft_saves_is_read(tmp_path):

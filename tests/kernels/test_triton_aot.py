@@ -124,6 +124,19 @@ def test_any_number_of_rows_slots_and_ranks_is_one_compilation(monkeypatch, norm
     assert len(compilations) == 1, compilations
 
 
+def test_gradients_recovered_from_the_output_compile(monkeypatch):
+    """A low-rank edit that trains on the sum hands its output to the backward, and no residual (ops/autograd.py)."""
+    target = TARGETS["sm_90"]
+    launches = record(monkeypatch, target)
+    rows, form, z = empty(ROWS, WIDTH), (None, None, *make_form(4)[2:5], None, None), empty(ROWS, 4)
+    wanted = (True, False, False, True, True, True, False, True)
+    backend.edit_add_norm_backward(
+        rows, rows, rows, rows, None, empty(WIDTH), None, empty(ROWS), *form, None, z, True, norm.RMS, wanted, (False, False),
+        F32, F32,
+    )  # fmt: skip
+    assert "columns_kernel" in {compile_launch(*entry, target) and entry[0].__name__ for entry in launches}
+
+
 def running_products(ttgir):
     """(tt.dot lines, those that add to a value the innermost loop carries). Names repeat across scopes."""
     dots, running, carried = [], [], set()

@@ -7,7 +7,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 import fastedit as fe
 from fastedit.files import edit_file
@@ -104,6 +104,24 @@ def test_a_crash_between_head_and_edit_leaves_the_old_pair(tmp_path, monkeypatch
         "edit.safetensors",
         "head.safetensors",
     ]
+
+
+@pytest.mark.parametrize("other", ["head", "edit"])
+def test_a_resume_that_is_refused_leaves_the_model_as_it_was(other, tmp_path):
+    def made(edit, **changes):
+        model = tiny.build("bert", **changes).train()
+        callback = EditCallback(fe.patch(model, edit, freeze=True))
+        trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=SENTENCES, callbacks=[callback])
+        return model, callback, trainer
+
+    made(fe.RED())[2].train()
+    head = other == "head"
+    model, callback, _ = made(fe.RED(), num_labels=5) if head else made(fe.RED(layers=[0]))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    message = r"classifier\.bias has shape \(2,\)" if head else "not of this handle: 0.layers.1"
+    with pytest.raises(EditFileError, match=message):
+        callback.on_train_begin(arguments(tmp_path), TrainerState(global_step=4), None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_edit_beside_lora_is_kept_with_the_adapter(tmp_path):
