@@ -111,10 +111,9 @@ __device__ inline Backward plain(Backward b) {
   a.residual = nullptr, a.on_sum = 0, a.kind = a.kind == GEMMA ? GEMMA : RMS, a.mean = nullptr;
   a.d_form.coefficient = nullptr;
   b.total = b.norm_means = b.q_out = nullptr;
-  b.parts = 1;
   b.reads_h = b.unit.total_staged = b.unit.h_staged = true;
   b.taken.norm_bias = -1;
-  assume(a.grad_residual, a.d_x, b.cut.pieces > 0, b.unit.chunks > 0);
+  assume(a.grad_residual, a.d_x, b.unit.chunks > 0);
   if (part == kPlainReft || part == kPlainReftNorm) {
     a.form.scale = a.form.bias = nullptr, b.taken.scale = b.taken.bias = -1;
   } else {
@@ -147,7 +146,7 @@ template <bool kPlain>
 __device__ inline Backward plain_columns(Backward b) {
   if constexpr (!kPlain) return b;
   b.a.form = plain(b.a.form);
-  b.a.slot_order = {}, b.parts = 1;
+  b.a.slot_order = {}, b.later.cut.tiles = b.later.cut.pieces;
   b.a.residual = nullptr, b.columns_d_x = true;
   assume(b.a.grad_residual, b.a.form.scale, b.left.scale >= 0, b.left.bias >= 0);
   return b;
