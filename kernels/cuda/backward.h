@@ -76,9 +76,9 @@ struct Unit {
   __device__ int64_t row(int i) const { return order ? __ldg(order + first + i) : first + i; }
 };
 
-// The slot of a place in that order. A leaf's rows of it have the partial number leaf + before: both rise along the
-// order, and before does at every border, so that no two have the same number and a slot's follow one another. Sums that
-// all slots share have the leaf's.
+// The slot of a place in that order. A leaf's rows of it have the partial number leaf + before, where before counts the
+// blocks of the slots before it: both rise along the order, and before does at every border, so that no two have the same
+// number and a slot's follow one another. Sums that all slots share have the leaf's.
 struct Place {
   int64_t end;  // where its rows do
   int before;
@@ -92,7 +92,7 @@ __device__ inline Place place_at(const Backward& b, int64_t at) {
   const bool inside = slot >= 0 && slot < b.a.form.slots;
   const int64_t end = __ldg(order.first + (inside ? slot + 1 : 0));
   // A row more, whatever the order says: one that is another slot tensor's must not stop the kernel for ever.
-  return {max(end, at + 1), inside ? __ldg(order.block_first + slot) + 1 : 0, inside ? slot : 0, inside};
+  return {max(end, at + 1), inside ? __ldg(order.block_first + slot) : 0, inside ? slot : 0, inside};
 }
 
 struct Range {
@@ -104,7 +104,7 @@ __device__ inline Range partials_of_slot(const Backward& b, const Cut& cut, int 
   if (!order.order || shared) return {0, b.a.rows ? leaves(cut) : 0};
   const int64_t begin = __ldg(order.first + slot), end = __ldg(order.first + slot + 1);
   if (begin == end) return {};
-  const int64_t before = __ldg(order.block_first + slot) + 1;
+  const int64_t before = __ldg(order.block_first + slot);
   return {leaf_at(cut, begin / cut.tile) + before, leaf_at(cut, (end - 1) / cut.tile) + before + 1};
 }
 

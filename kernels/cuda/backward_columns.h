@@ -85,15 +85,16 @@ __global__ void __launch_bounds__(kLaneColumns* kLines, 2) column_sums(const Bac
     if (valid) load_parameters(scale, a.form.scale, unit.slot * a.width + column, 1.f);
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[0][v] = sum[1][v] = 0.f;
-    for (int first = warp(); valid && first < unit.count; first += kLines * kFlight) {
+    const int count = valid ? unit.count : 0;
+    for (int first = warp(); first < count; first += kLines * kFlight) {
       ColumnRow<G, H, V, kNorm> rows[kFlight];
 #pragma unroll
       for (int i = 0; i < kFlight; ++i) {
-        if (first + i * kLines < unit.count) rows[i].load(b, unit, first + i * kLines, column);
+        if (first + i * kLines < count) rows[i].load(b, unit, first + i * kLines, column);
       }
 #pragma unroll
       for (int i = 0; i < kFlight; ++i) {
-        if (first + i * kLines < unit.count) rows[i].add(sum, b, unit, gain, scale, column);
+        if (first + i * kLines < count) rows[i].add(sum, b, unit, gain, scale, column);
       }
     }
     if (!unit.inside) return;

@@ -232,7 +232,7 @@ inline Cut unit_cut(int64_t rows, int64_t slots, int tile, Chips chips, int64_t 
 // Partials of each sum: one a leaf; over slots numbers for their borders, too (backward.h), which are the slots' blocks of
 // `most_rows` rows.
 inline int64_t partials_of(const Cut& cut, int64_t rows, int64_t slots, int64_t most_rows) {
-  return rows == 0 ? 0 : leaves(cut) + (slots ? rows / most_rows + least(slots, rows) + 1 : 0);
+  return rows == 0 ? 0 : leaves(cut) + (slots ? rows / most_rows + least(slots, rows) : 0);
 }
 
 // Sums of a column tile or a group of ranks ("items"): one block for each of each piece. Pieces of fewer rows where there are

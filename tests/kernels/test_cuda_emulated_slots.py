@@ -116,10 +116,11 @@ def test_every_gradient_over_slots(cuda, layout, kib):
     """48 KB leave d_read and d_write of rank 17 to later kernels; an odd view takes the scalar ones."""
     slots, slot = shuffled(layout)
     cuda.schedule(multiprocessors=5, shared_kib=kib)
-    for width, rank, pair, view in [(64, 3, (BF16, BF16), "plain"), (384, 17, (BF16, F32), "plain"), (20, 9, (F32, F32), "unaligned")]:
+    cases = [(64, 3, BF16, BF16, "plain"), (384, 17, BF16, F32, "plain"), (20, 9, F32, F32, "unaligned")]
+    for width, rank, *pair, view in cases:
         form = make_form(len(slot), width, rank, slots, "rows")
         form["slot"] = slot
-        emulated.check_edit_backward(cuda, len(slot), width, pair[:1] * 2, form, view=view)
+        emulated.check_edit_backward(cuda, len(slot), width, (pair[0], pair[0]), form, view=view)
         emulated.check_norm_backward(cuda, len(slot), width, pair, form, 2, True, view)
 
 
