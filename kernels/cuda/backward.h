@@ -145,12 +145,15 @@ __device__ inline int end_in_run(const Backward& b, const Run& run, int i) {
 __device__ inline int end_of_next(const Backward& b, const Run& run) {
   return b.a.slot_order.order && run.end < run.rows.count ? end_in_run(b, run, run.end) : run.rows.count;
 }
-__device__ inline Run find_run(const Backward& b, int64_t block, int64_t blocks) {
+__device__ inline int rows_of_run(const Backward& b, int64_t block, int64_t blocks) {
   const Cut& cut = b.units.cut;
-  const int64_t begin = run_start(cut, blocks, block), end = run_start(cut, blocks, block + 1);
-  if (begin >= end) return {};
-  const int64_t first = begin * cut.tile, rows = min(b.a.rows, end * cut.tile) - first;
-  Run run{{b.a.slot_order.order, first, static_cast<int>(rows), 0, true}, 0, 0};
+  const int64_t end = min(b.a.rows, run_start(cut, blocks, block + 1) * cut.tile);
+  return static_cast<int>(max(int64_t{0}, end - run_start(cut, blocks, block) * cut.tile));
+}
+__device__ inline Run find_run(const Backward& b, int64_t block, int64_t blocks) {
+  const int64_t first = run_start(b.units.cut, blocks, block) * b.units.cut.tile;
+  Run run{{b.a.slot_order.order, first, rows_of_run(b, block, blocks), 0, true}, 0, 0};
+  if (run.rows.count == 0) return run;
   run.end = end_in_run(b, run, 0), run.next_end = end_of_next(b, run);
   return run;
 }

@@ -37,25 +37,28 @@ struct UnitTile {
   static constexpr int N = kUnitTile<V>;
   using Streams = RowStreams<G, H, V, true>;
   const Backward& b;
-  Unit unit;
+  const Run& run;
   int streams;   // staged
   uint4* stage;  // this thread's first cell, and its first four sums: a warp's follow 32 apart, so that those of a
   float4* sums;  // chunk lie at distances that the compiler knows
   int first, live;  // rows of the tile: first … first + live of the run's
-  int next, coming;  // and of the tile after it; of a run that is kFull it is the next N, as far as there are rows
   RowEdit edit[N];
   NormRow norm[N];
 
   __device__ bool has_norm() const { return b.a.grad_normed; }
-  __device__ int64_t row(int r) const { return unit.row(kFull ? min(first + r, unit.count - 1) : first + min(r, live - 1)); }
-  __device__ bool lives(int r) const { return r == 0 || r < live; }
+  __device__ int64_t row(int r) const { return row_of(min(first + r, (kFull ? run.rows.count : run.end) - 1)); }
+  __device__ int64_t row_of(int i) const {  // the order from the arguments, where it takes no register
+    const int32_t* order = b.a.slot_order.order;
+    return order ? __ldg(order + run.rows.first + i) : run.rows.first + i;
+  }
+  __device__ bool lives(int r) const { return r == 0 || (kFull ? r < live : first + r < run.end); }
   // This thread's columns of chunk c of row r of a tile that starts with row `from`, which a run that is not kFull must have.
   template <class T, class P>
   __device__ P* at(P* data, int64_t stride, int from, int r, int c) const {
-    if constexpr (!kFull) return row_at<T, false>(data, unit.row(from + r), stride, tile_column<V>(c));
+    if constexpr (!kFull) return row_at<T, false>(data, row_of(from + r), stride, tile_column<V>(c));
     // Without whole ranks the tile's other rows are steps from its first, since registers do not suffice for a product of each.
     const int step = kWhole ? 0 : r;
-    P* of_first = row_at<T, true>(data, unit.first + (from + r - step), stride, tile_column<V>(c));
+    P* of_first = row_at<T, true>(data, run.rows.first + (from + r - step), stride, tile_column<V>(c));
     return row_at<T, true>(of_first, step, stride, 0);
   }
   __device__ uint4* cell(int stream, int r, int c) const {
@@ -67,8 +70,8 @@ struct UnitTile {
   }
   template <class T>
   __device__ void ask(int stream, int r, int c, const void* data, int64_t stride) const {
-    const int from = kFull ? first + N : next;
-    bool wanted = kFull ? from + r < unit.count : r < coming;
+    const int from = kFull ? first + N : min(first + N, run.end), end = kFull ? run.rows.count : from < run.end ? run.end : run.next_end;
+    const bool wanted = from + r < end;
     copy_async(&pack<T>(stream, r, c), kFull || wanted ? at<T>(data, stride, from, r, c) : data, wanted);
   }
 
@@ -363,7 +366,7 @@ struct UnitTile {
 template <class G, class H, int V, BackwardPart part, Ranks ranks>
 __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward given) {
   const Backward b = plain<part, ranks>(given);
-  constexpr bool kFull = part != kGeneralBackward;
+  constexpr bool kFull = part != kGeneralBackward && part != kOverSlots;
   constexpr int N = kUnitTile<V>;
   FASTEDIT_SHARED(shared);
   Run run = find_run(b, blockIdx.x, gridDim.x);
@@ -375,7 +378,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   uint4* stage = reinterpret_cast<uint4*>(sums + held * blockDim.x);
   sums += warp() * held * kWarp + lane();
   stage += warp() * streams * N * b.unit.chunks * kWarp + lane();
-  UnitTile<G, H, V, kFull, ranks> tile{b, run.rows, streams, stage, sums, kFull ? -N : 0, 0, 0, min(N, run.end), {}, {}};
+  UnitTile<G, H, V, kFull, ranks> tile{b, run, streams, stage, sums, -N, 0, {}, {}};
 #pragma unroll 1
   for (int c = 0; c < b.unit.chunks; ++c)
 #pragma unroll
@@ -386,12 +389,8 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
 
   tile.first = 0;
   do {
-    for (; tile.first < run.end; tile.first = kFull ? tile.first + N : tile.next) {
+    for (; tile.first < run.end; tile.first += N) {
       tile.live = min(N, run.end - tile.first);
-      if constexpr (!kFull) {
-        tile.next = min(tile.first + N, run.end);
-        tile.coming = min(N, (tile.next < run.end ? run.end : run.next_end) - tile.next);
-      }
 #pragma unroll
       for (int r = 0; r < N; ++r) {
         tile.edit[r] = row_edit(b.a.form, tile.row(r));
@@ -411,6 +410,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
 #pragma unroll 1
       for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) tile.finish(c, low);
     }
+    if (!kFull) tile.first = run.end, run.rows.count = rows_of_run(b, blockIdx.x, gridDim.x);  // not in a register so far
     Finished of = finished(b, run);
 #pragma unroll 1
     do {  // this leaf, and those without rows behind it

@@ -32,6 +32,7 @@ int launch_unit(const Backward& b, void* stream) {
     if (part == kPlainReftNorm) return run_rank(std::integral_constant<BackwardPart, kPlainReftNorm>{});
     if (part == kPlainReft) return run_rank(std::integral_constant<BackwardPart, kPlainReft>{});
   }
+  if (b.a.slot_order.order) return run(unit_backward<G, H, V, kOverSlots, kAnyRanks>);
   return run(unit_backward<G, H, V, kGeneralBackward, kAnyRanks>);
 }
 

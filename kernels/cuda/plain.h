@@ -83,7 +83,8 @@ __device__ inline EditAddNormArgs plain(EditAddNormArgs a) {
 // Backwards: RED's behind a norm, a rank's with bias, and LoReFT's, which has neither scale nor bias, both behind a norm and
 // without one. Every gradient of what is there is wanted but d_weight, which may be; the tile's streams lie in shared memory.
 // RED's without a norm is column_sums.
-enum BackwardPart { kGeneralBackward, kPlainRed, kPlainRankNorm, kPlainRank, kPlainReftNorm, kPlainReft };
+// The general kernel is another one over slots, whose rows come in an order, and elsewhere.
+enum BackwardPart { kGeneralBackward, kPlainRed, kPlainRankNorm, kPlainRank, kPlainReftNorm, kPlainReft, kOverSlots };
 
 inline BackwardPart backward_part(const Backward& b, int64_t columns) {
   const EditAddNormBackwardArgs& a = b.a;
@@ -104,8 +105,15 @@ enum Ranks { kAnyRanks, kWholeRanks, kFourRanks };
 
 template <BackwardPart part, Ranks ranks>
 __device__ inline Backward plain(Backward b) {
-  if constexpr (part == kGeneralBackward) return b;
   EditAddNormBackwardArgs& a = b.a;
+  if (part == kOverSlots) {
+    assume(a.slot_order.order, a.form.slot);
+    return b;
+  }
+  if (part == kGeneralBackward) {
+    a.slot_order = {};
+    return b;
+  }
   a.form = plain(a.form);
   a.slot_order = {};
   a.residual = nullptr, a.on_sum = 0, a.kind = a.kind == GEMMA ? GEMMA : RMS, a.mean = nullptr;
