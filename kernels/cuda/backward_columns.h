@@ -1,11 +1,11 @@
-// Vector sums down the columns, over units of at most kBlockRows rows:
+// Vector sums down the columns, over pieces of at most kBlockRows rows:
 //   scale Σ k total⊙h   bias Σ k total   weight Σ grad_normed⊙unit   norm_bias Σ grad_normed
 //
 // Streams: grad and hidden in; at rank 0 without a norm also d_x out, so that the whole backward is one pass.
 // With a norm only the scalar path comes here, after backward_rows.h, whatever the width and alignment.
-// Grid: column tiles × units. A lane owns V columns and keeps their fp32 sums in registers; a block's eight
-// warps take every eighth row of the unit, and their sums are added as a tree (backward_outer.h's, too).
-// The order of every addition follows from the row's place in its unit alone.
+// Grid: column tiles × pieces. A lane owns V columns and keeps their fp32 sums in registers; a block's eight
+// warps take every eighth of the piece's rows of a slot, one slot after another, and their sums are added as a tree
+// (backward_outer.h's, too). The order of every addition follows from the row's place among those of its piece and slot.
 #pragma once
 #include "backward_streams.h"
 #include "combine.h"
@@ -75,32 +75,35 @@ __global__ void __launch_bounds__(kLaneColumns* kLines, 2) column_sums(const Bac
   constexpr int kFlight = kNorm ? 2 : 4, kSums = kNorm ? 4 : 2;
   FASTEDIT_SHARED(shared);
   const EditAddNormBackwardArgs& a = b.a;
-  int64_t block = blockIdx.x / tiles, tile = blockIdx.x % tiles, column = (tile * kLaneColumns + lane()) * V;
-  Unit unit = find_unit(b, block);
+  int64_t piece = blockIdx.x / tiles, tile = blockIdx.x % tiles, column = (tile * kLaneColumns + lane()) * V;
   bool all_rows = b.columns_d_x || b.left.weight >= 0 || b.left.norm_bias >= 0;
-  if (unit.count == 0 || (!unit.inside && !all_rows)) return;
-
   float sum[kSums][V] = {}, scale[V], gain[V] = {};
   bool valid = column < a.width;
-  if (valid) {
-    load_parameters(scale, a.form.scale, unit.slot * a.width + column, 1.f);
-    if (kNorm) load_gain<G, V>(gain, a.weight, a.kind, column, a.residual_dtype);
-  }
-  for (int first = warp(); valid && first < unit.count; first += kLines * kFlight) {
-    ColumnRow<G, H, V, kNorm> rows[kFlight];
+  if (kNorm && valid) load_gain<G, V>(gain, a.weight, a.kind, column, a.residual_dtype);
+  each_slot(b, b.later.cut, piece, [&](const Unit& unit) {
+    if (!unit.inside && !all_rows) return;
+    if (valid) load_parameters(scale, a.form.scale, unit.slot * a.width + column, 1.f);
 #pragma unroll
-    for (int i = 0; i < kFlight; ++i) {
-      if (first + i * kLines < unit.count) rows[i].load(b, unit, first + i * kLines, column);
-    }
+    for (int v = 0; v < V; ++v) sum[0][v] = sum[1][v] = 0.f;
+    const int count = valid ? unit.count : 0;
+    for (int first = warp(); first < count; first += kLines * kFlight) {
+      ColumnRow<G, H, V, kNorm> rows[kFlight];
 #pragma unroll
-    for (int i = 0; i < kFlight; ++i) {
-      if (first + i * kLines < unit.count) rows[i].add(sum, b, unit, gain, scale, column);
+      for (int i = 0; i < kFlight; ++i) {
+        if (first + i * kLines < count) rows[i].load(b, unit, first + i * kLines, column);
+      }
+#pragma unroll
+      for (int i = 0; i < kFlight; ++i) {
+        if (first + i * kLines < count) rows[i].add(sum, b, unit, gain, scale, column);
+      }
     }
-  }
-  float* partials = b.partials + block * b.partial_size;
-  if (b.left.scale >= 0) combine_warps(sum[0], shared, partials + b.left.scale, tile, a.width);
-  if (b.left.bias >= 0) combine_warps(sum[1], shared, partials + b.left.bias, tile, a.width);
+    if (!unit.inside) return;
+    float* partials = partials_of_unit(b, piece, unit);
+    if (b.left.scale >= 0) combine_warps(sum[0], shared, partials + b.left.scale, tile, a.width);
+    if (b.left.bias >= 0) combine_warps(sum[1], shared, partials + b.left.bias, tile, a.width);
+  });
   if constexpr (kNorm) {
+    float* partials = b.later.of(piece);  // of all slots
     if (b.left.weight >= 0) combine_warps(sum[2], shared, partials + b.left.weight, tile, a.width);
     if (b.left.norm_bias >= 0) combine_warps(sum[3], shared, partials + b.left.norm_bias, tile, a.width);
   }
@@ -110,7 +113,7 @@ template <class G, class H, int V, bool kNorm>
 int run_columns(const Backward& b, void* stream) {
   if (!b.left.vectors()) return 0;
   int64_t tiles = column_tiles(b.a.width, V);
-  Shape shape = column_shape(b.units, tiles, V);
+  Shape shape = column_shape(b.later.cut.pieces, tiles, V);
   if constexpr (sizeof(G) == 2 && sizeof(H) == 2 && V > 1 && !kNorm) {
     if (plain_columns(b))
       return launch(column_sums<G, H, V, false, true>, shape, stream, b, static_cast<unsigned>(tiles));

@@ -2,9 +2,9 @@
 //   read Σ q h   offset Σ q   write Σ k z total
 //
 // Streams: h for d_read, total for d_write, each from HBM once and from L2 for each further group of eight ranks.
-// Grid: column tiles × groups of eight ranks × units. A lane owns V columns and keeps eight sums of each in
-// registers; warps take every eighth row of the unit, and their sums are added as a tree (combine.h).
-// The order of every addition follows from the row's place in its unit alone.
+// Grid: column tiles × groups of eight ranks × pieces. A lane owns V columns and keeps eight sums of each in
+// registers; warps take every eighth of the piece's rows of a slot, one slot after another, and their sums are added as a
+// tree (combine.h). The order of every addition follows from the row's place among those of its piece and slot.
 #pragma once
 #include "backward_streams.h"
 #include "combine.h"
@@ -66,7 +66,7 @@ __device__ inline void add_outer(float (&sum)[kRankGroup][V], const Backward& b,
   }
 }
 
-// Items of a unit, in the order of their block numbers: d_read's tiles × groups, d_write's, d_offset. A
+// Items of a piece, in the order of their block numbers: d_read's tiles × groups, d_write's, d_offset. A
 // tile's groups are neighbours, so that all but the first find the rows in L2.
 struct OuterItems {
   unsigned tiles, groups, read, write, all;
@@ -82,35 +82,35 @@ template <class G, class H, int V>
 __global__ void __launch_bounds__(kLaneColumns* kLines, 2) outer_sums(const Backward b) {
   FASTEDIT_SHARED(shared);
   OuterItems items(b, V);
-  int64_t block = blockIdx.x / items.all;
   unsigned item = blockIdx.x % items.all;
-  Unit unit = find_unit(b, block);
-  if (!unit.inside) return;  // a part without rows leaves zeros: its slot's others are added to it
-  float* partials = b.partials + block * b.partial_size;
   bool write = item >= items.read;
   if (write) item -= items.read;
-  if (write && item == items.write) return offset_sums(b, unit, partials + b.left.offset);
-
   int group = static_cast<int>(item % items.groups);
   int64_t tile = item / items.groups, column = (tile * kLaneColumns + lane()) * V;
-  float sum[kRankGroup][V] = {};
-  if (column < b.a.width) {
-    if (write) add_outer<G, H, V, true>(sum, b, unit, group, column);
-    else add_outer<G, H, V, false>(sum, b, unit, group, column);
-  }
-  partials += (write ? b.left.write : b.left.read) + group * kRankGroup * b.a.width;
+  int64_t piece = blockIdx.x / items.all;
+  each_slot(b, b.later.cut, piece, [&](const Unit& unit) {
+    if (!unit.inside) return;
+    if (write && item == items.write) return offset_sums(b, unit, partials_of_unit(b, piece, unit) + b.left.offset);
+    float sum[kRankGroup][V] = {};
+    if (column < b.a.width) {
+      if (write) add_outer<G, H, V, true>(sum, b, unit, group, column);
+      else add_outer<G, H, V, false>(sum, b, unit, group, column);
+    }
+    float* partials = partials_of_unit(b, piece, unit);
+    partials += (write ? b.left.write : b.left.read) + group * kRankGroup * b.a.width;
 #pragma unroll
-  for (int j = 0; j < kRankGroup; ++j) {
-    if (group * kRankGroup + j >= b.a.form.rank) break;
-    combine_warps(sum[j], shared, partials + j * b.a.width, tile, b.a.width);
-  }
+    for (int j = 0; j < kRankGroup; ++j) {
+      if (group * kRankGroup + j >= b.a.form.rank) break;
+      combine_warps(sum[j], shared, partials + j * b.a.width, tile, b.a.width);
+    }
+  });
 }
 
 template <class G, class H, int V>
 int run_outer(const Backward& b, void* stream) {
   OuterItems items(b, V);
   if (items.all == 0) return 0;
-  return launch(outer_sums<G, H, V>, column_shape(b.units, items.all, V), stream, b);
+  return launch(outer_sums<G, H, V>, column_shape(b.later.cut.pieces, items.all, V), stream, b);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace {
 template <bool kNorm>
 int run_backward(const Backward& b, void* stream) {
   const EditAddNormBackwardArgs& a = b.a;
-  if (b.partial_size && a.form.slot && !a.slot_order.order && a.rows) return cudaErrorInvalidValue;
+  if (b.columns && a.form.slot && !a.slot_order.order && a.rows) return cudaErrorInvalidValue;
   if (b.unit_kernel) {
     int error = run_units(b, stream);
     return error ? error : finish_sums(b, stream);

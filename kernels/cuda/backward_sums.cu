@@ -1,9 +1,9 @@
-// The plan of every backward, and its second half: parameter gradients from the units' partials (backward.h),
+// The plan of every backward, and its second half: parameter gradients from the leaves' partials (backward.h),
 //
-//     d = Σ over units of partial[unit].
+//     d = Σ over leaves of partial[leaf].
 //
 // Streams: the partials in, one fp32 gradient a column out. Grid: 32 columns × slots; a block's eight
-// warps take eight aligned runs of units. The sum is the pairwise tree over unit numbers, padded with zeros
+// warps take eight aligned runs of leaves. The sum is the pairwise tree over their numbers, padded with zeros
 // on the right to a power of two: which warp adds a subtree changes nothing, so no launch shape does.
 #include "backward_outer.h"
 #include "plain.h"
@@ -69,18 +69,21 @@ __global__ void __launch_bounds__(kLaneColumns* kLines) reduce_kernel(const Back
   int slot = static_cast<int>(blockIdx.x / tiles);
   int64_t column = int64_t{blockIdx.x % tiles} * kLaneColumns + lane();
   Target to{};
-  if (column < b.partial_size) to = target(b, column);
-  UnitRange range = to.shared ? all_units(b) : units_of_slot(b, slot);
-  int64_t units = to.out ? range.end - range.begin : 0, run = 1;
-  while (run * kLines < units) run *= 2;
+  if (column < b.columns) to = target(b, column);
+  const bool later = column >= b.later.first;
+  const Range range = partials_of_slot(b, later ? b.later.cut : b.units.cut, slot, to.shared);
+  const float* partials = (later ? b.later.of(range.begin) : b.units.of(range.begin)) + column;
+  const int64_t size = later ? b.later.size : b.units.size;
+  int64_t leaves = to.out ? range.end - range.begin : 0, run = 1;
+  while (run * kLines < leaves) run *= 2;
 
   Pairwise sum;
-  int64_t end = min(units, (warp() + 1) * run);
+  int64_t end = min(leaves, (warp() + 1) * run);
   for (int64_t i = warp() * run; i < end; i += 8) {
     float leaf[8];
 #pragma unroll
     for (int u = 0; u < 8; ++u) {
-      leaf[u] = i + u < end ? __ldcs(b.partials + (range.begin + i + u) * b.partial_size + column) : 0.f;
+      leaf[u] = i + u < end ? __ldcs(partials + (i + u) * size) : 0.f;
     }
     sum.push(sum_of_eight(leaf));
   }
@@ -172,37 +175,37 @@ double partial_share(const Backward& b, int64_t sums) {
   return static_cast<double>(bytes) / (8 * most(1, sums));
 }
 
-// The units of the unit kernel. Sums of a rank that are left over weigh most in the partials: units are larger.
-void cut_units(Backward& b, bool sorted) {
-  bool outer = b.left.read >= 0 || b.left.write >= 0;
-  Chips chips = chips_of(capability());
-  int64_t blocks = outer ? 1 : unit_blocks(b.unit.threads, b.unit.shared_bytes, shared_limit());
-  if (sorted) {
-    b.parts = unit_parts(b.a.rows, b.a.form.slots, chips.most * blocks,
-                         partial_share(b, ceil_div(b.partial_size, b.a.width)), kBlockRows);
-    b.unit_rows = kBlockRows / b.parts;
-  } else {
-    b.cut = unit_cut(b.a.rows, b.tensor ? kTensorRows : b.vector / 4, chips, blocks, outer ? 0 : partial_share(b, b.unit_sums), kBlockRows);
+// How the unit kernel's rows are cut, and those of the sums that it leaves to others.
+void cut_rows(Backward& b, int64_t slots) {
+  int64_t rows = b.a.rows, outer = (b.left.read >= 0) + (b.left.write >= 0);
+  if (b.unit_kernel) {
+    int64_t blocks = unit_blocks(b.unit.threads, b.unit.shared_bytes, shared_limit());
+    b.units.cut = unit_cut(rows, slots, b.tensor ? kTensorRows : b.vector / 4, chips_of(capability()), blocks,
+                           partial_share(b, b.unit_sums), kBlockRows);
   }
+  b.later.first = !b.unit_kernel ? 0 : b.left.write >= 0 ? b.left.write : b.left.read >= 0 ? b.left.read : b.columns;
+  b.units.size = b.later.first, b.later.size = b.columns - b.later.first;
+  int64_t items = column_tiles(b.a.width, b.vector) * most(1, outer * ceil_div(b.a.form.rank, kRankGroup));
+  b.later.cut = column_cut(rows, items, kBlockRows, fewest_rows(rows, slots, outer ? 32 : 64, 8));
 }
 
-// Where each wanted sum lies in a unit's partials; offset last, so that every vector is aligned.
+// Where each wanted sum lies among all; those that the unit kernel may leave to others last.
 void place_sums(Backward& b) {
   const FormGrad& d = b.a.d_form;
-  int64_t width = b.a.width, rank = b.a.form.rank, floats = 0;
+  int64_t width = b.a.width, rank = b.a.form.rank;
   auto want = [&](const void* out, int64_t size) {
     if (!out || size == 0) return int64_t{-1};
-    floats += size;
-    return floats - size;
+    int64_t at = b.columns;
+    b.columns += padded(size);
+    return at;
   };
   b.wanted.scale = want(d.scale, width);
   b.wanted.bias = want(d.bias, width);
-  b.wanted.read = want(d.read, rank * width);
-  b.wanted.write = want(d.write, rank * width);
   b.wanted.weight = want(b.a.d_weight, width);
   b.wanted.norm_bias = want(b.a.d_norm_bias, width);
   b.wanted.offset = want(d.offset, rank);
-  b.partial_size = padded(floats);
+  b.wanted.write = want(d.write, rank * width);
+  b.wanted.read = want(d.read, rank * width);
 }
 
 // d_read and d_write of what is left, in total's dtype where total was kept.
@@ -235,16 +238,13 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
   b.has_grad = args.grad_residual || args.grad_normed;
   b.pulls = low_rank && form.write && b.has_grad;
   bool one_wide = !args.residual || sum_dtype == args.residual_dtype;  // the unit kernel's second dtype
-  b.unit_rows = kBlockRows, b.parts = 1;
   b.taken = b.wanted;
   b.unit_kernel = along && b.vector > 1 && one_wide && args.width > 0 &&
                   (!b.wanted.vectors() || one_sum_fits(b)) && take_what_fits(b);
-  if (b.unit_kernel) take_all_to_tensor_cores(b), cut_units(b, sorted);
+  if (b.unit_kernel) take_all_to_tensor_cores(b);
   else b.taken = {}, b.left = b.wanted;
-  if (!b.unit_kernel && !along && !sorted && b.vector > 1)
-    b.unit_rows = column_unit_rows(args.rows, column_tiles(args.width, b.vector), kBlockRows);
-  b.units = b.cut.pieces ? leaves(b.cut) : ceil_div(args.rows, b.unit_rows);
-  if (sorted && args.rows) b.units = (args.rows / kBlockRows + least(form.slots, args.rows) + 2) * b.parts;
+  const int64_t slots = sorted ? form.slots : 0;
+  cut_rows(b, slots);
 
   bool own_q = b.pulls && (b.left.read >= 0 || b.left.offset >= 0);
   bool own_means = !b.unit_kernel && args.grad_normed && (b.left.scale >= 0 || b.left.bias >= 0);
@@ -261,7 +261,8 @@ Backward plan_backward(const EditAddNormBackwardArgs& args, int sum_dtype, bool 
   b.q_out = take(own_q, args.rows * form.rank);
   b.norm_means = take(own_means, args.rows * 2);
   b.total = take(own_total, args.rows * args.width);
-  b.partials = take(b.partial_size > 0, b.units * b.partial_size);
+  for (Partials* partials : {&b.units, &b.later})
+    partials->data = take(partials->size > 0, partials_of(partials->cut, args.rows, slots, kBlockRows) * partials->size);
   b.q = own_q ? b.q_out : args.grad_z;
   b.workspace_bytes = floats * 4;
   return b;
@@ -281,8 +282,8 @@ int next_launch(Backward& b) {
 
 int finish_sums(const Backward& b, void* stream) {
   int error = run_left(b, stream);
-  if (error || b.partial_size == 0) return error;
-  int64_t tiles = ceil_div(b.partial_size, kLaneColumns), slots = most(1, b.a.form.slots);
+  if (error || b.columns == 0) return error;
+  int64_t tiles = ceil_div(b.columns, kLaneColumns), slots = most(1, b.a.form.slots);
   Shape shape{tiles * slots, kLaneColumns * kLines, kLaneColumns * kLines * 4};
   return launch(reduce_kernel, shape, stream, b, static_cast<unsigned>(tiles));
 }

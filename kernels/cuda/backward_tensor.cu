@@ -379,7 +379,6 @@ __global__ void __launch_bounds__(32 * kTensorWarps, 1) tensor_backward(const Ba
   Run run = find_run(b, blockIdx.x, gridDim.x);
   if (run.rows.count == 0) return;
   const int first = static_cast<int>(run.rows.first);  // the rows of plain calls fit
-  int leaf = static_cast<int>(run.leaf);
   run.rows = {nullptr, 0, first + run.rows.count, 0, true}, run.end += first;
   float4* sums = reinterpret_cast<float4*>(shared) + b.unit.sums_at / 16;
   uint4* stage = reinterpret_cast<uint4*>(sums + kSums * (b.a.width / 4));
@@ -391,8 +390,7 @@ __global__ void __launch_bounds__(32 * kTensorWarps, 1) tensor_backward(const Ba
   tile.clear();
 
   do {
-    const int end = min(run.end, tile.end);
-    for (; tile.first < end; tile.first += kTensorRows) {
+    for (; tile.first < run.end; tile.first += kTensorRows) {
       tile.live = min(kTensorRows, tile.end - tile.first);
       wait_copies();
       __syncwarp();
@@ -404,20 +402,20 @@ __global__ void __launch_bounds__(32 * kTensorWarps, 1) tensor_backward(const Ba
 #pragma unroll 1
       for (int c = 0; c < b.unit.chunks; ++c) tile.finish(c, places, weights, next);
     }
-    const int next = static_cast<int>(next_in_run(b, run));
+    const Finished of = finished(b, run);
 #pragma unroll 1
-    for (; leaf < next; ++leaf) {  // this one, and those without rows behind it
-      tile.leave(b.partials + leaf * b.partial_size);
+    for (int64_t leaf = of.leaf; leaf < of.of_slot_end; ++leaf) {  // this one, and those without rows behind it
+      tile.leave(b.units.of(leaf));
       tile.clear();
     }
-  } while (tile.first < tile.end);
+  } while (go_on(b, run));
   wait_copies();  // the zeros of rows that do not come
 }
 
 }  // namespace
 
 int run_tensor_units(const Backward& b, void* stream) {
-  Shape shape{runs(b.cut, multiprocessors()), b.unit.threads, b.unit.shared_bytes};
+  Shape shape{runs(b.units.cut, multiprocessors()), b.unit.threads, b.unit.shared_bytes};
   auto run = [&](auto kernel) { return launch(kernel, shape, stream, b); };
   const bool norm = b.a.grad_normed;
   if (b.a.x_dtype == BF16)

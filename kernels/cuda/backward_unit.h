@@ -7,15 +7,16 @@
 // and the sums down the columns (backward_columns.h, backward_outer.h), as far as they fit (backward_sums.cu).
 //
 // Streams: grad_residual, grad_normed, residual_out, h in, each once; d_x, d_residual out.
-// Grid: a block a run of units (backward.h), `kUnitTile` rows at a time.
+// Grid: a block a run of leaves (backward.h), `kUnitTile` rows of one leaf and one slot at a time.
 // A thread owns the same columns of every row: a tile's streams lie in shared memory from their arrival
 // (cp.async) to the last use, their cells are asked for the next tile as soon as they are read; a column's sums
-// stay in shared memory over the unit's rows and leave as one fp32 partial of each. Cells and sums are each
+// stay in shared memory over a leaf's rows of a slot and leave as one fp32 partial of each; those that all slots share over
+// the leaf's. Cells and sums are each
 // thread's own, so only the sums along a row need barriers. Parameters come through L1, once for a tile.
 // Where the stage does not fit (launch.h), h comes when it is needed, and total's streams from L2 again.
-// Rows of a unit are added one after another and the units by backward_sums.cu's tree: the order follows from
-// the shape, the dtypes, which sums are wanted and the architecture (launch.h), never from the grid, which only says
-// which block takes which run of them.
+// Those rows are added one after another and the partials by backward_sums.cu's tree: the order follows from
+// the shape, the dtypes, which sums are wanted, the slots and the architecture (launch.h), never from the grid, which only
+// says which block takes which run of them.
 #pragma once
 #include "backward_streams.h"
 #include "plain.h"
@@ -36,25 +37,29 @@ struct UnitTile {
   static constexpr int N = kUnitTile<V>;
   using Streams = RowStreams<G, H, V, true>;
   const Backward& b;
-  Unit unit;
+  const Run& run;
   int streams;   // staged
   uint4* stage;  // this thread's first cell, and its first four sums: a warp's follow 32 apart, so that those of a
   float4* sums;  // chunk lie at distances that the compiler knows
-  int first, live;  // rows of the tile: first … first + live of the unit
+  int first, live;  // rows of the tile: first … first + live of the run's
   RowEdit edit[N];
   NormRow norm[N];
 
   __device__ bool has_norm() const { return b.a.grad_normed; }
-  __device__ int64_t row(int r) const { return unit.row(min(first + r, unit.count - 1)); }
-  __device__ bool lives(int r) const { return r == 0 || r < live; }
-  // This thread's columns of chunk c of row `ahead` of the tile, which a unit that is not kFull must have.
+  __device__ int64_t row(int r) const { return row_of(min(first + r, (kFull ? run.rows.count : run.end) - 1)); }
+  __device__ int64_t row_of(int i) const {  // the order from the arguments, where it takes no register
+    const int32_t* order = b.a.slot_order.order;
+    return order ? __ldg(order + run.rows.first + i) : run.rows.first + i;
+  }
+  __device__ bool lives(int r) const { return r == 0 || (kFull ? r < live : first + r < run.end); }
+  // This thread's columns of chunk c of row r of a tile that starts with row `from`, which a run that is not kFull must have.
   template <class T, class P>
-  __device__ P* at(P* data, int64_t stride, int ahead, int c) const {
-    if constexpr (!kFull) return row_at<T, false>(data, row(ahead), stride, tile_column<V>(c));
+  __device__ P* at(P* data, int64_t stride, int from, int r, int c) const {
+    if constexpr (!kFull) return row_at<T, false>(data, row_of(from + r), stride, tile_column<V>(c));
     // Without whole ranks the tile's other rows are steps from its first, since registers do not suffice for a product of each.
-    const int r = kWhole ? 0 : ahead % N;
-    P* of_first = row_at<T, true>(data, unit.first + (first + ahead - r), stride, tile_column<V>(c));
-    return row_at<T, true>(of_first, r, stride, 0);
+    const int step = kWhole ? 0 : r;
+    P* of_first = row_at<T, true>(data, run.rows.first + (from + r - step), stride, tile_column<V>(c));
+    return row_at<T, true>(of_first, step, stride, 0);
   }
   __device__ uint4* cell(int stream, int r, int c) const {
     return stage + ((c * streams + stream) * N + r) * kWarp;
@@ -64,24 +69,25 @@ struct UnitTile {
     return *reinterpret_cast<Pack<T, V>*>(cell(stream, r, c));
   }
   template <class T>
-  __device__ void ask(int stream, int ahead, int c, const void* data, int64_t stride) const {
-    bool wanted = first + ahead < unit.count;
-    copy_async(&pack<T>(stream, ahead % N, c), kFull || wanted ? at<T>(data, stride, ahead, c) : data, wanted);
+  __device__ void ask(int stream, int r, int c, const void* data, int64_t stride) const {
+    const int from = kFull ? first + N : min(first + N, run.end), end = kFull ? run.rows.count : from < run.end ? run.end : run.next_end;
+    const bool wanted = from + r < end;
+    copy_async(&pack<T>(stream, r, c), kFull || wanted ? at<T>(data, stride, from, r, c) : data, wanted);
   }
 
-  // Asks for one vector of each stream of row `ahead` of the tile, or of a later one; zeros where the unit has no such row.
-  __device__ void ask_for(int ahead, int c) const {
+  // Asks for one vector of each stream of row r of the next tile; zeros where it has no such row.
+  __device__ void ask_for(int r, int c) const {
     if (!b.unit.total_staged || beyond<V, kFull>(c, b.a.width)) return;
     const EditAddNormBackwardArgs& a = b.a;
     int stream = 0;
-    if (a.grad_residual) ask<G>(stream++, ahead, c, a.grad_residual, a.grad_residual_stride);
+    if (a.grad_residual) ask<G>(stream++, r, c, a.grad_residual, a.grad_residual_stride);
     if (has_norm()) {
-      ask<G>(stream++, ahead, c, a.grad_normed, a.grad_normed_stride);
-      ask<G>(stream++, ahead, c, a.residual_out, a.width);
+      ask<G>(stream++, r, c, a.grad_normed, a.grad_normed_stride);
+      ask<G>(stream++, r, c, a.residual_out, a.width);
     }
     if (!b.reads_h || !b.unit.h_staged) return;
-    ask<H>(stream++, ahead, c, a.x, a.x_stride);
-    if (a.residual) ask<typename Streams::S>(stream, ahead, c, a.residual, a.residual_stride);
+    ask<H>(stream++, r, c, a.x, a.x_stride);
+    if (a.residual) ask<typename Streams::S>(stream, r, c, a.residual, a.residual_stride);
   }
   __device__ void take_norm(Streams& s, int r, int c) const {
     if (!has_norm()) return;
@@ -244,14 +250,14 @@ struct UnitTile {
     gain_of(gain, c);
     total_of(total, s, gain);
 #pragma unroll
-    for (int r = 0; r < N; ++r) ask_for(N + r, c);
+    for (int r = 0; r < N; ++r) ask_for(r, c);
     if (a.d_x || (a.d_residual && a.on_sum)) {
       float added[N][1][V] = {};
       constexpr int kTogether = ranks == kFourRanks ? kRanks : kRanks / 2;
       if (rank && form.read) tile_combine<kWhole, kTogether>(added, low.q, edit, form.read, rank, a.width, c);
       RoundedRow<G, H, V> d_h[N];
       auto store_row = [&](int r) {
-        if (lives(r)) d_h[r].store(b, at<H>(a.d_x, a.width, r, c), at<G>(a.d_residual, a.width, r, c));
+        if (lives(r)) d_h[r].store(b, at<H>(a.d_x, a.width, first, r, c), at<G>(a.d_residual, a.width, first, r, c));
       };
 #pragma unroll
       for (int r = 0; r < N; ++r) {
@@ -267,7 +273,7 @@ struct UnitTile {
 #pragma unroll
     for (int r = 0; r < N; ++r) {
       if (!a.d_residual || a.on_sum || !lives(r)) continue;
-      store<G, V>(at<G>(a.d_residual, a.width, r, c), 0, round_to<G, V>(total[r], a.residual_dtype), a.residual_dtype);
+      store<G, V>(at<G>(a.d_residual, a.width, first, r, c), 0, round_to<G, V>(total[r], a.residual_dtype), a.residual_dtype);
     }
     if (b.total) {
 #pragma unroll
@@ -321,44 +327,50 @@ struct UnitTile {
     } while (q < end);
   }
 
-  // The sums of add_to's number `sum` onwards, to the unit's partials.
+  // The sums of add_to's number `sum` onwards go to the partials, where there are some, and start again.
   __device__ void leave(int& sum, int count, int64_t offset, float* partials) const {
 #pragma unroll 1
     for (int j = 0; offset >= 0 && j < count; ++j, ++sum) {
 #pragma unroll 1
       for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) {
-        const float4* at = sums + (c * b.unit_sums + sum) * (V / 4) * kWarp;
+        float4* at = sums + (c * b.unit_sums + sum) * (V / 4) * kWarp;
 #pragma unroll
         for (int i = 0; i < V / 4; ++i, at += kWarp) {
           float* to = partials + offset + j * b.a.width + tile_column<V>(c) + 4 * i;
-          put_four(to, at->x, at->y, at->z, at->w);
+          if (kFull || partials) put_four(to, at->x, at->y, at->z, at->w);
+          *at = float4{};
         }
       }
     }
   }
-  __device__ void leave_all(float* partials, const float* offset) const {
+  // A slot's sums, and unless `of_all` is null those that all slots share.
+  __device__ void leave_all(float* of_slot, float* of_all, float* offset) const {
     int sum = 0, rank = static_cast<int>(b.a.form.rank);
-    leave(sum, 1, b.taken.scale, partials);
-    leave(sum, 1, b.taken.bias, partials);
-    leave(sum, 1, b.taken.weight, partials);
-    leave(sum, 1, b.taken.norm_bias, partials);
-    leave(sum, rank, b.taken.read, partials);
-    leave(sum, rank, b.taken.write, partials);
-    for (int j = threadIdx.x; b.taken.offset >= 0 && j < rank; j += blockDim.x)
-      partials[b.taken.offset + j] = offset[j];
+    leave(sum, 1, b.taken.scale, of_slot);
+    leave(sum, 1, b.taken.bias, of_slot);
+    if (kFull || of_all) {
+      leave(sum, 1, b.taken.weight, of_all);
+      leave(sum, 1, b.taken.norm_bias, of_all);
+    } else {
+      sum += (b.taken.weight >= 0) + (b.taken.norm_bias >= 0);
+    }
+    leave(sum, rank, b.taken.read, of_slot);
+    leave(sum, rank, b.taken.write, of_slot);
+    for (int j = threadIdx.x; b.taken.offset >= 0 && j < rank; j += blockDim.x) {
+      if (kFull || of_slot) of_slot[b.taken.offset + j] = offset[j];
+      offset[j] = 0.f;
+    }
   }
 };
 
 template <class G, class H, int V, BackwardPart part, Ranks ranks>
 __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward given) {
   const Backward b = plain<part, ranks>(given);
-  constexpr bool kFull = part != kGeneralBackward;
+  constexpr bool kFull = part != kGeneralBackward && part != kOverSlots;
   constexpr int N = kUnitTile<V>;
   FASTEDIT_SHARED(shared);
-  int64_t block = blockIdx.x;
-  if (!b.cut.pieces && block >= all_units(b).end) return;
-  Run run = find_run(b, block, gridDim.x);
-  if (b.cut.pieces && run.rows.count == 0) return;
+  Run run = find_run(b, blockIdx.x, gridDim.x);
+  if (run.rows.count == 0) return;
   int rank = static_cast<int>(b.a.form.rank), turn = 0;
   LowRank low(shared, rank, N);
   const int held = b.unit_sums * b.unit.chunks * (V / 4), streams = staged_streams(b);  // of a thread
@@ -366,22 +378,19 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
   uint4* stage = reinterpret_cast<uint4*>(sums + held * blockDim.x);
   sums += warp() * held * kWarp + lane();
   stage += warp() * streams * N * b.unit.chunks * kWarp + lane();
-  UnitTile<G, H, V, kFull, ranks> tile{b, run.rows, streams, stage, sums, 0, 0, {}, {}};
+  UnitTile<G, H, V, kFull, ranks> tile{b, run, streams, stage, sums, -N, 0, {}, {}};
 #pragma unroll 1
   for (int c = 0; c < b.unit.chunks; ++c)
 #pragma unroll
     for (int r = 0; r < N; ++r) tile.ask_for(r, c);
-  auto clear = [&] {
 #pragma unroll 1
-    for (int i = 0; i < held; ++i) sums[i * kWarp] = float4{};
-    for (int j = threadIdx.x; j < rank; j += blockDim.x) low.offset[j] = 0.f;
-  };
-  clear();
+  for (int i = 0; i < held; ++i) sums[i * kWarp] = float4{};
+  for (int j = threadIdx.x; j < rank; j += blockDim.x) low.offset[j] = 0.f;
 
+  tile.first = 0;
   do {
-    const int end = min(run.end, run.rows.count);
-    for (; tile.first < end; tile.first += N) {
-      tile.live = min(N, run.rows.count - tile.first);
+    for (; tile.first < run.end; tile.first += N) {
+      tile.live = min(N, run.end - tile.first);
 #pragma unroll
       for (int r = 0; r < N; ++r) {
         tile.edit[r] = row_edit(b.a.form, tile.row(r));
@@ -401,13 +410,15 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
 #pragma unroll 1
       for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) tile.finish(c, low);
     }
-    const int64_t next = next_in_run(b, run);
+    if (!kFull) tile.first = run.end, run.rows.count = rows_of_run(b, blockIdx.x, gridDim.x);  // not in a register so far
+    Finished of = finished(b, run);
 #pragma unroll 1
-    for (; run.leaf < next; ++run.leaf) {  // this one, and those without rows behind it
-      tile.leave_all(b.partials + run.leaf * b.partial_size, low.offset);
-      clear();
-    }
-  } while (tile.first < run.rows.count);
+    do {  // this leaf, and those without rows behind it
+      float* of_all = kFull || of.leaf < of.of_all_end ? b.units.of(of.leaf) : nullptr;
+      float* of_slot = kFull ? of_all : of.leaf < of.of_slot_end ? b.units.of(of.leaf + of.before) : nullptr;
+      tile.leave_all(of_slot, of_all, low.offset);
+    } while (++of.leaf < of.of_all_end);
+  } while (go_on(b, run));
   wait_copies();  // the zeros of rows that do not come
 }
 

@@ -14,8 +14,7 @@ namespace {
 
 template <class G, class H, int V>
 int launch_unit(const Backward& b, void* stream) {
-  Shape shape{b.units, b.unit.threads, b.unit.shared_bytes};
-  if (b.cut.pieces) shape.blocks = runs(b.cut, multiprocessors());
+  Shape shape{runs(b.units.cut, multiprocessors()), b.unit.threads, b.unit.shared_bytes};
   auto run = [&](auto kernel) { return launch(kernel, shape, stream, b); };
   auto run_rank = [&](auto part) {
     constexpr BackwardPart kPart = part.value;
@@ -33,6 +32,7 @@ int launch_unit(const Backward& b, void* stream) {
     if (part == kPlainReftNorm) return run_rank(std::integral_constant<BackwardPart, kPlainReftNorm>{});
     if (part == kPlainReft) return run_rank(std::integral_constant<BackwardPart, kPlainReft>{});
   }
+  if (b.a.slot_order.order) return run(unit_backward<G, H, V, kOverSlots, kAnyRanks>);
   return run(unit_backward<G, H, V, kGeneralBackward, kAnyRanks>);
 }
 

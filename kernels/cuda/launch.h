@@ -173,20 +173,22 @@ inline int64_t unit_blocks(int threads, int shared_bytes, int shared_limit) {
   return most(1, least(8, least(by_shared, by_registers)));
 }
 
-// Rows without slots are cut into leaves: what one fp32 running sum of each column adds up, and then a partial of it.
-// Tiles of a few rows are cut evenly into as many pieces as the architecture's smaller chip holds blocks, in whole
-// waves, and once more for its larger chip; leaves lie between two neighbours of all these cuts. A block takes a run of
-// leaves, by the real count of multiprocessors, and both chips' runs are even. The leaves, and with them the order of
-// additions, follow from the shape, the dtypes, which sums are wanted and the architecture alone: they are the same on
-// every machine of it, run after run. Leaf numbers count both kinds of cuts; where two fall together a number is
-// left out, and its partial is 0.
+// Rows, over slots in the order of their slots, are cut into leaves: what one fp32 running sum of each column adds up, and
+// then a partial of it. Tiles of a few rows are cut evenly into as many pieces as the architecture's smaller chip holds
+// blocks, in whole waves, and once more for its larger chip; leaves lie between two neighbours of all these cuts. A block
+// takes a run of leaves, by the real count of multiprocessors, and both chips' runs are even. The leaves, and with them the
+// order of additions, follow from the shape, the dtypes, which sums are wanted and the architecture alone: they are the same
+// on every machine of it, run after run. Leaf numbers count both kinds of cuts; where two fall together a number is
+// left out, and its partial is 0. A slot's sums have a partial for each leaf that the slot has rows in (backward.h).
 struct Cut {
   int64_t tiles, pieces, larger;  // pieces for the larger chip; 0: one kind of cuts
   int tile, blocks;               // rows; blocks of a multiprocessor
 };
-FASTEDIT_BOTH inline int64_t cut_start(int64_t tiles, int64_t pieces, int64_t i) { return i * tiles / pieces; }
+FASTEDIT_BOTH inline int64_t cut_start(int64_t tiles, int64_t pieces, int64_t i) {
+  return tiles == pieces ? i : i * tiles / pieces;
+}
 FASTEDIT_BOTH inline int64_t cut_at(int64_t tiles, int64_t pieces, int64_t tile) {
-  return ((tile + 1) * pieces - 1) / tiles;  // the last piece that starts at this tile or before it
+  return tiles == pieces ? tile : ((tile + 1) * pieces - 1) / tiles;  // the last piece that starts there or before
 }
 FASTEDIT_BOTH inline int64_t leaf_at(const Cut& cut, int64_t tile) {
   return cut_at(cut.tiles, cut.pieces, tile) + (cut.larger ? cut_at(cut.tiles, cut.larger, tile) : 0);
@@ -207,48 +209,44 @@ FASTEDIT_BOTH inline int64_t run_start(const Cut& cut, int64_t runs, int64_t i) 
 inline int64_t runs(const Cut& cut, int multiprocessors) {
   return least(leaves(cut), int64_t{multiprocessors} * cut.blocks);
 }
-// Pieces of at most `most_rows` rows and, where there are enough, at least eight, for `wave` blocks at a time.
-inline int64_t cut_pieces(int64_t rows, int64_t wave, int64_t most_rows) {
+// The fewest rows that a piece is made of: `usual`, or where slots have fewer on average as many, since their partials are
+// there in any case.
+inline int64_t fewest_rows(int64_t rows, int64_t slots, int64_t usual, int64_t at_least) {
+  return slots ? most(at_least, least(usual, rows / slots)) : usual;
+}
+// Pieces of at most `most_rows` rows and, where there are enough, at least `fewest`, for `wave` blocks at a time.
+inline int64_t cut_pieces(int64_t rows, int64_t wave, int64_t most_rows, int64_t fewest) {
   int64_t waves = most(1, ceil_div(rows, wave * (most_rows - 8)));  // pieces differ by a tile
-  return least(wave * waves, ceil_div(rows, 8));
+  return least(wave * waves, ceil_div(rows, fewest));
 }
 // `share`: the bytes of a row's streams over those of one partial. The larger chip gets cuts of its own where their
 // partials take less than a tenth of the streams, which is less than the unevenness that they end.
-inline Cut unit_cut(int64_t rows, int tile, Chips chips, int64_t blocks, double share, int64_t most_rows) {
+inline Cut unit_cut(int64_t rows, int64_t slots, int tile, Chips chips, int64_t blocks, double share, int64_t most_rows) {
   if (rows == 0) return {};
-  Cut cut{ceil_div(rows, tile), cut_pieces(rows, chips.fewest * blocks, most_rows), 0, tile, static_cast<int>(blocks)};
-  int64_t larger = cut_pieces(rows, chips.most * blocks, most_rows);
+  int64_t fewest = fewest_rows(rows, slots, 8, tile), pieces = cut_pieces(rows, chips.fewest * blocks, most_rows, fewest);
+  Cut cut{ceil_div(rows, tile), pieces, 0, tile, static_cast<int>(blocks)};
+  int64_t larger = cut_pieces(rows, chips.most * blocks, most_rows, fewest);
   if (larger != cut.pieces && 10 * larger < rows * share) cut.larger = larger;
   return cut;
 }
-// Over slots a unit is a part of a slot's block of `most_rows` rows: how many parts, a power of two. The host does not know the
-// slots' sizes. So the time, in rows of a block, is that of slots of one size, halfway to that of units which end in any
-// order, plus the partials, which parts without rows have, too.
-inline int64_t unit_parts(int64_t rows, int64_t slots, int64_t wave, double share, int64_t most_rows) {
-  if (rows == 0) return 1;
-  slots = most(1, least(slots, rows));
-  int64_t of_slot = ceil_div(rows, slots), blocks = slots * ceil_div(of_slot, most_rows), best = 1;
-  double shortest = 0;
-  for (int64_t parts = 1; most_rows / parts >= 8; parts *= 2) {
-    int64_t unit = least(most_rows / parts, of_slot);
-    int64_t units = slots * (of_slot / most_rows * parts + ceil_div(of_slot % most_rows, unit));
-    double even = static_cast<double>(ceil_div(units, wave) * unit), any = static_cast<double>(rows) / wave + unit;
-    double time = (even + any) / 2 + static_cast<double>(blocks * parts) / share / wave;
-    if (parts == 1 || time < shortest) shortest = time, best = parts;
-  }
-  return best;
+// Partials of each sum: one a leaf; over slots numbers for their borders, too (backward.h), which are the slots' blocks of
+// `most_rows` rows.
+inline int64_t partials_of(const Cut& cut, int64_t rows, int64_t slots, int64_t most_rows) {
+  return rows == 0 ? 0 : leaves(cut) + (slots ? rows / most_rows + least(slots, rows) : 0);
 }
 
-// Column sums: one block for each column tile of each unit. Units of fewer rows where there are few blocks: of 2048
-// the last wave leaves less than 15 % of 170 multiprocessors' time unused, and a partial of 64 rows is 4 % of them.
+// Sums of a column tile or a group of ranks ("items"): one block for each of each piece. Pieces of fewer rows where there are
+// few blocks: of 2048 the last wave leaves less than 15 % of 170 multiprocessors' time unused, and a partial of 64 rows is
+// 4 % of them.
 constexpr int64_t kColumnBlocks = 2048;
-inline int64_t column_unit_rows(int64_t rows, int64_t tiles, int64_t most_rows) {
-  int64_t unit = most_rows;
-  while (unit > 64 && tiles * ceil_div(rows, unit) < kColumnBlocks) unit /= 2;
-  return unit;
+inline Cut column_cut(int64_t rows, int64_t items, int64_t most_rows, int64_t fewest) {
+  if (rows == 0) return {};
+  int64_t piece = most_rows;
+  while (piece >= 2 * fewest && items * ceil_div(rows, piece) < kColumnBlocks) piece /= 2;
+  return {ceil_div(rows, piece), ceil_div(rows, piece), 0, static_cast<int>(piece), 0};
 }
-inline Shape column_shape(int64_t units, int64_t items, int vector) {
-  return {units * items, kLaneColumns * kLines, kLines * kLaneColumns * vector * 4};
+inline Shape column_shape(int64_t pieces, int64_t items, int vector) {
+  return {pieces * items, kLaneColumns * kLines, kLines * kLaneColumns * vector * 4};
 }
 
 }  // namespace fastedit::cuda

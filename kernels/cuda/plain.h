@@ -83,7 +83,8 @@ __device__ inline EditAddNormArgs plain(EditAddNormArgs a) {
 // Backwards: RED's behind a norm, a rank's with bias, and LoReFT's, which has neither scale nor bias, both behind a norm and
 // without one. Every gradient of what is there is wanted but d_weight, which may be; the tile's streams lie in shared memory.
 // RED's without a norm is column_sums.
-enum BackwardPart { kGeneralBackward, kPlainRed, kPlainRankNorm, kPlainRank, kPlainReftNorm, kPlainReft };
+// The general kernel is another one over slots, whose rows come in an order, and elsewhere.
+enum BackwardPart { kGeneralBackward, kPlainRed, kPlainRankNorm, kPlainRank, kPlainReftNorm, kPlainReft, kOverSlots };
 
 inline BackwardPart backward_part(const Backward& b, int64_t columns) {
   const EditAddNormBackwardArgs& a = b.a;
@@ -104,17 +105,23 @@ enum Ranks { kAnyRanks, kWholeRanks, kFourRanks };
 
 template <BackwardPart part, Ranks ranks>
 __device__ inline Backward plain(Backward b) {
-  if constexpr (part == kGeneralBackward) return b;
   EditAddNormBackwardArgs& a = b.a;
+  if (part == kOverSlots) {
+    assume(a.slot_order.order, a.form.slot);
+    return b;
+  }
+  if (part == kGeneralBackward) {
+    a.slot_order = {};
+    return b;
+  }
   a.form = plain(a.form);
   a.slot_order = {};
   a.residual = nullptr, a.on_sum = 0, a.kind = a.kind == GEMMA ? GEMMA : RMS, a.mean = nullptr;
   a.d_form.coefficient = nullptr;
   b.total = b.norm_means = b.q_out = nullptr;
-  b.parts = 1;
   b.reads_h = b.unit.total_staged = b.unit.h_staged = true;
   b.taken.norm_bias = -1;
-  assume(a.grad_residual, a.d_x, b.cut.pieces > 0, b.unit.chunks > 0);
+  assume(a.grad_residual, a.d_x, b.unit.chunks > 0);
   if (part == kPlainReft || part == kPlainReftNorm) {
     a.form.scale = a.form.bias = nullptr, b.taken.scale = b.taken.bias = -1;
   } else {
@@ -147,7 +154,7 @@ template <bool kPlain>
 __device__ inline Backward plain_columns(Backward b) {
   if constexpr (!kPlain) return b;
   b.a.form = plain(b.a.form);
-  b.a.slot_order = {}, b.parts = 1;
+  b.a.slot_order = {}, b.later.cut.tiles = b.later.cut.pieces;
   b.a.residual = nullptr, b.columns_d_x = true;
   assume(b.a.grad_residual, b.a.form.scale, b.left.scale >= 0, b.left.bias >= 0);
   return b;

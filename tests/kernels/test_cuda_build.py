@@ -256,13 +256,24 @@ int main() {
       CHECK(s.sums_at + columns * sums * 4 + columns / vector * 16 * tile * streams == s.shared_bytes);
       UnitShape other = unit_shape(width, vector, 0, tile, 1, 0, 0, 227 * 1024);
       CHECK(other.threads == s.threads);  // sums along a row follow the width alone
-      int64_t blocks = unit_blocks(s.threads, s.shared_bytes, limit), target = blocks * sms;
+      int64_t blocks = unit_blocks(s.threads, s.shared_bytes, limit);
       CHECK(blocks >= 1 && blocks * s.threads * kUnitRegisters <= 65536);
       CHECK(blocks == 1 || blocks * (s.shared_bytes + 1024) <= limit + 1024);
-      for (int slots : {1, 7, 256}) {
+      for (int slots : {0, 1, 7, 256}) {
         for (double share : {0.05, 0.75}) {
-          int64_t parts = unit_parts(rows, slots, target, share, 256);
-          CHECK(parts >= 1 && 256 % parts == 0 && 256 / parts >= 8);
+          Cut cut = unit_cut(rows, slots, tile, {sms, sms + 18}, blocks, share, 256);
+          int64_t fewest = slots ? most(tile, least(8, rows / slots)) : 8;
+          CHECK(cut.pieces <= cut.tiles && cut.pieces <= ceil_div(rows, fewest) && (rows == 0 || cut.pieces >= 1));
+          CHECK(cut.pieces == ceil_div(rows, fewest) || cut.pieces % (sms * blocks) == 0);
+          CHECK(cut.larger == 0 || 10 * cut.larger < rows * share);
+          int64_t numbers = partials_of(cut, rows, slots, 256);
+          CHECK(numbers == (rows ? leaves(cut) + (slots ? rows / 256 + least(slots, rows) : 0) : 0));
+        }
+        for (int64_t items : {1, 64, 4000}) {
+          Cut cut = column_cut(rows, items, 256, fewest_rows(rows, slots, 64, 8));
+          CHECK(cut.pieces == cut.tiles && (rows == 0 || cut.pieces == ceil_div(rows, cut.tile)));
+          CHECK(rows == 0 || (cut.tile >= (slots ? 8 : 64) && cut.tile <= 256));
+          CHECK(rows < 64 * 2048 || cut.pieces * items >= 2048);
         }
       }
     }
