@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -23,6 +24,7 @@ from fastedit.capturing import capture as capturing
 from fastedit.capturing.rows_on_disk import Rows, RowWriter
 from fastedit.directions import sweep as sweeping
 from fastedit.files import edit_file
+from fastedit.files.edit_file import EditFileError
 from fastedit.methods import trajectories
 from fastedit.methods.trajectories import Trajectories
 
@@ -140,9 +142,10 @@ def _sweep_of(folder):
 
 
 def _plan(folder, value):
-    """A folder of shards has one plan for good: the old one is taken away."""
+    """A folder of shards has one plan for good: the old one is taken away. The second of two writers may be refused."""
     (folder / trajectories._PLAN).unlink(missing_ok=True)
-    trajectories._begin(folder, {"prompts": value}, int(value))
+    with contextlib.suppress(EditFileError):
+        trajectories._begin(folder, {"prompts": value}, int(value))
 
 
 def _plan_of(folder):

@@ -21,7 +21,8 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TESTS = ("gpu", "gpu_gates", "ops", "gates_in_kernels", "nan", "moments", "value_ascent", "frameworks_page", "modes_compiled")
+TESTS = ("gpu", "gpu_gates", "ops", "gates_in_kernels", "nan", "moments", "value_ascent", "frameworks_page", "modes_compiled",
+         "matrix")  # fmt: skip
 KERNELS = "regex:stream_rows|tile_rows|column_sums|unit_backward"
 METRICS = ",".join(
     (
