@@ -410,7 +410,8 @@ __global__ void __launch_bounds__(kUnitThreads, 1) unit_backward(const Backward 
 #pragma unroll 1
       for (int c = 0; c < b.unit.chunks && !beyond<V, kFull>(c, b.a.width); ++c) tile.finish(c, low);
     }
-    if (!kFull) tile.first = run.end, run.rows.count = rows_of_run(b, blockIdx.x, gridDim.x);  // not in a register so far
+    if (!kFull || part == kPlainReftNorm)  // anew: in no register so far; other plain kernels would spill
+      tile.first = run.end, run.rows.count = rows_of_run(b, blockIdx.x, gridDim.x);
     Finished of = finished(b, run);
 #pragma unroll 1
     do {  // this leaf, and those without rows behind it

@@ -39,7 +39,7 @@ def fixed(*shape, seed=5):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
 
 
-# --- the published formulas, of rows (…, width) and tensors by name ------------------------------------------------
+# --- the published formulas, of rows (…, width) and tensors by name, an edit's own numbers in fp32 ------------------
 
 
 def red(h, p):
@@ -59,12 +59,12 @@ def steer(h, p):
 
 
 def ablate(h, p):
-    rows = torch.linalg.qr(fixed(h.shape[-1], RANK).to(h)).Q.mT
+    rows = torch.linalg.qr(fixed(h.shape[-1], RANK).to(h)).Q.mT.float().to(h)
     return h - h @ rows.mT @ rows
 
 
 def clamp(h, p):
-    unit = torch.nn.functional.normalize(fixed(h.shape[-1]).to(h), dim=-1)
+    unit = torch.nn.functional.normalize(fixed(h.shape[-1]).to(h), dim=-1).float().to(h)
     return h + (0.3 - h @ unit)[..., None] * unit
 
 
@@ -141,9 +141,8 @@ def run(model, rows, masters):
 class Hooked:
     """The model with the formulas as hooks; arithmetic in its dtype or fp32, the wider, rounded once."""
 
-    def __init__(self, model, kind, site, tensors, strength, threshold, slots):
+    def __init__(self, model, kind, site, tensors, strength, threshold, slots, exact):
         self.model, self.kind, self.strength, self.threshold, self.slots = copy.deepcopy(model), kind, strength, threshold, slots
-        exact = next(model.parameters()).dtype == torch.float64
         self.masters = {n: t.detach().clone().to(torch.float64 if exact else t.dtype) for n, t in tensors.items()}
         for t in self.masters.values():
             t.requires_grad_()
@@ -313,12 +312,16 @@ def test_a_step_is_the_formulas(kind, case, backend, dtype, site, fused, monkeyp
 
 
 def check(kind, case, dtype, site, fused):
-    model, rounds = model_of(dtype, case == "no rows"), [given(case, dtype, seed) for seed in (5, 10, 11)]
+    # In float64 all error is of fp32 masters and of Llama's fp32 norms: a few roundings, and of three rounds a matter of luck.
+    seeds = range(10, 18) if dtype == torch.float64 else (5, 10, 11)
+    model, rounds = model_of(dtype, case == "no rows"), [given(case, dtype, seed) for seed in seeds]
     exact, found = tiny.exact(model), []
     threshold = threshold_of(exact, kind, site, torch.cat(rounds))
     ours = Ours(model, kind, site, case, threshold, fused)
     strength = 0.0 if case == "strength 0" else 1.0
-    slow, hooks = (Hooked(m, kind, site, ours.tensors, strength, threshold, ours.slots) for m in (exact, model))
+    slow, hooks = (
+        Hooked(m, kind, site, ours.tensors, strength, threshold, ours.slots, exact=m is exact) for m in (exact, model)
+    )  # fmt: skip
     for number, rows in enumerate(rounds):
         results = [side.run(rows) for side in (ours, slow, hooks)]
         for what, *three in ((what, *(r[what] for r in results)) for what in results[0]):
