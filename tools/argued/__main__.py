@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--model-calls", type=int, default=1_000, help="of each function that takes a model")
     parser.add_argument("--only", nargs="*", help="names of ops and targets")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hypothesis", action="store_true", help="drawn by hypothesis, eight times as slow")
+    parser.add_argument("--hypothesis", action="store_true", help="drawn by hypothesis, more slowly")
     parser.add_argument("--out", type=Path, help="a CSV, one row a function")
     asked = parser.parse_args()
     logging.disable(logging.CRITICAL), warnings.simplefilter("ignore"), torch.set_num_threads(1)
