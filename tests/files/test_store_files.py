@@ -147,17 +147,18 @@ def test_kill_at_random_times_over_large_edits(tmp_path):
     write(tmp_path, *edit(0, 1 << 16))
     started = time.monotonic()
     write(tmp_path, *edit(1, 1 << 16))
-    one_save = time.monotonic() - started
-    seen = []
+    longest, seen = 4 * (time.monotonic() - started), []
     for kill in range(1, 41):
         pid = fork()
         if pid == 0:
             for value in itertools.count(kill * 1000):
                 write(tmp_path, *edit(value, 1 << 16))
-        time.sleep(generator.uniform(0, 4 * one_save))
+        time.sleep(generator.uniform(0, longest))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         seen.append(value_of(tmp_path))
+        if seen[-2:-1] == seen[-1:]:  # no save got through: the machine has become slower
+            longest = min(4, 1.5 * longest)
     assert len(set(seen)) > 5, f"too few saves got through to say anything: {seen}"
 
 
