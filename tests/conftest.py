@@ -27,6 +27,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """Threads gain nothing on a few rows, and where others compute too they cost up to forty times the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 SLOW = (  # from eighty seconds of processor time to ten
     "triton_aot", "modes_compiled", "triton_oldest", "triton_interpreter", "cuda_streams", "every_family", "distributed",
     "cuda_build", "instruction_sets", "jax", "cli_demo", "recontrol_compiled", "red_training", "cli_steering",

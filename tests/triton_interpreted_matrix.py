@@ -4,7 +4,7 @@ Not collected by name: test_triton_interpreter.py runs it with TRITON_INTERPRET=
 """
 
 import pytest
-from test_matrix import CASES, DTYPES, KINDS, check, one_thread  # noqa: F401
+from test_matrix import CASES, DTYPES, KINDS, check, pytestmark  # noqa: F401
 from triton_support import poisoned_memory  # noqa: F401
 
 from fastedit import dispatch

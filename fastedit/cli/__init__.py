@@ -386,9 +386,9 @@ def run_serve(
     """
     from .serve import run
 
-    further = {"gates": gates, "max_names": max_names, "max_change": max_change}
-    further["staging"] = None if staging is None else str(staging.absolute())
-    run(model, edits, sites, rank, capacity, context.args, **further)
+    limits = {"max_names": max_names, "max_change": max_change}
+    staging = staging and str(staging.absolute())
+    run(model, edits, sites, rank, capacity, context.args, gates=gates, staging=staging, **limits)
 
 
 @app.command("playground")

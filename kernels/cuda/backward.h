@@ -8,7 +8,7 @@
 //   rows     backward_rows.h     sums along the rows, for odd widths, unaligned views and rows of which not one
 //                                vector sum fits on the chip; columns takes the rest
 //   outer    backward_sums.cu    d_read and d_write where the units leave them over
-//   reduce   backward_sums.cu    the sum over the units' partials
+//   reduce   backward_sums.cu    the sum over the leaves' partials
 #pragma once
 #include "form.h"
 #include "launch.h"
@@ -62,7 +62,7 @@ int next_launch(Backward& backward);
 int run_units(const Backward& backward, void* stream);
 int run_tensor_units(const Backward& backward, void* stream);
 
-// After the rows: d_read and d_write where they are left, then the pairwise sum of the units' partials into
+// After the rows: d_read and d_write where they are left, then the pairwise sum of the leaves' partials into
 // d_form, d_weight, d_norm_bias.
 int finish_sums(const Backward& backward, void* stream);
 

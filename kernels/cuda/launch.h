@@ -1,7 +1,7 @@
 // Launch shapes: pure functions of sizes, dtypes, vector width and the chip (multiprocessors, architecture, shared memory), so
 // that they can be tested where there is no GPU. What a thread block sums along a row, and in which order, depends on the
 // width alone: rows and multiprocessors only decide which block takes a row. Down the columns it depends on the
-// units, too (below).
+// leaves, too (below).
 #pragma once
 #include <cstdint>
 #include <initializer_list>

@@ -13,17 +13,9 @@ import fastedit as fe
 from fastedit.families import TABLE, find_layers
 from fastedit.patching.merge import MergeError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float32, torch.bfloat16)
 ADDED = ("mlp", "attn", "block")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads gain nothing at this size, and where others compute too they cost up to forty times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def identities(name, sites=None):

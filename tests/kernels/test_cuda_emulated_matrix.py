@@ -4,13 +4,15 @@ import types
 
 import emulated_cases as emulated
 import pytest
-from emulated_cases import cuda, plain_schedule, pytestmark
-from test_matrix import CASES, DTYPES, KINDS, check, one_thread
+from emulated_cases import cuda, plain_schedule
+from test_matrix import CASES, DTYPES, KINDS, check
 
 from fastedit import dispatch
 from fastedit.ops import running
 
-__all__ = ["cuda", "one_thread", "plain_schedule", "pytestmark"]
+__all__ = ["cuda", "plain_schedule"]
+
+pytestmark = [emulated.pytestmark, pytest.mark.usefixtures("one_thread")]
 
 SITES = ("k", "attn", "ffn_in", "mlp", "block")  # an edit alone, an edit's add, another width, the norm that follows
 

@@ -20,6 +20,7 @@ from patch_cases import scrambled
 import fastedit as fe
 from fastedit import dispatch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, LENGTH, RANK, STEP = 4, 5, 2, 0.001
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CASES = ("ordinary", "one row", "no rows", "slot without rows", "strided", "zeros", "NaN", "strength 0")
@@ -289,15 +290,6 @@ def grid():
         marks = [pytest.mark.gpu] if backend in ("cuda", "triton") else []
         for dtype in DTYPES if backend == "reference" else list(DTYPES)[:2]:
             yield pytest.param(backend, dtype, marks=marks)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a few rows a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -85,15 +85,6 @@ def test_the_tangent_part_is_the_projection(lead):
 # --- training ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread():
-    """Thousands of calls on a few rows: a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("optimiser, steps", [("AdamW", 1000), ("SGD", 100), ("Adam foreach", 100)])
 def test_the_basis_stays_orthonormal_over_a_thousand_steps(optimiser, steps, one_thread):
     edit = fe.LoReFT(4)
